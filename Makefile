@@ -1,0 +1,23 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both install what is missing, once.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: demo test lint
+
+demo: $(STAMP)
+	$(BIN)/stableqat sweep configs/llama/demo-study.yaml configs/vit/demo-study.yaml
+	$(BIN)/stableqat compare lightning_logs/demo-llama lightning_logs/demo-vit --out lightning_logs/demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@

@@ -1,0 +1,20 @@
+"""StableQAT: quantization-aware training of LLMs and ViTs at 1-4 bits.
+
+Importing the package loads nothing heavy; its public names are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "QuantLinear": "stableqat.surgery",
+    "quantize_linears": "stableqat.surgery",
+    "UserError": "stableqat.errors",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

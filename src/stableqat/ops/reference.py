@@ -1,0 +1,79 @@
+"""Forward and backward of fake quantization in plain torch: what every kernel must reproduce.
+
+Tensors arrive grouped, as `(rows, groups, n)` with a scale of `(rows, groups, 1)`: the `n`
+weights of a group share it. Mathematics runs in float32 (float64 for float64 input)
+whatever the storage type. In-place steps keep the number of passes over memory low, which
+is what a CPU pays for.
+"""
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from stableqat.ops.grids import Grid
+from stableqat.ops.surrogates import Surrogate
+
+
+def codes(v: Tensor, zero_point: Tensor | float, grid: Grid) -> Tensor:
+    """Codes `clamp(round(v + z), q_min, q_max)`, as floats, rounding half to even."""
+    return (v + zero_point).round_().clamp_(grid.q_min, grid.q_max)
+
+
+def forward(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: Grid) -> Tensor:
+    """Fake-quantized value `s * (q - z)`, in the type of the mathematics."""
+    return codes(x / scale, zero_point, grid).sub_(zero_point).mul_(scale)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | float,
+    grid: Grid,
+    surrogate: Surrogate,
+    param: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the weight, the scale and the surrogate's parameter.
+
+    weight: `grad * g(u) * inside`. scale (LSQ, arXiv 1902.08153 eq. 3): `(q - z) - v` inside,
+    the outermost level outside; on the binary grid `q - z` everywhere, because there the value
+    is `s/2 * sign(w)`. `g(u)` never enters the scale's gradient, so methods differ in one thing.
+    Scale and parameter are multiplied by LSQ's `1 / sqrt(n * max(q_max, 1))`.
+
+    Args:
+        grad: Upstream gradient, grouped like `x`.
+        x: Latent weight, `(rows, groups, n)`.
+        scale: `(rows, groups, 1)`.
+        zero_point: Scalar or broadcastable tensor.
+        grid: The grid.
+        surrogate: The surrogate with its mask.
+        param: The surrogate's learned parameter, shaped like `scale`, or None.
+
+    Returns:
+        Gradients shaped like `x`, `scale` and `param`.
+    """
+    v = x / scale
+    y = v + zero_point
+    nearest = y.round()
+    inside = surrogate.inside(v, grid)
+    grad_scale = 1 / sqrt(x.shape[-1] * max(grid.q_max, 1))
+
+    toward_scale = nearest.clamp(grid.q_min, grid.q_max).sub_(zero_point)
+    if grid.name != "binary":
+        toward_scale.sub_(v if inside is None else v.mul_(inside))
+    scale_grad = toward_scale.mul_(grad).sum(-1, keepdim=True).mul_(grad_scale)
+
+    u = y.sub_(nearest)
+    reached = grad if inside is None else grad * inside
+    param_grad = None
+    if param is not None:
+        by_param = surrogate.param_derivative(u, param).mul_(reached).sum(-1, keepdim=True)
+        param_grad = by_param.mul_(scale).mul_(grad_scale)
+    factor = surrogate.derivative(u, param)
+    return (reached if factor is None else factor.mul_(reached)), scale_grad, param_grad
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that the mathematics runs in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,157 @@
+"""What the backward pass takes for the derivative of `round`, and which weights it reaches.
+
+`round` has derivative 0 almost everywhere, so QAT puts a surrogate `g(u)` in its place,
+a function of `u`, the signed distance to the nearest level in [-1/2, 1/2]:
+Identity (STE, Bengio et al. 2013), Fourier (StableQAT, arXiv 2601.19320, eq. 4-10), Tanh
+(DSQ, Gong et al. 2019, arXiv 1908.05033). The factor on the upstream gradient is
+`g(u) * mask(v)`. The trade-off: a `g` that follows the staircase closely is small near
+levels, so it keeps weights still there, and shrinks the mean gradient (StableQAT at
+A = 0.21: 0.30); Constant and Permuted are the controls that separate the two effects.
+"""
+
+from dataclasses import dataclass
+from math import pi, sqrt
+
+import torch
+from torch import Tensor
+
+from stableqat.errors import UserError
+from stableqat.ops.grids import Grid, Mask
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Base of all surrogates: a subclass says `derivative`, and `param_derivative` if it learns.
+
+    Attributes:
+        mask: Which weights receive a gradient, see `Grid.bounds`. The same mask decides
+            where the scale's gradient is the inner one.
+    """
+
+    mask: Mask = "range"
+
+    def inside(self, v: Tensor, grid: Grid) -> Tensor | None:
+        """Boolean mask of the weights that receive a gradient; None where all of them do."""
+        if self.mask == "none":
+            return None
+        low, high = grid.bounds(self.mask)
+        return (v >= low).logical_and_(v <= high)
+
+    def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor | None:
+        """The surrogate `g(u)`, elementwise; None stands for the constant 1."""
+        raise NotImplementedError
+
+    def param_derivative(self, u: Tensor, param: Tensor) -> Tensor:
+        """Derivative of the value, in units of the scale, by the learned parameter."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Identity(Surrogate):
+    """Straight-through: g(u) = 1."""
+
+    def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor | None:
+        """See `Surrogate.derivative`."""
+        return None
+
+
+@dataclass(frozen=True)
+class Fourier(Surrogate):
+    """StableQAT's rotated, damped Fourier series of the staircase.
+
+    Rotating the staircase by 45 degrees gives a triangle wave; keeping `harmonics` of its odd
+    harmonics, damped to `amplitude`, and rotating back gives
+    `g = (1 - S) / (1 + S)`, `S = A sqrt(2) pi sum_m (-1)^m / (2m + 1) cos((2m + 1) pi u)`.
+    `1 - S` cancels near a level, so `cos` is written as `1 - 2 sin^2` of the half angle.
+
+    Attributes:
+        amplitude: A, between 0 (which is STE) and the value at which g would vanish at a level
+            (0.22508 with one harmonic, 0.239 with two).
+        harmonics: How many odd harmonics are kept, at least 1.
+    """
+
+    amplitude: float = 0.21
+    harmonics: int = 1
+
+    def __post_init__(self) -> None:
+        if self.harmonics < 1:
+            raise UserError(f"harmonics: must be at least 1, not {self.harmonics}")
+        if self.amplitude < 0:
+            raise UserError(f"amplitude: must not be negative, not {self.amplitude}")
+        bin_ = torch.linspace(0, 0.5, 2049, dtype=torch.float64)
+        low = self.derivative(bin_).min().item()
+        if not 0 < low:
+            raise UserError(
+                f"amplitude: at {self.amplitude} with {self.harmonics} harmonic(s) the surrogate falls to "
+                f"{low:.3g} inside the bin, so gradients vanish or change sign; with one harmonic stay "
+                "below 0.225 (the published value is 0.21)"
+            )
+
+    def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
+        """See `Surrogate.derivative`."""
+        weight = self.amplitude * sqrt(2) * pi
+        odd = [(2 * m + 1, (-1) ** m / (2 * m + 1)) for m in range(self.harmonics)]
+        peak = weight * sum(c for _, c in odd)  # S at a level
+        fall = torch.zeros_like(u)  # peak - S
+        for k, c in odd:
+            fall.add_((u * (k * pi / 2)).sin_().square_(), alpha=2 * weight * c)
+        return (fall + (1 - peak)).div_(fall.neg_().add_(1 + peak))
+
+
+@dataclass(frozen=True)
+class Tanh(Surrogate):
+    """DSQ's soft staircase with a learned sharpness `a` in (0, 1); small `a` is a sharp step.
+
+    Between two levels the soft value is the midpoint plus `phi / 2`, `phi = tanh(k t) / (1 - a)`,
+    where `t = u - sign(u) / 2` is the distance to the nearest threshold and
+    `k = ln(2 / a - 1)`, so that `phi` meets the levels exactly and g has mean 1 over the bin.
+
+    Attributes:
+        a: Where the learned `a` starts.
+    """
+
+    a: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.a < 1:
+            raise UserError(f"a: must lie between 0 and 1, not {self.a}")
+
+    def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
+        """See `Surrogate.derivative`; `param` is `a`, broadcastable to `u`."""
+        assert param is not None
+        k = (2 / param - 1).log_()
+        # sech^2 is even in t and |t| = 1/2 - |u|, which is also right at u = 0, where sign(u) is not
+        tanh = u.abs().sub_(0.5).mul_(k).tanh_()
+        return tanh.square_().neg_().add_(1).mul_(k / (1 - param) / 2)
+
+    def param_derivative(self, u: Tensor, param: Tensor) -> Tensor:
+        """See `Surrogate.param_derivative`: half of `d phi / d a`."""
+        k = (2 / param - 1).log_()
+        t = u - torch.copysign(torch.full_like(u, 0.5), u)
+        tanh = (t * k).tanh_()
+        slope = t.mul_(tanh.square().neg_().add_(1)).mul_(1 / ((1 - param) * param * (2 - param)))
+        return tanh.mul_(0.5 / (1 - param).square()).sub_(slope)
+
+
+@dataclass(frozen=True)
+class Constant(Surrogate):
+    """Control: g(u) = `value`, a smaller gradient without a shape.
+
+    Attributes:
+        value: The factor; 0.3025 is StableQAT's mean at A = 0.21.
+    """
+
+    value: float = 0.3025
+
+    def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
+        """See `Surrogate.derivative`."""
+        return torch.full_like(u, self.value)
+
+
+@dataclass(frozen=True)
+class Permuted(Fourier):
+    """Control: StableQAT's factors shuffled among the weights that share a scale (no link to u)."""
+
+    def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
+        """See `Surrogate.derivative`."""
+        return super().derivative(u).gather(-1, torch.rand_like(u).argsort(-1))

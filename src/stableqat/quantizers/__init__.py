@@ -1,0 +1,9 @@
+"""Quantization-aware training methods, one file each, behind the `Quantizer` interface."""
+
+from stableqat.quantizers.base import QuantizedWeight, Quantizer, QuantizerFactory
+from stableqat.quantizers.dsq import DSQ
+from stableqat.quantizers.paretoq import ParetoQ
+from stableqat.quantizers.stableqat import StableQAT
+from stableqat.quantizers.ste import STE
+
+__all__ = ["DSQ", "STE", "ParetoQ", "QuantizedWeight", "Quantizer", "QuantizerFactory", "StableQAT"]

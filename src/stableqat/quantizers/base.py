@@ -1,0 +1,259 @@
+"""The `Quantizer` strategy: one per weight, it owns the grid, the learned scale and the surrogate.
+
+Two orthogonal choices make a method: the grid (where are the levels?) and the surrogate
+(what stands for the derivative of round?). A subclass names a pair with its defaults; both
+stay open, so that a comparison changes one thing only. `value = scale * (code - zero_point)`.
+To add a method: one file with a subclass here, one import line in `__init__`, one overlay a
+family; a soft or stochastic method overrides `forward` and keeps `quantize`, which is what
+is deployed.
+"""
+
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stableqat import ops
+from stableqat.errors import UserError
+
+FLOOR = 1e-4  # of the initial scale
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The deployed form of a weight: what export and analysis read.
+
+    Attributes:
+        codes: int8, shaped like the weight.
+        scale: Distance between levels, `(out, 1)`, `(out, groups)` or `(1, 1)`.
+        zero_point: Subtracted from the codes; -0.5 on half-integer grids.
+        bits: Storage width of a code.
+        dtype: Type of the weight that was quantized.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: float
+    bits: int
+    dtype: torch.dtype
+
+    def dequantize(self) -> Tensor:
+        """`scale * (codes - zero_point)`, bit for bit the evaluation forward of the quantizer."""
+        return ops.dequantize_codes(self.codes, self.scale, self.zero_point, self.dtype)
+
+
+class Quantizer(nn.Module, ABC):
+    """Base of all methods: a grid, a learned scale with its floor, a surrogate.
+
+    The parameter `scale` is the distance between levels, `(out, 1)`, `(out, groups)` or `(1, 1)`. It
+    is allocated from shapes alone and set from the values at once, or, where the weight is on
+    the meta device, by `initialize` after loading. In the forward it never acts below
+    `scale_floor` (1e-4 of its initial value), while its gradient still flows.
+
+    Args:
+        weight: The latent weight that this quantizer is for, `(out, ...)`.
+        surrogate: Stand-in for the derivative of round, with its mask.
+        bits: Storage width of a code, 1 to 8; 1 means the binary grid.
+        levels: Number of levels instead of bits, where that is not a power of two: 3 is ternary.
+        grid: integer, stretched, ternary or binary; None takes the method's own for this width.
+        scale_init: mse, max, lsq or absmax_as_step, see `ops.scale_init`.
+        per_channel: One scale a row; False: one for the whole tensor.
+        group_size: One scale for each run of this many inputs of a row.
+
+    Raises:
+        UserError: If the grid does not exist at this width or `group_size` does not divide the inputs.
+    """
+
+    scale: nn.Parameter
+    scale_floor: nn.Parameter
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        surrogate: ops.Surrogate,
+        bits: int | None = None,
+        levels: int | None = None,
+        grid: ops.GridName | None = None,
+        scale_init: ops.ScaleInit = "mse",
+        per_channel: bool = True,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        width = _bits(bits, levels, grid)
+        self.grid = ops.make_grid(grid or _special_grid(width, levels) or self.default_grid(width), width)
+        self.surrogate = surrogate
+        self.scale_init = scale_init
+        self.group_size = group_size
+        shape = _scale_shape(weight, per_channel, group_size)
+        self.allocate(shape, dtype=torch.float32, device=weight.device)
+        if not weight.is_meta:
+            self.initialize(weight)
+
+    @classmethod
+    def default_grid(cls, bits: int) -> ops.GridName:
+        """The grid that the method takes for `bits` >= 2 where the user names none."""
+        return "integer"
+
+    @property
+    def bits(self) -> int:
+        """Storage width of a code."""
+        return self.grid.bits
+
+    def allocate(self, shape: tuple[int, int], **options: Any) -> None:
+        """Create the parameters, unset (NaN); a method that learns more than a scale adds to it.
+
+        Args:
+            shape: Shape of the scale.
+            options: `dtype` and `device` of the parameters.
+        """
+        self.scale = nn.Parameter(torch.full(shape, torch.nan, **options))
+        # a frozen parameter, not a buffer: FSDP shards it row by row beside its scale
+        self.scale_floor = nn.Parameter(torch.full(shape, torch.nan, **options), requires_grad=False)
+
+    @torch.no_grad()
+    def initialize(self, weight: Tensor) -> None:
+        """Set the scale, and its floor, from the values of a weight.
+
+        Args:
+            weight: Real latent weight, shaped like the one given to the constructor.
+
+        Raises:
+            UserError: If the weight holds a value that is not finite.
+        """
+        assert not weight.is_meta
+        if not torch.isfinite(weight).all():
+            raise UserError("the weight holds NaN or infinity; start from another checkpoint")
+        shape = cast(tuple[int, int], tuple(self.scale.shape))
+        scale = ops.initial_scale(weight, shape, self.grid, self.scale_init)
+        self.scale.copy_(scale)
+        self.scale_floor.copy_(scale * FLOOR)
+
+    def surrogate_param(self) -> Tensor | None:
+        """The surrogate's learned parameter, shaped like `scale`; None where nothing is learned."""
+        return None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantize a weight.
+
+        Args:
+            weight: Latent weight, `(out, ...)`.
+
+        Returns:
+            Values on the grid, shaped like `weight`, in the compute type.
+        """
+        return ops.fake_quantize(
+            weight,
+            ops.floor_scale(self.scale, self.scale_floor),
+            grid=self.grid,
+            surrogate=self.surrogate,
+            surrogate_param=self.surrogate_param(),
+        )
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, rows: slice = slice(None)) -> QuantizedWeight:
+        """The deployed value of a weight.
+
+        Args:
+            weight: Latent weight, `(out, ...)`.
+            rows: Rows to quantize, of this process's shard where the parameters are sharded.
+
+        Returns:
+            Codes, scale, zero point and bits; `dequantize` equals the evaluation forward bit for bit.
+        """
+        weight, scale = local(weight)[rows], self.effective_scale(rows)
+        codes = ops.quantize_codes(weight, scale, grid=self.grid)
+        return QuantizedWeight(codes, scale, self.grid.zero_point, self.bits, weight.dtype)
+
+    def effective_scale(self, rows: slice = slice(None)) -> Tensor:
+        """The scale as the forward uses it, never below its floor, for `rows` of this process's shard."""
+        scale = torch.maximum(local(self.scale.detach()), local(self.scale_floor))
+        return scale[rows] if self.scale.shape[0] > 1 else scale
+
+    @torch.no_grad()
+    def diagnose(self, weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """What the monitor logs beside codes: shares that only the method can know, as scalars.
+
+        Args:
+            weight: Latent weight, `(out, ...)`.
+            rows: Rows to look at.
+
+        Returns:
+            `clipped`, the share of weights outside the grid's range, and `scale_at_floor`, the number of
+            scales that act at their floor.
+        """
+        weight, scale = local(weight)[rows], self.effective_scale(rows)
+        v = weight.reshape(*scale.shape, -1).float() / scale.unsqueeze(-1)
+        low, high = self.grid.bounds("range")
+        floored = local(self.scale) <= local(self.scale_floor)
+        return {"clipped": ((v < low) | (v > high)).float().mean(), "scale_at_floor": floored.sum().float()}
+
+    def describe(self) -> dict[str, str | int | float]:
+        """Flat hyper-parameters that name this quantizer in a table or in TensorBoard."""
+        rows, groups = self.scale.shape
+        method = {
+            "method": type(self).__name__,
+            "bits": self.bits,
+            "grid": self.grid.name,
+            "mask": self.surrogate.mask,
+            "scale_init": self.scale_init,
+            "granularity": f"group {self.group_size}" if self.group_size else "channel" if rows > 1 else "tensor",
+        }
+        return {**method, **{k: v for k, v in vars(self.surrogate).items() if k != "mask"}}
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"bits={self.bits}, grid={self.grid}, mask={self.surrogate.mask}, scale={tuple(self.scale.shape)}"
+
+
+QuantizerFactory = Callable[[Tensor], Quantizer]
+"""Makes the quantizer of one weight: a class with its options bound, `functools.partial(STE, bits=2)`."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded parameter; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _bits(bits: int | None, levels: int | None, grid: str | None) -> int:
+    if levels is None and bits is None:
+        fixed = {"ternary": 2, "binary": 1}
+        if grid not in fixed:
+            raise UserError("bits: missing; give bits (1 to 8), or levels: 3 for ternary")
+        return fixed[grid]
+    if bits is not None and (isinstance(bits, bool) or bits != int(bits) or not 1 <= bits <= 8):
+        raise UserError(f"bits: must be a whole number from 1 to 8, not {bits}")
+    if levels is None:
+        assert bits is not None
+        return bits
+    if levels not in (2, 3, 4, 8, 16, 32, 64, 128, 256):
+        raise UserError(f"levels: must be 3 or a power of two from 2 to 256, not {levels}")
+    width = (levels - 1).bit_length()
+    if bits is not None and bits != width:
+        raise UserError(f"levels: {levels} levels take {width} bit(s), but bits says {bits}; leave one of them out")
+    if levels == 3 and grid not in (None, "ternary"):
+        raise UserError(f"levels: 3 levels are the ternary grid, but grid says {grid}; leave one of them out")
+    return width
+
+
+def _special_grid(bits: int, levels: int | None) -> ops.GridName | None:
+    if levels == 3:
+        return "ternary"
+    return "binary" if bits == 1 else None
+
+
+def _scale_shape(weight: Tensor, per_channel: bool, group_size: int | None) -> tuple[int, int]:
+    if weight.ndim < 2:
+        raise UserError(f"a quantizer takes a weight of two or more dimensions, not shape {tuple(weight.shape)}")
+    rows, inputs = weight.shape[0], weight[0].numel()
+    if group_size is None:
+        return (rows, 1) if per_channel else (1, 1)
+    if not per_channel:
+        raise UserError("group_size: groups are parts of a row; leave per_channel at true, or group_size out")
+    if group_size < 1 or inputs % group_size:
+        raise UserError(f"group_size: {group_size} does not divide the layer's {inputs} inputs")
+    return rows, inputs // group_size

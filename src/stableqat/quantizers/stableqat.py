@@ -1,0 +1,36 @@
+"""StableQAT: a damped Fourier series of the staircase as surrogate (arXiv 2601.19320).
+
+`g(u) = (1 - S) / (1 + S)`, `S = A sqrt(2) pi cos(pi u)` for one harmonic (eq. 4-10): near 1 at a
+threshold, near 0 at a level, bounded, and no cost beside one sine. At A = 0.21 its mean is
+0.30, so under SGD it is also a smaller step; A = 0 is STE.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from stableqat.ops import Fourier, Mask
+from stableqat.quantizers.base import Quantizer
+
+
+class StableQAT(Quantizer):
+    """Fourier surrogate, learned scale; integer grid by default.
+
+    Args:
+        weight: The latent weight, `(out, ...)`.
+        amplitude: A; 0 is STE, above 0.225 (one harmonic) the gradient would change sign.
+        harmonics: Odd harmonics that are kept.
+        mask: Weights that receive a gradient: range, levels or none.
+        kwargs: See `Quantizer`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        amplitude: float = 0.21,
+        harmonics: int = 1,
+        mask: Mask = "range",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(weight, surrogate=Fourier(mask, amplitude, harmonics), **kwargs)
