@@ -1,0 +1,81 @@
+"""Two checkpoints a run: the best by validation loss, and the last, to resume from.
+
+Both are written to a temporary name and moved (Lightning's atomic save), and neither while
+the divergence guard is suspicious: a good checkpoint is never overwritten by a bad one.
+"""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from stableqat.callbacks.divergence import DivergenceGuard
+
+
+class _GuardedCheckpoint(ModelCheckpoint):
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if not _suspicious(trainer):
+            super().on_train_batch_end(trainer, *args)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _suspicious(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _suspicious(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if not _suspicious(trainer):
+            super().on_exception(trainer, pl_module, exception)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _suspicious(trainer):
+            super().on_train_end(trainer, pl_module)
+
+
+class BestCheckpoint(_GuardedCheckpoint):
+    """Keep `checkpoints/best.ckpt`, the state with the lowest metric.
+
+    Args:
+        monitor: Metric to watch.
+        mode: min or max.
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
+        super().__init__(
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+
+class LastCheckpoint(_GuardedCheckpoint):
+    """Keep `checkpoints/last.ckpt`: after every validation, at the end, and on an exception.
+
+    Args:
+        every_n_train_steps: Save after this many steps instead of after validations.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None) -> None:
+        super().__init__(
+            filename="last",
+            save_on_exception=True,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the final state, unless the last save was at this very step."""
+        super().on_train_end(trainer, pl_module)
+        if not _suspicious(trainer) and self._last_global_step_saved != trainer.global_step:
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _suspicious(trainer: L.Trainer) -> bool:
+    return any(c.suspicious for c in trainer.callbacks if isinstance(c, DivergenceGuard))  # type: ignore[attr-defined]

@@ -1,0 +1,111 @@
+"""End a run that has diverged, say so in its record, and keep its good checkpoints.
+
+A run diverges when its loss, a weight or a scale is not finite, or when the loss's moving
+average (EMA 0.9) stays above the initial loss + 1 for 20 steps. A step whose loss is not finite
+is not taken. Divergence is a result, not an error: the run ends in order, with exit code 0.
+"""
+
+import logging
+from math import isfinite
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stableqat.quantizers.base import local
+
+logger = logging.getLogger(__name__)
+
+
+class DivergenceGuard(L.Callback):
+    """Stop a diverged run.
+
+    Args:
+        margin: Nats above the initial loss that the moving average may reach.
+        patience: Optimizer steps in a row that it may stay above.
+        decay: Decay of the moving average.
+        check_parameters_every: Steps between checks that every weight and scale is finite.
+    """
+
+    def __init__(
+        self, margin: float = 1.0, patience: int = 20, decay: float = 0.9, check_parameters_every: int = 50
+    ) -> None:
+        self.margin = margin
+        self.patience = patience
+        self.decay = decay
+        self.check_parameters_every = check_parameters_every
+        self.initial_loss: float | None = None
+        self.diverged = False
+        self._average = 0.0
+        self._steps_above = 0
+        self._micro_losses: list[Tensor] = []
+
+    @property
+    def suspicious(self) -> bool:
+        """The run has diverged, or may be about to: no checkpoint is written now."""
+        return self.diverged or self._steps_above > 0
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Collect the loss of a micro-batch (already divided by their number)."""
+        self._micro_losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Judge the step's loss before it moves anything."""
+        loss = trainer.strategy.reduce(torch.stack(self._micro_losses).sum(), reduce_op="mean").item()
+        self._micro_losses.clear()
+        if not isfinite(loss):
+            pl_module.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
+            self._stop(trainer, pl_module, f"the loss is {loss}")
+            return
+        if self.initial_loss is None:
+            self.initial_loss = self._average = loss
+        self._average = self.decay * self._average + (1 - self.decay) * loss
+        above = self._average > self.initial_loss + self.margin
+        self._steps_above = self._steps_above + 1 if above else 0
+        if self._steps_above >= self.patience:
+            reason = (
+                f"the average loss {self._average:.3f} has stayed above the initial {self.initial_loss:.3f} + "
+                f"{self.margin} for {self.patience} steps"
+            )
+            self._stop(trainer, pl_module, reason)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Now and then, look at the parameters themselves: a clipped infinity gives a finite loss."""
+        if not self.diverged and trainer.global_step % self.check_parameters_every == 0:
+            bad = torch.tensor(float(bool(_non_finite(pl_module))), device=pl_module.device)
+            if trainer.strategy.reduce(bad, reduce_op="sum") > 0:
+                self._stop(trainer, pl_module, "a parameter is not finite")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to judge as the uninterrupted one would."""
+        return {
+            "initial_loss": self.initial_loss,
+            "average": self._average,
+            "steps_above": self._steps_above,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.initial_loss = state_dict["initial_loss"]
+        self._average = state_dict["average"]
+        self._steps_above = state_dict["steps_above"]
+
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, reason: str) -> None:
+        self.diverged = True
+        trainer.should_stop = True
+        names = _non_finite(pl_module)
+        blame = f"; not finite: {', '.join(names)}" if names else ""
+        logger.warning("diverged at step %d: %s%s", trainer.global_step, reason, blame)
+
+
+@torch.no_grad()
+def _non_finite(pl_module: L.LightningModule) -> list[str]:
+    named = [(name, local(p)) for name, p in pl_module.named_parameters()]
+    finite = torch.stack([p.isfinite().all() for _, p in named]).tolist()
+    return [name for (name, _), ok in zip(named, finite, strict=True) if not ok]

@@ -1,0 +1,77 @@
+"""The record of a run in TensorBoard: its hyper-parameters and the same `hp/*` for every run.
+
+TensorBoard's HParams tab joins runs by hyper-parameter and metric name, so that a
+method x learning rate x seed grid shows in its parallel-coordinates view.
+"""
+
+from math import nan
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from stableqat.callbacks.divergence import DivergenceGuard
+
+
+class RunRecord(L.Callback):
+    """Log flat hyper-parameters once at the start, and `hp/*` whenever they change."""
+
+    def __init__(self) -> None:
+        self._best = nan
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the record of a training run."""
+        self._open(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the record of a run that only validates."""
+        if trainer.state.fn == "validate":
+            self._open(trainer, pl_module, "validate")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Update the record with a validation's loss."""
+        if not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
+            loss = trainer.callback_metrics["val/loss"].item()
+            self._best = loss if not self._best <= loss else self._best
+            self._log(trainer, {"hp/val_loss": loss, "hp/best_val_loss": self._best})
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the record."""
+        self._log(trainer, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best loss so far."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._best = state_dict["best"]
+
+    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, subcommand: str) -> None:
+        settings = {**pl_module.describe(), "subcommand": subcommand}
+        if trainer.optimizers:
+            group = trainer.optimizers[0].param_groups[0]
+            settings["lr"] = group.get("initial_lr", group["lr"])
+            settings["weight_decay"] = group.get("weight_decay", 0.0)
+            settings["optimizer"] = type(trainer.optimizers[0]).__name__
+            settings["max_steps"] = trainer.max_steps
+            settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
+            settings["batch_size"] = getattr(getattr(trainer, "datamodule", None), "batch_size", 0)
+        metrics = {"hp/val_loss": nan, "hp/best_val_loss": nan, **_progress(trainer)}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(settings, metrics, step=trainer.global_step)
+
+    def _log(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({**metrics, **_progress(trainer)}, step=trainer.global_step)
+
+
+def _progress(trainer: L.Trainer) -> dict[str, float]:
+    guard = next((c for c in trainer.callbacks if isinstance(c, DivergenceGuard)), None)  # type: ignore[attr-defined]
+    initial = guard.initial_loss if guard is not None else None
+    return {
+        "hp/initial_loss": nan if initial is None else initial,
+        "hp/diverged": float(guard is not None and guard.diverged),
+        "hp/steps": float(trainer.global_step),
+    }

@@ -1,0 +1,9 @@
+"""Training systems: LightningModules around quantized Llama-family models and vision transformers."""
+
+from stableqat.modules.base import QATModule
+from stableqat.modules.llama import LlamaModule
+from stableqat.modules.schedule import CosineWarmup
+from stableqat.modules.strategy import FSDP2Strategy
+from stableqat.modules.vit import ViTModule
+
+__all__ = ["CosineWarmup", "FSDP2Strategy", "LlamaModule", "QATModule", "ViTModule"]

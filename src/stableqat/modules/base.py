@@ -1,0 +1,255 @@
+"""What every training system shares: surgery, parameter groups, optimizer, exact resume, checkpoints.
+
+Order of events: the architecture is built and checked on the meta device in `__init__` (a wrong
+setting fails before data is prepared); `configure_model` builds it for real, loads the
+full-precision start, swaps the linear layers and sets their scales from the loaded weights,
+then shards. Where a state dict follows, neither start nor initialisation is computed.
+Randomness inside a step (dropout, mixup, stochastic quantizers) is a function of (seed, epoch,
+batch, rank), so that a resumed run repeats the uninterrupted one.
+"""
+
+import logging
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from stableqat.errors import UserError
+from stableqat.modules.start import load_start
+from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.surgery import SurgeryReport, quantize_linears, quantized_layers
+
+logger = logging.getLogger(__name__)
+
+_STATE_DICT_FOLLOWS: ContextVar[bool] = ContextVar("state_dict_follows", default=False)
+
+
+@contextmanager
+def state_dict_follows(follows: bool = True) -> Iterator[None]:
+    """Inside, `configure_model` neither loads a start nor initialises scales: a checkpoint will."""
+    token = _STATE_DICT_FOLLOWS.set(follows)
+    try:
+        yield
+    finally:
+        _STATE_DICT_FOLLOWS.reset(token)
+
+
+class QATModule(L.LightningModule, ABC):
+    """Base of the training systems; knows no method by name.
+
+    Args:
+        quantizer: Makes the quantizer of one weight; None trains in full precision, with no
+            surgery at all.
+        skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
+        init_from: Full-precision start: a run folder or checkpoint of this suite, a local model
+            folder or file, or a hub name. None starts from random weights.
+        optimizer: Makes the optimizer from parameter groups.
+        lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
+        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
+        compile_model: Compile the inner model with `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        *,
+        quantizer: QuantizerFactory | None = None,
+        skip: Sequence[str] = (),
+        init_from: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        scale_lr_multiplier: float = 0.1,
+        compile_model: bool = False,
+    ) -> None:
+        super().__init__()
+        if not scale_lr_multiplier >= 0:
+            raise UserError(f"scale_lr_multiplier: must be 0 or more, not {scale_lr_multiplier}")
+        self.quantizer = quantizer
+        self.skip = skip
+        self.init_from = init_from
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.scale_lr_multiplier = scale_lr_multiplier
+        self.compile_model = compile_model
+        self.model: nn.Module | None = None
+        self.surgery: SurgeryReport | None = None
+
+    # -- architecture ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The architecture with random weights, on the current default device."""
+
+    @abstractmethod
+    def load_pretrained(self, source: str) -> nn.Module:
+        """The architecture with the weights of a local folder or file that is not ours, or of the hub."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The repeated blocks: units of sharding."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Hyper-parameters that rebuild the architecture without the source it came from."""
+        return {}
+
+    def check_data(self, datamodule: L.LightningDataModule) -> None:
+        """Refuse data that the model cannot take, by what is known before data is prepared.
+
+        Raises:
+            UserError: Naming both settings.
+        """
+
+    def save_plain_hyperparameters(self) -> None:
+        """Save hyper-parameters as plain values, so that a checkpoint loads without pickled code.
+
+        To be called last in a subclass's `__init__`. The command line hands them over plain; from
+        Python, classes and `functools.partial`s of classes become `class_path` and `init_args`.
+        """
+        self.save_hyperparameters(logger=False)
+        if "_class_path" not in self.hparams:
+            plain = {key: _plain(value) for key, value in self.hparams.items() if not callable(value) or _named(value)}
+            self.hparams.clear()
+            self.hparams.update(plain)
+            self.hparams["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
+            self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+
+    def check_architecture(self) -> None:
+        """Build and swap on the meta device: a setting that cannot work fails here, in no time."""
+        with torch.device("meta"):
+            model = self.build_model()
+        if self.quantizer is not None:
+            report = quantize_linears(model, self.quantizer, self.skip)
+            if not report.swapped:
+                raise UserError(f"skip: no linear layer is left to quantize ({report})")
+
+    def configure_model(self) -> None:
+        """Build, load, swap, initialise, shard; calling it again changes nothing."""
+        if self.model is not None:
+            return
+        follows = _STATE_DICT_FOLLOWS.get()
+        if follows or self.init_from is None:
+            model = self.build_model()
+        else:
+            model = load_start(self, self.init_from)
+        if self.quantizer is not None:
+            self.surgery = quantize_linears(model, self.quantizer, self.skip, initialize=not follows)
+        if self.compile_model:
+            model.compile()
+        if self.device_mesh is not None:
+            _shard(model, self.blocks(model), self.device_mesh)
+        self.model = model
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Rebuild a module from a checkpoint alone; see Lightning's method of this name."""
+        with state_dict_follows():
+            return super().load_from_checkpoint(*args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the saved hyper-parameters sufficient: loading never goes back to `init_from`."""
+        hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
+        hyper_parameters.update(self.resolved(), init_from=None)
+
+    # -- optimization ---------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Weights (decayed), scales (every quantizer parameter; no decay) and the rest (no decay).
+
+        A group without parameters is left out, so that full precision sees an ordinary optimizer.
+        """
+        assert self.model is not None
+        quantizers = [m for m in self.model.modules() if isinstance(m, Quantizer)]
+        scales = {id(p) for quantizer in quantizers for p in quantizer.parameters()}
+        exempt = getattr(self.model, "no_weight_decay", set)()
+        groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) in scales:
+                groups["scales"].append(parameter)
+            elif parameter.ndim >= 2 and name not in exempt:
+                groups["weights"].append(parameter)
+            else:
+                groups["norms_and_biases"].append(parameter)
+        made = [{"name": name, "params": params} for name, params in groups.items() if params]
+        return [group if group["name"] == "weights" else {**group, "weight_decay": 0.0} for group in made]
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and scheduler, from the parameters that exist after surgery."""
+        optimizer = self.optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            if group["name"] == "scales":
+                group["lr"] *= self.scale_lr_multiplier
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)  # type: ignore[union-attr]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Every trainable parameter is in the optimizer, or training would silently do nothing."""
+        optimized = {id(p) for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]}
+        lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in optimized]
+        assert not lost, f"trainable parameters outside the optimizer: {lost}"
+
+    # -- exact resume ---------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, which Lightning's `seed_everything` leaves in the environment."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Derive the step's randomness from its position."""
+        position = [self.seed, self.current_epoch, batch_idx, self.global_rank]
+        state = int(np.random.SeedSequence(position).generate_state(1)[0])
+        torch.manual_seed(state)
+        np.random.seed(state)
+        random.seed(state)
+
+    # -- record ---------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, str | int | float]:
+        """Flat hyper-parameters of the run for TensorBoard's HParams and for tables."""
+        assert self.model is not None
+        layers = list(quantized_layers(self.model).values())
+        method = layers[0].weight_quantizer.describe() if layers else {"method": "FP"}
+        return {**method, "scale_lr_multiplier": self.scale_lr_multiplier, "seed": self.seed}
+
+    def log_training_loss(self, loss: Tensor) -> None:
+        """Log `train/loss` and show it in the progress bar."""
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+
+
+def _shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def _named(value: Callable[..., Any]) -> bool:
+    target = value.func if isinstance(value, partial) else value
+    plain = not isinstance(value, partial) or not value.args
+    return isinstance(target, type) and "<locals>" not in target.__qualname__ and plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, partial):
+        return {**_plain(value.func), "init_args": {k: _plain(v) for k, v in value.keywords.items()}}
+    if isinstance(value, type):
+        return {"class_path": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(value, tuple):
+        return list(value)
+    return value

@@ -1,0 +1,50 @@
+"""Learning-rate schedule: linear warm-up, then a cosine down to a share of the peak.
+
+Every parameter group is scaled by the same factor, so the scales' own multiplier is kept.
+"""
+
+from math import cos, pi
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from stableqat.errors import UserError
+
+
+class CosineWarmup(LambdaLR):
+    """Linear warm-up over `warmup_steps`, then half a cosine to `final_ratio` at `total_steps`.
+
+    Args:
+        optimizer: The optimizer.
+        warmup_steps: Steps before the peak; 0 starts at the peak, as the published recipes do.
+        total_steps: Step at which the cosine ends; None takes the trainer's number of steps.
+        final_ratio: Learning rate at the end, as a share of the peak.
+
+    Raises:
+        UserError: If a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        final_ratio: float = 0.0,
+    ) -> None:
+        if warmup_steps < 0:
+            raise UserError(f"warmup_steps: must not be negative, not {warmup_steps}")
+        if total_steps is not None and total_steps <= warmup_steps:
+            raise UserError(f"total_steps: {total_steps} must be more than warmup_steps, {warmup_steps}")
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.final_ratio = final_ratio
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """Share of the peak learning rate at `step`."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.total_steps is None:
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.final_ratio + (1 - self.final_ratio) * (1 + cos(pi * done)) / 2

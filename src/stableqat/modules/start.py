@@ -1,0 +1,110 @@
+"""Start from anything: resolve `init_from` and load its full-precision weights.
+
+Accepted, in this order: a run folder of this suite (its last checkpoint), a checkpoint file of
+this suite, then whatever the family reads itself: a local model folder or file, a hub name.
+Of a checkpoint that was trained with quantizers the latent weights are taken, and said so.
+Files are read with `weights_only`: nothing in them is executed.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor, nn
+
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from stableqat.modules.base import QATModule
+
+logger = logging.getLogger(__name__)
+
+
+def load_start(module: "QATModule", source: str) -> nn.Module:
+    """Build a module's architecture with the weights of `source`.
+
+    Args:
+        module: The training system; it knows how to build its architecture and its family's formats.
+        source: Run folder, checkpoint, local model folder or file, or hub name.
+
+    Returns:
+        The model in float32, not yet quantized.
+
+    Raises:
+        UserError: If the source is missing, damaged or of another architecture.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        return module.load_pretrained(source)
+    model = module.build_model()
+    state = {k.removeprefix("model."): v for k, v in read_checkpoint(checkpoint)["state_dict"].items()}
+    latent = {k: v for k, v in state.items() if ".weight_quantizer." not in k}
+    if len(latent) < len(state):
+        logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
+    load_weights(model, latent, source)
+    return model
+
+
+def find_checkpoint(source: str) -> Path | None:
+    """The checkpoint file behind a run folder or path; None if `source` is not of this suite.
+
+    Raises:
+        UserError: If a run folder has no checkpoint.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix == ".ckpt":
+        return path
+    if path.is_dir() and ((path / "config.yaml").is_file() or (path / "checkpoints").is_dir()):
+        last = path / "checkpoints" / "last.ckpt"
+        if not last.exists():
+            raise UserError(f"{source}: the run holds no checkpoints/last.ckpt; let it train first")
+        return last
+    if path.suffix == ".ckpt":
+        raise UserError(f"{source}: no such checkpoint")
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this suite, tensors and plain values only.
+
+    Raises:
+        UserError: If the file is cut short, or holds something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable checkpoint (cut short or damaged); take another one") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise UserError(f"{path}: holds more than tensors and plain values; refused") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict)")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy a state dict into a model, exactly.
+
+    Raises:
+        UserError: Naming the first difference, if the file is of another architecture.
+    """
+    own = model.state_dict()
+    tied = _tied(model)
+    differences = [f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
+                   for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
+    differences += [f"{k} is missing in the file" for k in own if k not in state and not tied.get(k, set()) & set(state)]
+    differences += [f"{k} is not in the model" for k in state if k not in own]
+    if differences:
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise UserError(f"{source}: weights of another architecture: {differences[0]}{more}; check the model's settings")
+    model.load_state_dict(state, strict=False)
+
+
+def _tied(model: nn.Module) -> dict[str, set[str]]:
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: group for group in names.values() for name in group if len(group) > 1}

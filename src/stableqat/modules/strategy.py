@@ -1,0 +1,30 @@
+"""FSDP2 over every process: Lightning's `ModelParallelStrategy` with the sizes a user expects.
+
+Lightning's own defaults make the GPUs of a node a tensor-parallel group. Here all processes
+are one data-parallel group; `QATModule.configure_model` shards the model block by block.
+"""
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallelism (FSDP2), `--trainer.strategy fsdp2`.
+
+    Args:
+        save_distributed_checkpoint: Each rank writes its shard into a folder; False gathers one file.
+        process_group_backend: nccl or gloo; None chooses by the device.
+    """
+
+    def __init__(
+        self, save_distributed_checkpoint: bool = False, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        """Set the group's size, known only once the trainer has chosen its devices."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()

@@ -1,0 +1,213 @@
+"""Vision transformers of timm (ViT, DeiT) as training systems.
+
+The stock timm model is used as it is; only its linear layers are swapped. The classifier
+`head` stays in full precision, the patch embedding is a convolution and is not touched.
+Validation loss is the plain cross-entropy in nats over all images, whatever smoothing or
+mixup the training loss has.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from stableqat.errors import UserError
+from stableqat.modules.base import QATModule
+from stableqat.quantizers import QuantizerFactory
+
+
+class ViTModule(QATModule):
+    """A quantized vision transformer.
+
+    Args:
+        model_name: Name of a timm ViT or DeiT.
+        num_classes: Number of classes.
+        model_args: Further arguments of the timm model, for example img_size, patch_size, in_chans,
+            embed_dim, depth, num_heads, drop_rate, drop_path_rate.
+        label_smoothing: Share of the target spread over all classes in the training loss.
+        mixup_alpha: Strength of mixup; 0 is off.
+        cutmix_alpha: Strength of cutmix; 0 is off.
+        quantizer: Makes the quantizer of one weight; None trains in full precision.
+        skip: Linear layers that stay in full precision, by name patterns.
+        init_from: Full-precision start: run folder, checkpoint, weight file (.safetensors, .pth) or
+            hub name.
+        optimizer: Makes the optimizer from parameter groups.
+        lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
+        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
+        compile_model: Compile the inner model with `torch.compile`.
+
+    Raises:
+        UserError: If the model is unknown or a setting does not fit it.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str = "deit_small_patch16_224",
+        num_classes: int = 1000,
+        model_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        quantizer: QuantizerFactory | None = None,
+        skip: Sequence[str] = ("head", "head_dist"),
+        init_from: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        scale_lr_multiplier: float = 0.1,
+        compile_model: bool = False,
+    ) -> None:
+        super().__init__(
+            quantizer=quantizer,
+            skip=skip,
+            init_from=init_from,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            scale_lr_multiplier=scale_lr_multiplier,
+            compile_model=compile_model,
+        )
+        self.save_plain_hyperparameters()
+        if num_classes < 2:
+            raise UserError(f"model.num_classes: must be at least 2, not {num_classes}")
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"model.label_smoothing: must lie in [0, 1), not {label_smoothing}")
+        self.model_name = model_name
+        self.num_classes = num_classes
+        self.model_args = model_args or {}
+        self.label_smoothing = label_smoothing
+        self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
+        self.check_architecture()
+        self.val_loss_sum = SumMetric().set_dtype(torch.float64)
+        self.val_images = SumMetric().set_dtype(torch.float64)
+        self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-100)
+        self.top5 = MulticlassAccuracy(
+            num_classes, average="micro", top_k=min(5, num_classes), ignore_index=-100
+        )
+
+    def build_model(self) -> nn.Module:
+        """See `QATModule.build_model`."""
+        import timm
+
+        try:
+            model = timm.create_model(
+                self.model_name, pretrained=False, num_classes=self.num_classes, **self.model_args
+            )
+        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+            raise UserError(f"model: timm cannot build {self.model_name} with {self.model_args}: {error}") from error
+        return model.train()
+
+    def load_pretrained(self, source: str) -> nn.Module:
+        """See `QATModule.load_pretrained`: a local weight file, or a timm model of the hub."""
+        import timm
+
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+            if not files:
+                raise UserError(f"init_from: {source} holds no .safetensors or .pth file")
+            path = files[0]
+        try:
+            if path.is_file():
+                model = self.build_model()
+                timm.models.load_checkpoint(model, str(path), weights_only=True)
+                return model
+            return timm.create_model(
+                f"hf-hub:{source}", pretrained=True, num_classes=self.num_classes, **self.model_args
+            ).train()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"init_from: {source} is neither a local start nor a timm model that can be reached: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Transformer blocks."""
+        return model.blocks  # type: ignore[return-value]
+
+    def check_data(self, datamodule: L.LightningDataModule) -> None:
+        """Images must have the model's size and channels; mixup pairs them, so batches are even."""
+        if self.mixup is not None and getattr(datamodule, "batch_size", 0) % 2:
+            raise UserError("data.batch_size: mixup and cutmix pair images; make it even or turn them off")
+        wanted = {"image_size": self.model_args.get("img_size"), "in_chans": self.model_args.get("in_chans", 3)}
+        for key, value in wanted.items():
+            given = getattr(datamodule, key, None)
+            if given is not None and value is not None and given != value:
+                name = "img_size" if key == "image_size" else key
+                raise UserError(f"model.model_args.{name}: the model takes {value}, the data has {key} {given}")
+
+    def setup(self, stage: str) -> None:
+        """Check the classes, once the data is known."""
+        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if found is not None and found != self.num_classes:
+            raise UserError(
+                f"model.num_classes: the model has {self.num_classes} classes, the data has {found}; set it to {found}"
+            )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """`(batch, channels, height, width)` images to `(batch, classes)` logits."""
+        assert self.model is not None
+        return self.model(pixel_values)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy, with label smoothing or mixup where they are on."""
+        images, labels = batch["pixel_values"], batch["labels"]
+        if self.mixup is None:
+            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        else:
+            images, targets = self.mixup(images.clone(), labels)  # mixes in place
+            loss = F.cross_entropy(self(images), targets)
+        self.log_training_loss(loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add up loss and accuracies over the images that are not padding."""
+        logits, labels = self(batch["pixel_values"]).float(), batch["labels"]
+        loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        self.val_loss_sum.update(loss.double().sum())
+        self.val_images.update((labels != -100).sum())
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and accuracies over all images of all ranks."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Class probabilities, `(batch, classes)`."""
+        return self(batch["pixel_values"]).float().softmax(-1)
+
+    def _log_evaluation(self, stage: str) -> None:
+        loss = self.val_loss_sum.compute() / self.val_images.compute()
+        metrics = {
+            f"{stage}/loss": loss.float(),
+            f"{stage}/top1": self.top1.compute(),
+            f"{stage}/top5": self.top5.compute(),
+        }
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)
+        for metric in (self.val_loss_sum, self.val_images, self.top1, self.top5):
+            metric.reset()
+
+
+def _mixup(mixup: float, cutmix: float, smoothing: float, classes: int) -> Any:
+    if mixup < 0 or cutmix < 0:
+        raise UserError("model.mixup_alpha, model.cutmix_alpha: must be 0 or more")
+    if mixup == cutmix == 0:
+        return None
+    from timm.data import Mixup
+
+    return Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=smoothing, num_classes=classes)
