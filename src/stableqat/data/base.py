@@ -1,0 +1,150 @@
+"""What text and images share: loaders over the one order of samples, a resumable place in it, the seed.
+
+A subclass says how its splits come to be (`load`); each split is a dataset that maps a list of (seed, epoch,
+index) keys to a batch. Lightning restores a loader's own state only when it resumes inside an epoch, so the
+place in the training stream is kept in the data module's state as well.
+"""
+
+import os
+import weakref
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from stableqat.data.order import EvaluationOrder, Key, Loader, TrainingLoader, TrainingOrder
+from stableqat.errors import UserError
+
+
+class Rows(Protocol):
+    """A split: `len` samples, and batches of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]: ...
+
+
+class DataModule(LightningDataModule):
+    """Serves the splits that a subclass loads.
+
+    Args:
+        batch_size: samples a step and process.
+        num_workers: processes that load batches ahead; 0 loads in the training process.
+        seed: decides the order and the augmentation; null takes the run's seed (seed_everything).
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(self, *, batch_size: int, num_workers: int = 0, seed: int | None = None):
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"num_workers {num_workers} must be 0 or more")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise UserError(f"seed {seed} must be 0 or a positive 63-bit integer")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._train_loader: TrainingLoader | None = None
+        self._place: dict[str, int] = {}
+
+    def load(self) -> dict[str, Rows]:
+        """Return the splits: `train`, `validation`, and `test` where there is one."""
+        raise NotImplementedError
+
+    @cached_property
+    def splits(self) -> dict[str, Rows]:
+        """The splits, prepared or read from the cache on first use."""
+        return self.load()
+
+    @property
+    def run_seed(self) -> int:
+        """The seed in force: the argument, or what Lightning's seed_everything left behind, or 0."""
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def prepare_data(self) -> None:
+        """Fill the caches, on one process of a machine."""
+        self.splits  # noqa: B018
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits, on every process; a new fit starts at the beginning of the training stream."""
+        self.splits  # noqa: B018
+        if stage in (None, "fit"):
+            self._train_loader, self._place = None, {}
+
+    def _share(self) -> dict[str, int]:
+        """Return this process's place among those that read different data (tensor-parallel ones do not)."""
+        strategy = getattr(self.trainer, "strategy", None)
+        share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        return {"rank": share["rank"], "world_size": share["num_replicas"]}
+
+    def _loader_options(self) -> dict[str, Any]:
+        strategy = getattr(self.trainer, "strategy", None)
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": strategy is not None and strategy.root_device.type == "cuda",
+            # A loader draws a base seed at every start; from a generator of its own it leaves torch's alone.
+            "generator": torch.Generator(),
+        }
+
+    def _step_unfinished(self) -> bool:
+        if self.trainer is None:
+            return False
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.ready > progress.processed  # type: ignore[attr-defined]
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Return the loader of the training stream, at the place that was restored.
+
+        Raises:
+            UserError: fewer samples than one step of all processes takes, or a checkpoint of other data.
+        """
+        rows = self.splits["train"]
+        share = self._share()
+        step, size = self.batch_size * share["world_size"], len(rows)
+        if size < step:
+            raise UserError(
+                f"the train split has {size} samples, fewer than the {step} of one step "
+                f"(batch_size x {share['world_size']} processes): lower batch_size or give more data"
+            )
+        if overfit := getattr(self.trainer, "overfit_batches", 0):
+            size = min(size, overfit * step if isinstance(overfit, int) else max(step, int(overfit * size)))
+        order = TrainingOrder(size, self.batch_size, seed=self.run_seed, **share)
+        # A weak reference: workers take seconds to end when a cycle of references keeps their loader.
+        module = weakref.proxy(self)
+        loader = TrainingLoader(
+            rows, order, unfinished=lambda: module._step_unfinished(), **self._loader_options()
+        )
+        if place := self.state_dict():
+            loader.load_state_dict(place)
+        self._train_loader = loader
+        return loader
+
+    def _evaluation_loader(self, split: str) -> Loader:
+        rows = self.splits[split]
+        order = EvaluationOrder(len(rows), self.batch_size, **self._share())
+        return Loader(rows, batch_size=None, sampler=order, **self._loader_options())  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Loader:
+        """Return the loader of the validation split."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> Loader:
+        """Return the loader of the test split, or of the validation split where there is none."""
+        return self._evaluation_loader("test" if "test" in self.splits else "validation")
+
+    def predict_dataloader(self) -> Loader:
+        """Return the same loader as for testing; padding rows carry labels of -100 only."""
+        return self.test_dataloader()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the training stream, for the checkpoint."""
+        return self._train_loader.state_dict() if self._train_loader is not None else self._place
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Keep a checkpoint's place in the training stream for the training loader to come."""
+        self._place = state_dict

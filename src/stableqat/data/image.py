@@ -1,0 +1,329 @@
+"""Images for classifiers: the embedded digits, image folders, parquet files and hub data sets.
+
+Training images go through timm's augmentation, evaluation images through its resize and centre crop. Every
+random choice is drawn from (seed, epoch, image), so the same run sees the same pixels whatever the workers
+and wherever it resumes. Where a source has no validation split, every k-th image of each class is held out.
+"""
+
+import io
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stableqat.data.base import DataModule, Rows
+from stableqat.data.embedded import DIGITS_SIZE, DigitsTransform, embedded_digits
+from stableqat.data.order import PAD, Key, sample_rng
+from stableqat.data.source import IMAGE_FORMATS, load_splits, local_files
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DIGITS_FRACTION = 0.2
+
+
+def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Return a mask of the held-out samples: in each class, in order, every (1/fraction)-th.
+
+    Args:
+        labels: class of each sample, shape (n,).
+        fraction: share of each class to hold out, in (0, 1).
+    """
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], labels[order], side="left")
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - starts
+    # The small excess keeps 5 * 0.2 and the like on the side of the integer that they mean.
+    return np.floor((rank + 1) * fraction + 1e-9) > np.floor(rank * fraction + 1e-9)
+
+
+class ImageReader:
+    """Opens some of a data set's images by index, in RGB.
+
+    Args:
+        rows: data set whose image column is not decoded.
+        column: that column.
+        chosen: the rows that make this split.
+        source: what the user called the data set, for messages.
+    """
+
+    def __init__(self, rows: "Dataset", column: str, chosen: np.ndarray, source: str):
+        self.rows, self.column, self.chosen, self.source = rows, column, chosen, source
+
+    def __call__(self, index: int) -> "Image":
+        """Return one image, decoded.
+
+        Raises:
+            UserError: it can't be read; names the file, or the row.
+        """
+        from PIL import Image
+
+        row = int(self.chosen[index])
+        record = self.rows[row][self.column] or {}
+        try:
+            content = record.get("bytes")
+            with Image.open(io.BytesIO(content) if content else record["path"]) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, KeyError, AttributeError, TypeError) as error:
+            where = record.get("path") if not record.get("bytes") else None
+            where = where or f"{self.source} row {row}"
+            raise UserError(f"{where} is not an image that can be read: repair or remove it") from error
+
+
+class ImageRows:
+    """Images and labels by key.
+
+    Args:
+        read: index -> image.
+        labels: class of each image, shape (n,).
+        transform: image -> tensor of shape (channels, height, width); may draw from the global generators.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Any], labels: np.ndarray, transform: Callable[[Any], torch.Tensor]
+    ):
+        self.read, self.labels, self.transform = read, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]:
+        images, labels = [], []
+        for seed, epoch, index in keys:
+            image = self.read(max(index, 0))
+            with sample_rng(seed, epoch, max(index, 0)):
+                images.append(self.transform(image))
+            labels.append(-100 if index == PAD else int(self.labels[index]))
+        return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
+
+
+class ImageDataModule(DataModule):
+    """Images for classifiers, as `pixel_values` (batch, channels, size, size) and `labels` (batch,).
+
+    Args:
+        source: an image folder (a folder a class), a parquet file or folder with an image column, or a hub
+            name; null takes the embedded digits. In a folder, parquet files whose names start with train,
+            validation (valid, val, dev) or test, or folders named so, make the splits.
+        name: configuration of a hub data set.
+        image_column: the column of images; null takes the one that holds images.
+        label_column: the column of classes; null takes the one that holds class labels, or is named label.
+        image_size: height and width in pixels; null takes 8 for the digits and 224 for others.
+        batch_size: images a step and process.
+        validation_fraction: share of each class held out where the source has no validation split; the digits
+            hold out every fifth image.
+        augment: augment training images: the digits are shifted by at most a pixel, others get the timm
+            options below.
+        scale: smallest and largest share of the image's area that a random crop takes.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of changes of brightness, contrast and saturation; auto_augment takes its
+            place.
+        auto_augment: timm policy, for example rand-m9-mstd0.5-inc1; null for none.
+        re_prob: probability of erasing a random rectangle.
+        crop_pct: share of the image that evaluation's centre crop keeps.
+        interpolation: how images are resized: bicubic, bilinear or nearest.
+        mean: mean of each channel that is subtracted, for pixels in [0, 1]; the digits have their own.
+        std: standard deviation of each channel that is divided by; the digits have their own.
+        num_workers: processes that load batches ahead; 0 loads in the training process.
+        seed: decides the order and the augmentation; null takes the run's seed (seed_everything).
+        cache_dir: where prepared data is kept; null takes the default folder of `datasets`.
+
+    Raises:
+        UserError: a value out of range, a missing, empty or cut-short file.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        *,
+        name: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        image_size: int | None = None,
+        batch_size: int = 64,
+        validation_fraction: float = 0.1,
+        augment: bool = True,
+        scale: tuple[float, float] = (0.08, 1.0),
+        hflip: float = 0.5,
+        color_jitter: float = 0.4,
+        auto_augment: str | None = None,
+        re_prob: float = 0.0,
+        crop_pct: float = 0.875,
+        interpolation: str = "bicubic",
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        num_workers: int = 0,
+        seed: int | None = None,
+        cache_dir: str | None = None,
+    ):
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if source is None and image_size not in (None, DIGITS_SIZE):
+            raise UserError(f"image_size {image_size}: the embedded digits have {DIGITS_SIZE} pixels a side")
+        if image_size is not None and image_size < 1:
+            raise UserError(f"image_size {image_size} must be at least 1")
+        if not 0 < validation_fraction < 1:
+            raise UserError(f"validation_fraction {validation_fraction} must lie between 0 and 1")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise UserError(
+                f"scale {list(scale)} must be two rising shares of the area, above 0 and at most 1"
+            )
+        if not 0 < crop_pct <= 1:
+            raise UserError(f"crop_pct {crop_pct} must lie above 0 and at most at 1")
+        if interpolation not in ("bicubic", "bilinear", "nearest"):
+            raise UserError(f"interpolation {interpolation} must be bicubic, bilinear or nearest")
+        for key, probability in (("hflip", hflip), ("re_prob", re_prob)):
+            if not 0 <= probability <= 1:
+                raise UserError(f"{key} {probability} must lie between 0 and 1")
+        if min(std) <= 0:
+            raise UserError(f"std {list(std)} must be positive")
+        if source is not None:
+            local_files(source, IMAGE_FORMATS)
+        self.source = source
+        self.name = name
+        self.image_column = image_column
+        self.label_column = label_column
+        self.image_size = image_size or (DIGITS_SIZE if source is None else 224)
+        self.in_chans = 1 if source is None else 3
+        self.validation_fraction = validation_fraction
+        self.augment = augment
+        self.cache_dir = cache_dir
+        self._shared: dict[str, Any] = {
+            "interpolation": interpolation,
+            "mean": tuple(mean),
+            "std": tuple(std),
+        }
+        self._evaluation: dict[str, Any] = {"crop_pct": crop_pct}
+        self._augmentation: dict[str, Any] = {
+            "scale": tuple(scale),
+            "hflip": hflip,
+            "color_jitter": color_jitter,
+            "auto_augment": auto_augment,
+            "re_prob": re_prob,
+        }
+
+    def _transform(self, training: bool) -> Callable[[Any], torch.Tensor]:
+        """Return timm's transform for training or evaluation."""
+        from timm.data import create_transform
+
+        own = self._augmentation if training else self._evaluation
+        size = (self.in_chans, self.image_size, self.image_size)
+        try:
+            return create_transform(size, is_training=training, **self._shared, **own)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise UserError(
+                f"auto_augment {self._augmentation['auto_augment']} is no policy of timm: {error}"
+            ) from error
+
+    @cached_property
+    def _images(self) -> dict[str, "Dataset"]:
+        """The splits of the source, the image column not decoded; finds both columns."""
+        from datasets import ClassLabel, Image
+
+        assert self.source is not None
+        splits = load_splits(self.source, self.name, formats=IMAGE_FORMATS, cache_dir=self.cache_dir)
+        features = splits["train"].features
+        columns = ", ".join(features)
+
+        def find(column: str | None, what: str, fits: Callable[[str], bool]) -> str:
+            found = [column] if column is not None else [key for key in features if fits(key)]
+            if not found or found[0] not in features:
+                missing = f"no column {column}" if column is not None else f"no column of {what}s"
+                raise UserError(f"{self.source} has {missing} (it has {columns}): set {what}_column")
+            if len(found) > 1:
+                log.info("%s: taking %s of the columns %s", self.source, found[0], ", ".join(found))
+            return found[0]
+
+        def holds_images(key: str) -> bool:
+            return isinstance(features[key], Image) or (
+                isinstance(features[key], dict) and "bytes" in features[key]
+            )
+
+        self.image_column = find(self.image_column, "image", holds_images)
+        if not holds_images(self.image_column):
+            raise UserError(f"column {self.image_column} of {self.source} holds no images: set image_column")
+        labelled = any(isinstance(feature, ClassLabel) for feature in features.values())
+        self.label_column = find(
+            self.label_column,
+            "label",
+            lambda key: isinstance(features[key], ClassLabel) if labelled else key in ("label", "labels"),
+        )
+        return {
+            split: rows.cast_column(self.image_column, Image(decode=False)) for split, rows in splits.items()
+        }
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The names of the classes, by label."""
+        from datasets import ClassLabel
+
+        if self.source is None:
+            return [str(digit) for digit in range(10)]
+        train = self._images["train"]
+        feature = train.features[self.label_column]
+        if isinstance(feature, ClassLabel):
+            return list(feature.names)
+        values = set(train.unique(self.label_column))
+        if all(isinstance(value, int) for value in values) and min(values) >= 0:
+            return [str(label) for label in range(max(values) + 1)]
+        if all(isinstance(value, str) for value in values):
+            return sorted(values)
+        raise UserError(f"column {self.label_column} of {self.source} holds no classes: set label_column")
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    def _labels(self, split: str) -> np.ndarray:
+        """Return the labels of a split as integers, checked against the classes."""
+        values = self._images[split][self.label_column][:]
+        index = {class_name: label for label, class_name in enumerate(self.class_names)}
+        labels = [index.get(value, -1) if isinstance(value, str) else value for value in values]
+        for row, label in enumerate(labels):
+            if label is None or not 0 <= label < self.num_classes:
+                raise UserError(
+                    f"{split} row {row} of {self.source} has label {values[row]}, none of the "
+                    f"{self.num_classes} training classes: repair or remove it"
+                )
+        return np.array(labels, np.int64)
+
+    def load(self) -> dict[str, Rows]:
+        """Return the splits as images and labels.
+
+        Raises:
+            UserError: a column is missing, a label lies outside the classes, nothing can be held out.
+        """
+        if self.source is None:
+            pixels, classes = embedded_digits()
+            held = held_out(classes, _DIGITS_FRACTION)
+            return {
+                "train": ImageRows(pixels[~held].__getitem__, classes[~held], DigitsTransform(self.augment)),
+                "validation": ImageRows(pixels[held].__getitem__, classes[held], DigitsTransform(False)),
+            }
+
+        labels = {split: self._labels(split) for split in self._images}
+        # Split -> the split of the source it comes from, and its rows there.
+        chosen = {split: (split, np.arange(len(labels[split]))) for split in labels}
+        if "validation" not in labels:
+            held = held_out(labels["train"], self.validation_fraction)
+            if not held.any():
+                raise UserError(
+                    f"validation_fraction {self.validation_fraction} of {len(held)} images holds out none: "
+                    "raise it or give a validation split"
+                )
+            chosen["train"] = "train", np.flatnonzero(~held)
+            chosen["validation"] = "train", np.flatnonzero(held)
+        splits: dict[str, Rows] = {}
+        for split, (origin, rows) in chosen.items():
+            assert self.image_column is not None
+            read = ImageReader(self._images[origin], self.image_column, rows, f"{self.source} {origin}")
+            transform = self._transform(training=split == "train" and self.augment)
+            splits[split] = ImageRows(read, labels[origin][rows], transform)
+        return splits

@@ -1,0 +1,188 @@
+"""The order of samples: a pure function of (seed, position), shared out over processes, resumed exactly.
+
+Training is one endless stream. Epoch e visits the samples in a permutation drawn from (seed, e); a step takes
+the next batch_size * world_size of them, and process r takes every world_size-th from the r-th on, so that
+any number of processes sees the same samples a step. An iterator goes on where the last batch handed out
+ended, across Lightning's epochs and across a resume: the whole state is (epoch, samples consumed). Evaluation
+visits every sample once; a process that would be short of a batch gets one of padding, because sharded
+forwards are collectives.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, SequentialSampler
+
+from stableqat.errors import UserError
+
+#: The index of a padding row, whose labels are all ignored.
+PAD = -1
+
+#: What a dataset is asked for: the seed and the epoch (which decide its augmentation) and the index of a
+#: sample.
+Key = tuple[int, int, int]
+
+
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return epoch `epoch`'s order of `size` samples.
+
+    Sorting raw Philox output, whose stream NumPy guarantees for good, makes the order independent of
+    versions.
+    """
+    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
+    return np.argsort(bits, kind="stable")
+
+
+@contextmanager
+def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators for one sample and restore them afterwards."""
+    generator = torch.default_generator
+    state = random.getstate(), np.random.get_state(), generator.get_state()
+    words = np.random.SeedSequence([seed, epoch, index]).generate_state(4)
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    generator.manual_seed(int(words.view(np.uint64)[0]) >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        generator.set_state(state[2])
+
+
+# Lightning's overfit_batches replaces every sampler that is not a SequentialSampler by one that knows no
+# keys; these two go through their positions in sequence, so the name is no lie.
+class TrainingOrder(SequentialSampler):
+    """One process's share of the endless training stream, in batches of keys, one epoch's worth an iterator.
+
+    Args:
+        size: number of samples; an epoch's last incomplete global batch is dropped.
+        batch_size: samples a step and process.
+        seed: decides the order.
+        rank: this process among those that read different data.
+        world_size: number of such processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
+        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+        self.global_batch = batch_size * world_size
+        assert 0 < self.global_batch <= size
+        assert 0 <= rank < world_size
+        self.position = (0, 0)
+
+    def __len__(self) -> int:
+        return self.size // self.global_batch
+
+    def start_of_batch(self, position: tuple[int, int]) -> tuple[int, int]:
+        """Return where the batch at `position` starts: there, or with the next epoch."""
+        epoch, consumed = position
+        return position if consumed + self.global_batch <= self.size else (epoch + 1, 0)
+
+    def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]
+        position, order, order_epoch = self.position, np.empty(0, np.int64), -1
+        for _ in range(len(self)):
+            epoch, start = self.start_of_batch(position)
+            if epoch != order_epoch:
+                order, order_epoch = permutation(self.size, self.seed, epoch), epoch
+            stop = start + self.global_batch
+            position = (epoch, stop)
+            yield [(self.seed, epoch, int(i)) for i in order[start + self.rank : stop : self.world_size]]
+
+    def advance(self) -> None:
+        """Count one global batch as consumed."""
+        epoch, start = self.start_of_batch(self.position)
+        self.position = (epoch, start + self.global_batch)
+
+
+class EvaluationOrder(SequentialSampler):
+    """One process's share of every sample once, in order, in the same number of batches on each process.
+
+    Args:
+        size: number of samples.
+        batch_size: samples a batch and process.
+        rank: this process among those that read different data.
+        world_size: number of such processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1):
+        self.size, self.rank, self.world_size = size, rank, world_size
+        self.global_batch = batch_size * world_size
+
+    def __len__(self) -> int:
+        return -(-self.size // self.global_batch)
+
+    def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]
+        for start in range(0, self.size, self.global_batch):
+            stop = min(start + self.global_batch, self.size)
+            yield [(0, 0, i) for i in range(start + self.rank, stop, self.world_size)] or [(0, 0, PAD)]
+
+
+class Loader(DataLoader):
+    """A DataLoader that keeps a user's error to its one line when a worker raises it."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            *_, line = str(error).strip().splitlines()
+            # Its traceback ends in torch's frame that holds it: a cycle that would keep the workers alive.
+            cause = error.with_traceback(None)
+            raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from cause
+
+
+class TrainingLoader(Loader):
+    """A loader over a `TrainingOrder` that saves and restores its place in the stream.
+
+    Batches that workers fetched ahead do not count: only what was handed out does, less the batch whose
+    training step `unfinished` reports as cut short.
+
+    Args:
+        dataset: maps a list of keys to a batch.
+        order: the stream of lists of keys.
+        unfinished: whether the step on the last batch handed out has yet to finish.
+        **kwargs: DataLoader's arguments.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        order: TrainingOrder,
+        *,
+        unfinished: Callable[[], bool] = lambda: False,
+        **kwargs: Any,
+    ):
+        super().__init__(dataset, batch_size=None, sampler=order, **kwargs)
+        self.order = order
+        self.unfinished = unfinished
+        self._previous = order.position
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            self._previous = self.order.position
+            self.order.advance()
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the stream, in samples of all processes, and what the stream was drawn from."""
+        epoch, consumed = self._previous if self.unfinished() else self.order.position
+        return {"epoch": epoch, "consumed": consumed, "seed": self.order.seed, "size": self.order.size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            UserError: the state was saved over another number of samples or another seed.
+        """
+        for key in ("seed", "size"):
+            if state[key] != getattr(self.order, key):
+                what = "data seed" if key == "seed" else "number of training samples"
+                raise UserError(
+                    f"cannot resume: the checkpoint's {what} is {state[key]}, this run's is "
+                    f"{getattr(self.order, key)}: resume with the same data settings, or start a new run "
+                    "from its weights with init_from"
+                )
+        self.order.position = self._previous = (state["epoch"], state["consumed"])

@@ -1,0 +1,250 @@
+"""From a name to splits: a local file, a folder, or a data set of the hub, read by `datasets`.
+
+What can be wrong with files is told apart here. Absent, empty and cut-short files are found before anything
+is read: a .zst says where its blocks end and a parquet file ends in a magic word, so neither needs
+decompressing. A line that is no JSON object is looked for only after reading has failed.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import logging
+import lzma
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+#: File suffix -> the `datasets` builder that reads it.
+TEXT_FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text"}
+IMAGE_FORMATS = {
+    ".parquet": "parquet",
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"), "imagefolder"),
+}
+_COMPRESSIONS = {".zst", ".gz", ".bz2", ".xz"}
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLITS |= {"dev": "validation", "test": "test"}
+_SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def _format(path: Path) -> str:
+    """Return the suffix that names a file's format, a compression's suffix left out."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _split(path: Path) -> str | None:
+    """Return the split that a path inside a folder names: a folder in full, a data file by how it starts.
+
+    Single images take it from their folders alone, because they, and their classes' folders, may be called
+    anything.
+    """
+    for folder in path.parts[:-1]:
+        if split := _SPLITS.get(folder.lower()):
+            return split
+    if IMAGE_FORMATS.get(_format(path)) == "imagefolder":
+        return None
+    match = _SPLIT_NAME.match(path.name.lower())
+    return _SPLITS[match[1]] if match else None
+
+
+def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, list[Path]]] | None:
+    """Return the builder and the files a split of a local source, or None for the name of a hub data set.
+
+    Args:
+        source: path of a file or a folder, or a hub name.
+        formats: file suffix -> builder.
+
+    Raises:
+        UserError: nothing there, no file of these formats, several formats, an empty or cut-short file.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        splits = {"train": [path]}
+    elif path.is_dir():
+        found = [p for p in sorted(path.rglob("*")) if _format(p) in formats and p.is_file()]
+        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        splits = {}
+        for file in found:
+            splits.setdefault(_split(file.relative_to(path)) or "", []).append(file)
+        unnamed = splits.pop("", [])
+        if not splits:
+            splits = {"train": unnamed}
+        elif unnamed:
+            log.info("%s: %d files belong to no split and are left out", source, len(unnamed))
+        if not found:
+            raise UserError(f"no data file in {source}: expected {', '.join(sorted(formats))}")
+        if "train" not in splits:
+            raise UserError(f"no training file in {source}: name files train*, validation*, test*")
+    elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and _format(path) not in formats:
+        return None
+    else:
+        raise UserError(f"no such data file or folder: {source}")
+
+    files = [file for some in splits.values() for file in some]
+    for file in files:
+        _check(file, formats)
+    builders = {formats[_format(file)] for file in files}
+    if len(builders) > 1:
+        names = ", ".join(sorted({_format(file) for file in files}))
+        raise UserError(f"{source} mixes file formats ({names}): keep one format a folder")
+    return builders.pop(), splits
+
+
+def _check(file: Path, formats: dict[str, str]) -> None:
+    """Raise UserError for a file of another format, an empty one, or one that was cut short."""
+    suffix = _format(file)
+    if suffix not in formats:
+        raise UserError(
+            f"{file}: cannot read {suffix or 'a file without suffix'}; take {', '.join(sorted(formats))}"
+        )
+    size = file.stat().st_size
+    if size == 0:
+        raise UserError(f"{file} is empty")
+    if file.suffix.lower() == ".zst" and not _zst_is_whole(file):
+        raise UserError(f"{file} is cut short or not zstandard: fetch or compress it again")
+    if suffix == ".parquet":
+        with file.open("rb") as stream:
+            head = stream.read(4)
+            stream.seek(max(size - 4, 0))
+            if head != b"PAR1" or stream.read(4) != b"PAR1":
+                raise UserError(f"{file} is cut short or not parquet: fetch or write it again")
+
+
+def _zst_is_whole(file: Path) -> bool:
+    """Walk a zstandard file's frames and block headers (RFC 8878): does it end where it should?"""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+
+        def number(width: int) -> int:
+            return int.from_bytes(stream.read(width), "little")
+
+        while stream.tell() < size:
+            magic = number(4)
+            if magic & 0xFFFFFFF0 == 0x184D2A50:  # a skippable frame
+                stream.seek(number(4), 1)
+                continue
+            if magic != 0xFD2FB528:
+                return False
+            flags = number(1)
+            single_segment, checksum = flags >> 5 & 1, flags >> 2 & 1
+            content_size = (single_segment, 2, 4, 8)[flags >> 6]
+            dictionary = (0, 1, 2, 4)[flags & 3]
+            stream.seek((1 - single_segment) + dictionary + content_size, 1)
+            last = False
+            while not last:
+                if stream.tell() + 3 > size:
+                    return False
+                block = number(3)
+                last, kind = bool(block & 1), block >> 1 & 3
+                stream.seek(1 if kind == 1 else block >> 3, 1)
+            stream.seek(4 * checksum, 1)
+        return stream.tell() == size
+
+
+def load_splits(
+    source: str, name: str | None, *, formats: dict[str, str], cache_dir: str | None, **options: Any
+) -> dict[str, "Dataset"]:
+    """Return the splits of a source, prepared by `datasets` and mapped from its cache.
+
+    Args:
+        source: path of a file or a folder, or a hub name.
+        name: configuration of a hub data set.
+        formats: file suffix -> builder.
+        cache_dir: where `datasets` keeps prepared data; None takes its own default.
+        **options: builder name -> that builder's arguments.
+
+    Raises:
+        UserError: the source can't be found, reached or read; names the file, and the line of broken JSON.
+    """
+    import datasets
+
+    local = local_files(source, formats)
+    if local is None:
+        try:
+            found = datasets.load_dataset(source, name, cache_dir=cache_dir)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{source} is neither a local file or folder nor a data set that the hub gives: {reason}"
+            ) from error
+        splits = {_SPLITS[key]: rows for key, rows in found.items() if key in _SPLITS}
+        if "train" not in splits:
+            raise UserError(
+                f"{source} has no train split (it has {', '.join(found)}): choose another data set"
+            )
+        return splits
+
+    builder, files = local
+    try:
+        return dict(
+            datasets.load_dataset(
+                builder,
+                data_files={split: [str(path) for path in paths] for split, paths in files.items()},
+                cache_dir=cache_dir,
+                **options.get(builder, {}),
+            )
+        )
+    except Exception as error:  # every reader and decompressor raises errors of its own
+        for path in (path for paths in files.values() for path in paths):
+            if fault := _fault(path, builder):
+                raise UserError(fault) from error
+        if not isinstance(error, (datasets.exceptions.DatasetsError, ValueError, StopIteration)):
+            raise
+        reason = (str(error.__cause__ or error).strip() or "no rows").splitlines()[0]
+        raise UserError(f"{source} can't be read as {builder}: {reason}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed."""
+    if path.suffix.lower() == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(path, "rb"))
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix.lower(), open)(path, "rb")
+
+
+def _fault(path: Path, builder: str) -> str | None:
+    """Return what is wrong with a file that could not be read, or None where nothing is found."""
+    if builder == "parquet":
+        import pyarrow
+
+        try:
+            pyarrow.parquet.ParquetFile(path).read()
+        except (pyarrow.ArrowException, OSError) as error:
+            return f"{path} can't be read as parquet: {str(error).splitlines()[0]}"
+        return None
+    line_number = 0
+    try:
+        with _open(path) as stream:
+            # A file that opens with a bracket holds one list; its lines are no documents of their own.
+            if builder == "json" and (first := stream.read(1)) != b"[":
+                lines = enumerate(iter(stream.readline, b""), 1)
+                for line_number, line in lines:
+                    text = (first + line if line_number == 1 else line).strip()
+                    if text and not isinstance(json.loads(text), dict):
+                        return f"{path} line {line_number} is not a JSON object"
+            elif builder == "json":
+                json.loads(first + stream.read())
+            else:
+                stream.read().decode()
+    except json.JSONDecodeError as error:
+        return f"{path} line {line_number or error.lineno} is not valid JSON: {error.msg}"
+    except UnicodeDecodeError as error:
+        return f"{path} {f'line {line_number} ' if line_number else ''}is not UTF-8 at byte {error.start}"
+    except Exception as error:  # each decompressor raises errors of its own
+        if path.suffix.lower() in _COMPRESSIONS:
+            return f"{path} can't be decompressed: {error}"
+        raise
+    return None

@@ -1,0 +1,78 @@
+"""Tokenizers: a byte-level BPE trained on the user's own text, or one that exists, from disk or the hub.
+
+Byte-level means that every text can be written in it and comes back exactly; no token is unknown. A small
+vocabulary keeps the embeddings of a small model small, at the price of more tokens a word.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+EOS = "<|endoftext|>"
+#: EOS spellings looked for in a bare tokenizer.json, which doesn't say.
+_EOS_SPELLINGS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+#: The 256 bytes and EOS.
+BPE_MIN_VOCAB = 257
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Return a byte-level BPE of at most `vocab_size` entries, EOS included, trained on texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # it would write to stdout
+    )
+    log.info("training a byte-level BPE of %d entries", vocab_size)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+def check_tokenizer(source: str) -> None:
+    """Raise UserError for what can only be a local path and isn't there."""
+    local = source.endswith(".json") or source.startswith((".", "/", "~"))
+    if local and not Path(source).expanduser().exists():
+        raise UserError(f"no such tokenizer file or folder: {source}")
+
+
+def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of a hub name, a local folder or a tokenizer.json.
+
+    Raises:
+        UserError: it can't be found or reached, is not a fast one, or has no EOS token.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(source).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    configured = (file.parent / "tokenizer_config.json").is_file()
+    try:
+        if file.is_file() and not configured:
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(file))
+            tokenizer.eos_token = next((eos for eos in _EOS_SPELLINGS if eos in tokenizer.get_vocab()), None)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent if file.is_file() else source))
+    except Exception as error:  # tokenizers raises bare Exception for a file it can't parse
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"tokenizer {source} can't be loaded from disk or the hub: {reason}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {source} has no fast version (tokenizer.json): choose another")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {source} has no EOS token: name it as eos_token in its tokenizer_config.json"
+        )
+    return tokenizer

@@ -1,0 +1,235 @@
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from stableqat.data import ImageDataModule
+from stableqat.data.image import held_out
+from stableqat.data.order import PAD
+from stableqat.errors import UserError
+
+DATA = Path(os.environ.get("STABLEQAT_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+
+
+def picture(number, size=12):
+    """An image of its own colour, with a gradient across."""
+    pixels = np.zeros((size, size, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = number * 5, np.arange(size) * 20
+    return Image.fromarray(pixels)
+
+
+def encoded(number):
+    buffer = io.BytesIO()
+    picture(number).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def image_folder(root, counts, splits=("",)):
+    number = 0
+    for split in splits:
+        for name, count in counts.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for _ in range(count):
+                picture(number).save(folder / f"{number:03}.png")
+                number += 1
+    return root
+
+
+def parquet(path, column="img", label="label", names=("cat", "dog"), count=40, labels=None, feature=None):
+    import datasets
+
+    labels = labels or [n % len(names) for n in range(count)]
+    features = {
+        column: datasets.Image(),
+        label: feature or (datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")),
+    }
+    rows = {column: [{"bytes": encoded(n), "path": None} for n in range(count)], label: labels}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def make(tmp_path):
+    def module(source, **options):
+        options = {"image_size": 16, "batch_size": 4, "cache_dir": str(tmp_path / "cache")} | options
+        data = ImageDataModule(str(source), **options)
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    return module
+
+
+def everything(rows):
+    return rows[[(0, 0, index) for index in range(len(rows))]]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.sampled_from([0.1, 0.2, 1 / 3, 0.5]))
+def test_each_class_is_held_out_alike(labels, fraction):
+    labels = np.array(labels)
+    mask = held_out(labels, fraction)
+    for label in range(5):
+        of_class = mask[labels == label]
+        assert of_class.sum() == int(len(of_class) * fraction + 1e-9)
+        assert (held_out(np.zeros(len(of_class), int), fraction) == of_class).all()
+
+
+class TestDigits:
+    def test_split_shape_and_scale(self):
+        data = ImageDataModule()
+        assert (data.num_classes, data.image_size, data.in_chans) == (10, 8, 1)
+        assert data.class_names[7] == "7"
+        data.setup()
+        train, validation = data.splits["train"], data.splits["validation"]
+        assert (len(train), len(validation)) == (1442, 355)
+        counts = np.bincount(validation.labels)
+        assert counts.min() >= 34
+        assert counts.max() <= 36
+        batch = next(iter(data.train_dataloader()))
+        assert batch["pixel_values"].shape == (64, 1, 8, 8)
+        assert batch["pixel_values"].dtype == torch.float32
+        assert batch["labels"].dtype == torch.int64
+        plain = ImageDataModule(augment=False)
+        plain.setup()
+        pixels = everything(plain.splits["train"])["pixel_values"]
+        assert abs(pixels.mean().item()) < 1e-3
+        assert abs(pixels.std().item() - 1) < 1e-3
+
+    def test_every_image_is_in_one_split(self):
+        data = ImageDataModule(augment=False)
+        data.setup()
+        images = [
+            image.tobytes()
+            for rows in data.splits.values()
+            for image in everything(rows)["pixel_values"].numpy()
+        ]
+        assert len(images) == 1797
+        assert len(set(images)) == 1797
+
+    def test_augmentation_moves_by_a_pixel_and_changes_every_epoch(self):
+        data = ImageDataModule()
+        data.setup()
+        rows = data.splits["train"]
+        seen = rows[[(0, epoch, 5) for epoch in range(60)]]["pixel_values"]
+        assert len({image.numpy().tobytes() for image in seen}) == 9
+        assert torch.equal(rows[[(0, 7, 5)]]["pixel_values"], seen[7:8])
+
+    def test_padding_is_ignored(self):
+        data = ImageDataModule()
+        data.setup()
+        batch = data.splits["validation"][[(0, 0, 1), (0, 0, PAD)]]
+        assert batch["labels"][1] == -100
+        assert batch["labels"][0] >= 0
+        assert batch["pixel_values"].shape == (2, 1, 8, 8)
+
+
+def test_an_image_folder(tmp_path, make):
+    data = make(image_folder(tmp_path / "pets", {"cat": 20, "dog": 10, "test_tube": 10}))
+    assert data.class_names == ["cat", "dog", "test_tube"]
+    assert data.in_chans == 3
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 36, "validation": 4}
+    assert np.bincount(data.splits["validation"].labels).tolist() == [2, 1, 1]
+    batch = next(iter(data.train_dataloader()))
+    assert batch["pixel_values"].shape == (4, 3, 16, 16)
+
+
+def test_an_image_folder_with_splits(tmp_path, make):
+    data = make(image_folder(tmp_path / "pets", {"cat": 3, "train": 2}, ("train", "val", "test")))
+    assert {split: len(rows) for split, rows in data.splits.items()} == {
+        "train": 5,
+        "validation": 5,
+        "test": 5,
+    }
+    assert data.class_names == ["cat", "train"]
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), None], ids=["class labels", "integers"])
+def test_parquet_with_images(tmp_path, make, names):
+    parquet(tmp_path / "train-0.parquet", names=names, labels=[n % 2 for n in range(40)])
+    data = make(tmp_path / "train-0.parquet")
+    assert data.class_names == (list(names) if names else ["0", "1"])
+    assert (data.image_column, data.label_column) == ("img", "label")
+    assert len(data.splits["validation"]) == 4
+    # Evaluation is plain: resize, centre crop, standardise.
+    sharp = make(
+        tmp_path / "train-0.parquet", image_size=12, crop_pct=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
+    held = everything(sharp.splits["validation"])
+    numbers = (held["pixel_values"][:, 0, 0, 0] * 255 / 5).round().int().tolist()
+    assert numbers == [18, 19, 38, 39]
+    assert held["labels"].tolist() == [n % 2 for n in numbers]
+
+
+def test_string_labels(tmp_path, make):
+    import datasets
+
+    labels = ["dog" if n % 2 else "cat" for n in range(40)]
+    path = parquet(tmp_path / "a.parquet", label="kind", labels=labels, feature=datasets.Value("string"))
+    data = make(path, label_column="kind")
+    assert data.class_names == ["cat", "dog"]
+    assert data.splits["train"].labels[:4].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("source", ["digits", "parquet"])
+def test_workers_and_augmentation_give_the_same_pixels(tmp_path, make, source):
+    options = {"seed": 4, "batch_size": 8}
+    if source == "parquet":
+        path = parquet(tmp_path / "a.parquet")
+        options |= {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5}
+
+    def epochs(**more):
+        data = ImageDataModule(**options, **more) if source == "digits" else make(path, **options, **more)
+        data.setup()
+        loader = data.train_dataloader()
+        return [batch["pixel_values"] for _ in range(2) for _, batch in zip(range(4), loader, strict=False)]
+
+    plain, forked = epochs(), epochs(num_workers=2)
+    assert len(plain) == 8
+    assert all(torch.equal(one, two) for one, two in zip(plain, forked, strict=True))
+    assert not torch.equal(plain[0], epochs(augment=False)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", ["cut", "noise"])
+def test_an_unreadable_image_is_named(tmp_path, make, workers, fault):
+    root = image_folder(tmp_path / "pets", {"cat": 3, "dog": 3}, ("train", "val"))
+    bad = root / "val" / "cat" / "007.png"
+    bad.write_bytes(bad.read_bytes()[:60] if fault == "cut" else b"no image at all")
+    data = make(root, num_workers=workers)
+    # Nothing may hold the error, whose traceback keeps the workers.
+    with pytest.raises(UserError, match=f"^{re.escape(str(bad))} is not an image that can be read: [a-z ]+$"):
+        list(data.val_dataloader())
+
+
+def test_an_unreadable_row_is_numbered(tmp_path, make):
+    import datasets
+
+    rows = {
+        "image": [{"bytes": encoded(n) if n != 3 else b"junk", "path": None} for n in range(8)],
+        "label": [0, 1] * 4,
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    data = make(path, validation_fraction=0.5)
+    with pytest.raises(UserError, match=r"a.parquet train row 3 is not an image"):
+        list(data.val_dataloader()), list(data.train_dataloader())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no data")
+def test_cifar10_as_the_hub_has_it(make):
+    data = make(next((DATA / "cifar10").glob("test-*.parquet")), image_size=32, batch_size=32)
+    assert (data.num_classes, data.image_column, data.label_column) == (10, "img", "label")
+    assert data.class_names[0] == "airplane"
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 9000, "validation": 1000}
+    batch = next(iter(data.val_dataloader()))
+    assert batch["pixel_values"].shape == (32, 3, 32, 32)
+    assert abs(batch["pixel_values"].mean().item()) < 1
