@@ -96,18 +96,18 @@ def quantize_linears(
     """
     report = SurgeryReport()
     replacements: dict[int, QuantLinear] = {}
-    used_patterns = set()
+    used_patterns: set[str] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, nn.Linear):
             continue
-        pattern = next((p for p in skip if _matches(name, p)), None)
-        used_patterns.add(pattern)
+        matching = [p for p in skip if _matches(name, p)]
+        used_patterns.update(matching)
         if isinstance(module, QuantLinear):
             report.skipped[name] = "quantized already"
         elif type(module) is not nn.Linear:
             report.skipped[name] = f"a {type(module).__name__}, not a plain Linear"
-        elif pattern is not None:
-            report.skipped[name] = f"skip: {pattern}"
+        elif matching:
+            report.skipped[name] = f"skip: {matching[0]}"
         else:
             if id(module) not in replacements:  # one module under two names stays one module
                 try:

@@ -35,6 +35,11 @@ class _GuardedCheckpoint(ModelCheckpoint):
         if not _suspicious(trainer):
             super().on_train_end(trainer, pl_module)
 
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        # a gradient that is not finite poisons the weights under a loss that still is
+        if all(guard.check_parameters(trainer, trainer.lightning_module) for guard in _guards(trainer)):
+            super()._save_checkpoint(trainer, filepath)
+
 
 class BestCheckpoint(_GuardedCheckpoint):
     """Keep `checkpoints/best.ckpt`, the state with the lowest metric.
@@ -71,11 +76,15 @@ class LastCheckpoint(_GuardedCheckpoint):
         )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the final state, unless the last save was at this very step."""
+        """Save the final state, unless the last save was at this very step, or nothing is to be saved."""
         super().on_train_end(trainer, pl_module)
-        if not _suspicious(trainer) and self._last_global_step_saved != trainer.global_step:
+        if not _suspicious(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+def _guards(trainer: L.Trainer) -> list[DivergenceGuard]:
+    return [c for c in trainer.callbacks if isinstance(c, DivergenceGuard)]  # type: ignore[attr-defined]
+
+
 def _suspicious(trainer: L.Trainer) -> bool:
-    return any(c.suspicious for c in trainer.callbacks if isinstance(c, DivergenceGuard))  # type: ignore[attr-defined]
+    return any(guard.suspicious for guard in _guards(trainer))

@@ -78,9 +78,24 @@ class DivergenceGuard(L.Callback):
     ) -> None:
         """Now and then, look at the parameters themselves: a clipped infinity gives a finite loss."""
         if not self.diverged and trainer.global_step % self.check_parameters_every == 0:
-            bad = torch.tensor(float(bool(_non_finite(pl_module))), device=pl_module.device)
-            if trainer.strategy.reduce(bad, reduce_op="sum") > 0:
-                self._stop(trainer, pl_module, "a parameter is not finite")
+            self.check_parameters(trainer, pl_module)
+
+    def check_parameters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Whether every weight and scale is finite on all ranks; a run where one is not has diverged.
+
+        Args:
+            trainer: The trainer, told to stop if not.
+            pl_module: Whose parameters.
+
+        Returns:
+            True if they are.
+        """
+        bad = torch.tensor(float(bool(_non_finite(pl_module))), device=pl_module.device)
+        if trainer.strategy.reduce(bad, reduce_op="sum") == 0:
+            return True
+        if not self.diverged:
+            self._stop(trainer, pl_module, "a parameter is not finite")
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as the uninterrupted one would."""

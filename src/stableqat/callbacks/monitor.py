@@ -4,11 +4,12 @@ From a fixed sample of rows (at most 64 a layer; this process's shard under FSDP
 `flip_rate`, the share of codes that changed in a step (EMA 0.99); `oscillation`, the share that
 flipped back against their previous direction (EMA 0.01 of new, Nagel et al. 2022,
 arXiv 2203.11086); `clipped`; `scale_drift`, mean |log2(s / s_start)|; `snr_db`, power of the weight
-over that of its quantization error; the occupancy of the levels, and its entropy in bits. It
+over that of its quantization error; the share of each code (up to 4 bits) and their entropy in bits. It
 reads codes and scales only, so it knows no method.
 """
 
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from stableqat.quantizers.base import local
 from stableqat.surgery import QuantLinear, quantized_layers
+
+MOST_BITS_BY_LEVEL = 4  # wider grids have too many levels for a line each
 
 
 @dataclass
@@ -53,11 +56,12 @@ class QuantizerMonitor(L.Callback):
             self._layers = quantized_layers(pl_module)
         for name, layer in self._layers.items():
             quantized = layer.weight_quantizer.quantize(layer.weight, self.rows)
-            start = self._start_scales.get(name, quantized.scale)
+            start = quantized.scale.clone()
+            known = self._start_scales.get(name, start)[: len(start)]
+            start[: len(known)] = known  # fewer or more rows, if the run resumes in other shards
             zeros = torch.zeros_like(quantized.codes)
-            self._tracks[name] = _Track(
-                quantized.codes, zeros, zeros.float(), torch.zeros((), device=start.device), start.to(zeros.device)
-            )
+            no_flips = torch.zeros((), device=start.device)
+            self._tracks[name] = _Track(quantized.codes, zeros, zeros.float(), no_flips, start)
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(
@@ -102,16 +106,18 @@ class QuantizerMonitor(L.Callback):
             return {}
         weight = local(layer.weight)[self.rows].float()
         error = quantized.dequantize().float() - weight
-        lowest = quantized.codes.min().short()
-        counts = torch.bincount((quantized.codes.short() - lowest).flatten().int())
+        lowest = -(2 ** (quantized.bits - 1))
+        counts = torch.bincount((quantized.codes.int() - lowest).flatten(), minlength=2**quantized.bits)
         share = counts / counts.sum()
+        named = quantized.bits <= MOST_BITS_BY_LEVEL
+        occupancy = {f"share_of_code_{lowest + i}": s for i, s in enumerate(share)} if named else {}
         return {
             "flip_rate": track.flip_rate,
             "oscillation": track.oscillation.mean(),
             "scale_drift": (quantized.scale / track.start_scale).log2().abs().mean(),
             "snr_db": 10 * torch.log10(weight.square().sum() / error.square().sum()),
-            "most_used_level": share.max(),
-            "level_entropy_bits": -torch.special.xlogy(share, share).sum() / 0.6931471805599453,
+            "level_entropy_bits": -torch.special.xlogy(share, share).sum() / log(2),
+            **occupancy,
             **quantizer.diagnose(layer.weight, self.rows),
         }
 

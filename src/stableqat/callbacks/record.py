@@ -17,7 +17,7 @@ class RunRecord(L.Callback):
     """Log flat hyper-parameters once at the start, and `hp/*` whenever they change."""
 
     def __init__(self) -> None:
-        self._best = nan
+        self._losses = {"hp/val_loss": nan, "hp/best_val_loss": nan}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the record of a training run."""
@@ -32,23 +32,24 @@ class RunRecord(L.Callback):
         """Update the record with a validation's loss."""
         if not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
             loss = trainer.callback_metrics["val/loss"].item()
-            self._best = loss if not self._best <= loss else self._best
-            self._log(trainer, {"hp/val_loss": loss, "hp/best_val_loss": self._best})
+            best = self._losses["hp/best_val_loss"]
+            self._losses = {"hp/val_loss": loss, "hp/best_val_loss": best if best <= loss else loss}
+            self._log(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the record."""
-        self._log(trainer, {})
+        self._log(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best loss so far."""
-        return {"best": self._best}
+        """The losses so far, so that a resumed run does not forget them."""
+        return dict(self._losses)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self._best = state_dict["best"]
+        self._losses = state_dict
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, subcommand: str) -> None:
-        settings = {**pl_module.describe(), "subcommand": subcommand}
+        settings = {**pl_module.describe(), "subcommand": subcommand}  # type: ignore[operator]
         if trainer.optimizers:
             group = trainer.optimizers[0].param_groups[0]
             settings["lr"] = group.get("initial_lr", group["lr"])
@@ -57,14 +58,14 @@ class RunRecord(L.Callback):
             settings["max_steps"] = trainer.max_steps
             settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
             settings["batch_size"] = getattr(getattr(trainer, "datamodule", None), "batch_size", 0)
-        metrics = {"hp/val_loss": nan, "hp/best_val_loss": nan, **_progress(trainer)}
+        metrics = {**self._losses, **_progress(trainer)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(settings, metrics, step=trainer.global_step)
 
-    def _log(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    def _log(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({**metrics, **_progress(trainer)}, step=trainer.global_step)
+            logger.log_metrics({**self._losses, **_progress(trainer)}, step=trainer.global_step)
 
 
 def _progress(trainer: L.Trainer) -> dict[str, float]:

@@ -40,7 +40,8 @@ def fake_quantize(
         the type of `x` otherwise; the mathematics is float32 either way.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on meta
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     return _FakeQuantize.apply(x, scale, zero_point, surrogate_param, grid, surrogate, dtype)
 
 

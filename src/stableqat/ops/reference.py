@@ -61,7 +61,8 @@ def backward(
 
     toward_scale = nearest.clamp(grid.q_min, grid.q_max).sub_(zero_point)
     if grid.name != "binary":
-        toward_scale.sub_(v if inside is None else v.mul_(inside))
+        # filled, not multiplied: an infinite weight outside the range must not become NaN
+        toward_scale.sub_(v if inside is None else v.masked_fill_(~inside, 0))
     scale_grad = toward_scale.mul_(grad).sum(-1, keepdim=True).mul_(grad_scale)
 
     u = y.sub_(nearest)

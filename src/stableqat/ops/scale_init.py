@@ -67,7 +67,8 @@ def _reach(grid: Grid) -> float:
 
 def _mse_scale(w: Tensor, largest: Tensor, grid: Grid) -> Tensor:
     rms = w.square().mean(-1).sqrt()
-    low, high = (0.8 * rms / grid.outermost).unsqueeze(-1), (largest / grid.outermost).unsqueeze(-1)
+    # from clipping nearly everything to clipping nothing, on the grid's shorter side too
+    low, high = (0.8 * rms / grid.outermost).unsqueeze(-1), (largest / grid.levels[-1]).unsqueeze(-1)
     best_scale, best_error = high, _error(w, high, grid)
     ratio = (high / low).nan_to_num(1.0, 1.0, 1.0)
     for i in range(_CANDIDATES):

@@ -11,7 +11,7 @@ is deployed.
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,8 @@ class Quantizer(nn.Module, ABC):
         group_size: One scale for each run of this many inputs of a row.
 
     Raises:
-        UserError: If the grid does not exist at this width or `group_size` does not divide the inputs.
+        UserError: If an option is unknown, the grid does not exist at this width, or `group_size` does
+            not divide the inputs.
     """
 
     scale: nn.Parameter
@@ -84,6 +85,8 @@ class Quantizer(nn.Module, ABC):
         group_size: int | None = None,
     ) -> None:
         super().__init__()
+        _check_known("mask", surrogate.mask, get_args(ops.Mask))
+        _check_known("scale_init", scale_init, get_args(ops.ScaleInit))
         width = _bits(bits, levels, grid)
         self.grid = ops.make_grid(grid or _special_grid(width, levels) or self.default_grid(width), width)
         self.surrogate = surrogate
@@ -201,13 +204,19 @@ class Quantizer(nn.Module, ABC):
             "grid": self.grid.name,
             "mask": self.surrogate.mask,
             "scale_init": self.scale_init,
-            "granularity": f"group {self.group_size}" if self.group_size else "channel" if rows > 1 else "tensor",
+            "granularity": f"group {self.group_size}"
+            if self.group_size
+            else "channel"
+            if rows > 1
+            else "tensor",
         }
         return {**method, **{k: v for k, v in vars(self.surrogate).items() if k != "mask"}}
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"bits={self.bits}, grid={self.grid}, mask={self.surrogate.mask}, scale={tuple(self.scale.shape)}"
+        return (
+            f"bits={self.bits}, grid={self.grid}, mask={self.surrogate.mask}, scale={tuple(self.scale.shape)}"
+        )
 
 
 QuantizerFactory = Callable[[Tensor], Quantizer]
@@ -217,6 +226,11 @@ QuantizerFactory = Callable[[Tensor], Quantizer]
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a sharded parameter; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_known(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def _bits(bits: int | None, levels: int | None, grid: str | None) -> int:
@@ -229,14 +243,16 @@ def _bits(bits: int | None, levels: int | None, grid: str | None) -> int:
         raise UserError(f"bits: must be a whole number from 1 to 8, not {bits}")
     if levels is None:
         assert bits is not None
-        return bits
+        return int(bits)
     if levels not in (2, 3, 4, 8, 16, 32, 64, 128, 256):
         raise UserError(f"levels: must be 3 or a power of two from 2 to 256, not {levels}")
     width = (levels - 1).bit_length()
     if bits is not None and bits != width:
-        raise UserError(f"levels: {levels} levels take {width} bit(s), but bits says {bits}; leave one of them out")
-    if levels == 3 and grid not in (None, "ternary"):
-        raise UserError(f"levels: 3 levels are the ternary grid, but grid says {grid}; leave one of them out")
+        raise UserError(
+            f"levels: {levels} levels take {width} bit(s), but bits says {bits}; leave one of them out"
+        )
+    if grid is not None and (levels == 3) != (grid == "ternary"):
+        raise UserError(f"levels: {levels} levels are not the {grid} grid; leave one of them out")
     return width
 
 
@@ -248,7 +264,9 @@ def _special_grid(bits: int, levels: int | None) -> ops.GridName | None:
 
 def _scale_shape(weight: Tensor, per_channel: bool, group_size: int | None) -> tuple[int, int]:
     if weight.ndim < 2:
-        raise UserError(f"a quantizer takes a weight of two or more dimensions, not shape {tuple(weight.shape)}")
+        raise UserError(
+            f"a quantizer takes a weight of two or more dimensions, not shape {tuple(weight.shape)}"
+        )
     rows, inputs = weight.shape[0], weight[0].numel()
     if group_size is None:
         return (rows, 1) if per_channel else (1, 1)

@@ -1,0 +1,232 @@
+"""The quantizer monitor on hand-made sequences of weights, whose answers are known."""
+
+from math import log10
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from stableqat.callbacks import QuantizerMonitor
+from stableqat.quantizers import DSQ, STE
+from stableqat.surgery import QuantLinear
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*number of training batches"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
+]
+
+
+class Memory(DummyLogger):
+    """Keeps what is logged, by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}
+
+    def log_metrics(self, metrics, step=None):
+        quant = {key: value for key, value in metrics.items() if key.startswith("quant/")}
+        if quant:
+            self.rows[step] = quant
+
+
+class Play(torch.optim.Optimizer):
+    """An optimizer that sets the tensors to the next entries of a script."""
+
+    def __init__(self, scripts):
+        super().__init__([tensor for tensor, _ in scripts], {})
+        self.scripts, self.steps = scripts, 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        closure()
+        self.steps += 1
+        for tensor, script in self.scripts:
+            tensor.copy_(torch.as_tensor(script[self.steps]))
+
+
+def layer_of(weight, scale=1.0, bits=2, method=STE, **options):
+    """A quantized layer with this weight and scale."""
+    weight = torch.as_tensor(weight)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+    layer = QuantLinear.from_linear(linear, method(linear.weight, bits=bits, **options))
+    with torch.no_grad():
+        layer.weight_quantizer.scale.fill_(scale)
+        layer.weight_quantizer.scale_floor.fill_(1e-4)
+    return layer
+
+
+class Played(L.LightningModule):
+    def __init__(self, scripts, **layers):
+        super().__init__()
+        self.layers, self.scripts = nn.ModuleDict(layers), scripts
+
+    def training_step(self, batch, batch_idx):
+        return sum(p.sum() for p in self.parameters()) * 0.0
+
+    def configure_optimizers(self):
+        return Play(self.scripts)
+
+
+def fit(module, monitor, steps, **options):
+    memory = Memory()
+    trainer = L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "logger": memory,
+            "callbacks": [monitor],
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            **options,
+        }
+    )
+    trainer.fit(module, DataLoader(torch.zeros(64, 1)))
+    return memory.rows
+
+
+# codes of four weights before and after each of five steps, written by hand
+CODES = {"a": [0, 1, 0, 1, 1, 0], "b": [-1] * 6, "c": [0, 1, 1, 1, 1, 1], "d": [-2, 0, 1, -2, -2, -1]}
+FLIPS = [3 / 4, 2 / 4, 2 / 4, 0, 2 / 4]
+BACK = [0, 1 / 4, 2 / 4, 0, 2 / 4]  # against the direction of the previous flip
+
+
+def script():
+    """Latent weights of those codes, a quarter step beside the levels, c beyond the outermost."""
+    rows = zip(CODES["a"], CODES["b"], CODES["c"], CODES["d"], strict=True)
+    return [[[a + 0.25, b - 0.25], [c + 0.25, d - 0.25]] for a, b, c, d in rows]
+
+
+def averages(shares):
+    average, out = 0.0, []
+    for share in shares:
+        average = 0.99 * average + 0.01 * share
+        out.append(average)
+    return out
+
+
+def test_flips_and_oscillation():
+    layer = layer_of(script()[0])
+    rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5)
+    assert list(rows) == [1, 2, 3, 4, 5]
+    assert [row["quant/layers.x/flip_rate"] for row in rows.values()] == pytest.approx(averages(FLIPS))
+    assert [row["quant/layers.x/oscillation"] for row in rows.values()] == pytest.approx(averages(BACK))
+
+
+def test_flips_are_counted_in_every_step_whenever_they_are_logged():
+    layer = layer_of(script()[0])
+    rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(every_n_steps=2), 5)
+    assert list(rows) == [2, 4]
+    assert rows[4]["quant/layers.x/flip_rate"] == pytest.approx(averages(FLIPS)[3])
+    assert rows[4]["quant/layers.x/oscillation"] == pytest.approx(averages(BACK)[3])
+    rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, log_every_n_steps=5)
+    assert list(rows) == [5]
+
+
+def test_a_flip_is_an_optimizer_step_not_a_micro_batch():
+    layer = layer_of(script()[0])
+    rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, accumulate_grad_batches=3)
+    assert [row["quant/layers.x/flip_rate"] for row in rows.values()] == pytest.approx(averages(FLIPS))
+
+
+def test_a_jump_across_an_8_bit_grid_keeps_its_direction():
+    """Up by 240 and up by 1 again: two flips, no oscillation."""
+    weights = [[[-120.0, 3.0]], [[120.0, 3.0]], [[121.0, 3.0]]]
+    layer = layer_of(weights[0], bits=8)
+    rows = fit(Played([(layer.weight, weights)], x=layer), QuantizerMonitor(), 2)
+    assert rows[2]["quant/layers.x/flip_rate"] == pytest.approx(averages([0.5, 0.5])[1])
+    assert rows[2]["quant/layers.x/oscillation"] == 0
+
+
+def test_what_one_step_shows():
+    """After the last step: codes 0, -1, 1, -1; latent weights 0.25, -1.25, 1.25, -1.25."""
+    layer = layer_of(script()[0])
+    row = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5)[5]
+    assert row["quant/layers.x/clipped"] == 1 / 4  # 1.25 lies beyond the outermost level
+    assert row["quant/layers.x/scale_at_floor"] == 0
+    assert row["quant/layers.x/scale_drift"] == 0
+    assert [row[f"quant/layers.x/share_of_code_{q}"] for q in (-2, -1, 0, 1)] == [0, 1 / 2, 1 / 4, 1 / 4]
+    assert row["quant/layers.x/level_entropy_bits"] == pytest.approx(1.5)
+    signal, noise = 0.25**2 + 3 * 1.25**2, 4 * 0.25**2
+    assert row["quant/layers.x/snr_db"] == pytest.approx(10 * log10(signal / noise), abs=1e-4)
+
+
+def test_drift_of_the_scales():
+    layer = layer_of([[0.5], [0.5], [0.5], [0.5]], scale=2.0)
+    scales = [[[2.0]] * 4, [[4.0], [2.0], [1.0], [0.5]]]
+    rows = fit(Played([(layer.weight_quantizer.scale, scales)], x=layer), QuantizerMonitor(), 1)
+    assert rows[1]["quant/layers.x/scale_drift"] == pytest.approx((1 + 0 + 1 + 2) / 4)
+
+
+def test_scales_at_their_floor_are_counted():
+    layer = layer_of([[0.5], [0.5], [0.5], [0.5]])
+    scales = [[[1.0]] * 4, [[-3.0], [1.0], [0.0], [1e-5]], [[1.0]] * 4]
+    rows = fit(Played([(layer.weight_quantizer.scale, scales)], x=layer), QuantizerMonitor(), 2)
+    assert rows[1]["quant/layers.x/scale_at_floor"] == 3
+    assert rows[2]["quant/layers.x/scale_at_floor"] == 0
+
+
+def test_means_over_layers():
+    moving, still = layer_of(script()[0]), layer_of(script()[0], method=DSQ)
+    scripts = [(moving.weight, script())]
+    row = fit(Played(scripts, x=moving, y=still), QuantizerMonitor(), 1)[1]
+    assert row["quant/layers.y/flip_rate"] == 0
+    assert row["quant/flip_rate"] == pytest.approx(row["quant/layers.x/flip_rate"] / 2)
+    whats = {key.rsplit("/", 1)[1] for key in row}
+    assert len(row) == 3 * len(whats)  # two layers and the mean
+
+    row = fit(Played(scripts, x=moving, y=still), QuantizerMonitor(per_layer=False), 1)[1]
+    assert set(row) == {f"quant/{what}" for what in whats}
+
+
+def test_a_sample_of_rows():
+    weights = [torch.zeros(100, 2), torch.zeros(100, 2)]
+    weights[1][80] = 1.0  # beyond the first 64 rows
+    for rows, share in ((64, 0.0), (100, 0.01)):
+        layer = layer_of(weights[0])
+        logged = fit(Played([(layer.weight, weights)], x=layer), QuantizerMonitor(rows=rows), 1)
+        assert logged[1]["quant/layers.x/flip_rate"] == pytest.approx(0.01 * share)
+    assert QuantizerMonitor().rows == slice(0, 64)
+
+
+def test_full_precision_logs_nothing():
+    layer = nn.Linear(2, 2, bias=False)
+    assert fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 3) == {}
+
+
+def test_without_a_logger_nothing_is_measured():
+    layer = layer_of(script()[0])
+    monitor = QuantizerMonitor()
+    assert fit(Played([(layer.weight, script())], x=layer), monitor, 3, logger=False) == {}
+    assert monitor.state_dict() == {"start_scales": {}}
+
+
+def test_drift_is_counted_from_the_first_start_after_a_resume():
+    scales = [[[1.0], [1.0]], [[2.0], [2.0]], [[4.0], [4.0]]]
+    layer = layer_of(script()[0])
+    monitor = QuantizerMonitor()
+    fit(Played([(layer.weight_quantizer.scale, scales)], x=layer), monitor, 1)
+    resumed = QuantizerMonitor()
+    resumed.load_state_dict(monitor.state_dict())
+    assert torch.equal(monitor.state_dict()["start_scales"]["layers.x"], torch.ones(2, 1))
+    rows = fit(Played([(layer.weight_quantizer.scale, scales[1:])], x=layer), resumed, 1)
+    assert rows[1]["quant/layers.x/scale_drift"] == 2.0
+
+
+def test_monitoring_does_not_disturb_training():
+    """It leaves parameters, gradients and the random stream alone."""
+    layer = layer_of(script()[0])
+    states = []
+    for callbacks in ([QuantizerMonitor()], []):
+        torch.manual_seed(0)
+        fit(Played([(layer.weight, script())], x=layer), None, 3, callbacks=callbacks)
+        states.append((torch.get_rng_state(), layer.weight.detach().clone()))
+    assert torch.equal(states[0][0], states[1][0])
+    assert torch.equal(states[0][1], states[1][1])

@@ -1,0 +1,101 @@
+"""The layout keeps its promises: imports point one way, and forbidden habits stay out."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "stableqat"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# what each package may import of the project, beside errors and itself
+ALLOWED = {
+    "errors": set(),
+    "parsing": set(),
+    "ops": set(),
+    "quantizers": {"ops"},
+    "surgery": {"quantizers"},
+    "modules": {"surgery", "quantizers"},
+    "data": set(),
+    "callbacks": {"surgery", "quantizers"},
+    "analysis": {"cli"},  # a sweep's points are command lines
+    "run": {"callbacks", "checks", "data", "modules", "parsing"},
+    "checks": {"modules", "callbacks"},
+    "cli": {"parsing", "run", "analysis"},
+    "__init__": {"surgery"},
+}
+# third-party packages that a part of the project must not know
+FOREIGN = {
+    "ops": {"lightning", "transformers", "timm", "datasets", "numpy", "tensorboard"},
+    "quantizers": {"lightning", "transformers", "timm", "datasets"},
+    "surgery": {"lightning", "transformers", "timm", "datasets"},
+    "data": {"stableqat.quantizers"},
+    "analysis": {"lightning", "transformers", "timm", "datasets", "torch"},
+}
+
+
+def part(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            if node.module == "stableqat":
+                names.update(f"stableqat.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = {name.split(".")[1] for name in imported(path) if name.startswith("stableqat.")}
+    surplus = own - {"errors", part(path)} - ALLOWED[part(path)]
+    assert not surplus, f"{path.name} imports {sorted(surplus)}"
+    foreign = {name.split(".")[0] for name in imported(path)} & FOREIGN.get(part(path), set())
+    assert not foreign, f"{path.name} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_forbidden_habits(path: Path) -> None:
+    text, tree = path.read_text(), ast.parse(path.read_text())
+    assert path.stem not in {"utils", "helpers", "common", "misc"}
+    assert text.isascii(), "sources are ASCII"
+    assert ast.get_docstring(tree), "a module says what it is for"
+    assert "weights_only=False" not in text
+    assert "import pickle" not in text
+    assert "trust_remote_code=True" not in text
+    for node in ast.walk(tree):
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), "bare except"
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "cuda" or not isinstance(node.ctx, ast.Load) or "is_available" in text
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and path.name != "cli.py":
+            assert node.func.id != "print", "the library logs, the command line prints"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["compare", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    heavy = {"torch", "lightning", "transformers", "timm", "datasets", "tensorboard", "matplotlib", "sklearn"}
+    code = (
+        "import sys; from stableqat.cli import main; code = main(sys.argv[1:]);"
+        f"loaded = {heavy!r} & set(sys.modules); assert not loaded, loaded; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def test_every_published_name_resolves() -> None:
+    import stableqat
+
+    for name in stableqat.__all__:
+        assert getattr(stableqat, name).__name__ == name
+    with pytest.raises(AttributeError):
+        _ = stableqat.nothing
