@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 
 demo: $(STAMP)
 	$(BIN)/stableqat sweep configs/llama/demo-study.yaml configs/vit/demo-study.yaml
-	$(BIN)/stableqat compare lightning_logs/demo-llama lightning_logs/demo-vit --out lightning_logs/demo
+	$(BIN)/stableqat compare lightning_logs/demo-llama lightning_logs/demo-vit
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -22,7 +22,9 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from stableqat.errors import UserError
 from stableqat.modules.start import load_start
@@ -94,6 +96,10 @@ class QATModule(L.LightningModule, ABC):
         """The architecture with the weights of a local folder or file that is not ours, or of the hub."""
 
     @abstractmethod
+    def check_pretrained(self, source: str) -> None:
+        """Refuse a source that `load_pretrained` cannot find, without loading its weights."""
+
+    @abstractmethod
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """The repeated blocks: units of sharding."""
 
@@ -116,7 +122,11 @@ class QATModule(L.LightningModule, ABC):
         """
         self.save_hyperparameters(logger=False)
         if "_class_path" not in self.hparams:
-            plain = {key: _plain(value) for key, value in self.hparams.items() if not callable(value) or _named(value)}
+            plain = {
+                key: _plain(value)
+                for key, value in self.hparams.items()
+                if not callable(value) or _named(value)
+            }
             self.hparams.clear()
             self.hparams.update(plain)
             self.hparams["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -129,7 +139,23 @@ class QATModule(L.LightningModule, ABC):
         if self.quantizer is not None:
             report = quantize_linears(model, self.quantizer, self.skip)
             if not report.swapped:
-                raise UserError(f"skip: no linear layer is left to quantize ({report})")
+                raise UserError(
+                    f"skip: {', '.join(self.skip)} leaves none of the {len(report.skipped)} linear layers to "
+                    "quantize; skip fewer, or train in full precision with quantizer: null"
+                )
+
+    def setup(self, stage: str) -> None:
+        """Make the checks that the command line makes before data is prepared."""
+        self.check_trainer(self.trainer)
+        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+            self.check_data(datamodule)
+
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse half-precision masters: scales, and rotary tables too, would be rounded."""
+        if isinstance(trainer.precision_plugin, HalfPrecision):
+            precision = trainer.precision
+            mixed = precision.replace("true", "mixed")
+            raise UserError(f"trainer.precision: {precision} would round weights and scales; take {mixed}")
 
     def configure_model(self) -> None:
         """Build, load, swap, initialise, shard; calling it again changes nothing."""
@@ -155,9 +181,19 @@ class QATModule(L.LightningModule, ABC):
             return super().load_from_checkpoint(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the saved hyper-parameters sufficient: loading never goes back to `init_from`."""
+        """Make a checkpoint enough by itself: no way back to `init_from`, optimizer states under names.
+
+        PyTorch numbers parameters as the optimizer has them, FSDP2 as the model does; by name, any number
+        of processes resumes what another saved.
+        """
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters.update(self.resolved(), init_from=None)
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        states = checkpoint.get("optimizer_states", [])
+        for number, (optimizer, state) in enumerate(zip(self.trainer.optimizers, states, strict=True)):
+            if 0 in state.get("state", ()):
+                order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+                states[number] = _by_name(state, order)
 
     # -- optimization ---------------------------------------------------------------------------
 
@@ -169,7 +205,7 @@ class QATModule(L.LightningModule, ABC):
         assert self.model is not None
         quantizers = [m for m in self.model.modules() if isinstance(m, Quantizer)]
         scales = {id(p) for quantizer in quantizers for p in quantizer.parameters()}
-        exempt = getattr(self.model, "no_weight_decay", set)()
+        exempt: set[str] = getattr(self.model, "no_weight_decay", set)()
         groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
@@ -193,7 +229,7 @@ class QATModule(L.LightningModule, ABC):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)  # type: ignore[union-attr]
+            vars(scheduler)["total_steps"] = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -201,6 +237,11 @@ class QATModule(L.LightningModule, ABC):
         optimized = {id(p) for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]}
         lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in optimized]
         assert not lost, f"trainable parameters outside the optimizer: {lost}"
+
+    def on_validation_end(self) -> None:
+        """Back to shards: FSDP2 keeps the root's parameters gathered for a backward that does not follow."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
 
     # -- exact resume ---------------------------------------------------------------------------
 
@@ -210,7 +251,12 @@ class QATModule(L.LightningModule, ABC):
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Derive the step's randomness from its position."""
+        """Derive the step's randomness from its position, and count no step twice."""
+        # a step that an exception cut short is saved as begun, and Lightning counts it as done on resume
+        loop = self.trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = self.trainer.global_step
+        batches = loop.batch_progress.total
+        batches.ready, batches.started = batches.processed + 1, batches.processed  # type: ignore[attr-defined]
         position = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         state = int(np.random.SeedSequence(position).generate_state(1)[0])
         torch.manual_seed(state)
@@ -232,11 +278,18 @@ class QATModule(L.LightningModule, ABC):
 
 
 def _shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
+    if mesh["tensor_parallel"].size() > 1:
+        raise UserError(
+            "trainer.strategy: tensor parallelism is not supported; take --trainer.strategy fsdp2"
+        )
     for block in blocks:
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def _by_name(state: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    groups = [{**group, "params": [order[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[number]: value for number, value in state["state"].items()}, "param_groups": groups}
 
 
 def _named(value: Callable[..., Any]) -> bool:

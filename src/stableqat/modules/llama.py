@@ -86,32 +86,36 @@ class LlamaModule(QATModule):
         from transformers import AutoModelForCausalLM
 
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=self.config, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"init_from: {source}: {_first_line(error)}") from error
+        model, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             key = next(iter([*info["missing_keys"], *info["mismatched_keys"]]))
-            raise UserError(f"init_from: {source}: weights of another architecture: {key}; check model.config")
+            raise UserError(
+                f"init_from: {source}: weights of another architecture: {key}; check model.config"
+            )
         return model.train()
+
+    def check_pretrained(self, source: str) -> None:
+        """See `QATModule.check_pretrained`: the config must be there."""
+        _pretrained_config("init_from", source)
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Decoder layers."""
         return model.model.layers  # type: ignore[union-attr, return-value]
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
-        """Rows must not be longer than the model's positions."""
+        """Positions and embedding must be large enough for the data's rows and tokens."""
         block, limit = getattr(datamodule, "block_size", 0), self.config.max_position_embeddings
         if block > limit:
             raise UserError(
                 f"data.block_size: {block} tokens are more than the model allows "
                 f"(max_position_embeddings {limit}); shorten the rows or raise the limit in model.config"
             )
-
-    def setup(self, stage: str) -> None:
-        """Check the tokenizer against the embedding, once the tokenizer is known."""
-        size = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", 0)
+        size = getattr(datamodule, "vocab_size", 0)
         if size > self.config.vocab_size:
             raise UserError(
                 f"model.config.vocab_size: {self.config.vocab_size} is less than the tokenizer's {size} entries; "
@@ -164,28 +168,40 @@ class LlamaModule(QATModule):
 
 
 def _resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -> Any:
-    from transformers import AutoConfig
-
     if config is None:
         if init_from is None:
-            raise UserError("model.config: missing; give an architecture, or model.init_from to take it from there")
+            raise UserError(
+                "model.config: missing; give an architecture, or model.init_from to take it from there"
+            )
         checkpoint = find_checkpoint(init_from)
-        config = init_from if checkpoint is None else read_checkpoint(checkpoint)["hyper_parameters"].get("config")
+        config = (
+            init_from if checkpoint is None else read_checkpoint(checkpoint)["hyper_parameters"].get("config")
+        )
         if config is None:
             raise UserError(f"init_from: {init_from} is not a language model; give model.config")
-    if isinstance(config, str):
-        try:
-            resolved = AutoConfig.from_pretrained(config)
-        except (OSError, ValueError) as error:
-            place = "is a folder without a readable config.json" if Path(config).exists() else "cannot be reached"
-            raise UserError(
-                f"model.config: {config} {place}; give a local model folder, a hub name you have access to, "
-                f"or the architecture's keys ({_first_line(error)})"
-            ) from error
-    else:
-        resolved = _config_from_keys(config)
+    resolved = (
+        _pretrained_config("model.config", config) if isinstance(config, str) else _config_from_keys(config)
+    )
     resolved.use_cache = False
     return resolved
+
+
+def _pretrained_config(key: str, source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        there = Path(source).exists()
+        place = (
+            "is a folder without a readable config.json"
+            if there
+            else "is neither here nor to be had from the hub"
+        )
+        raise UserError(
+            f"{key}: {source} {place}; give a local model folder or a hub name you have access to "
+            f"({_first_line(error)})"
+        ) from error
 
 
 def _config_from_keys(keys: dict[str, Any]) -> Any:
@@ -204,7 +220,7 @@ def _config_from_keys(keys: dict[str, Any]) -> Any:
     try:
         resolved = AutoConfig.for_model(model_type, **keys)
     except Exception as error:  # transformers validates with several exception types of its own
-        raise UserError(f"model.config: {_first_line(error)}") from error
+        raise UserError(f"model.config: {' '.join(str(error).split())}") from error
     if resolved.hidden_size % resolved.num_attention_heads and "head_dim" not in keys:
         raise UserError(
             f"model.config: hidden_size {resolved.hidden_size} is no multiple of num_attention_heads "

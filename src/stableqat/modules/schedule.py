@@ -4,6 +4,7 @@ Every parameter group is scaled by the same factor, so the scales' own multiplie
 """
 
 from math import cos, pi
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -48,3 +49,8 @@ class CosineWarmup(LambdaLR):
             return 1.0
         done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         return self.final_ratio + (1 - self.final_ratio) * (1 + cos(pi * done)) / 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the schedule, not its shape: a run that resumes with more steps follows their cosine."""
+        shape = ("warmup_steps", "total_steps", "final_ratio")
+        return {key: value for key, value in super().state_dict().items() if key not in shape}

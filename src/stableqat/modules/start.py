@@ -39,12 +39,27 @@ def load_start(module: "QATModule", source: str) -> nn.Module:
     if checkpoint is None:
         return module.load_pretrained(source)
     model = module.build_model()
-    state = {k.removeprefix("model."): v for k, v in read_checkpoint(checkpoint)["state_dict"].items()}
-    latent = {k: v for k, v in state.items() if ".weight_quantizer." not in k}
+    state = read_checkpoint(checkpoint)["state_dict"]
+    latent = _latent(state)
     if len(latent) < len(state):
         logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
     load_weights(model, latent, source)
     return model
+
+
+def check_start(module: "QATModule", source: str) -> None:
+    """Refuse a source that `load_start` would refuse, by names and shapes alone.
+
+    Raises:
+        UserError: As `load_start`.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        module.check_pretrained(source)
+        return
+    with torch.device("meta"):
+        model = module.build_model()
+    compare_weights(model, _latent(read_checkpoint(checkpoint)["state_dict"]), source)
 
 
 def find_checkpoint(source: str) -> Path | None:
@@ -62,7 +77,9 @@ def find_checkpoint(source: str) -> Path | None:
             raise UserError(f"{source}: the run holds no checkpoints/last.ckpt; let it train first")
         return last
     if path.suffix == ".ckpt":
-        raise UserError(f"{source}: no such checkpoint")
+        raise UserError(
+            f"init_from: there is no checkpoint {source}; name a run folder, a checkpoint or a model"
+        )
     return None
 
 
@@ -75,7 +92,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable checkpoint (cut short or damaged); take another one") from error
+        raise UserError(
+            f"{path}: not a readable checkpoint (cut short or damaged); take another one"
+        ) from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
@@ -89,18 +108,35 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     """Copy a state dict into a model, exactly.
 
     Raises:
+        UserError: As `compare_weights`.
+    """
+    compare_weights(model, state, source)
+    model.load_state_dict(state, strict=False)
+
+
+def compare_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Compare names and shapes of a model and a state dict.
+
+    Raises:
         UserError: Naming the first difference, if the file is of another architecture.
     """
     own = model.state_dict()
     tied = _tied(model)
     differences = [f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
                    for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
-    differences += [f"{k} is missing in the file" for k in own if k not in state and not tied.get(k, set()) & set(state)]
+    differences += [
+        f"{k} is missing in the file" for k in own if k not in state and not tied.get(k, set()) & set(state)
+    ]
     differences += [f"{k} is not in the model" for k in state if k not in own]
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise UserError(f"{source}: weights of another architecture: {differences[0]}{more}; check the model's settings")
-    model.load_state_dict(state, strict=False)
+        raise UserError(
+            f"{source}: weights of another architecture: {differences[0]}{more}; check the model's settings"
+        )
+
+
+def _latent(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("model."): v for k, v in state.items() if ".weight_quantizer." not in k}
 
 
 def _tied(model: nn.Module) -> dict[str, set[str]]:

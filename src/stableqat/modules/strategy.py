@@ -4,7 +4,11 @@ Lightning's own defaults make the GPUs of a node a tensor-parallel group. Here a
 are one data-parallel group; `QATModule.configure_model` shards the model block by block.
 """
 
+from typing import Any
+
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim import Optimizer
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -28,3 +32,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Set the group's size, known only once the trainer has chosen its devices."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state by parameter name, whole on the first process unless checkpoints are sharded."""
+        assert self.model is not None
+        whole = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, optimizer, options=options)

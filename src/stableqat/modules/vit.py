@@ -6,6 +6,7 @@ Validation loss is the plain cross-entropy in nats over all images, whatever smo
 mixup the training loss has.
 """
 
+import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,21 +101,22 @@ class ViTModule(QATModule):
                 self.model_name, pretrained=False, num_classes=self.num_classes, **self.model_args
             )
         except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-            raise UserError(f"model: timm cannot build {self.model_name} with {self.model_args}: {error}") from error
+            known = timm.list_models(["vit_*", "deit*"])
+            near = difflib.get_close_matches(self.model_name, known, 1, cutoff=0.4)
+            if near and near[0] != self.model_name:
+                raise UserError(f"model.model_name: {error}; did you mean {near[0]}?") from error
+            raise UserError(
+                f"model.model_args: timm cannot build {self.model_name} with {self.model_args}: {error}"
+            ) from error
         return model.train()
 
     def load_pretrained(self, source: str) -> nn.Module:
         """See `QATModule.load_pretrained`: a local weight file, or a timm model of the hub."""
         import timm
 
-        path = Path(source)
-        if path.is_dir():
-            files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
-            if not files:
-                raise UserError(f"init_from: {source} holds no .safetensors or .pth file")
-            path = files[0]
+        path = _weight_file(source)
         try:
-            if path.is_file():
+            if path is not None:
                 model = self.build_model()
                 timm.models.load_checkpoint(model, str(path), weights_only=True)
                 return model
@@ -122,10 +124,17 @@ class ViTModule(QATModule):
                 f"hf-hub:{source}", pretrained=True, num_classes=self.num_classes, **self.model_args
             ).train()
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"init_from: {source} is neither a local start nor a timm model that can be reached: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
+            raise _unreachable(source, error) from error
+
+    def check_pretrained(self, source: str) -> None:
+        """See `QATModule.check_pretrained`: a local file must be there, or the hub's model be reached."""
+        import timm
+
+        if _weight_file(source) is None:
+            try:
+                timm.models.load_model_config_from_hf(source)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise _unreachable(source, error) from error
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Transformer blocks."""
@@ -135,16 +144,28 @@ class ViTModule(QATModule):
         """Images must have the model's size and channels; mixup pairs them, so batches are even."""
         if self.mixup is not None and getattr(datamodule, "batch_size", 0) % 2:
             raise UserError("data.batch_size: mixup and cutmix pair images; make it even or turn them off")
-        wanted = {"image_size": self.model_args.get("img_size"), "in_chans": self.model_args.get("in_chans", 3)}
+        wanted = {
+            "image_size": self.model_args.get("img_size"),
+            "in_chans": self.model_args.get("in_chans", 3),
+        }
         for key, value in wanted.items():
             given = getattr(datamodule, key, None)
             if given is not None and value is not None and given != value:
                 name = "img_size" if key == "image_size" else key
-                raise UserError(f"model.model_args.{name}: the model takes {value}, the data has {key} {given}")
+                raise UserError(
+                    f"model.model_args.{name}: the model takes {value}, the data has {key} {given}"
+                )
+
+        if getattr(datamodule, "source", None) is None:  # the embedded set is known without preparing it
+            self._check_classes(datamodule)
 
     def setup(self, stage: str) -> None:
         """Check the classes, once the data is known."""
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        super().setup(stage)
+        self._check_classes(getattr(self.trainer, "datamodule", None))
+
+    def _check_classes(self, datamodule: L.LightningDataModule | None) -> None:
+        found = getattr(datamodule, "num_classes", None)
         if found is not None and found != self.num_classes:
             raise UserError(
                 f"model.num_classes: the model has {self.num_classes} classes, the data has {found}; set it to {found}"
@@ -201,6 +222,26 @@ class ViTModule(QATModule):
         self.log_dict(metrics, prog_bar=True, sync_dist=True)
         for metric in (self.val_loss_sum, self.val_images, self.top1, self.top5):
             metric.reset()
+
+
+def _weight_file(source: str) -> Path | None:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+        if not files:
+            raise UserError(
+                f"init_from: {source} holds no .safetensors or .pth file; name a folder that does"
+            )
+        return files[0]
+    return path if path.is_file() else None
+
+
+def _unreachable(source: str, error: Exception) -> UserError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(
+        f"init_from: {source} is neither a local start nor a timm model that can be reached; "
+        f"name a run, a checkpoint, a weight file or a hub model ({reason})"
+    )
 
 
 def _mixup(mixup: float, cutmix: float, smoothing: float, classes: int) -> Any:

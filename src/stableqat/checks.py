@@ -1,0 +1,202 @@
+"""What can be refused before data is prepared: settings of the trainer, run folders and checkpoints.
+
+Lightning finds many mistakes late, after hours of tokenising perhaps, or not at all: it resumes
+from nothing where there is no checkpoint, and lets a checkpoint's settings replace the configuration's.
+"""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+
+from stableqat.errors import UserError
+from stableqat.modules import QATModule
+from stableqat.modules.start import read_checkpoint
+
+GPU = ("gpu", "cuda")
+AT_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "num_nodes": 1,
+}
+
+
+def check_groups(settings: Namespace, keys: Iterable[str]) -> None:
+    """Blocks of settings must be mappings: jsonargparse takes anything."""
+    for key in keys:
+        if not isinstance(settings.get(key), Namespace):
+            raise UserError(f"{key}: must be a mapping of settings, not {settings.get(key)}")
+
+
+def check_seed(seed: int | bool) -> None:
+    """NumPy's generators take 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything: must be from 0 to 2^32 - 1, not {seed}")
+
+
+def check_trainer(trainer: Namespace) -> None:
+    """Strategy, accelerator and devices must exist; counts that Lightning divides by must not be 0."""
+    for key, least in AT_LEAST.items():
+        if trainer[key] is not None and not trainer[key] >= least:
+            raise UserError(f"trainer.{key}: must be at least {least}, not {trainer[key]}")
+    strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
+    if (strategy.startswith("fsdp") and strategy != "fsdp2") or strategy.endswith(".FSDPStrategy"):
+        raise UserError(
+            f"trainer.strategy: {strategy} (FSDP1) cannot clip gradient norms, and its mixed precision "
+            "rounds weights and scales before they are quantized; take --trainer.strategy fsdp2"
+        )
+    if isinstance(trainer.strategy, str):
+        _check_name("trainer.strategy", strategy, ["auto", *StrategyRegistry.available_strategies()])
+    if trainer.logger is False and not trainer.fast_dev_run:
+        raise UserError(
+            "trainer.logger: a run is kept in its logger's folder; leave the logger on, or try settings with "
+            "--trainer.fast_dev_run true"
+        )
+    accelerator = trainer.accelerator
+    if not isinstance(accelerator, str):
+        return
+    _check_name(
+        "trainer.accelerator", accelerator, ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    )
+    gpus = torch.cuda.device_count()
+    if accelerator in GPU and not gpus and not (accelerator == "gpu" and torch.backends.mps.is_available()):
+        raise UserError(f"trainer.accelerator: {accelerator}, but PyTorch sees no GPU here; take cpu or auto")
+    asked = trainer.devices
+    number = int(asked) if isinstance(asked, int) or (isinstance(asked, str) and asked.isdigit()) else 0
+    if accelerator in GPU or (accelerator == "auto" and gpus):
+        available, what = gpus, "GPUs"
+    else:
+        available, what = os.cpu_count() or 1, "CPU cores"
+    if number > available:
+        raise UserError(
+            f"trainer.devices: {number} processes, but this machine has {available} {what}; ask for fewer"
+        )
+
+
+def check_optimizer(model: QATModule) -> None:
+    """Optimizer and scheduler are made late, by factories: try them on a parameter now."""
+    try:
+        optimizer = model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"model.optimizer: {first_line(error)}; correct this setting") from error
+    if model.lr_scheduler is None:
+        return
+    try:
+        model.lr_scheduler(optimizer)
+    except UserError as error:
+        raise UserError(f"model.lr_scheduler.{error}") from error
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"model.lr_scheduler: {first_line(error)}; correct this setting") from error
+
+
+def find_resumed(settings: Namespace) -> str | None:
+    """The file behind `ckpt_path`; `last` and `best` are those of the run's folder.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    path = settings.get("ckpt_path")
+    if path is None:
+        return None
+    if path in ("last", "best"):
+        path = str(_run_folder(settings) / "checkpoints" / f"{path}.ckpt")
+    if not Path(path).exists():
+        raise UserError(f"ckpt_path: {path} does not exist; name a checkpoint, or leave it out to start anew")
+    if Path(path).is_file():
+        try:
+            checkpoint = read_checkpoint(Path(path))
+        except UserError as error:
+            raise UserError(f"ckpt_path: {error}") from error
+        if "pytorch-lightning_version" not in checkpoint:
+            raise UserError(
+                f"ckpt_path: {path} is not the checkpoint of a run; start from it with model.init_from"
+            )
+    return path
+
+
+def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any, Any]]:
+    """Settings in which the configuration and a checkpoint's model differ: (key, configured, saved).
+
+    A checkpoint holds the architecture in full, a transformers config for example; it is compared by
+    what the configuration names of it, and not at all where a model folder or `init_from` brought it.
+    """
+    mine, other = dict(vars(configured.as_flat())), dict(vars(saved.as_flat()))
+    brought = mine.pop("init_args.init_from", None) is not None
+    other.pop("init_args.init_from", None)
+    for key, block in list(other.items()):
+        if isinstance(block, dict) and isinstance(named := mine.get(key), dict):
+            del mine[key], other[key]
+            mine |= {f"{key}.{k}": named[k] for k in named if k in block}
+            other |= {f"{key}.{k}": block[k] for k in named if k in block}
+        elif isinstance(block, dict) and (brought or isinstance(mine.get(key), str)):
+            mine[key] = block
+    pairs = {key: (mine.get(key), other.get(key)) for key in sorted(mine.keys() | other.keys())}
+    return [
+        (f"model.{key.replace('init_args.', '')}", a, b)
+        for key, (a, b) in pairs.items()
+        if _plain(a) != _plain(b)
+    ]
+
+
+def check_run_folder(log_dir: str, ckpt_path: str | None) -> None:
+    """The run's folder must be writable, and new unless the run resumes from a checkpoint inside it."""
+    folder = Path(log_dir)
+    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"trainer.logger.save_dir: {folder} cannot be written ({existing}: {error.strerror}); "
+            "choose another folder"
+        ) from error
+    resumes = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
+    if (folder / "config.yaml").exists() and not resumes:
+        started = (folder / "checkpoints" / "last.ckpt").exists()
+        raise UserError(
+            f"{folder}: holds a run already; choose another --trainer.logger.version, or "
+            + (
+                "resume it with --ckpt_path last"
+                if started
+                else "remove it (it has no checkpoint to resume from)"
+            )
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, up to its first line break."""
+    return next(
+        (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
+
+
+def _check_name(key: str, name: str, known: list[str]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, 1)
+    raise UserError(
+        f"{key}: {name} is unknown; "
+        + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}")
+    )
+
+
+def _run_folder(settings: Namespace) -> Path:
+    logging_to = settings.trainer.logger
+    args = logging_to.get("init_args") if isinstance(logging_to, Namespace) else None
+    if args is None or args.get("version") is None:
+        raise UserError(
+            "ckpt_path: last and best need --trainer.logger.version, the run's folder; or name the file"
+        )
+    version = args.version if isinstance(args.version, str) else f"version_{args.version}"
+    return Path(args.save_dir) / (args.name or "") / version
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

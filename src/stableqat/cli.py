@@ -1,0 +1,118 @@
+"""The `stableqat` command.
+
+`fit`, `validate`, `test` and `predict` are LightningCLI in subclass mode: any setting of trainer,
+model and data from YAML files and flags. The tool verbs are functions, imported when called, so
+that help answers at once. A user's mistake is one line on stderr and exit code 2 (`--debug`
+shows the traceback); a fault of the program keeps its traceback.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from inspect import signature
+
+from stableqat.errors import UserError
+
+RUN_VERBS = {
+    "fit": "train a model, quantized or not",
+    "validate": "evaluate on the validation split (a quantized model that is not trained: PTQ)",
+    "test": "evaluate on the test split",
+    "predict": "write predictions for the test split",
+}
+TOOL_VERBS = {
+    "sweep": ("stableqat.analysis.sweep", "run the points of one or more studies"),
+    "compare": ("stableqat.analysis.compare", "table and plot from the event files of runs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb.
+
+    Args:
+        argv: Arguments without the program's name; None takes them from the command line.
+
+    Returns:
+        0 if it is done (a diverged run is), 1 if points of a study failed, 2 after a user's mistake.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        # a data loader's worker hands its error over as the text of a traceback
+        line = str(error).rpartition("UserError: ")[2]
+        print(f"stableqat: {' '.join(line.split())}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # argument parsers end with it, after help for example
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        _parser().print_help()
+        return 0
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"stableqat {version('stableqat')}")
+        return 0
+    if verb in RUN_VERBS:
+        # Libraries read these once, at import
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it would say, our own error says
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        return import_module("stableqat.run").run(arguments)
+    if verb in TOOL_VERBS:
+        return _tool(verb, arguments[1:])
+    verbs = [*RUN_VERBS, *TOOL_VERBS]
+    near = difflib.get_close_matches(verb, verbs, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}"
+    raise UserError(f"{verb} is not a verb of stableqat; {hint}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = {**RUN_VERBS, **{verb: text for verb, (_, text) in TOOL_VERBS.items()}}
+    lines = "\n".join(f"  {verb:<9} {text}" for verb, text in verbs.items())
+    return argparse.ArgumentParser(
+        prog="stableqat",
+        usage="stableqat VERB [-c CONFIG.yaml ...] [--KEY VALUE ...]",
+        description="Quantization-aware training of LLMs and ViTs at 1-4 bits.",
+        epilog=f"verbs (each has its own --help):\n{lines}\n\n--debug with any verb shows the traceback.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _tool(verb: str, arguments: list[str]) -> int:
+    import jsonargparse
+
+    from stableqat.parsing import OneLineErrors
+
+    class ToolParser(OneLineErrors, jsonargparse.ArgumentParser):
+        pass
+
+    home, description = TOOL_VERBS[verb]
+    function = getattr(import_module(home), verb)
+    files = next(iter(signature(function).parameters))  # a list, which jsonargparse would want in brackets
+    parser = ToolParser(prog=f"stableqat {verb}", description=description)
+    parser.add_argument(files, nargs="+", help=_described(function)[files])
+    parser.add_function_arguments(function, as_group=False, skip={files})
+    return function(**parser.parse_args(arguments))
+
+
+def _described(function: Callable[..., int]) -> dict[str, str | None]:
+    from docstring_parser import parse
+
+    return {each.arg_name: each.description for each in parse(function.__doc__ or "").params}
+
+
+def entry() -> None:
+    """Console-script entry point."""
+    sys.exit(main())

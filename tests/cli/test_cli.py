@@ -1,0 +1,132 @@
+"""Verbs, exit codes and what reaches stderr."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from stableqat.cli import main
+from stableqat.errors import UserError
+from stableqat.modules import LlamaModule
+
+
+def llama(verb, name, *flags):
+    return [verb, "-c", "llama.yaml", "--trainer.logger.version", name, *flags]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"stableqat {version('stableqat')}\n"
+
+
+def test_a_run_is_a_folder(run, at):
+    names = {path.name for path in (at / run).iterdir()}
+    assert {"config.yaml", "checkpoints"} <= names
+    assert any(name.startswith("events.out.tfevents.") for name in names)
+    assert (at / run / "checkpoints/last.ckpt").stat().st_size
+
+
+def test_news_begin_with_the_run(at, capsys):
+    assert main(llama("fit", "news")) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("stableqat: 7 linear layers quantized, 1 left alone")
+    assert "litlogger" not in err
+
+
+def test_a_start_is_evaluated(run, at, capsys):
+    assert main(llama("test", "test", "--model.init_from", run)) == 0
+    assert "loss" in capsys.readouterr().out
+
+
+def test_predictions_are_saved(run, at):
+    import torch
+
+    assert main(llama("predict", "predict", "--model.init_from", run)) == 0
+    predictions = torch.load(at / "logs/llama/predict/predictions-0.pt", weights_only=True)
+    assert all(each.shape[1] == 15 and each.isfinite().all() for each in predictions)
+
+
+def test_a_checkpoint_is_evaluated_as_what_it_is(run, at, capsys):
+    checkpoint = f"{run}/checkpoints/last.ckpt"
+    assert main(llama("validate", "other", "--ckpt_path", checkpoint, "--model.quantizer.bits", "4")) == 0
+    said = "stableqat: model.quantizer.bits: 2 from the checkpoint replaces 4 from the configuration"
+    assert said in capsys.readouterr().err.splitlines()
+
+
+def test_a_cut_run_is_resumed_by_the_same_command(at):
+    import torch
+
+    assert main(llama("fit", "resumed")) == 0
+    config = (at / "logs/llama/resumed/config.yaml").read_text()
+    assert main(llama("fit", "resumed", "--ckpt_path", "last", "--trainer.max_steps", "3")) == 0
+    last = torch.load(at / "logs/llama/resumed/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+    assert (at / "logs/llama/resumed/config.yaml").read_text() == config
+
+
+def test_a_trial_leaves_nothing(at):
+    before = set(at.iterdir())
+    assert main(llama("fit", "trial", "--trainer.fast_dev_run", "true")) == 0
+    assert set(at.iterdir()) == before
+    assert not (at / "logs/llama/trial").exists()
+
+
+def test_a_diverged_run_is_a_result(at, capsys):
+    assert main(llama("fit", "diverged", "--guard.patience", "1", "--guard.margin", "-100")) == 0
+    assert "stableqat: diverged at step 0" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(at):
+    with pytest.raises(UserError, match="bits"):
+        main(["fit", "-c", "llama.yaml", "--debug", "--model.quantizer.bits", "0"])
+
+
+@pytest.mark.parametrize("fault", [ValueError("`width` is odd"), KeyError("loss")])
+def test_a_fault_of_the_program_keeps_its_traceback(fault, at, monkeypatch):
+    def step(self, batch, batch_idx):
+        raise fault
+
+    monkeypatch.setattr(LlamaModule, "training_step", step)
+    with pytest.raises(type(fault)) as caught:
+        main(llama("fit", f"fault-{type(fault).__name__}"))
+    assert caught.value is fault
+
+
+def test_a_setting_that_lightning_refuses_late_is_refused_by_name(at, capsys):
+    steps = ["--trainer.val_check_interval", "1000000", "--trainer.max_steps", "2"]
+    assert main(llama("fit", "late", *steps)) == 2
+    assert "stableqat: trainer.val_check_interval: " in capsys.readouterr().err.splitlines()[-1]
+    assert main(llama("fit", "late")) == 2
+    assert "remove it (it has no checkpoint to resume from)" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_never_logged_is_refused_by_name(at, capsys):
+    steps = [
+        "--trainer.val_check_interval",
+        "1",
+        "--trainer.max_steps",
+        "2",
+        "--best.monitor",
+        "val/accuracy",
+    ]
+    assert main(llama("fit", "monitor", *steps)) == 2
+    assert "val/accuracy" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_itself(at):
+    wrong = ["--model.quantizer.bits", "0"]
+    command = [
+        sys.executable,
+        "-c",
+        "from stableqat.cli import entry; entry()",
+        "fit",
+        "-c",
+        "llama.yaml",
+        *wrong,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert not done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "bits: must be a whole number from 1 to 8, not 0" in done.stderr

@@ -1,0 +1,80 @@
+"""Help comes at once, because nothing heavy is imported for it, and says what the docstrings say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stableqat.cli import main
+
+HEAVY = [
+    "torch",
+    "lightning",
+    "transformers",
+    "tensorboard",
+    "matplotlib",
+    "datasets",
+    "timm",
+    "numpy",
+    "sklearn",
+]
+
+ASK = """
+import contextlib, io, json, sys
+from stableqat.cli import main
+
+texts = {}
+for verb in ([], ["sweep"], ["compare"]):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert main([*verb, "--help"]) == 0
+    texts[" ".join(verb)] = text.getvalue()
+print(json.dumps([texts, sorted(sys.modules)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Help texts from a process that only asked for help, and the modules that it imported."""
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return json.loads(done.stdout)
+
+
+def test_help_imports_nothing_heavy(fresh):
+    _, modules = fresh
+    assert not {name.split(".")[0] for name in modules} & set(HEAVY)
+
+
+def test_help_tells_the_verbs(fresh):
+    text = fresh[0][""]
+    for verb in ("fit", "validate", "test", "predict", "sweep", "compare"):
+        assert f"\n  {verb} " in text
+    assert "--debug" in text
+
+
+def test_help_of_a_tool_tells_its_arguments(fresh):
+    assert "studies" in fresh[0]["sweep"]
+    assert "--workers" in fresh[0]["sweep"]
+    assert "folders" in fresh[0]["compare"]
+    assert "--out" in fresh[0]["compare"]
+
+
+def test_no_arguments_are_a_cry_for_help(capsys):
+    assert main([]) == 0
+    assert "usage: stableqat VERB" in capsys.readouterr().out
+
+
+def test_help_of_fit_tells_the_docstrings(capsys):
+    assert main(["fit", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--trainer.max_steps" in text
+    assert "--guard.patience" in text
+    assert "Optimizer steps in a row that it may stay above." in text
+
+
+def test_help_of_a_class_tells_its_docstring(capsys):
+    assert main(["fit", "--model.help", "LlamaModule"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Learning rate of the quantizers' parameters as a share of the weights'." in text
