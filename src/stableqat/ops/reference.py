@@ -56,22 +56,22 @@ def backward(
     v = x / scale
     y = v + zero_point
     nearest = y.round()
-    inside = surrogate.inside(v, grid)
+    u = y.sub_(nearest)
+    low, high = grid.bounds(surrogate.mask)
+    clipped = v.clamp(low, high)
+    inside = v.sub_(clipped).eq_(0)  # 0 or 1 as floats: boolean masks cost a CPU several times as much
+    reached = grad * inside
     grad_scale = 1 / sqrt(x.shape[-1] * max(grid.q_max, 1))
 
-    toward_scale = nearest.clamp(grid.q_min, grid.q_max).sub_(zero_point)
+    toward_scale = nearest.clamp_(grid.q_min, grid.q_max).sub_(zero_point)
     if grid.name != "binary":
-        # filled, not multiplied: an infinite weight outside the range must not become NaN
-        toward_scale.sub_(v if inside is None else v.masked_fill_(~inside, 0))
+        toward_scale.sub_(clipped.mul_(inside))  # finite even where the weight is not
     scale_grad = toward_scale.mul_(grad).sum(-1, keepdim=True).mul_(grad_scale)
 
-    u = y.sub_(nearest)
-    reached = grad if inside is None else grad * inside
+    factor, by_param = surrogate.derivatives(u, param)
     param_grad = None
-    if param is not None:
-        by_param = surrogate.param_derivative(u, param).mul_(reached).sum(-1, keepdim=True)
-        param_grad = by_param.mul_(scale).mul_(grad_scale)
-    factor = surrogate.derivative(u, param)
+    if by_param is not None:
+        param_grad = by_param.mul_(reached).sum(-1, keepdim=True).mul_(scale).mul_(grad_scale)
     return (reached if factor is None else factor.mul_(reached)), scale_grad, param_grad
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from stableqat.errors import UserError
-from stableqat.ops.grids import Grid, Mask
+from stableqat.ops.grids import Mask
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Base of all surrogates: a subclass says `derivative`, and `param_derivative` if it learns.
+    """Base of all surrogates: a subclass says `derivative`, or `derivatives` if it learns.
 
     Attributes:
         mask: Which weights receive a gradient, see `Grid.bounds`. The same mask decides
@@ -30,20 +30,13 @@ class Surrogate:
 
     mask: Mask = "range"
 
-    def inside(self, v: Tensor, grid: Grid) -> Tensor | None:
-        """Boolean mask of the weights that receive a gradient; None where all of them do."""
-        if self.mask == "none":
-            return None
-        low, high = grid.bounds(self.mask)
-        return (v >= low).logical_and_(v <= high)
-
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor | None:
         """The surrogate `g(u)`, elementwise; None stands for the constant 1."""
         raise NotImplementedError
 
-    def param_derivative(self, u: Tensor, param: Tensor) -> Tensor:
-        """Derivative of the value, in units of the scale, by the learned parameter."""
-        raise NotImplementedError
+    def derivatives(self, u: Tensor, param: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """`g(u)`, and the value's derivative by the learned parameter in units of the scale (or None)."""
+        return self.derivative(u, param), None
 
 
 @dataclass(frozen=True)
@@ -90,12 +83,16 @@ class Fourier(Surrogate):
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`."""
         weight = self.amplitude * sqrt(2) * pi
-        odd = [(2 * m + 1, (-1) ** m / (2 * m + 1)) for m in range(self.harmonics)]
-        peak = weight * sum(c for _, c in odd)  # S at a level
-        fall = torch.zeros_like(u)  # peak - S
-        for k, c in odd:
-            fall.add_((u * (k * pi / 2)).sin_().square_(), alpha=2 * weight * c)
-        return (fall + (1 - peak)).div_(fall.neg_().add_(1 + peak))
+        peak = 0.0  # S at a level
+        below = None  # 1 - S
+        for m in range(self.harmonics):
+            k, c = 2 * m + 1, weight * (-1) ** m / (2 * m + 1)
+            term = (u * (k * pi / 2)).sin_().square_().mul_(2 * c)
+            below = term if below is None else below.add_(term)
+            peak += c
+        assert below is not None
+        below.add_(1 - peak)
+        return below.div_(2 - below)
 
 
 @dataclass(frozen=True)
@@ -118,19 +115,19 @@ class Tanh(Surrogate):
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`; `param` is `a`, broadcastable to `u`."""
+        return self.derivatives(u, param)[0]
+
+    def derivatives(self, u: Tensor, param: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Surrogate.derivatives`: g, and half of `d phi / d a`."""
         assert param is not None
         k = (2 / param - 1).log_()
-        # sech^2 is even in t and |t| = 1/2 - |u|, which is also right at u = 0, where sign(u) is not
-        tanh = u.abs().sub_(0.5).mul_(k).tanh_()
-        return tanh.square_().neg_().add_(1).mul_(k / (1 - param) / 2)
-
-    def param_derivative(self, u: Tensor, param: Tensor) -> Tensor:
-        """See `Surrogate.param_derivative`: half of `d phi / d a`."""
-        k = (2 / param - 1).log_()
-        t = u - torch.copysign(torch.full_like(u, 0.5), u)
-        tanh = (t * k).tanh_()
-        slope = t.mul_(tanh.square().neg_().add_(1)).mul_(1 / ((1 - param) * param * (2 - param)))
-        return tanh.mul_(0.5 / (1 - param).square()).sub_(slope)
+        # at u = 0 the thresholds on both sides are equally far: either sign is right, sign(0) = 0 is not
+        t = u - torch.copysign(u.new_tensor(0.5), u)
+        upper = (t * (2 * k)).sigmoid_()  # (1 + tanh(k t)) / 2, at a fifth of a tanh's cost on a CPU
+        sech2 = (1 - upper).mul_(upper).mul_(4)
+        by_param = upper.sub_(0.5).mul_(1 / (1 - param).square())
+        by_param.sub_(t.mul_(sech2).mul_(1 / ((1 - param) * param * (2 - param))))
+        return sech2.mul_(k / (2 * (1 - param))), by_param
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""A queue of points that knows what waits for what, and the processes that work on it.
+
+A point that begins from its study's start run waits for it, while points of other studies go on.
+Of those that can start, start runs come first (others wait for them), then whatever takes longest
+by the durations seen so far, so that no long run is left over at the end.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
+
+from stableqat.analysis.runner import FINAL, Job, Main
+
+PATIENCE = 60.0  # seconds that runs have to write their checkpoints when the sweep is stopped
+
+
+class Pool:
+    """Runs jobs, at most `workers` at a time, `threads` threads each."""
+
+    def __init__(self, jobs: list[Job], *, workers: int, threads: int, main: Main, preload: Sequence[str]):
+        self.jobs = jobs
+        self.workers = workers
+        self.threads = threads
+        self.main = main
+        self.preload = preload
+        self.start_jobs = {job.point.folder: job for job in jobs if job.point.start is None}
+        self.signals: list[int] = []
+        self.stop_at = float("inf")
+
+    def run(self, tell: Callable[[Job], None]) -> int | None:
+        """Works until nothing is left; returns the signal that stopped it before, if one did.
+
+        Args:
+            tell: Called with each job that ended or could not start.
+        """
+        waiting = [job for job in self.jobs if job.record.status not in FINAL]
+        running: list[Job] = []
+        asked: list[Job] = []
+        with self._signals_noted():
+            try:
+                while waiting or running:
+                    while not self.signals and len(running) < self.workers and (job := self._next(waiting)):
+                        waiting.remove(job)
+                        job.start(self.main, self.threads, self.preload)
+                        running.append(job)
+                    if not running:
+                        break
+                    if self.signals:
+                        kill = len(self.signals) > 1 or time.monotonic() > self.stop_at
+                        for job in running if kill else [j for j in running if j not in asked]:
+                            job.signal(signal.SIGKILL if kill else signal.SIGTERM)
+                            asked.append(job)
+                    wait([job.process.sentinel for job in running if job.process], timeout=1)
+                    for job in [j for j in running if j.process and j.process.exitcode is not None]:
+                        running.remove(job)
+                        job.finish(stopped=job in asked)
+                        tell(job)
+            finally:
+                for job in running:
+                    job.signal(signal.SIGKILL)
+        if self.signals:
+            return self.signals[0]
+        for job in waiting:
+            assert job.point.start is not None
+            job.record.status = "failed"
+            job.record.error = f"not started: {job.point.start.folder} {self._start_of(job).record.status}"
+            tell(job)
+        return None
+
+    def _next(self, waiting: list[Job]) -> Job | None:
+        ready = [j for j in waiting if j.point.start is None or self._start_of(j).record.status == "done"]
+        needed = {job.point.start.folder for job in waiting if job.point.start}
+        return max(
+            ready,
+            default=None,
+            key=lambda job: (job.point.folder in needed, expected_seconds(job, self.jobs)),
+        )
+
+    def _start_of(self, job: Job) -> Job:
+        assert job.point.start is not None
+        return self.start_jobs[job.point.start.folder]
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        def note(number: int, _: object) -> None:
+            self.signals.append(number)
+            self.stop_at = min(self.stop_at, time.monotonic() + PATIENCE)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def expected_seconds(job: Job, jobs: list[Job]) -> float:
+    """Mean duration of the study's finished points of the same kind; infinite as long as there are none."""
+
+    def kind(j: Job) -> tuple[str, str, bool]:
+        return j.point.study, j.point.verb, j.point.start is None
+
+    seconds = [j.record.seconds for j in jobs if j.record.status == "done" and kind(j) == kind(job)]
+    return sum(seconds) / len(seconds) if seconds else float("inf")

@@ -1,0 +1,197 @@
+"""One point in one process: what its folder records, and what happens in the child.
+
+A child is forked from a server process that has imported the heavy libraries once, so it starts in
+milliseconds and its crash, even a segmentation fault, costs one point. It leads its own session:
+a Ctrl-C in the terminal reaches the sweep alone, which then asks its children to stop; when the
+sweep itself is killed, its children end with it, so that no run is ever written by two processes.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from stableqat.analysis.study import Point
+from stableqat.errors import UserError
+
+# What makes a run slow to start. Importing must start no thread and no parallel region (fork-safe).
+PRELOAD = (
+    "torch",
+    "torch.utils.tensorboard",
+    "lightning.pytorch.cli",
+    "transformers.models.llama.modeling_llama",
+    "timm",
+    "stableqat.cli",
+    "stableqat.modules",
+    "stableqat.data",
+)
+FINAL = ("done", "diverged")
+
+Main = Callable[[list[str]], int]
+
+
+@dataclass
+class Record:
+    """What `sweep.json` in a point's folder says.
+
+    Attributes:
+        status: running (or cut, where no sweep runs), done, diverged or failed.
+        settings: What decided the outcome, see `Point.settings`.
+        seconds: Time spent on the point, all attempts together.
+        error: Why it failed.
+    """
+
+    status: str
+    settings: dict[str, Any]
+    seconds: float = 0.0
+    error: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record | None":
+        """The record of a point's folder, None where there is none."""
+        file = folder / "sweep.json"
+        try:
+            return cls(**json.loads(file.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} can't be read: move the folder away to run this point anew") from error
+
+    def write(self, folder: Path) -> None:
+        """Replaces the record in one move."""
+        part = folder / ".sweep.json.part"
+        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        os.replace(part, folder / "sweep.json")
+
+
+@dataclass
+class Job:
+    """A point on its way: to run, running, or with its outcome in `record`."""
+
+    point: Point
+    record: Record
+    resume: bool = False
+    process: BaseProcess | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether an earlier attempt left something that is not continued."""
+        return not self.resume and self.point.folder.exists()
+
+    @property
+    def replaced(self) -> Path:
+        """Where that goes: out of the study, and not lost."""
+        study = self.point.folder.parent
+        names = (
+            study.parent / ".replaced" / study.name / f"{self.point.name}.{n}" for n in itertools.count(1)
+        )
+        return next(name for name in names if not name.exists())
+
+    def start(self, main: Main, threads: int, preload: Sequence[str]) -> None:
+        """Starts the point in a child process, resuming from its last checkpoint where `resume` says so."""
+        folder = self.point.folder
+        if self.begins_anew:
+            replaced = self.replaced
+            replaced.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder, replaced)
+        folder.mkdir(exist_ok=True)
+        self.record.status, self.record.error = "running", ""
+        self.record.write(folder)
+        (folder / "command.sh").write_text(self.point.command + "\n")
+        argv = self.point.argv + (["--ckpt_path", "last"] if self.resume else [])
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        self.began = time.monotonic()
+        self.process = context.Process(target=run_child, args=(main, argv, folder, self.record, threads))
+        self.process.start()
+
+    def finish(self, stopped: bool) -> None:
+        """Takes the outcome of a child that ended; one that was told to stop is neither done nor failed."""
+        assert self.process is not None
+        folder, code = self.point.folder, self.process.exitcode
+        assert code is not None
+        self.process.close()
+        self.process = None
+        record = Record.read(folder)
+        assert record is not None
+        self.record = record
+        if record.status in FINAL:
+            return
+        record.seconds += time.monotonic() - self.began
+        record.status = "cut" if stopped else "failed"
+        if not stopped:
+            ended = f"killed by {signal.Signals(-code).name}" if code < 0 else _last_line(folder / "log.txt")
+            record.error = ended or f"ended with exit code {code} and no result"
+        record.write(folder)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the child; SIGKILL to all that it started, too."""
+        assert self.process is not None
+        pid = self.process.pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            if number == signal.SIGKILL:
+                os.killpg(pid, number)
+
+
+def run_stableqat(argv: list[str]) -> int:
+    """Runs a `stableqat` command in this process."""
+    from stableqat.cli import main
+
+    return main(argv)
+
+
+def run_child(main: Main, argv: list[str], folder: Path, record: Record, threads: int) -> None:
+    """Body of a child process: one command, its output in `log.txt`, its outcome in `sweep.json`."""
+    began = time.monotonic()
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(folder / "log.txt", "ab") as log, open(os.devnull) as nothing:
+        log.write(f"$ {shlex.join(['stableqat', *argv])}\n".encode())
+        log.flush()
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    # A strategy that starts further processes repeats the command line that it finds here.
+    sys.argv[1:] = argv
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+
+    code = main(argv)
+    sys.stdout.flush()
+    if code:
+        sys.exit(code)
+
+    from stableqat.analysis.events import read_run
+
+    record.status = "diverged" if read_run(folder).last("hp/diverged") == 1 else "done"
+    record.seconds += time.monotonic() - began
+    record.write(folder)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip() and line[:2] != "$ "), "")
