@@ -1,7 +1,7 @@
 """Swap a model's linear layers for quantized ones, in place, keeping everything else.
 
-`QuantLinear` computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the very Parameters of
-the layer it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds
+`QuantLinear` computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the very
+Parameters of the layer it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds
 keys of its own beside. Only `type(m) is nn.Linear` is swapped: a subclass computes something
 that is not ours to replace. Running the surgery twice changes nothing.
 """
@@ -73,7 +73,8 @@ class SurgeryReport:
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
-        return f"{len(self.swapped)} linear layers quantized, {len(self.skipped)} left alone: {reasons or 'none'}"
+        quantized, left = len(self.swapped), len(self.skipped)
+        return f"{quantized} linear layers quantized, {left} left alone: {reasons or 'none'}"
 
 
 def quantize_linears(
@@ -92,8 +93,10 @@ def quantize_linears(
         Which layers were swapped, which were not, and why.
 
     Raises:
-        UserError: With the layer's name, if a quantizer refuses its weight.
+        UserError: With the layer's name, if a quantizer refuses its weight; if `model` is itself a layer.
     """
+    if isinstance(model, nn.Linear):
+        raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
     report = SurgeryReport()
     replacements: dict[int, QuantLinear] = {}
     used_patterns: set[str] = set()

@@ -1,7 +1,8 @@
 """What a QAT step of the demo's Llama costs beside its full-precision step, on this machine's CPU.
 
-Whole training steps (forward, backward, clipping, AdamW) of the real training system inside a real Trainer, the arms
-interleaved in one process, each ratio taken within a round; with and without the quantizer monitor.
+Whole training steps (forward, backward, clipping, AdamW) of the real training system inside a real
+Trainer, the arms interleaved in one process, each ratio taken within a round; with and without the
+quantizer monitor.
 
     python tests/benchmarks/step_cost.py [--rounds 5] [--steps 25] [--threads 1]
 """
@@ -66,7 +67,9 @@ def step_seconds(arm: str, config: dict[str, Any], batch: torch.Tensor, steps: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1, help="threads of a run; the demo's runs have one")
@@ -79,8 +82,9 @@ def main() -> None:
     config = base["model"]["init_args"]["config"]
     shape = (base["data"]["init_args"]["batch_size"], base["data"]["init_args"]["block_size"])
     batch = torch.randint(0, config["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {options.threads} thread(s), "
-          f"batch {shape}, {options.rounds} rounds of {options.steps} steps")  # fmt: skip
+    machine = f"{platform.processor() or platform.machine()}, {options.threads} thread(s)"
+    grid = f"batch {shape}, {options.rounds} rounds of {options.steps} steps"
+    print(f"torch {torch.__version__}, {machine}, {grid}")
     for monitor in (False, True):
         ratios: dict[str, list[float]] = {arm: [] for arm in ARMS}
         baselines = []

@@ -137,7 +137,7 @@ class Comparison:
     def cell(self, arm: Arm, lr: float) -> Cell | None:
         """The arm's runs at one learning rate."""
         runs = [run for run in arm.runs if run.hparams["lr"] == lr]
-        losses = [self.cap[0] if diverged(run) else float(run.last(LOSS) or math.nan) for run in runs]
+        losses = [self.cap[0] if diverged(run) else _final(run) for run in runs]
         return Cell(losses, sum(map(diverged, runs))) if runs else None
 
     def best(self, arm: Arm) -> tuple[float, float]:
@@ -205,6 +205,12 @@ def usable(run: Run) -> bool:
     if reason:
         log.warning("%s is left out: %s", run.folder, reason)
     return reason is None
+
+
+def _final(run: Run) -> float:
+    loss = run.last(LOSS)
+    assert loss is not None, "left out by `usable`"
+    return loss
 
 
 def _kind(run: Run) -> str:

@@ -75,9 +75,7 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
                         info = HParamsPluginData.FromString(
                             value.metadata.plugin_data.content
                         ).session_start_info
-                        run.hparams = {
-                            k: getattr(v, str(v.WhichOneof("kind"))) for k, v in info.hparams.items()
-                        }
+                        run.hparams = {key: _plain(value) for key, value in info.hparams.items()}
                     elif value.tag.startswith(tags) and value.HasField("simple_value"):
                         seen.setdefault(value.tag, {})[event.step] = value.simple_value
                     elif value.tag.startswith(tags) and value.HasField("tensor"):

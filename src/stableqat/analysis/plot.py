@@ -1,7 +1,8 @@
 """The picture of a comparison: final metric against learning rate, a line an arm, a panel a study.
 
 Losses are drawn as they are, up to as far above the cap as the cap lies above the best; what is worse
-stands at the upper edge, and diverged runs there as crosses. A study of images has a panel for top-1, too. Bars are standard deviations over seeds. Colours are Okabe and Ito's, told apart by
+stands at the upper edge, and diverged runs there as crosses. A study of images has a panel for
+top-1, too. Bars are standard deviations over seeds. Colours are Okabe and Ito's, told apart by
 colour-blind readers, and every arm has a marker of its own besides.
 """
 

@@ -19,8 +19,6 @@ from stableqat.analysis.runner import FINAL, PRELOAD, Job, Main, Record, run_sta
 from stableqat.analysis.study import Point, Study, read_study
 from stableqat.errors import UserError
 
-PATIENCE = 30.0  # seconds that a run has to write its checkpoint and stop
-
 
 def sweep(studies: list[str], *, workers: int | None = None, rerun: Literal["changed"] | None = None) -> int:
     """Runs all points of one or more studies that are not done yet.

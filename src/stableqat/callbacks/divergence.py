@@ -68,8 +68,8 @@ class DivergenceGuard(L.Callback):
         self._steps_above = self._steps_above + 1 if above else 0
         if self._steps_above >= self.patience:
             reason = (
-                f"the average loss {self._average:.3f} has stayed above the initial {self.initial_loss:.3f} + "
-                f"{self.margin} for {self.patience} steps"
+                f"the average loss {self._average:.3f} has stayed above the initial {self.initial_loss:.3f} "
+                f"+ {self.margin} for {self.patience} steps"
             )
             self._stop(trainer, pl_module, reason)
 

@@ -8,6 +8,7 @@ Randomness inside a step (dropout, mixup, stochastic quantizers) is a function o
 batch, rank), so that a resumed run repeats the uninterrupted one.
 """
 
+import inspect
 import logging
 import os
 import random
@@ -143,6 +144,10 @@ class QATModule(L.LightningModule, ABC):
                     f"skip: {', '.join(self.skip)} leaves none of the {len(report.skipped)} linear layers to "
                     "quantize; skip fewer, or train in full precision with quantizer: null"
                 )
+            # the default may name layers of other models of the family
+            usual = inspect.signature(type(self)).parameters["skip"].default
+            if lost := [pattern for pattern in report.unmatched if pattern not in usual]:
+                raise UserError(f"skip: {lost[0]} matches no linear layer; correct it or leave it out")
 
     def setup(self, stage: str) -> None:
         """Make the checks that the command line makes before data is prepared."""
@@ -162,10 +167,8 @@ class QATModule(L.LightningModule, ABC):
         if self.model is not None:
             return
         follows = _STATE_DICT_FOLLOWS.get()
-        if follows or self.init_from is None:
-            model = self.build_model()
-        else:
-            model = load_start(self, self.init_from)
+        fresh = follows or self.init_from is None
+        model = self.build_model() if fresh else load_start(self, self.init_from)  # type: ignore[arg-type]
         if self.quantizer is not None:
             self.surgery = quantize_linears(model, self.quantizer, self.skip, initialize=not follows)
         if self.compile_model:
@@ -288,8 +291,9 @@ def _shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
 
 
 def _by_name(state: dict[str, Any], order: list[str]) -> dict[str, Any]:
-    groups = [{**group, "params": [order[number] for number in group["params"]]} for group in state["param_groups"]]
-    return {"state": {order[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+    states = {order[number]: value for number, value in state["state"].items()}
+    groups = [{**group, "params": [order[n] for n in group["params"]]} for group in state["param_groups"]]
+    return {"state": states, "param_groups": groups}
 
 
 def _named(value: Callable[..., Any]) -> bool:

@@ -118,8 +118,8 @@ class LlamaModule(QATModule):
         size = getattr(datamodule, "vocab_size", 0)
         if size > self.config.vocab_size:
             raise UserError(
-                f"model.config.vocab_size: {self.config.vocab_size} is less than the tokenizer's {size} entries; "
-                "raise it, or take the tokenizer that the model was trained with"
+                f"model.config.vocab_size: {self.config.vocab_size} is less than the tokenizer's {size} "
+                "entries; raise it, or take the tokenizer that the model was trained with"
             )
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class LlamaModule(QATModule):
         self._log_evaluation("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Negative log-likelihood of every next token, `(batch, tokens - 1)`, 0 where the label is ignored."""
+        """Negative log-likelihood of each next token, `(batch, tokens - 1)`, 0 where its label is ignored."""
         logits = self(batch["input_ids"])[:, :-1].float()
         return nn.functional.cross_entropy(
             logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none"

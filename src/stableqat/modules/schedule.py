@@ -51,6 +51,6 @@ class CosineWarmup(LambdaLR):
         return self.final_ratio + (1 - self.final_ratio) * (1 + cos(pi * done)) / 2
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the schedule, not its shape: a run that resumes with more steps follows their cosine."""
+        """The place in the schedule, not its shape: resumed with more steps, a run follows their cosine."""
         shape = ("warmup_steps", "total_steps", "final_ratio")
         return {key: value for key, value in super().state_dict().items() if key not in shape}

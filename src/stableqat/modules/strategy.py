@@ -34,7 +34,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state by parameter name, whole on the first process unless checkpoints are sharded."""
+        """State by parameter name, whole on the first process unless checkpoints are sharded."""
         assert self.model is not None
         whole = not self._save_distributed_checkpoint
         options = StateDictOptions(full_state_dict=whole, cpu_offload=True)

@@ -168,7 +168,8 @@ class ViTModule(QATModule):
         found = getattr(datamodule, "num_classes", None)
         if found is not None and found != self.num_classes:
             raise UserError(
-                f"model.num_classes: the model has {self.num_classes} classes, the data has {found}; set it to {found}"
+                f"model.num_classes: the model has {self.num_classes} classes, the data has {found}; "
+                f"set it to {found}"
             )
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def fake_quantize(
         the type of `x` otherwise; the mathematics is float32 either way.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on meta
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)  # meta has no autocast to ask
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     return _FakeQuantize.apply(x, scale, zero_point, surrogate_param, grid, surrogate, dtype)
 

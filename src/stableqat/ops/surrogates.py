@@ -73,7 +73,7 @@ class Fourier(Surrogate):
             raise UserError(f"amplitude: must not be negative, not {self.amplitude}")
         bin_ = torch.linspace(0, 0.5, 2049, dtype=torch.float64)
         low = self.derivative(bin_).min().item()
-        if not 0 < low:
+        if not low > 0:
             raise UserError(
                 f"amplitude: at {self.amplitude} with {self.harmonics} harmonic(s) the surrogate falls to "
                 f"{low:.3g} inside the bin, so gradients vanish or change sign; with one harmonic stay "

@@ -197,18 +197,14 @@ class Quantizer(nn.Module, ABC):
 
     def describe(self) -> dict[str, str | int | float]:
         """Flat hyper-parameters that name this quantizer in a table or in TensorBoard."""
-        rows, groups = self.scale.shape
+        whole = "channel" if self.scale.shape[0] > 1 else "tensor"
         method = {
             "method": type(self).__name__,
             "bits": self.bits,
             "grid": self.grid.name,
             "mask": self.surrogate.mask,
             "scale_init": self.scale_init,
-            "granularity": f"group {self.group_size}"
-            if self.group_size
-            else "channel"
-            if rows > 1
-            else "tensor",
+            "granularity": f"group {self.group_size}" if self.group_size else whole,
         }
         return {**method, **{k: v for k, v in vars(self.surrogate).items() if k != "mask"}}
 

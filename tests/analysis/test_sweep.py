@@ -1,0 +1,221 @@
+"""The sweep with stand-ins for runs: what is started, in which order, and what is left after a cut."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from standin import run
+
+from stableqat.errors import UserError
+
+FOLDER = Path("lightning_logs/demo")
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(arms: dict[str, str], extra: str = "") -> str:
+    """A study of arms that end as `act` says."""
+    lines = [f"    {name}: {{args: {{act: {act}}}}}" for name, act in arms.items()]
+    Path("demo.yaml").write_text("\n".join([extra, "grid:", "  arm:", *lines, ""]))
+    return "demo.yaml"
+
+
+def calls() -> list[str]:
+    return (FOLDER / "calls.txt").read_text().splitlines()
+
+
+def calls_of(point: str) -> list[str]:
+    return [call.split(" ", 1)[1] for call in calls() if call.split(" ")[0] == point]
+
+
+def record(point: str) -> dict:
+    return json.loads((FOLDER / point / "sweep.json").read_text())
+
+
+def statuses() -> dict[str, str]:
+    return {file.parent.name: record(file.parent.name)["status"] for file in FOLDER.glob("*/sweep.json")}
+
+
+def begin(path: str) -> subprocess.Popen:
+    """Starts a sweep in a process of its own."""
+    code = f"import sys, standin; sys.exit(standin.run({path!r}, workers=2))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+
+
+def wait_for(*lines: str) -> None:
+    end = time.monotonic() + 30
+    while not ((FOLDER / "calls.txt").exists() and set(lines) <= set(calls())):
+        assert time.monotonic() < end, "the runs did not come as far"
+        time.sleep(0.02)
+
+
+def test_every_way_to_end_costs_its_own_point_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    ways = ("refuse", "raise", "kill", "diverge", "finish")
+    path = write({act: act for act in ways})
+    assert run(path) == 1
+    assert statuses() == {
+        "refuse": "failed",
+        "raise": "failed",
+        "kill": "failed",
+        "diverge": "diverged",
+        "finish": "done",
+    }
+    assert record("refuse")["error"] == "data.file: there is no file words.txt"
+    assert record("raise")["error"] == "RuntimeError: shapes differ"
+    assert record("kill")["error"] == "killed by SIGKILL"
+    shown = capfd.readouterr().out
+    assert f"failed: {FOLDER / 'raise' / 'log.txt'}: RuntimeError: shapes differ" in shown
+    assert "working as told" not in shown  # that is in the point's log
+
+    log = (FOLDER / "raise" / "log.txt").read_text()
+    command = (FOLDER / "raise" / "command.sh").read_text()
+    assert command == (
+        "stableqat fit --act raise --trainer.logger.save_dir lightning_logs"
+        " --trainer.logger.name demo --trainer.logger.version raise\n"
+    )
+    assert log.startswith(f"$ {command}")
+    assert "working as told: raise" in log
+    assert "Traceback" in log
+
+    # The next call tries again what failed, and only that; what the first attempt left is kept.
+    assert run(path) == 1
+    began = Counter(call.split()[0] for call in calls() if call.endswith("began"))
+    assert began == {"refuse": 2, "raise": 2, "kill": 2, "diverge": 1, "finish": 1}
+    assert (FOLDER.parent / ".replaced" / "demo" / "raise.1" / "log.txt").read_text() == log
+
+
+def test_done_points_are_not_run_again() -> None:
+    path = write({"a": "finish", "b": "diverge"})
+    assert run(path) == 0
+    before = calls()
+    assert run(path) == 0
+    assert calls() == before
+    assert run(write({"a": "finish", "b": "diverge", "c": "finish"})) == 0
+    assert calls() == [*before, "c began", "c finished"]
+
+
+def test_points_wait_for_the_start_run() -> None:
+    assert run(write({"a": "finish", "b": "finish"}, "start: {}")) == 0
+    assert calls()[:2] == ["start began", "start finished"]
+    assert sorted(calls()[2:]) == ["a began", "a finished", "b began", "b finished"]
+
+
+def test_a_failed_start_run_fails_only_what_begins_from_it() -> None:
+    Path("demo.yaml").write_text(
+        "start: {args: {act: refuse}}\ngrid: {arm: {a: , b: {args: {model.init_from: elsewhere}}}}"
+    )
+    assert run("demo.yaml") == 1
+    assert statuses() == {"start": "failed", "b": "done"}
+    assert sorted(calls()) == ["b began", "b finished", "start began"]
+
+
+def test_why_points_were_not_started_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(write({"a": "finish"}, "start: {args: {act: refuse}}")) == 1
+    assert f"demo/a: failed: not started: {FOLDER / 'start'} failed" in capfd.readouterr().out
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped() -> None:
+    path = write({"saved": "hang-saved", "unsaved": "hang", "later": "finish"})
+    killed = begin(path)
+    try:
+        wait_for("saved hangs", "unsaved hangs")
+        with pytest.raises(UserError, match="another sweep is at work in"):
+            run(path)
+    finally:
+        killed.kill()
+        killed.communicate()
+    assert statuses() == {"saved": "running", "unsaved": "running"}
+
+    (FOLDER / "go").touch()
+    assert run(path) == 0
+    assert set(statuses().values()) == {"done"}
+    expected = {
+        "saved": ["began", "hangs", "resumed from last", "finished"],
+        "unsaved": ["began", "hangs", "began", "finished"],
+        "later": ["began", "finished"],
+    }
+    assert {name: calls_of(name) for name in expected} == expected
+    assert (FOLDER / "saved" / "log.txt").read_text().count("$ stableqat") == 2  # one folder, both attempts
+
+
+def test_runs_end_with_a_killed_sweep() -> None:
+    killed = begin(write({"a": "hang"}))
+    wait_for("a hangs")
+    with open(FOLDER / "a" / "held") as held:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        killed.kill()
+        killed.communicate()
+        end = time.monotonic() + 10
+        fcntl.flock(held, fcntl.LOCK_EX)  # waits until the run is gone
+        assert time.monotonic() < end, "the run went on without its sweep"
+
+
+def test_a_stopped_sweep_goes_on() -> None:
+    path = write({"a": "hang", "b": "hang", "c": "finish"})
+    stopped = begin(path)
+    try:
+        wait_for("a hangs", "b hangs")
+        stopped.send_signal(signal.SIGTERM)
+        shown = stopped.communicate(timeout=30)[0].decode()
+    finally:
+        stopped.kill()
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM: the same command goes on from here" in shown
+    assert statuses() == {"a": "cut", "b": "cut"}
+
+    (FOLDER / "go").touch()
+    assert run(path) == 0
+    assert set(statuses().values()) == {"done"}
+    assert sum(call.endswith("finished") for call in calls()) == 3
+
+
+def test_changed_points_are_run_again_only_on_demand() -> None:
+    Path("base.yaml").write_text("trainer: {max_steps: 10}")
+    path = write({"a": "finish", "b": "finish"}, "configs: base.yaml")
+    assert run(path) == 0
+    before = calls()
+
+    Path("base.yaml").write_text("# a comment is no change\ntrainer: {max_steps: 10}")
+    assert run(path) == 0
+    Path("base.yaml").write_text("trainer: {max_steps: 20}")
+    with pytest.raises(
+        UserError, match=r"demo/a was made .* \(trainer.max_steps: 10 -> 20\), and so were 1 "
+    ):
+        run(path)
+    write({"a": "finish", "b": "diverge"}, "args: {trainer.max_steps: 10}")
+    with pytest.raises(UserError, match=r"demo/b was made with other settings \(act: finish -> diverge\)"):
+        run(path)
+    assert calls() == before
+
+    (FOLDER / "b" / "mine.txt").touch()
+    assert run(path, rerun="changed") == 0
+    assert calls() == [*before, "b began", "b finished"]
+    assert statuses() == {"a": "done", "b": "diverged"}
+    assert (FOLDER.parent / ".replaced" / "demo" / "b.1" / "mine.txt").exists()
+    assert not (FOLDER / "b" / "mine.txt").exists()
+
+
+def test_folders_of_others_are_left_alone() -> None:
+    path = write({"a": "finish"})
+    (FOLDER / "a").mkdir(parents=True)
+    (FOLDER / "a" / "config.yaml").touch()
+    with pytest.raises(UserError, match="demo/a was not made by a sweep"):
+        run(path)
+    (FOLDER / "a" / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match=r"demo/a/sweep\.json can't be read"):
+        run(path)
+    with pytest.raises(UserError, match="workers: 0"):
+        run(path, workers=0)
+    assert not (FOLDER / "calls.txt").exists()
