@@ -192,7 +192,10 @@ def _alternatives(hint: Any) -> Iterator[Any]:
 
 
 def _derived(base: type) -> Iterator[type]:
+    """Subclasses that a user would mean: this suite's own, and those from the package of `base`."""
+    packages = ("stableqat", base.__module__.split(".")[0])
     below: list[type] = base.__subclasses__()
     for derived in below:
-        yield derived
-        yield from _derived(derived)
+        if derived.__module__.split(".")[0] in packages:
+            yield derived
+            yield from _derived(derived)

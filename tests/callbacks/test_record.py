@@ -1,0 +1,118 @@
+"""The same `hp/*` for every run, so that the HParams tab joins methods, learning rates and families."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import tiny
+from stableqat.analysis.events import read_run
+from stableqat.callbacks import DivergenceGuard, RunRecord
+from stableqat.modules import CosineWarmup
+from stableqat.quantizers import StableQAT
+
+ALL = {"hp/val_loss", "hp/best_val_loss", "hp/initial_loss", "hp/diverged", "hp/steps"}
+RUNS = [("llama", "fp"), ("llama", "dsq"), ("vit", "stableqat"), ("vit", "paretoq")]
+
+
+def recorded(folder: Path, family: str, method: str, verb: str = "fit", **options):
+    logger = TensorBoardLogger(folder, family, f"{method}-{verb}", default_hp_metric=False)
+    callbacks = [DivergenceGuard(), RunRecord()]
+    trainer = tiny.trainer(
+        max_steps=4,
+        logger=logger,
+        callbacks=callbacks,
+        limit_val_batches=1,
+        val_check_interval=1,
+        log_every_n_steps=1,
+    )
+    module = tiny.module(family, method, **options)
+    if verb == "fit":
+        trainer.fit(module, tiny.loader(family, 32, 8), tiny.loader(family))
+    else:
+        trainer.validate(module, tiny.loader(family), verbose=False)
+    return read_run(Path(logger.log_dir), ("",)), Path(logger.log_dir)
+
+
+def plugin_data(folder: Path) -> dict[str, bytes]:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = {}
+    for file in folder.glob("events.*"):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "hparams":
+                    found[value.tag] = value.metadata.plugin_data.content
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("record")
+    return {pair: recorded(folder, *pair) for pair in RUNS}
+
+
+@pytest.mark.parametrize("pair", RUNS)
+def test_every_run_logs_the_same_metrics(pair, runs):
+    run, _ = runs[pair]
+    assert {tag for tag in run.scalars if tag.startswith("hp")} == ALL
+    losses = run.scalars["val/loss"].values()
+    assert run.last("hp/val_loss") == list(losses)[-1]
+    assert run.last("hp/best_val_loss") == min(losses)
+    assert run.last("hp/initial_loss") == run.scalars["train/loss"][0]
+    assert (run.last("hp/diverged"), run.last("hp/steps")) == (0, 4)
+    assert "hp_metric" not in run.scalars
+
+
+@pytest.mark.parametrize("pair", RUNS)
+def test_the_hparams_tab_finds_the_run(pair, runs):
+    """One experiment and one session, with the metrics that every run has."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run, folder = runs[pair]
+    data = {tag: HParamsPluginData.FromString(content) for tag, content in plugin_data(folder).items()}
+    assert set(data) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
+    experiment = data["_hparams_/experiment"].experiment
+    assert {info.name.tag for info in experiment.metric_infos} == ALL
+    assert {info.name for info in experiment.hparam_infos} == set(run.hparams)
+
+
+def test_the_settings_that_a_comparison_reads_are_flat_and_resolved(runs):
+    shared = {"method", "seed", "lr", "max_steps", "subcommand", "scale_lr_multiplier", "optimizer"}
+    shared |= {"weight_decay", "batch_size", "gradient_clip_val"}
+    quantized = {"bits", "grid", "mask", "scale_init", "granularity"}
+    settings = {method: run.hparams for (_, method), (run, _) in runs.items()}
+    assert all(shared <= set(each) for each in settings.values())
+    assert all(quantized <= set(each) for method, each in settings.items() if method != "fp")
+    assert {method: each["method"] for method, each in settings.items()} == {
+        "fp": "FP", "dsq": "DSQ", "stableqat": "StableQAT", "paretoq": "ParetoQ"
+    }  # fmt: skip
+    assert settings["paretoq"]["grid"] == "stretched"
+    assert settings["dsq"]["a"] == 0.2
+    assert settings["stableqat"]["amplitude"] == 0.21
+    assert settings["stableqat"]["max_steps"] == 4
+    assert settings["stableqat"]["subcommand"] == "fit"
+    assert "bits" not in settings["fp"]
+
+
+def test_the_learning_rate_is_the_peak_not_that_of_the_first_step(tmp_path):
+    run, _ = recorded(
+        tmp_path,
+        "llama",
+        "ste",
+        optimizer=partial(torch.optim.AdamW, lr=0.25),
+        lr_scheduler=partial(CosineWarmup, warmup_steps=2),
+        quantizer=partial(StableQAT, bits=3, group_size=16),
+    )
+    assert run.hparams["lr"] == 0.25
+    assert run.hparams["granularity"] == "group 16"
+
+
+def test_a_run_that_only_validates_has_a_record_too(tmp_path):
+    run, _ = recorded(tmp_path, "vit", "ste", verb="validate")
+    assert {tag for tag in run.scalars if tag.startswith("hp")} == ALL
+    assert run.last("hp/val_loss") == run.last("val/loss")
+    assert run.hparams["subcommand"] == "validate"
+    assert run.hparams["method"] == "STE"

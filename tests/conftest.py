@@ -1,0 +1,19 @@
+"""One thread a test process: results do not depend on the cores, nor do parallel tests fight for them."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Lightning's, of itself under torch 2.15
+    config.addinivalue_line("filterwarnings", "ignore:.*isinstance.treespec, LeafSpec.*")
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)

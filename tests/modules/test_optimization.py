@@ -1,0 +1,137 @@
+"""Parameter groups, the learning rate's schedule, and that no parameter is forgotten."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import tiny
+from stableqat.errors import UserError
+from stableqat.modules import CosineWarmup, LlamaModule
+
+FAMILIES = ["llama", "vit"]
+
+
+def groups(module) -> dict[str, dict]:
+    return {group["name"]: group for group in module.configure_optimizers().param_groups}
+
+
+def names(module, group: dict) -> set[str]:
+    by_id = {id(parameter): name for name, parameter in module.model.named_parameters()}
+    return {by_id[id(parameter)] for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("method", ["ste", "dsq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_trainable_parameter_is_in_the_group_of_its_kind(family, method):
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    module = tiny.configured(family, method, optimizer=optimizer, scale_lr_multiplier=0.25)
+    made = groups(module)
+    kinds = {name: names(module, group) for name, group in made.items()}
+    everything = [name for members in kinds.values() for name in members]
+    assert sorted(everything) == sorted(n for n, p in module.model.named_parameters() if p.requires_grad)
+
+    assert all(".weight_quantizer." in name for name in kinds["scales"])
+    learned = {"scale"} if method == "ste" else {"scale", "a_logit"}
+    assert {name.rpartition(".")[2] for name in kinds["scales"]} == learned
+    parameters = dict(module.model.named_parameters())
+    assert all(parameters[name].ndim >= 2 for name in kinds["weights"])
+    exempt = {"pos_embed", "cls_token"} if family == "vit" else set()
+    assert {name for name in kinds["norms_and_biases"] if parameters[name].ndim >= 2} == exempt
+    assert any("norm" in name for name in kinds["norms_and_biases"])
+
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in made.items()} == {
+        "weights": (1e-2, 0.1),
+        "scales": (2.5e-3, 0.0),
+        "norms_and_biases": (1e-2, 0.0),
+    }
+
+
+def test_full_precision_has_no_group_of_scales():
+    assert set(groups(tiny.configured("llama", "fp"))) == {"weights", "norms_and_biases"}
+
+
+def test_a_multiplier_below_zero_is_refused():
+    with pytest.raises(UserError, match="scale_lr_multiplier"):
+        tiny.module("llama", scale_lr_multiplier=-1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_group_moves(family):
+    module = tiny.configured(family, "dsq")
+    before = {name: parameter.clone() for name, parameter in module.model.named_parameters()}
+    data = tiny.loader(family)
+    tiny.trainer(max_steps=2).fit(module, data, data)
+    still = {n for n, p in module.model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {name for name in before if name.endswith("scale_floor")}
+
+
+def test_a_dead_optimizer_is_noticed():
+    """LightningCLI by itself builds the optimizer before surgery; training then does nothing."""
+
+    class Dead(LlamaModule):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for n, p in self.named_parameters() if "q_proj" not in n], lr=1e-3)
+
+    module = Dead(config=tiny.LLAMA, quantizer=tiny.METHODS["ste"])
+    with pytest.raises(AssertionError, match=r"outside the optimizer: .*q_proj\.weight"):
+        tiny.trainer(max_steps=1).fit(module, tiny.loader("llama"), tiny.loader("llama"))
+
+
+def test_cosine_with_warmup():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [parameter], "lr": 1.0}])
+    schedule = CosineWarmup(optimizer, warmup_steps=3, total_steps=11, final_ratio=0.2)
+    rates = []
+    for _ in range(14):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[7] == pytest.approx(0.6)  # half-way down from 1 to 0.2
+    assert rates[5] == pytest.approx(0.2 + 0.8 * (1 + 0.5**0.5) / 2)
+    assert rates[11:] == pytest.approx([0.2] * 3)
+
+
+def test_without_warmup_the_peak_comes_first():
+    assert CosineWarmup(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), total_steps=4).factor(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"warmup_steps": -1}, "warmup_steps"), ({"warmup_steps": 5, "total_steps": 5}, "total_steps")],
+)
+def test_a_schedule_that_cannot_be_is_refused(settings, key):
+    with pytest.raises(UserError, match=key):
+        CosineWarmup(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), **settings)
+
+
+def fit(module, steps, folder, **resume):
+    rates = []
+
+    class Rates(tiny.Losses):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    trainer = tiny.trainer(max_steps=steps, callbacks=[Rates()])
+    data = tiny.loader("llama", count=32, batch_size=4)
+    trainer.fit(module, data, data, **resume)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming")
+def test_the_schedule_ends_with_the_run_and_keeps_the_groups_apart(tmp_path):
+    options = {"lr_scheduler": CosineWarmup, "optimizer": partial(torch.optim.AdamW, lr=1e-2)}
+    rates = fit(tiny.module("llama", **options), 4, tmp_path)
+    assert [weights for weights, _, _ in rates] == pytest.approx(
+        [1e-2 * f for f in (0.8535534, 0.5, 0.1464466, 0)]
+    )
+    assert all(scales == pytest.approx(0.1 * weights) for weights, scales, _ in rates)
+
+    longer = fit(
+        tiny.module("llama", **options), 8, tmp_path, ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    assert [weights for weights, _, _ in longer] == pytest.approx(
+        [1e-2 * f for f in (0.3086583, 0.1464466, 0.0380602, 0)]
+    )

@@ -1,0 +1,79 @@
+"""Run the command in processes of its own, without paying seconds of imports for each.
+
+A fork server imports the suite once; every process is a fresh fork of it, so it can be killed,
+and several can be the ranks of one run, as a launcher such as torchrun starts them.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "stableqat.run",
+        "stableqat.data",
+        "datasets",
+        "timm",
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+SECONDS = 60
+
+
+def command(argv: list[str], log: Path, processes: int = 1) -> list[int]:
+    """Exit codes of `stableqat ARGV` in each process; they print to `log`, further ranks to `log.1` and on.
+
+    A process that a signal ended has the signal's negative number.
+    """
+    address = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(processes),
+    }
+    started = []
+    for rank in range(processes):
+        environment = {**address, "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        output = Path(f"{log}.{rank}") if rank else log
+        process = SERVER.Process(target=_run, args=(argv, environment, str(output)))
+        process.start()
+        started.append(process)
+    deadline = time.monotonic() + SECONDS
+    while any(p.exitcode is None for p in started) and time.monotonic() < deadline:
+        # when one rank fails, the others would wait for it for good
+        for process in started:
+            if process.exitcode:
+                deadline = min(deadline, time.monotonic() + 5)
+            process.join(0.05)
+    for process in started:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def succeed(argv: list[str], log: Path, processes: int = 1) -> None:
+    codes = command(argv, log, processes)
+    assert not any(codes), f"{' '.join(argv)} ended with {codes}:\n{log.read_text()[-4000:]}"
+
+
+def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of the loaders' workers
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    from stableqat.cli import main
+
+    sys.exit(main(argv))
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

@@ -1,0 +1,88 @@
+"""Callbacks that the tests of runs add by `--trainer.callbacks+=probes.NAME`."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from stableqat.surgery import QuantLinear
+
+
+class Probe(L.Callback):
+    """Saves what processes must agree on: first weights and gradients, every loss, norms after clipping.
+
+    Args:
+        path: File to save to.
+        keep_at: Step at which the last checkpoint is copied beside it, before the next one replaces it.
+    """
+
+    def __init__(self, path: str, keep_at: int = 12) -> None:
+        self.path = Path(path)
+        self.keep_at = keep_at
+        self.seen: dict[str, Any] = {"gradients": {}, "losses": [], "clipped_norms": [], "types": []}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        named = dict(pl_module.named_parameters())
+        self.seen["sharded"] = all(isinstance(p, DTensor) for p in named.values())
+        self.seen["weights"] = {name: _whole(p) for name, p in named.items()}
+        layer = next(m for m in pl_module.modules() if isinstance(m, QuantLinear))
+        types = self.seen["types"]
+        layer.weight_quantizer.register_forward_hook(lambda _, x, y: types.append(f"{x[0].dtype} {y.dtype}"))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        if not self.seen["gradients"]:
+            grads = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+            self.seen["gradients"] = {name: _whole(grad) for name, grad in grads.items()}
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [_whole(p.grad) for p in parameters if p.grad is not None]
+        if grads:
+            self.seen["clipped_norms"].append(torch.stack([grad.norm() for grad in grads]).norm().item())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen["losses"].append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
+        if trainer.global_step == self.keep_at:
+            folder = Path(trainer.log_dir)  # all ranks take part
+            if trainer.is_global_zero:
+                shutil.copy(folder / "checkpoints" / "last.ckpt", self.path.with_suffix(".ckpt"))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save(self.seen, self.path)
+
+
+class Cut(L.Callback):
+    """Ends the process at a step: kill (SIGKILL) or terminate (SIGTERM) after it, raise in the middle of it.
+
+    Args:
+        step: Optimizer steps that are done then.
+        how: kill, terminate or raise.
+    """
+
+    def __init__(self, step: int, how: str = "kill") -> None:
+        self.step = step
+        self.how = how
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step == self.step and self.how != "raise":
+            os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGTERM)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step == self.step and self.how == "raise":
+            raise RuntimeError("cut")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()

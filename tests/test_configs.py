@@ -1,0 +1,210 @@
+"""Every configuration is a test: each base x overlay parses and builds, and the small ones run.
+
+The arms of a comparison must not drift apart, so an overlay changes what it names and nothing else.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stableqat import quantizers
+from stableqat.cli import main
+from stableqat.run import QATCommand
+
+ROOT = Path(__file__).parents[1] / "configs"
+FAMILIES = ["llama", "vit"]
+METHODS = {
+    name.lower()
+    for name in quantizers.__all__
+    if name not in ("Quantizer", "QuantizerFactory", "QuantizedWeight")
+}
+STRATEGIES = {"ddp", "fsdp"}
+# parameters of the published models
+SIZES = {
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "deit-tiny": 5_717_416,
+    "deit-small": 22_050_664,
+    "vit-base": 86_567_656,
+}
+
+
+def raw(family: str, name: str) -> dict:
+    return yaml.safe_load((ROOT / family / f"{name}.yaml").read_text())
+
+
+def names(family: str) -> list[str]:
+    """Overlays of a family; a study is for `stableqat sweep`."""
+    found = sorted(path.stem for path in (ROOT / family).glob("*.yaml"))
+    return [name for name in found if name != "base" and "grid" not in raw(family, name)]
+
+
+OVERLAYS = [(family, name) for family in FAMILIES for name in names(family)]
+
+
+def arguments(family: str, *overlays: str) -> list[str]:
+    return [part for name in ("base", *overlays) for part in ("-c", f"configs/{family}/{name}.yaml")]
+
+
+def leaves(block: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in block.items():
+        flat |= (
+            leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        )
+    return flat
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Commands that were parsed and built, by their arguments: half a second each."""
+    return {}
+
+
+@pytest.fixture
+def command(monkeypatch, built):
+    """Parse and build everything of `stableqat fit`, and go on to run it if asked."""
+    monkeypatch.chdir(ROOT.parent)
+    original = QATCommand._run_subcommand
+
+    def build(*argv: str, run: bool = False) -> QATCommand:
+        def record(self: QATCommand, verb: str) -> None:
+            built[argv] = self
+            if run:
+                original(self, verb)
+
+        if run or argv not in built:
+            monkeypatch.setattr(QATCommand, "_run_subcommand", record)
+            assert main(["fit", *argv, "--trainer.accelerator", "cpu"]) == 0
+        return built[argv]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[str]:
+    """A folder of images, which the sizes of ViTs need: digits are too small for them."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "train" / "cat" / "one.png")
+    return ["--data.source", str(folder)]
+
+
+def resolved(made: QATCommand) -> dict[str, object]:
+    return leaves({key: value for key, value in made.config["fit"].as_dict().items() if key != "config"})
+
+
+def block(key: str) -> str:
+    """What an overlay may change by naming `key`: a class with its options, and free keys, go together."""
+    whole = (
+        "model.init_args.config",
+        "model.init_args.model_args",
+        "model.init_args.quantizer",
+        "trainer.strategy",
+    )
+    return next((name for name in whole if key.startswith(name)), key)
+
+
+@pytest.mark.parametrize(("family", "name"), OVERLAYS)
+def test_an_overlay_changes_what_it_names_and_nothing_else(family, name, command, images):
+    source = images if family == "vit" and name in SIZES else []
+    base, after = resolved(command(*arguments(family))), resolved(command(*arguments(family, name), *source))
+    changed = {key for key in base.keys() | after.keys() if base.get(key) != after.get(key)}
+    changed.discard("data.init_args.source")
+    assert changed
+    assert {block(key) for key in changed} <= {block(key) for key in leaves(raw(family, name))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["base", "debug", "demo", *sorted(METHODS)])
+def test_a_small_configuration_runs(family, name, command):
+    overlays = [] if name == "base" else [name]
+    made = command(*arguments(family, *overlays), "--trainer.fast_dev_run", "true", run=True)
+    assert made.trainer.global_step == 1
+    assert torch.isfinite(made.trainer.callback_metrics["val/loss"])
+    assert made.model.describe()["method"].lower() == (name if name in METHODS else "fp")
+
+
+@pytest.mark.parametrize(("family", "name"), [pair for pair in OVERLAYS if pair[1] in SIZES])
+def test_a_model_size_has_the_published_shape(family, name, command, images):
+    made = command(*arguments(family, name), *(images if family == "vit" else []))
+    assert made.model.model is None  # nothing but the meta device was touched
+    with torch.device("meta"):
+        model = made.model.build_model()
+    assert sum(parameter.numel() for parameter in model.parameters()) == SIZES[name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_method_overlay_is_the_quantizer_alone(family):
+    assert set(names(family)) >= METHODS
+    for name in METHODS:
+        assert len((ROOT / family / f"{name}.yaml").read_text().splitlines()) <= 12
+        overlay = raw(family, name)
+        assert list(leaves(overlay)) == [
+            "model.init_args.quantizer.class_path",
+            "model.init_args.quantizer.init_args.bits",
+        ]
+        kind = overlay["model"]["init_args"]["quantizer"]["class_path"]
+        assert kind.rpartition(".")[2].lower() == name
+
+
+@pytest.mark.parametrize(("first", "last"), [("dsq", "stableqat"), ("stableqat", "dsq"), ("paretoq", "ste")])
+def test_the_last_of_two_methods_leaves_nothing_of_the_first(first, last, command):
+    """jsonargparse keeps what fits of the options of an earlier class."""
+    alone, after = command(*arguments("llama", last)), command(*arguments("llama", first, last))
+    assert resolved(after) == resolved(alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_print_config_shows_what_runs(family, command, capsys):
+    made = command(*arguments(family, "stableqat"), "--model.quantizer.bits", "3")
+    capsys.readouterr()
+    argv = [*arguments(family, "stableqat"), "--model.quantizer.bits", "3", "--trainer.accelerator", "cpu"]
+    assert main(["fit", *argv, "--print_config"]) == 0
+    printed = leaves(yaml.safe_load(capsys.readouterr().out))
+    shown = {key: value for key, value in resolved(made).items() if key in printed}
+    assert len(shown) > 100
+    assert printed["model.init_args.quantizer.init_args.bits"] == 3
+    assert {key: list(v) if isinstance(v, tuple) else v for key, v in shown.items()} == printed
+
+
+def test_both_families_have_the_same_files():
+    """But for the sizes of their models, which are overlays of the model alone."""
+    shared = [{path.stem for path in (ROOT / family).glob("*.yaml")} - SIZES.keys() for family in FAMILIES]
+    assert shared[0] == shared[1]
+    assert shared[0] >= METHODS | STRATEGIES | {"base", "debug", "demo"}
+    for family, name in OVERLAYS:
+        if name in SIZES:
+            assert all(key.startswith("model.init_args.") for key in leaves(raw(family, name)))
+        if name in STRATEGIES:
+            keys = {block(key) for key in leaves(raw(family, name))}
+            assert keys == {"trainer.strategy", "trainer.devices"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strategies_are_those_of_the_overlays(family, command):
+    made = {name: command(*arguments(family, name), "--trainer.devices", "2").trainer for name in STRATEGIES}
+    assert {name: type(trainer.strategy).__name__ for name, trainer in made.items()} == {
+        "ddp": "DDPStrategy",
+        "fsdp": "FSDP2Strategy",
+    }
+    assert all(trainer.world_size == 2 for trainer in made.values())
+    assert not any(trainer._accelerator_connector.use_distributed_sampler for trainer in made.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_studies_name_configurations_that_exist(family):
+    studies = [path for path in (ROOT / family).glob("*.yaml") if "grid" in yaml.safe_load(path.read_text())]
+    for study in studies:
+        text = study.read_text()
+        files = [
+            ROOT.parent / part.strip("[]{},") for part in text.replace(",", " ").split() if "configs/" in part
+        ]
+        assert files
+        assert all(file.is_file() for file in files)
