@@ -116,3 +116,14 @@ def test_a_run_that_only_validates_has_a_record_too(tmp_path):
     assert run.last("hp/val_loss") == run.last("val/loss")
     assert run.hparams["subcommand"] == "validate"
     assert run.hparams["method"] == "STE"
+
+
+def test_what_led_to_a_checkpoint_is_on_disk_with_it(tmp_path):
+    """TensorBoard's writer holds records back for two minutes where its file system buffers."""
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    trainer = tiny.trainer(max_steps=2, logger=logger, callbacks=[RunRecord()], log_every_n_steps=1)
+    trainer.fit(tiny.module("llama"), tiny.loader("llama"), tiny.loader("llama"))
+    flushed = []
+    logger.experiment.flush = lambda: flushed.append(True)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert flushed

@@ -76,6 +76,7 @@ class Cut(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
         if trainer.global_step == self.step and self.how != "raise":
+            trainer.logger.experiment.flush()  # the step that the checkpoint ended with was logged after it
             os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGTERM)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_) -> None:

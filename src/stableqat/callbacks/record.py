@@ -40,6 +40,14 @@ class RunRecord(L.Callback):
         """Close the record."""
         self._log(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write out what led to a checkpoint, so that a run killed after it resumes without a gap."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
+
     def state_dict(self) -> dict[str, Any]:
         """The losses so far, so that a resumed run does not forget them."""
         return dict(self._losses)
