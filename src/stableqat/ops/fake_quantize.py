@@ -73,7 +73,10 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.grid, ctx.surrogate = grid, surrogate
         grouped, grouped_scale, zero = _grouped(x, scale, zero_point)
         value = reference.forward(grouped, grouped_scale, grid.zero_point if zero is None else zero, grid)
-        return value.reshape(x.shape).to(dtype)
+        # no cast where none is needed: torch 2.11 compiles an idle `.to` at the end, as it does in-place
+        # steps of a forward, into a function whose gradients are all zero
+        value = value.reshape(x.shape)
+        return value if value.dtype == dtype else value.to(dtype)
 
     @staticmethod
     @once_differentiable

@@ -2,8 +2,8 @@
 
 Tensors arrive grouped, as `(rows, groups, n)` with a scale of `(rows, groups, 1)`: the `n`
 weights of a group share it. Mathematics runs in float32 (float64 for float64 input)
-whatever the storage type. In-place steps keep the number of passes over memory low, which
-is what a CPU pays for.
+whatever the storage type. In-place steps of the backward keep the memory that it touches small,
+which is what a CPU pays for.
 """
 
 from math import sqrt
@@ -17,12 +17,13 @@ from stableqat.ops.surrogates import Surrogate
 
 def codes(v: Tensor, zero_point: Tensor | float, grid: Grid) -> Tensor:
     """Codes `clamp(round(v + z), q_min, q_max)`, as floats, rounding half to even."""
-    return (v + zero_point).round_().clamp_(grid.q_min, grid.q_max)
+    return (v + zero_point).round().clamp(grid.q_min, grid.q_max)
 
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: Grid) -> Tensor:
     """Fake-quantized value `s * (q - z)`, in the type of the mathematics."""
-    return codes(x / scale, zero_point, grid).sub_(zero_point).mul_(scale)
+    # nothing in place: compiled by torch 2.11, the gradients would all be zero
+    return (codes(x / scale, zero_point, grid) - zero_point) * scale
 
 
 def backward(
