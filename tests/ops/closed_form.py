@@ -68,7 +68,7 @@ def dsq_value_by_a(u, a):
 
 
 def gradients(upstream, w, s, grid, bits, mask, g, a=None):
-    """Gradients of weight, scale and DSQ's `a` (None where `a` is None); `g` maps u to g(u)."""
+    """Gradients of weight, scale and the logit of DSQ's `a` (None where `a` is None); `g` maps u to g(u)."""
     low, high, z = code_range(grid, bits)
     v = w / s
     u = v + z - np.rint(v + z)
@@ -84,5 +84,5 @@ def gradients(upstream, w, s, grid, bits, mask, g, a=None):
     by_scale = (upstream * by_scale).sum(-1, keepdims=True) * grad_scale
     if a is None:
         return by_weight, by_scale, None
-    by_a = (upstream * inside * s * dsq_value_by_a(u, a)).sum(-1, keepdims=True) * grad_scale
-    return by_weight, by_scale, by_a
+    by_logit = upstream * inside * s * dsq_value_by_a(u, a) * a * (1 - a)
+    return by_weight, by_scale, by_logit.sum(-1, keepdims=True) * grad_scale

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stableqat.ops import Fourier, Identity, Tanh, fake_quantize, floor_scale, make_grid
+from stableqat.ops import Fourier, Identity, Tanh, fake_quantize, make_grid
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,10 @@ def test_eager_equals_compiled(surrogate, grid):
     s[0, 0] = -1.0  # acts at its floor
 
     def quantize(w, s, logit):
-        param = logit.sigmoid() if isinstance(surrogate, Tanh) else None
-        scale = floor_scale(s, torch.full_like(s, 1e-3))
-        return fake_quantize(w, scale, grid=make_grid(*grid), surrogate=surrogate, surrogate_param=param)
+        param = logit if isinstance(surrogate, Tanh) else None
+        floor = torch.full_like(s, 1e-3)
+        options = {"grid": make_grid(*grid), "surrogate": surrogate, "surrogate_param": param}
+        return fake_quantize(w, s, scale_floor=floor, **options)
 
     def run(function):
         leaves = [t.clone().requires_grad_() for t in (w, s, logit)]

@@ -13,7 +13,6 @@ from stableqat.ops import (
     Tanh,
     dequantize_codes,
     fake_quantize,
-    floor_scale,
     make_grid,
     quantize_codes,
 )
@@ -22,7 +21,7 @@ SURROGATES = [Identity(), Fourier(), Fourier(harmonics=2), Tanh(), Constant()]
 
 
 def learned(surrogate, scale):
-    return torch.full_like(scale, 0.2) if isinstance(surrogate, Tanh) else None
+    return torch.full_like(scale, 0.2).logit() if isinstance(surrogate, Tanh) else None
 
 
 def plain(w, s, name, bits):
@@ -141,12 +140,15 @@ def test_backward_leaves_its_inputs_alone():
 
 @pytest.mark.parametrize("start", [-1.0, -1e-3, 0.0, 1e-9, 1e-4, 0.5])
 def test_floor_of_a_scale(start):
+    grid, w = make_grid("integer", 4), torch.full((1, 4), 9.0)  # beyond the grid: the value is 7 s
     scale = torch.tensor([[start]], requires_grad=True)
-    floor = torch.tensor([[1e-4]])
-    floored = floor_scale(scale, floor)
-    assert floored.item() == pytest.approx(max(start, 1e-4))
-    floored.backward(torch.tensor([[3.0]]))
-    assert scale.grad.item() == 3.0  # also below the floor, so that the scale can return
+    value = fake_quantize(
+        w, scale, scale_floor=torch.tensor([[1e-4]]), grid=grid, surrogate=Identity(mask="range")
+    )
+    assert value[0, 0].item() == pytest.approx(7 * max(start, 1e-4))
+    value.sum().backward()
+    # also below the floor, so that the scale can return
+    assert scale.grad.item() == pytest.approx(4 * 7 / (4 * 7) ** 0.5)
 
 
 def test_a_floored_scale_returns():
@@ -154,9 +156,8 @@ def test_a_floored_scale_returns():
     w = torch.linspace(-1, 1, 50).reshape(1, 50)
     optimizer = torch.optim.Adam([scale], lr=0.01)
     for _ in range(30):
-        value = fake_quantize(
-            w, floor_scale(scale, torch.tensor([[1e-4]])), grid=make_grid("integer", 2), surrogate=Identity()
-        )
+        floor = torch.tensor([[1e-4]])
+        value = fake_quantize(w, scale, scale_floor=floor, grid=make_grid("integer", 2), surrogate=Identity())
         assert value.isfinite().all()
         optimizer.zero_grad()
         (value - w).square().sum().backward()
@@ -166,10 +167,11 @@ def test_a_floored_scale_returns():
 
 def test_nan_is_loud():
     nan = torch.tensor([[torch.nan]])
-    assert floor_scale(nan, torch.tensor([[1e-4]])).isnan().all()
-    assert (
-        fake_quantize(torch.ones(1, 4), nan, grid=make_grid("integer", 2), surrogate=Identity()).isnan().all()
-    )
+    for floor in (None, torch.tensor([[1e-4]])):
+        value = fake_quantize(
+            torch.ones(1, 4), nan, scale_floor=floor, grid=make_grid("integer", 2), surrogate=Identity()
+        )
+        assert value.isnan().all()
     w = torch.tensor([[1.0, torch.nan]])
     value = fake_quantize(w, torch.ones(1, 1), grid=make_grid("integer", 2), surrogate=Identity())
     assert value.isnan().tolist() == [[False, True]]

@@ -43,7 +43,9 @@ def package(w, s, a, upstream, name, bits, surrogate, dtype=torch.float64):
     w_ = torch.tensor(w.reshape(ROWS, INPUTS), dtype=dtype, requires_grad=True)
     small = torch.float64 if dtype == torch.float64 else torch.float32
     s_ = torch.tensor(s[..., 0], dtype=small, requires_grad=True)
-    a_ = torch.tensor(a[..., 0], dtype=small, requires_grad=True) if isinstance(surrogate, Tanh) else None
+    a_ = torch.tensor(a[..., 0], dtype=small).logit() if isinstance(surrogate, Tanh) else None
+    if a_ is not None:
+        a_.requires_grad_()
     value = fake_quantize(w_, s_, grid=make_grid(name, bits), surrogate=surrogate, surrogate_param=a_)
     value.backward(torch.tensor(upstream.reshape(ROWS, INPUTS), dtype=value.dtype))
     return value, w_.grad, s_.grad, None if a_ is None else a_.grad
@@ -126,7 +128,7 @@ def at(v, name, bits, surrogate, a=0.2):
     """Weight gradient at v, at scale 1 and upstream 1."""
     w = torch.tensor([[v]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, 1, dtype=torch.float64)
-    param = one * a if isinstance(surrogate, Tanh) else None
+    param = (one * a).logit() if isinstance(surrogate, Tanh) else None
     fake_quantize(w, one, grid=make_grid(name, bits), surrogate=surrogate, surrogate_param=param).backward()
     return w.grad.item()
 

@@ -80,9 +80,13 @@ DSQ = {
 }
 
 
+def logit(a):
+    return torch.tensor(a, dtype=torch.float64).logit()
+
+
 @pytest.mark.parametrize("a", DSQ)
 def test_dsq_values_and_moments(a):
-    found = moments(Tanh(a=a), torch.tensor(a, dtype=torch.float64))
+    found = moments(Tanh(a=a), logit(a))
     threshold, level, variance = DSQ[a]
     assert found["mean"] == pytest.approx(1, abs=1e-6)
     assert found["threshold"] == pytest.approx(threshold, abs=5e-3 if a == 0.01 else 5e-4)
@@ -91,7 +95,7 @@ def test_dsq_values_and_moments(a):
 
 
 def test_dsq_mean_stays_one_while_its_variance_grows():
-    found = [moments(Tanh(a=a), torch.tensor(a, dtype=torch.float64)) for a in (1e-2, 1e-4, 1e-6)]
+    found = [moments(Tanh(a=a), logit(a)) for a in (1e-2, 1e-4, 1e-6)]
     assert [f["mean"] for f in found] == pytest.approx([1, 1, 1], abs=1e-6)
     assert found[0]["variance"] < found[1]["variance"] < found[2]["variance"]
 
@@ -106,19 +110,18 @@ def test_stableqat_is_the_closed_form(surrogate):
 @pytest.mark.parametrize("a", [0.9, 0.2, 1e-3])
 def test_dsq_is_the_closed_form(a):
     u = torch.linspace(-0.5, 0.5, 4097, dtype=torch.float64)
-    param = torch.tensor(a, dtype=torch.float64)
-    np.testing.assert_allclose(Tanh().derivative(u, param).numpy(), dsq_g(u.numpy(), a), rtol=1e-10)
-    by_a = Tanh().derivatives(u, param)[1].numpy()
-    np.testing.assert_allclose(by_a, dsq_value_by_a(u.numpy(), a), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(Tanh().derivative(u, logit(a)).numpy(), dsq_g(u.numpy(), a), rtol=1e-10)
+    by_logit = Tanh().derivatives(u, logit(a))[1].numpy()
+    expected = dsq_value_by_a(u.numpy(), a) * a * (1 - a)
+    np.testing.assert_allclose(by_logit, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_dsq_at_a_level_is_smooth():
     """At u = 0 the nearest threshold is half a step away on both sides: no jump from sign(0)."""
     u = torch.tensor([-1e-9, -0.0, 0.0, 1e-9], dtype=torch.float64)
-    a = torch.tensor(0.2, dtype=torch.float64)
-    assert Tanh().derivative(u, a).tolist() == pytest.approx([0.49438] * 4, abs=1e-5)
+    assert Tanh().derivative(u, logit(0.2)).tolist() == pytest.approx([0.49438] * 4, abs=1e-5)
     # the soft staircase meets the levels for every a
-    assert Tanh().derivatives(u, a)[1].tolist() == pytest.approx([0] * 4, abs=1e-7)
+    assert Tanh().derivatives(u, logit(0.2))[1].tolist() == pytest.approx([0] * 4, abs=1e-7)
 
 
 def ulp_off(got, exact):

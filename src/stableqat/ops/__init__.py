@@ -1,6 +1,14 @@
 """Mathematics of fake quantization: grids, surrogates, initial scales, forward and backward."""
 
-from stableqat.ops.fake_quantize import dequantize_codes, fake_quantize, floor_scale, quantize_codes
+from stableqat.ops.fake_quantize import (
+    compute_dtype,
+    dequantize_codes,
+    fake_quantize,
+    fake_quantize_linear,
+    fake_quantize_many,
+    implementation,
+    quantize_codes,
+)
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
 from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, Permuted, Surrogate, Tanh
@@ -16,9 +24,12 @@ __all__ = [
     "ScaleInit",
     "Surrogate",
     "Tanh",
+    "compute_dtype",
     "dequantize_codes",
     "fake_quantize",
-    "floor_scale",
+    "fake_quantize_linear",
+    "fake_quantize_many",
+    "implementation",
     "initial_scale",
     "make_grid",
     "quantize_codes",

@@ -10,7 +10,7 @@ A = 0.21: 0.30); Constant and Permuted are the controls that separate the two ef
 """
 
 from dataclasses import dataclass
-from math import pi, sqrt
+from math import cos, pi, sqrt
 
 import torch
 from torch import Tensor
@@ -71,14 +71,19 @@ class Fourier(Surrogate):
             raise UserError(f"harmonics: must be at least 1, not {self.harmonics}")
         if self.amplitude < 0:
             raise UserError(f"amplitude: must not be negative, not {self.amplitude}")
-        bin_ = torch.linspace(0, 0.5, 2049, dtype=torch.float64)
-        low = self.derivative(bin_).min().item()
+        low = min(self._closed_form(i / 4096) for i in range(2049))
         if not low > 0:
             raise UserError(
                 f"amplitude: at {self.amplitude} with {self.harmonics} harmonic(s) the surrogate falls to "
                 f"{low:.3g} inside the bin, so gradients vanish or change sign; with one harmonic stay "
                 "below 0.225 (the published value is 0.21)"
             )
+
+    def _closed_form(self, u: float) -> float:
+        orders = range(self.harmonics)
+        waves = sum((-1) ** m / (2 * m + 1) * cos((2 * m + 1) * pi * u) for m in orders)
+        s = self.amplitude * sqrt(2) * pi * waves
+        return (1 - s) / (1 + s)
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`."""
@@ -99,6 +104,8 @@ class Fourier(Surrogate):
 class Tanh(Surrogate):
     """DSQ's soft staircase with a learned sharpness `a` in (0, 1); small `a` is a sharp step.
 
+    What is learned is `a`'s logit, so that `a` stays inside by construction.
+
     Between two levels the soft value is the midpoint plus `phi / 2`, `phi = tanh(k t) / (1 - a)`,
     where `t = u - sign(u) / 2` is the distance to the nearest threshold and
     `k = ln(2 / a - 1)`, so that `phi` meets the levels exactly and g has mean 1 over the bin.
@@ -114,20 +121,21 @@ class Tanh(Surrogate):
             raise UserError(f"a: must lie between 0 and 1, not {self.a}")
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
-        """See `Surrogate.derivative`; `param` is `a`, broadcastable to `u`."""
+        """See `Surrogate.derivative`; `param` is the logit of `a`, broadcastable to `u`."""
         return self.derivatives(u, param)[0]
 
     def derivatives(self, u: Tensor, param: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Surrogate.derivatives`: g, and half of `d phi / d a`."""
+        """See `Surrogate.derivatives`: g, and half of `d phi / d logit(a)`."""
         assert param is not None
-        k = (2 / param - 1).log_()
+        a, rest = param.sigmoid(), (-param).sigmoid()  # rest = 1 - a, with all its digits
+        k = (2 * rest / a).log1p_()  # ln(2 / a - 1)
         # at u = 0 the thresholds on both sides are equally far: either sign is right, sign(0) = 0 is not
         t = u - torch.copysign(u.new_tensor(0.5), u)
         upper = (t * (2 * k)).sigmoid_()  # (1 + tanh(k t)) / 2, at a fifth of a tanh's cost on a CPU
         sech2 = (1 - upper).mul_(upper).mul_(4)
-        by_param = upper.sub_(0.5).mul_(1 / (1 - param).square())
-        by_param.sub_(t.mul_(sech2).mul_(1 / ((1 - param) * param * (2 - param))))
-        return sech2.mul_(k / (2 * (1 - param))), by_param
+        by_param = upper.sub_(0.5).mul_(a / rest)
+        by_param.sub_(t.mul_(sech2).mul_(1 / (2 - a)))
+        return sech2.mul_(k / (2 * rest)), by_param
 
 
 @dataclass(frozen=True)

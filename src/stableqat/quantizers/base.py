@@ -16,6 +16,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from stableqat import ops
 from stableqat.errors import UserError
@@ -149,13 +150,50 @@ class Quantizer(nn.Module, ABC):
         Returns:
             Values on the grid, shaped like `weight`, in the compute type.
         """
-        return ops.fake_quantize(
-            weight,
-            ops.floor_scale(self.scale, self.scale_floor),
-            grid=self.grid,
-            surrogate=self.surrogate,
-            surrogate_param=self.surrogate_param(),
+        return ops.fake_quantize(weight, **self.arguments())
+
+    def linear(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        recompute: bool | None = None,
+        value: Tensor | None = None,
+    ) -> Tensor:
+        """`F.linear(input, self(weight), bias)`, as one operation unless a subclass has its own `forward`.
+
+        Args:
+            input: Activations, `(..., in)`.
+            weight: Latent weight, `(out, in)`.
+            bias: `(out,)` or None.
+            recompute: Recompute the fake-quantized weight in the backward instead of saving it; None does
+                on a GPU.
+            value: The fake-quantized weight, if it is known already.
+
+        Returns:
+            `(..., out)`.
+        """
+        if not self.fuses:
+            return F.linear(input, self(weight), bias)
+        return ops.fake_quantize_linear(
+            input, weight, bias, recompute=recompute, value=value, **self.arguments()
         )
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the forward is the plain one, a function of weight and parameters only."""
+        return type(self).forward is Quantizer.forward
+
+    def arguments(self) -> dict[str, Any]:
+        """What `ops.fake_quantize` wants beside the weight."""
+        return {
+            "scale": self.scale,
+            "scale_floor": self.scale_floor,
+            "grid": self.grid,
+            "surrogate": self.surrogate,
+            "surrogate_param": self.surrogate_param(),
+        }
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, rows: slice = slice(None)) -> QuantizedWeight:

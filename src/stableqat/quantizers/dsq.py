@@ -43,5 +43,5 @@ class DSQ(Quantizer):
         self.a_logit.fill_(log(self.surrogate.a / (1 - self.surrogate.a)))
 
     def surrogate_param(self) -> Tensor:
-        """`a`, shaped like the scale, inside (0, 1)."""
-        return self.a_logit.sigmoid()
+        """The logit of `a`, shaped like the scale."""
+        return self.a_logit

@@ -1,0 +1,388 @@
+"""The fused kernels against `kernel_oracle`, on a GPU where there is one, else in Triton's interpreter.
+
+Values are compared bit for bit with the torch reference's, up to the sign of zero.
+"""
+
+import os
+from collections import defaultdict
+from dataclasses import replace
+from importlib import import_module
+from math import gcd
+
+import closed_form
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from kernel_oracle import BF16, DEVICE, FLOAT, HALF, Case, errors, expected_gradients, expected_value, sample
+
+from stableqat.ops import Constant, Fourier, Identity, Permuted, Surrogate, Tanh, make_grid
+
+tl = pytest.importorskip("triton.language")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+fused = import_module("stableqat.ops.fused")
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
+
+GRIDS = [("integer", 2), ("integer", 3), ("integer", 4), ("integer", 8), ("stretched", 2), ("stretched", 4)]
+GRIDS += [("ternary", 2), ("binary", 1)]
+MASKS = ("range", "levels", "none")
+SURROGATES = {
+    "identity": Identity(),
+    "constant": Constant(value=0.3025),
+    "fourier-1": Fourier(amplitude=0.21),
+    "fourier-1-weak": Fourier(amplitude=0.05),
+    "fourier-2": Fourier(amplitude=0.23, harmonics=2),
+    "fourier-3": Fourier(amplitude=0.2, harmonics=3),
+    "fourier-5": Fourier(amplitude=0.19, harmonics=5),
+    "tanh": Tanh(),
+}
+LAYOUTS = [
+    ((1, 1), (1, 1)),
+    ((1, 7), (1, 1)),
+    ((3, 5), (3, 1)),
+    ((3, 5), (3, 5)),  # a group of one weight
+    ((7, 129), (7, 1)),
+    ((7, 129), (7, 3)),
+    ((7, 129), (1, 1)),
+    ((2, 3, 5, 4), (2, 1)),
+    ((2, 3, 5, 4), (2, 6)),
+    ((64, 48), (64, 1)),
+    ((16, 96), (16, 3)),  # groups of 32
+    ((16, 96), (16, 2)),
+    ((5, 384), (5, 3)),
+    ((1, 32768), (1, 1)),
+    ((1, 32768), (1, 256)),
+    ((300, 33), (300, 1)),
+]
+DTYPES = [
+    (FLOAT, FLOAT, BF16),
+    (FLOAT, BF16, BF16),
+    (BF16, BF16, BF16),
+    (BF16, FLOAT, FLOAT),
+    (HALF, HALF, HALF),
+]
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_rounds_as_a_gpu_does(monkeypatch):
+    """Float32 becomes the nearest bfloat16 instead of a truncated one; an fma rounds once in any version."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, dtype):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, dtype)
+        return interpreter.TensorHandle(
+            torch.tensor(source.data).to(BF16).view(torch.uint16).numpy(), tl.bfloat16
+        )
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(exact.astype("float32"), tl.float32)
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+
+
+def weight_of(case):
+    return fused.Weight(case.x, case.scale, case.floor, case.zero_point, case.param)
+
+
+def forward(case, dtype):
+    _poison(case.x.shape, dtype)
+    return fused.forward(weight_of(case), case.grid, dtype)
+
+
+def backward(case, value_dtype=None):
+    for like in (case.x, case.scale.float()):
+        _poison(like.shape, like.dtype)
+    _poison(case.x.shape, value_dtype or FLOAT)
+    return fused.backward(case.upstream, weight_of(case), case.grid, case.surrogate, value_dtype)
+
+
+def _poison(shape, dtype):
+    """Leave NaN in the memory that the next output of this size is likely to get."""
+    torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+def same(found, expected):
+    """Equal numbers, NaN where NaN is expected."""
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def check(case, value_dtype):
+    """Forward, backward and the value that the backward writes; returns the errors over their limits."""
+    value = forward(case, value_dtype)
+    same(value, expected_value(case, value_dtype))
+    *gradients, again = backward(case, value_dtype)
+    assert again.dtype == value_dtype
+    assert torch.equal(again.view(torch.uint8), value.view(torch.uint8))
+    worst = errors(case, gradients)
+    assert all(error <= 1 for error in worst.values()), worst  # NaN is no number below 1
+    return worst
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("name", "bits"), GRIDS)
+def test_the_oracle_is_the_closed_form(name, bits, surrogate):
+    """Away from thresholds the oracle's decisions are float64's too."""
+    for mask in MASKS:
+        kind = replace(SURROGATES[surrogate], mask=mask)
+        case = sample((4, 24), (4, 2), make_grid(name, bits), kind)
+        v = case.x.double().reshape(4, 2, 12) / case.scale.double().unsqueeze(-1)
+        off = torch.where((v * 2 - (v * 2).round()).abs() < 1e-4, v + 0.01, v) * case.scale.unsqueeze(-1)
+        case = replace(case, x=off.float().reshape(4, 24))
+        w, s, upstream = (t.double().cpu().numpy() for t in (case.x, case.scale, case.upstream))
+        a = None if case.param is None else case.param.double().sigmoid().cpu().numpy()[..., None]
+        g = {
+            Fourier: lambda u, kind=kind: closed_form.stableqat_g(u, kind.amplitude, kind.harmonics),
+            Tanh: lambda u, a=a: closed_form.dsq_g(u, a),
+            Constant: lambda u: 0.3025,
+            Identity: lambda u: 1.0,
+        }[type(kind)]
+        grouped = [t.reshape(4, 2, -1) for t in (upstream, w, s)]
+        wanted = closed_form.gradients(*grouped, name, bits, mask, g, a)
+        (by_weight, _), by_scale, by_param = expected_gradients(case)
+        for found, exact in zip((by_weight, by_scale[0], by_param and by_param[0]), wanted, strict=True):
+            assert (found is None) == (exact is None)
+            if found is not None:
+                exact = torch.tensor(exact).reshape(found.shape)
+                torch.testing.assert_close(found.cpu(), exact, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("name", "bits"), GRIDS)
+def test_every_grid_mask_and_surrogate(name, bits, surrogate):
+    for seed, mask in enumerate(MASKS):
+        surrogate_ = replace(SURROGATES[surrogate], mask=mask)
+        check(sample((6, 96), (6, 1), make_grid(name, bits), surrogate_, seed=seed), BF16)
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "fourier-2", "tanh"])
+@pytest.mark.parametrize(("shape", "scale_shape"), LAYOUTS, ids=str)
+def test_every_layout(shape, scale_shape, surrogate):
+    """Ragged, one row, one column, long rows, convolutions; groups down to a weight; one scale for all."""
+    dtype, upstream, value = DTYPES[(LAYOUTS.index((shape, scale_shape)) + len(surrogate)) % len(DTYPES)]
+    grid = make_grid("stretched" if surrogate == "tanh" else "integer", 3)
+    check(
+        sample(shape, scale_shape, grid, SURROGATES[surrogate], dtype=dtype, upstream=upstream, seed=1), value
+    )
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "fourier-3", "tanh"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda types: "-".join(str(t)[6:] for t in types))
+def test_every_dtype(dtypes, surrogate):
+    dtype, upstream, value = dtypes
+    case = sample(
+        (9, 80), (9, 2), make_grid("integer", 4), SURROGATES[surrogate], dtype=dtype, upstream=upstream
+    )
+    check(case, value)
+
+
+@pytest.mark.parametrize("surrogate", ["fourier-1", "tanh"])
+@pytest.mark.parametrize("grid", [("integer", 4), ("stretched", 2)])
+def test_one_scale_for_a_hundred_thousand_weights(grid, surrogate):
+    check(sample((250, 401), (1, 1), make_grid(*grid), SURROGATES[surrogate], upstream=BF16), BF16)
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "fourier-1", "tanh"])
+@pytest.mark.parametrize("scale_shape", [(8, 1), (8, 3), (1, 1)])
+def test_floor_and_zero_point(scale_shape, surrogate):
+    """The scale's gradient arrives undiminished where the floor stands in for a scale below it."""
+    for floor, zero in ((True, False), (False, True), (True, True)):
+        grid = make_grid("integer", 3)
+        case = sample((8, 60), scale_shape, grid, SURROGATES[surrogate], floor=floor, zero=zero)
+        check(case, BF16)
+        if floor:
+            assert (case.scale < case.floor).any()
+            lifted = replace(case, scale=case.acting_scale, floor=None)
+            for got, wanted in zip(backward(case), backward(lifted), strict=True):
+                assert got is wanted is None or torch.equal(got, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize(("name", "bits"), GRIDS)
+@pytest.mark.parametrize(("dtype", "value"), [(FLOAT, FLOAT), (FLOAT, BF16), (BF16, BF16), (HALF, HALF)])
+def test_hard_weights(name, bits, dtype, value):
+    """Ties, zeros of both signs, subnormals, saturation, NaN; scales of all sizes, floored and NaN."""
+    grid = make_grid(name, bits)
+    scale = torch.tensor([[0.25], [0.0371], [1e-30], [3e4], [-1.0], [1e-9], [torch.nan]], device=DEVICE)
+    floor = torch.full_like(scale, 1e-6)
+    floor[2] = 0
+    steps = torch.arange(-140, 141, device=DEVICE) / 2
+    tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.1754944e-38], device=DEVICE)
+    huge = torch.tensor([3e38, -3e38, 65504.0, 2.0**22 + 0.5, -(2.0**23), 1e7, torch.nan], device=DEVICE)
+    acting = torch.maximum(scale, floor).nan_to_num(1.0)
+    rows = [torch.cat((s * steps, tiny, huge, s * huge[3:])) for s in acting]
+    x = torch.stack(rows).to(dtype)
+    x = torch.where(x.isinf(), torch.finfo(dtype).max, x)
+    case = Case(x, torch.ones_like(x), scale, floor, None, None, grid, Identity())
+    expected = expected_value(case, value)
+    assert expected[-1].isnan().all()
+    assert expected.isnan().sum() == expected[-1].numel() + 2 * (len(scale) - 1)
+    same(forward(case, value), expected)
+    same(backward(case, value)[3], expected)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("surrogate", ["identity", "fourier-1", "fourier-5", "tanh"])
+def test_far_outside_without_a_mask(surrogate):
+    """Where float32 has no digits left for a distance, the factor is still one that the surrogate takes."""
+    case = sample((4, 40), (4, 1), make_grid("integer", 4), replace(SURROGATES[surrogate], mask="none"))
+    far = torch.tensor([1e5, 4194305.0, 1e9, 1e30], device=DEVICE)
+    weight, scale, param, _ = backward(replace(case, x=case.upstream.sign() * far[:, None]))
+    assert (weight.abs() <= 2 * case.upstream.abs()).all()
+    assert scale.isfinite().all()
+    assert param is None or param.isfinite().all()
+
+
+@pytest.mark.parametrize("surrogate", ["fourier-1", "tanh"])
+def test_scales_in_bfloat16(surrogate):
+    """Their gradients are float32 all the same."""
+    case = sample((6, 90), (6, 3), make_grid("stretched", 2), SURROGATES[surrogate], dtype=BF16, floor=True)
+    scale, floor = case.scale.to(BF16), case.floor.to(BF16)
+    check(
+        replace(case, scale=scale, floor=floor, param=None if case.param is None else case.param.to(BF16)),
+        BF16,
+    )
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "fourier-1", "tanh"])
+def test_nan_reaches_the_gradient_of_its_own_scale_alone(surrogate):
+    case = sample((6, 40), (6, 1), make_grid("integer", 2), SURROGATES[surrogate])
+    case.x[1, 3] = torch.nan
+    case.x[4, 39], case.upstream[4, 39] = 0, torch.nan
+    weight, scale, param, _ = backward(case)
+    assert scale.isnan().squeeze(-1).tolist() == [False, True, False, False, True, False]
+    assert weight.isnan().any(-1)[4]
+    assert not weight[[0, 2, 3, 5]].isnan().any()
+    assert param is None or not param[[0, 2, 3, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("surrogate", ["fourier-1", "tanh"])
+@pytest.mark.parametrize("scale_shape", [(1, 1), (40, 1), (40, 4)])
+def test_the_same_call_gives_the_same_bits_and_leaves_its_inputs_alone(scale_shape, surrogate):
+    columns = 11008 if DEVICE == "cuda" else 400
+    case = sample((40, columns), scale_shape, make_grid("integer", 4), SURROGATES[surrogate])
+    before = [None if t is None else t.clone() for t in (case.x, case.upstream, case.scale, case.param)]
+    first = backward(case, BF16)
+    for _ in range(20 if DEVICE == "cuda" else 1):
+        for one, other in zip(first, backward(case, BF16), strict=True):
+            assert one is other is None or torch.equal(one, other)
+    for old, new in zip(before, (case.x, case.upstream, case.scale, case.param), strict=True):
+        assert old is new is None or torch.equal(old, new)
+
+
+def test_the_value_only_where_it_is_asked_for():
+    assert backward(sample((3, 8), (3, 1), make_grid("integer", 2), Identity()))[3] is None
+
+
+def test_an_unaligned_weight_after_an_aligned_one():
+    """A launch that is remembered for aligned tensors is not for these."""
+    case = sample((6, 64), (6, 1), make_grid("integer", 4), SURROGATES["fourier-1"])
+    for _ in range(2):
+        check(case, BF16)
+    case.x.copy_(case.x.flatten().roll(5).reshape(6, 64))
+    shifted = torch.cat((case.x.new_zeros(1), case.x.flatten()))[1:].reshape(6, 64)
+    assert shifted.data_ptr() % 16
+    check(replace(case, x=shifted), BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="one launch for several weights: a GPU's")
+@pytest.mark.parametrize("surrogate", ["identity", "fourier-1", "tanh"])
+@pytest.mark.parametrize("floor", [False, True])
+def test_several_weights_in_one_launch(surrogate, floor):
+    """Bit for bit what each gets in a launch of its own."""
+    grid, surrogate = make_grid("integer", 4), SURROGATES[surrogate]
+    shapes = [(64, 2048), (1, 1040), (33, 5632), (16, 8192), (300, 1536)]
+    cases = [
+        sample(shape, (shape[0], 1), grid, surrogate, upstream=BF16, floor=floor, seed=i)
+        for i, shape in enumerate(shapes)
+    ]
+    weights = [weight_of(case) for case in cases]
+    for count in range(2, len(cases) + 1):
+        together = fused.join(weights[:count], grid)
+        assert together is not None
+        values = fused.forward_many(weights[:count], together, grid, BF16)
+        upstreams = [case.upstream for case in cases[:count]]
+        gradients = fused.backward_many(upstreams, weights[:count], together, grid, surrogate)
+        for case, value, found in zip(cases, values, gradients, strict=False):
+            assert torch.equal(value, forward(case, BF16))
+            for one, other in zip(found, backward(case)[:3], strict=True):
+                assert one is other is None or torch.equal(one, other)
+
+
+def test_what_the_kernels_support():
+    """Exact types: a subclass may say another derivative, which only torch can evaluate."""
+
+    class Mine(Fourier):
+        pass
+
+    assert all(fused.supports(surrogate) for surrogate in SURROGATES.values())
+    assert not any(fused.supports(surrogate) for surrogate in (Permuted(), Mine(), Surrogate()))
+
+
+def cases(shapes):
+    return st.builds(
+        lambda shape, split, grid, surrogate, mask, dtypes, **rest: (
+            sample(
+                shape,
+                {"row": (shape[0], 1), "tensor": (1, 1), "group": (shape[0], gcd(shape[1], 24))}[split],
+                make_grid(*grid),
+                replace(SURROGATES[surrogate], mask=mask),
+                dtype=dtypes[0],
+                upstream=dtypes[1],
+                **rest,
+            ),
+            dtypes[2],
+        ),
+        shape=shapes,
+        split=st.sampled_from(["row", "row", "group", "tensor"]),
+        grid=st.sampled_from(GRIDS),
+        surrogate=st.sampled_from(sorted(SURROGATES)),
+        mask=st.sampled_from(MASKS),
+        dtypes=st.sampled_from(DTYPES),
+        floor=st.booleans(),
+        zero=st.booleans(),
+        seed=st.integers(0, 2**31),
+    )
+
+
+def property_test(shapes, examples):
+    """Run `check` on many drawn cases and return the worst errors over their limits."""
+    worst = defaultdict(float)
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        phases=[Phase.generate],  # on a GPU each step of shrinking would compile anew
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(shapes))
+    def run(drawn):
+        for name, error in check(*drawn).items():
+            worst[name] = max(worst[name], error)
+
+    run()
+    return worst
+
+
+def test_any_small_call():
+    property_test(st.tuples(st.integers(1, 12), st.integers(1, 127)), 40)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)  # almost every example compiles kernels of its own
+@pytest.mark.skipif(DEVICE == "cpu", reason="large shapes: a GPU's")
+def test_any_call(capsys):
+    tall_and_wide = [(1, 32768), (32768, 16), (5632, 2048), (2048, 5632), (4096, 4096), (8192, 2048), (1, 1)]
+    ragged = st.tuples(st.integers(1, 4096), st.integers(1, 4096))
+    examples = 200
+    worst = property_test(st.one_of(st.sampled_from(tall_and_wide), ragged), examples)
+    with capsys.disabled():
+        figures = ", ".join(f"{name} {error:.3f}" for name, error in worst.items())
+        print(f"\n{examples} calls on {torch.cuda.get_device_name()}, worst error over its limit: {figures}")
