@@ -3,32 +3,49 @@
 `QuantLinear` computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the very
 Parameters of the layer it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds
 keys of its own beside. Only `type(m) is nn.Linear` is swapped: a subclass computes something
-that is not ours to replace. Running the surgery twice changes nothing.
+that is not ours to replace. Running the surgery twice changes nothing. While weights stay as they are,
+in evaluation or between the micro-steps of an accumulated gradient, `hold_weights` keeps what they become.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from stableqat import ops
 from stableqat.errors import UserError
 from stableqat.quantizers import Quantizer, QuantizerFactory
 
 logger = logging.getLogger(__name__)
+
+MOST_IN_GROUP = 8  # quantized layers of a block: as many as one launch takes
+FEW_ROWS = 2048  # up to here a step on a GPU waits for launches, beyond it for arithmetic
 
 
 class QuantLinear(nn.Linear):
     """A linear layer whose weight is fake-quantized in every forward.
 
     The latent weight stays a full-precision Parameter under its own name.
+
+    Attributes:
+        weight_quantizer: Quantizer of the weight.
+        input_quantizer: Module applied to the activations, or None.
+        recompute: Recompute the fake-quantized weight in the backward instead of saving it. None does on a
+            GPU, where it costs next to nothing, unless the batch is so small that memory is no matter.
     """
 
     weight_quantizer: Quantizer
     input_quantizer: nn.Module | None
+    recompute: bool | None
+    _group: "_Group | None"
+    _held: tuple[Tensor, tuple[tuple[int, int], ...]] | None
 
     @classmethod
     def from_linear(
@@ -48,13 +65,105 @@ class QuantLinear(nn.Linear):
             layer = cls(linear.in_features, linear.out_features, linear.bias is not None)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
+        layer.recompute = layer._group = layer._held = None
         return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in) -> (..., out)`."""
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+        if (value := self._value_of_group()) is not None:
+            return F.linear(input, value, self.bias)
+        return self.weight_quantizer.linear(
+            input, self.weight, self.bias, recompute=self.recompute, value=self.held_value()
+        )
+
+    def _value_of_group(self) -> Tensor | None:
+        if torch.compiler.is_compiling() or self._group is None:
+            return None
+        value = self._group.values.get(self)
+        # inside a checkpoint that the block has not entered, the recomputation would not find it again
+        if value is None or value.dtype != ops.compute_dtype(self.weight) or _saving() != self._group.saving:
+            return None
+        return value
+
+    @torch.inference_mode(False)  # so that training may use it, too
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Keep the fake-quantized weight for forwards to come, until `release` or until a parameter changes.
+
+        The value has the type of the autocast region of this call. A quantizer with a forward of its own,
+        which may be stochastic, is not held.
+        """
+        if self.weight_quantizer.fuses and self.held_value() is None:
+            self._held = self.weight_quantizer(self.weight), self._versions()
+
+    def release(self) -> None:
+        """Forget what `hold` kept."""
+        self._held = None
+
+    def held_value(self) -> Tensor | None:
+        """What `hold` kept, while it is right."""
+        if self._held is None:
+            return None
+        value, versions = self._held
+        # a compiled graph cannot ask for versions: whoever holds releases before weights change
+        if not torch.compiler.is_compiling() and versions != self._versions():
+            self.release()
+            return None
+        return value
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        parameters = (self.weight, *self.weight_quantizer.parameters())
+        return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+        self.release()  # moved to another device or type
+        return super()._apply(fn, recurse)
+
+
+class _Group:
+    """Fake-quantizes the weights of a block in one operation, just before the block's forward.
+
+    At small batches a training step takes the time of its calls and launches, not that of its arithmetic.
+    The values are kept for the backward, so this is for where their memory is no matter: few rows, whose
+    step is bound by launches, or more activations than weights.
+
+    Args:
+        layers: The block's quantized layers.
+    """
+
+    def __init__(self, layers: list[QuantLinear]) -> None:
+        self.layers = layers
+        self.elements = sum(layer.weight.numel() for layer in layers)
+        self.values: dict[QuantLinear, Tensor] = {}
+        self.saving: Any = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: compute what the layers will use."""
+        if torch.compiler.is_compiling():  # has no such cost
+            return
+        input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
+        layers = [layer for layer in self.layers if layer.recompute is not True]
+        if input is None or not layers or isinstance(layers[0].weight, DTensor):
+            return
+        elements = input.numel()
+        rows = elements // input.shape[-1] if input.is_floating_point() else elements
+        if rows > FEW_ROWS and elements < self.elements:
+            return
+        if ops.implementation(layers[0].weight, layers[0].weight_quantizer.surrogate) != "triton":
+            return
+        values = ops.fake_quantize_many(
+            [layer.weight for layer in layers],
+            [layer.weight_quantizer.arguments() for layer in layers],
+            [layer.held_value() for layer in layers],
+        )
+        self.values.update(zip(layers, values, strict=True))
+        self.saving = _saving()
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also after an exception: values and their graph last no longer than the forward."""
+        self.values.clear()
 
 
 @dataclass
@@ -78,7 +187,12 @@ class SurgeryReport:
 
 
 def quantize_linears(
-    model: nn.Module, quantizer: QuantizerFactory, skip: Sequence[str] = (), *, initialize: bool = True
+    model: nn.Module,
+    quantizer: QuantizerFactory,
+    skip: Sequence[str] = (),
+    *,
+    initialize: bool = True,
+    recompute: bool | None = None,
 ) -> SurgeryReport:
     """Replace the linear layers of `model` in place.
 
@@ -88,6 +202,7 @@ def quantize_linears(
         skip: Shell patterns; a layer is left alone if one matches its full name or a part between dots.
         initialize: Set the scales from the weights. False leaves them unset (NaN), for a state dict
             that follows.
+        recompute: See `QuantLinear`.
 
     Returns:
         Which layers were swapped, which were not, and why.
@@ -118,8 +233,10 @@ def quantize_linears(
                 except UserError as error:
                     raise UserError(f"layer {name}: {error}") from error
                 replacements[id(module)] = QuantLinear.from_linear(module, made)
+                replacements[id(module)].recompute = recompute
             model.set_submodule(name, replacements[id(module)])
             report.swapped.append(name)
+    _group(model, list(replacements.values()))
     report.unmatched = [p for p in skip if p not in used_patterns]
     logger.info("%s", report)
     return report
@@ -128,6 +245,48 @@ def quantize_linears(
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized layers of a model by name, each once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def hold_weights(model: nn.Module) -> None:
+    """Compute the fake-quantized weight of each layer once, for all forwards until `release_weights`.
+
+    For as long as weights stay as they are: evaluation, micro-steps of an accumulated gradient. It takes the
+    memory of the weights in the compute type. An eager forward notices a parameter that changed in place
+    and computes afresh; fused optimizers and writes to `.data` leave no trace, and a compiled forward does
+    not look, so call `release_weights` before them. A model sharded by FSDP2 is left alone: each rank
+    would keep all of it.
+
+    Args:
+        model: Holds the layers; call it in the autocast region that the forwards run in.
+    """
+    if not any(isinstance(m, FSDPModule) for m in model.modules()):
+        for layer in quantized_layers(model).values():
+            layer.hold()
+
+
+def release_weights(model: nn.Module) -> None:
+    """Forget what `hold_weights` kept."""
+    for layer in quantized_layers(model).values():
+        layer.release()
+
+
+def _saving() -> Any:
+    """The hooks that saved tensors go through here: a checkpoint's, for example."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _group(model: nn.Module, layers: list[QuantLinear]) -> None:
+    """Let the layers of a block, the largest module with few enough of them, be fake-quantized together."""
+    left = {layer for layer in layers if layer.weight_quantizer.fuses}
+    for module in model.modules():
+        within = [each for each in module.modules() if each in left]
+        if 1 < len(within) <= MOST_IN_GROUP:
+            group = _Group(within)
+            module.register_forward_pre_hook(group.before, with_kwargs=True)
+            module.register_forward_hook(group.after, always_call=True)
+            for layer in within:
+                layer._group = group
+            left.difference_update(within)
 
 
 def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool) -> Quantizer:

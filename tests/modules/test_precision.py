@@ -14,8 +14,11 @@ class Types(tiny.Losses):
     def on_train_start(self, trainer, pl_module):
         self.seen = set()
         layer = next(m for m in pl_module.modules() if isinstance(m, QuantLinear))
-        layer.weight_quantizer.register_forward_hook(lambda _, x, y: self.seen.add(("weight", x[0].dtype)))
-        layer.register_forward_hook(lambda _, x, y: self.seen.add(("output", y.dtype)))
+
+        def see(layer, inputs, output):
+            self.seen |= {("weight", layer.weight.dtype), ("output", output.dtype)}
+
+        layer.register_forward_hook(see)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit"])

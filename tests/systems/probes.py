@@ -33,7 +33,7 @@ class Probe(L.Callback):
         self.seen["weights"] = {name: _whole(p) for name, p in named.items()}
         layer = next(m for m in pl_module.modules() if isinstance(m, QuantLinear))
         types = self.seen["types"]
-        layer.weight_quantizer.register_forward_hook(lambda _, x, y: types.append(f"{x[0].dtype} {y.dtype}"))
+        layer.register_forward_hook(lambda layer, x, y: types.append(f"{layer.weight.dtype} {y.dtype}"))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any

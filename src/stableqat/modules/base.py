@@ -30,7 +30,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from stableqat.errors import UserError
 from stableqat.modules.start import load_start
 from stableqat.quantizers import Quantizer, QuantizerFactory
-from stableqat.surgery import SurgeryReport, quantize_linears, quantized_layers
+from stableqat.surgery import (
+    SurgeryReport,
+    hold_weights,
+    quantize_linears,
+    quantized_layers,
+    release_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class QATModule(L.LightningModule, ABC):
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
         compile_model: Compile the inner model with `torch.compile`.
+        recompute: Recompute fake-quantized weights in the backward instead of saving them, see `QuantLinear`.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class QATModule(L.LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
         compile_model: bool = False,
+        recompute: bool | None = None,
     ) -> None:
         super().__init__()
         if not scale_lr_multiplier >= 0:
@@ -83,6 +91,7 @@ class QATModule(L.LightningModule, ABC):
         self.lr_scheduler = lr_scheduler
         self.scale_lr_multiplier = scale_lr_multiplier
         self.compile_model = compile_model
+        self.recompute = recompute
         self.model: nn.Module | None = None
         self.surgery: SurgeryReport | None = None
 
@@ -170,7 +179,9 @@ class QATModule(L.LightningModule, ABC):
         fresh = follows or self.init_from is None
         model = self.build_model() if fresh else load_start(self, self.init_from)  # type: ignore[arg-type]
         if self.quantizer is not None:
-            self.surgery = quantize_linears(model, self.quantizer, self.skip, initialize=not follows)
+            self.surgery = quantize_linears(
+                model, self.quantizer, self.skip, initialize=not follows, recompute=self.recompute
+            )
         if self.compile_model:
             model.compile()
         if self.device_mesh is not None:
@@ -241,10 +252,50 @@ class QATModule(L.LightningModule, ABC):
         lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in optimized]
         assert not lost, f"trainable parameters outside the optimizer: {lost}"
 
+    # -- work that is done once while weights stay as they are ----------------------------------
+
+    def hold_weights(self) -> None:
+        """Compute fake-quantized weights once, for steps to come with weights as they are."""
+        assert self.model is not None
+        with self.trainer.precision_plugin.forward_context():
+            hold_weights(self.model)
+
+    def release_weights(self) -> None:
+        """Weights are about to change: forget what was held."""
+        assert self.model is not None
+        release_weights(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluation leaves weights as they are, from here on: a callback may just have averaged them."""
+        self.release_weights()
+        self.hold_weights()
+
+    def on_test_epoch_start(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start()
+
+    def on_predict_epoch_start(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start()
+
     def on_validation_end(self) -> None:
         """Back to shards: FSDP2 keeps the root's parameters gathered for a backward that does not follow."""
+        self.release_weights()
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
+
+    def on_test_end(self) -> None:
+        """As in validation."""
+        self.release_weights()
+
+    def on_predict_end(self) -> None:
+        """As in validation."""
+        self.release_weights()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, after which nothing that was computed from the old weights may be used."""
+        super().optimizer_step(*args, **kwargs)
+        self.release_weights()
 
     # -- exact resume ---------------------------------------------------------------------------
 
@@ -254,7 +305,9 @@ class QATModule(L.LightningModule, ABC):
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Derive the step's randomness from its position, and count no step twice."""
+        """Derive the step's randomness from its position, count no step twice, hold accumulated weights."""
+        if self.trainer.accumulate_grad_batches > 1:
+            self.hold_weights()
         # a step that an exception cut short is saved as begun, and Lightning counts it as done on resume
         loop = self.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = self.trainer.global_step

@@ -39,6 +39,8 @@ class LlamaModule(QATModule):
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
         compile_model: Compile the inner model with `torch.compile`.
+        recompute: Recompute fake-quantized weights in the backward instead of saving them; None does on
+            a GPU for steps of more than 2,048 rows (tokens or patches).
 
     Raises:
         UserError: If the architecture is unknown or a setting does not fit it.
@@ -55,6 +57,7 @@ class LlamaModule(QATModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
         compile_model: bool = False,
+        recompute: bool | None = None,
     ) -> None:
         super().__init__(
             quantizer=quantizer,
@@ -64,6 +67,7 @@ class LlamaModule(QATModule):
             lr_scheduler=lr_scheduler,
             scale_lr_multiplier=scale_lr_multiplier,
             compile_model=compile_model,
+            recompute=recompute,
         )
         self.save_plain_hyperparameters()
         self.config = _resolve_config(config, init_from)
