@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from inspect import signature
+from typing import Any, get_args, get_origin
 
 from stableqat.errors import UserError
 
@@ -25,6 +26,7 @@ RUN_VERBS = {
 TOOL_VERBS = {
     "sweep": ("stableqat.analysis.sweep", "run the points of one or more studies"),
     "compare": ("stableqat.analysis.compare", "table and plot from the event files of runs"),
+    "bench": ("stableqat.bench.bench", "time and memory of the methods beside full precision"),
 }
 
 
@@ -100,10 +102,18 @@ def _tool(verb: str, arguments: list[str]) -> int:
 
     home, description = TOOL_VERBS[verb]
     function = getattr(import_module(home), verb)
-    files = next(iter(signature(function).parameters))  # a list, which jsonargparse would want in brackets
     parser = ToolParser(prog=f"stableqat {verb}", description=description)
-    parser.add_argument(files, nargs="+", help=_described(function)[files])
-    parser.add_function_arguments(function, as_group=False, skip={files})
+    parameters, texts = signature(function).parameters, _described(function)
+    for name, parameter in parameters.items():
+        if get_origin(parameter.annotation) in (list, Sequence):  # jsonargparse alone would want brackets
+            listed: dict[str, Any] = {"nargs": "+", "type": get_args(parameter.annotation)[0]}
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                listed["default"] = list(parameter.default)
+                name = f"--{name}"
+            parser.add_argument(name, help=texts[parameter.name], **listed)
+        else:
+            others: set[str | int] = {other for other in parameters if other != name}
+            parser.add_function_arguments(function, as_group=False, skip=others)
     return function(**parser.parse_args(arguments))
 
 

@@ -25,7 +25,7 @@ import contextlib, io, json, sys
 from stableqat.cli import main
 
 texts = {}
-for verb in ([], ["sweep"], ["compare"]):
+for verb in ([], ["sweep"], ["compare"], ["bench"]):
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         assert main([*verb, "--help"]) == 0
@@ -49,7 +49,7 @@ def test_help_imports_nothing_heavy(fresh):
 
 def test_help_tells_the_verbs(fresh):
     text = fresh[0][""]
-    for verb in ("fit", "validate", "test", "predict", "sweep", "compare"):
+    for verb in ("fit", "validate", "test", "predict", "sweep", "compare", "bench"):
         assert f"\n  {verb} " in text
     assert "--debug" in text
 
@@ -59,6 +59,7 @@ def test_help_of_a_tool_tells_its_arguments(fresh):
     assert "--workers" in fresh[0]["sweep"]
     assert "folders" in fresh[0]["compare"]
     assert "--out" in fresh[0]["compare"]
+    assert "--rival RIVAL [RIVAL ...]" in fresh[0]["bench"]
 
 
 def test_no_arguments_are_a_cry_for_help(capsys):

@@ -1,0 +1,136 @@
+"""Which model is measured: the architecture of a configuration file, without its training settings.
+
+A name stands for `configs/*/NAME.yaml`. A file that names no class is an overlay and is laid over the
+`base.yaml` beside it, setting by setting, as `stableqat fit` does.
+"""
+
+import difflib
+import glob
+from collections import Counter
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from stableqat.modules import QATModule
+
+_CHECKOUT = Path(__file__).parents[3]
+_TRAINING = {
+    "quantizer",
+    "init_from",
+    "optimizer",
+    "lr_scheduler",
+    "scale_lr_multiplier",
+    "compile_model",
+    "recompute",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model to build.
+
+    Attributes:
+        name: What tables and files call it.
+        source: Its configuration file.
+        class_path: Import path of its module's class, or the bare name of one of this suite's.
+        init_args: Arguments of the class.
+    """
+
+    name: str
+    source: Path
+    class_path: str
+    init_args: dict[str, Any]
+
+    def module(self) -> "QATModule":
+        """The training system around the model, in full precision.
+
+        Raises:
+            UserError: If the class is none, or the arguments do not fit it.
+        """
+        from stableqat.modules import QATModule
+
+        home, _, name = self.class_path.rpartition(".")
+        try:
+            cls = getattr(import_module(home or "stableqat.modules"), name, None)
+        except ImportError as error:
+            raise UserError(f"model: {self.source}: {self.class_path}: {error}") from error
+        if not (isinstance(cls, type) and issubclass(cls, QATModule)):
+            raise UserError(f"model: {self.source}: {self.class_path} is no QATModule that can be imported")
+        known = signature(cls).parameters
+        if surplus := [key for key in self.init_args if key not in known]:
+            raise UserError(f"model: {self.source}: {surplus[0]} is no setting of {name}")
+        return cls(**self.init_args)
+
+
+def read_architecture(model: str) -> Architecture:
+    """Find and read a model's configuration.
+
+    Args:
+        model: A name, or the path of a YAML file.
+
+    Raises:
+        UserError: If there is no such model, or the file does not describe one.
+    """
+    source = _find(model)
+    settings = _model_settings(source)
+    base = source.with_name("base.yaml")
+    if "class_path" not in settings and base.is_file():
+        under = _model_settings(base)
+        settings = {**under, "init_args": {**_mapping(under, base), **_mapping(settings, source)}}
+    if not isinstance(settings.get("class_path"), str):
+        raise UserError(
+            f"model: {source} has no model.class_path, nor has a base.yaml beside it; name a model's file"
+        )
+    init_args = {key: value for key, value in _mapping(settings, source).items() if key not in _TRAINING}
+    return Architecture(source.stem, source, settings["class_path"], init_args)
+
+
+def _find(model: str) -> Path:
+    if model.endswith((".yaml", ".yml")):
+        if not Path(model).is_file():
+            raise UserError(f"model: {model}: no such file; give a YAML file or a model's name")
+        return Path(model)
+    roots = [root for root in (Path("configs"), _CHECKOUT / "configs") if root.is_dir()]
+    for root in roots:
+        found = sorted(root.glob(f"*/{glob.escape(model)}.yaml"))
+        if len(found) > 1:
+            raise UserError(f"model: {model} may be {' or '.join(map(str, found))}; give the path")
+        if found:
+            return found[0]
+    # what both families have is no model's name
+    families = Counter(path.stem for root in roots[:1] for path in sorted(root.glob("*/*.yaml")))
+    models = [name for name, number in families.items() if number == 1]
+    near = difflib.get_close_matches(model, models, 1)
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"choose of {', '.join(models)}"
+        if models
+        else "name a YAML file"
+    )
+    raise UserError(f"model: {model} is unknown; {hint}")
+
+
+def _model_settings(source: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(source.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"model: {source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    settings = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(f"model: {source} has no model section; name the configuration of a model")
+    return settings
+
+
+def _mapping(settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    init_args = settings.get("init_args") or {}
+    if not isinstance(init_args, dict):
+        raise UserError(f"model: {source}: model.init_args must be a mapping of settings")
+    return init_args

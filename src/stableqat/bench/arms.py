@@ -1,0 +1,201 @@
+"""The arms of a benchmark: the untouched model, each method, and any rival's linear layer.
+
+All arms share the Parameters of one model, so weights are equal and the memory of one model is
+enough for all. A rival is a factory from `nn.Linear` to a module in the user's own file, and takes the
+place of exactly the layers that the surgery quantizes; torchao's is there when torchao is installed.
+"""
+
+import copy
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from stableqat import ops, quantizers
+from stableqat.errors import UserError
+from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.surgery import quantize_linears, quantized_layers
+
+FULL_PRECISION = "FP"
+TORCHAO = "torchao"
+Factory = Callable[[nn.Linear], nn.Module]
+
+
+@dataclass
+class Arm:
+    """A model to measure.
+
+    Attributes:
+        name: Its row.
+        model: The model; None if a rival's layers could not be built.
+        rival: Not this suite's: a fault of it is its row's result.
+        failure: Why there is no model.
+        path: Which implementation fake-quantizes the weights.
+    """
+
+    name: str
+    model: nn.Module | None
+    rival: bool = False
+    failure: str | None = None
+    path: str | None = None
+
+
+def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFactory]:
+    """The quantizers of methods by name; `all` stands for every one there is.
+
+    Raises:
+        UserError: If a name is unknown, or a method does not take this width.
+    """
+    public: dict[str, Any] = {name: getattr(quantizers, name) for name in quantizers.__all__}
+    known = {
+        name: cls
+        for name, cls in public.items()
+        if isinstance(cls, type) and issubclass(cls, Quantizer) and cls is not Quantizer
+    }
+    for name in names:
+        if name not in known and name != "all":
+            spelt = {other.lower(): other for other in known}
+            near = difflib.get_close_matches(name.lower(), spelt, 1)
+            hint = f"did you mean {spelt[near[0]]}?" if near else f"choose of {', '.join(known)}, or all"
+            raise UserError(f"methods: {name} is unknown; {hint}")
+    chosen = known if "all" in names else dict.fromkeys(names)
+    factories: dict[str, QuantizerFactory] = {name: partial(known[name], bits=bits) for name in chosen}
+    for factory in factories.values():
+        factory(torch.empty(8, 8, device="meta"))  # refuses what it cannot do
+    return factories
+
+
+def rival_factories(places: Sequence[str], bits: int, taken: Sequence[str]) -> dict[str, Factory]:
+    """The rivals by name, torchao first if it is installed.
+
+    Args:
+        places: Each FILE.py:FACTORY.
+        bits: Width for torchao; the user's factories have their own.
+        taken: Names of other arms.
+
+    Raises:
+        UserError: If a file or its factory is missing, cannot be called or makes no module.
+    """
+    rivals: dict[str, Factory] = {TORCHAO: partial(_torchao, bits=bits)} if find_spec("torchao") else {}
+    files: dict[Path, ModuleType] = {}
+    for place in places:
+        file, _, name = place.rpartition(":")
+        if not file or not name:
+            raise UserError(f"rival: {place}: write FILE.py:FACTORY")
+        path = Path(file).resolve()
+        if path not in files:
+            files[path] = _imported(file)
+        factory = getattr(files[path], name, None)
+        if factory is None:
+            there = [key for key, value in vars(files[path]).items() if callable(value)]
+            near = difflib.get_close_matches(name, there, 1)
+            raise UserError(f"rival: {file} has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        if not callable(factory):
+            raise UserError(f"rival: {name} in {file} is no function from nn.Linear to a module")
+        label = name if name not in {FULL_PRECISION, TORCHAO, *taken, *rivals} else f"{path.stem}:{name}"
+        if label in rivals:
+            raise UserError(f"rival: {place} is given twice")
+        _check_returns_module(place, factory)
+        rivals[label] = factory
+    return rivals
+
+
+def build_arms(
+    model: nn.Module,
+    skip: Sequence[str],
+    methods: dict[str, QuantizerFactory],
+    rivals: dict[str, Factory],
+) -> list[Arm]:
+    """Make an arm of the untouched model, of each method and of each rival.
+
+    Args:
+        model: The untouched model, whose Parameters all arms share.
+        skip: Linear layers that stay as they are.
+        methods: Quantizers by name, at least one.
+        rivals: Factories of linear layers by name.
+    """
+    arms = [Arm(FULL_PRECISION, model)]
+    swapped: list[str] = []
+    for name, quantizer in methods.items():
+        quantized = sharing(model)
+        swapped = quantize_linears(quantized, quantizer, skip).swapped
+        if not swapped:
+            raise UserError("model: it has no linear layer to quantize; correct its skip")
+        layer = quantized_layers(quantized)[swapped[0]]
+        path = ops.implementation(layer.weight, layer.weight_quantizer.surrogate)
+        arms.append(Arm(name, quantized, path=path))
+    return arms + [_rival_arm(name, factory, model, swapped) for name, factory in rivals.items()]
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy of a model on the same Parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _rival_arm(name: str, factory: Factory, model: nn.Module, layers: list[str]) -> Arm:
+    replaced = sharing(model)
+    try:
+        for layer in layers:
+            linear = replaced.get_submodule(layer)
+            assert isinstance(linear, nn.Linear)
+            made = factory(linear)
+            if not isinstance(made, nn.Module):
+                raise TypeError(f"{name} returned a {type(made).__name__} for {layer}, not a module")
+            replaced.set_submodule(layer, made.to(linear.weight.device).train())
+    except Exception as error:  # whatever a stranger's code raises
+        return Arm(name, None, rival=True, failure=reason(error))
+    return Arm(name, replaced, rival=True)
+
+
+def reason(error: BaseException) -> str:
+    """An exception as the text of a row."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:157]}{'...' if len(text) > 157 else ''}"
+
+
+def _torchao(linear: nn.Linear, *, bits: int) -> nn.Module:
+    """The weight-only QAT layer of torchao: symmetric, a scale a row that follows its largest weight."""
+    from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
+
+    config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), "per_channel", is_symmetric=True)
+    return FakeQuantizedLinear.from_linear(linear, weight_config=config)
+
+
+def _imported(file: str) -> ModuleType:
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(f"rival: {file}: no such file")
+    if path.suffix != ".py":
+        raise UserError(f"rival: {file} is no Python file")
+    spec = spec_from_file_location(f"rival_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and torch.compile look a function's module up
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # so that it may be split over files
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a stranger's code raises
+        raise UserError(f"rival: {file} cannot be imported: {reason(error)}") from error
+    return module
+
+
+def _check_returns_module(place: str, factory: Factory) -> None:
+    """A factory that forgets to return is told apart from one that fails on the real layers."""
+    try:
+        made = factory(nn.Linear(64, 64))
+    except Exception:  # its row will say so, should the real layers fail too
+        return
+    if not isinstance(made, nn.Module):
+        raise UserError(f"rival: {place} returns a {type(made).__name__}; it must return a module")

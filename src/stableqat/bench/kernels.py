@@ -1,0 +1,133 @@
+"""Fake quantization alone, beside a copy: what share of the memory's bandwidth its kernels reach.
+
+A perfect kernel reads each input once and writes each output once, so a plain copy bounds it. Every
+repetition of forward, backward and copy takes another buffer, larger than the caches, inside one
+CUDA graph: Python and launches do not count.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableqat import ops
+from stableqat.quantizers import QuantizerFactory
+
+SHAPE = (8192, 8192)
+_BUFFERS = 3
+_REPETITIONS = 6
+_ROUNDS = 20
+_COMPUTE = torch.bfloat16
+
+Work = Callable[[int], object]
+
+
+def measure_kernels(methods: dict[str, QuantizerFactory], device: torch.device) -> dict[str, Any]:
+    """Time each method's forward and backward from float32 weights to bfloat16, with a scale a row.
+
+    Args:
+        methods: Quantizers by name.
+        device: A CUDA device.
+
+    Returns:
+        `shape`, `copy`, and by method `forward` and `backward`: each the `bytes` that have to move and `ms`
+        by round.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    weights = [_random(generator).mul_(0.02) for _ in range(_BUFFERS)]
+    upstream = [_random(generator).to(_COMPUTE) for _ in range(_BUFFERS)]
+    copies = [torch.empty_like(weight) for weight in weights]
+    full, compute = weights[0].nbytes, upstream[0].nbytes
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    graphs = {("copy", ""): _captured(lambda i: copies[i].copy_(weights[i]), stream, pool)}
+    for name, factory in methods.items():
+        kernel = _Kernel(factory, weights, upstream)
+        graphs["forward", name] = _captured(kernel.forward, stream, pool)
+        with torch.cuda.stream(stream):  # a backward runs where its forward ran
+            kernel.keep_outputs()
+        graphs["backward", name] = _captured(kernel.backward, stream, pool)
+
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
+    keys = list(graphs)
+    for number in range(_ROUNDS):
+        turn = number % len(keys)
+        for key in [*keys[turn:], *keys[:turn]]:
+            times[key].append(_milliseconds(graphs[key], device) / _REPETITIONS)
+
+    moved = {"copy": 2 * full, "forward": full + compute, "backward": full + compute + full}
+    result: dict[str, Any] = {"shape": list(SHAPE), "forward": {}, "backward": {}}
+    for (what, name), ms in times.items():
+        record = {"bytes": moved[what], "ms": ms}
+        if name:
+            result[what][name] = record
+        else:
+            result[what] = record
+    return result
+
+
+def _random(generator: torch.Generator) -> Tensor:
+    return torch.randn(SHAPE, device=generator.device, generator=generator)
+
+
+class _Kernel:
+    """`fake_quantize` as a method's quantizer calls it, the surrogate's parameter made beforehand."""
+
+    def __init__(
+        self, factory: QuantizerFactory, weights: Sequence[Tensor], upstream: Sequence[Tensor]
+    ) -> None:
+        quantizer = factory(weights[0])
+        learned = quantizer.surrogate_param()
+        self.param = None if learned is None else learned.detach().requires_grad_()
+        self.scale, self.floor = quantizer.scale, quantizer.scale_floor
+        self.grid, self.surrogate = quantizer.grid, quantizer.surrogate
+        self.weights = [weight.detach().requires_grad_() for weight in weights]
+        self.upstream = upstream
+        self.outputs: list[Tensor] = []
+
+    def keep_outputs(self) -> None:
+        self.outputs = [self._fake_quantize(weight) for weight in self.weights]
+
+    @torch.no_grad()
+    def forward(self, i: int) -> Tensor:
+        return self._fake_quantize(self.weights[i])
+
+    def backward(self, i: int) -> tuple[Tensor, ...]:
+        leaves = [self.weights[i], self.scale, *([] if self.param is None else [self.param])]
+        return torch.autograd.grad(self.outputs[i], leaves, self.upstream[i], retain_graph=True)
+
+    def _fake_quantize(self, weight: Tensor) -> Tensor:
+        with torch.autocast("cuda", _COMPUTE):
+            return ops.fake_quantize(
+                weight,
+                self.scale,
+                scale_floor=self.floor,
+                grid=self.grid,
+                surrogate=self.surrogate,
+                surrogate_param=self.param,
+            )
+
+
+def _captured(work: Work, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(_BUFFERS):
+            work(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        kept: list[object] = [None] * _BUFFERS  # as many outputs as inputs, in turn
+        for number in range(_REPETITIONS):
+            kept[number % _BUFFERS] = work(number % _BUFFERS)
+    return graph
+
+
+def _milliseconds(graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end)

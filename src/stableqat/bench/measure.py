@@ -1,0 +1,324 @@
+"""Time and memory of all arms in one run, pass by pass in turn, so that a drift of the machine meets each.
+
+Between passes gradients are dropped and every weight is written with its own value: as after an
+optimizer's step, nothing computed from it may be reused. Modes: `eager`; `compiled`, the whole model by
+`torch.compile`; `graphed`, forward and backward as one CUDA graph on a static input, which tells
+launches from work. Arms share weights, optimizer states and, when graphed, the graphs' memory.
+"""
+
+import gc
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from stableqat.bench.arms import Arm, reason
+from stableqat.bench.workload import Batch, Workload
+
+Mode = Literal["eager", "compiled", "graphed"]
+Tell = Callable[[str], None]
+KEYS = ("forward_ms", "backward_ms", "forward_backward_ms", "step_ms")
+
+_WARM_UP = 3
+_MOST_WARM_UP = 20
+_LEARNING_RATE = 1e-5
+
+
+def measure(
+    mode: Mode, arms: Sequence[Arm], workload: Workload, inputs: Sequence[Batch], rounds: int, tell: Tell
+) -> dict[str, dict[str, Any]]:
+    """Run every arm once a round, the order turned by one each round.
+
+    Args:
+        mode: How the arms run.
+        arms: The arms; the untouched model first.
+        workload: Their loss.
+        inputs: Batches, used in turn over the rounds.
+        rounds: Timed passes an arm.
+        tell: Hears of the progress.
+
+    Returns:
+        By arm: milliseconds by round (null where the mode cannot tell them), `peak_bytes` (null on a CPU), or
+        `failed` with the reason.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        results[arm.name] = {"path": arm.path} | ({"failed": arm.failure} if arm.failure else {})
+    with _executor(mode, workload, inputs) as runner_of:
+        _run(mode, [arm for arm in arms if not arm.failure], results, runner_of, inputs, rounds, tell)
+    _collect(workload.device)
+    tell(f"{mode}: {rounds} rounds done")
+    return results
+
+
+def _run(
+    mode: Mode,
+    arms: Sequence[Arm],
+    results: dict[str, dict[str, Any]],
+    runner_of: Callable[[Arm], "Stepped | Graphed"],
+    inputs: Sequence[Batch],
+    rounds: int,
+    tell: Tell,
+) -> None:
+    runners: dict[str, Stepped | Graphed] = {}
+    for arm in arms:
+        began = time.monotonic()
+        with _surviving(arm, runners, results[arm.name]):
+            runners[arm.name] = runner_of(arm)
+        failure = results[arm.name].get("failed")
+        tell(f"{mode}: {arm.name} {failure or f'is warm after {time.monotonic() - began:.1f} s'}")
+    passes: dict[str, list[dict[str, float]]] = defaultdict(list)
+    graphs = _graphs()
+    for number in range(rounds):
+        turn = number % len(arms)
+        for arm in [*arms[turn:], *arms[:turn]]:
+            if arm.name in runners:
+                with _surviving(arm, runners, results[arm.name]):
+                    passes[arm.name].append(runners[arm.name].time(inputs[number % len(inputs)]))
+    if _graphs() != graphs:
+        tell(f"{mode}: something was compiled again during the rounds; look at the spread")
+    for name, runner in runners.items():
+        times = {key: [done[key] for done in passes[name]] for key in passes[name][0]}
+        results[name] |= dict.fromkeys(KEYS) | times | {"peak_bytes": runner.peak_bytes}
+
+
+class Stepped:
+    """An arm that trains: forward with the loss, backward, and the optimizer's step.
+
+    Args:
+        arm: The arm.
+        workload: Its loss.
+        inputs: Batches to warm up with.
+        states: Optimizer states by Parameter, which the arms share.
+        compiled: Compile the model.
+    """
+
+    def __init__(
+        self, arm: Arm, workload: Workload, inputs: Sequence[Batch], states: dict[Any, Any], *, compiled: bool
+    ) -> None:
+        assert arm.model is not None
+        self.workload = workload
+        self.model = _compiled(arm.model, arm.name) if compiled else arm.model
+        self.parameters = [p for p in arm.model.parameters() if p.requires_grad]
+        self._warm_up(inputs[0])
+        with _peak(workload, arm.model) as self._peak:
+            self._pass(inputs[0])
+        fused = True if workload.device.type == "cuda" else None
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=_LEARNING_RATE, fused=fused)
+        self.optimizer.state = states  # type: ignore[assignment]
+        self.time(inputs[0])
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Memory of a pass at its peak, with the arm's own parameters and without optimizer states."""
+        return self._peak[0]
+
+    def time(self, batch: Batch) -> dict[str, float]:
+        """Time one training step."""
+        device = self.workload.device
+        _renew(self.parameters)
+        _synchronize(device)
+        marks = [_mark(device)]
+        loss = self.workload.loss(self.model, batch)
+        marks.append(_mark(device))
+        loss.backward()
+        marks.append(_mark(device))
+        self.optimizer.step()
+        marks.append(_mark(device))
+        forward, backward, step = _milliseconds(marks, device)
+        _drop_gradients(self.parameters)
+        values = (forward, backward, forward + backward, forward + backward + step)
+        return dict(zip(KEYS, values, strict=True))
+
+    def _pass(self, batch: Batch) -> None:
+        _renew(self.parameters)
+        self.workload.loss(self.model, batch).backward()
+        _drop_gradients(self.parameters)
+
+    def _warm_up(self, batch: Batch) -> None:
+        """Run until nothing more is compiled."""
+        steady, graphs = 0, -1
+        for _ in range(_MOST_WARM_UP):
+            self._pass(batch)
+            steady = steady + 1 if _graphs() == graphs else 0
+            graphs = _graphs()
+            if steady >= _WARM_UP:
+                break
+
+
+class Graphed:
+    """Forward and backward of an arm as one CUDA graph; nothing of it is launched from Python.
+
+    Args:
+        arm: The arm.
+        workload: Its loss.
+        static: Input that the graph reads; every arm's graph reads the same.
+        pool: Memory of the graphs. They share it, because they run one after another and nothing that they
+            leave there is read.
+    """
+
+    def __init__(self, arm: Arm, workload: Workload, static: Batch, pool: Any) -> None:
+        assert arm.model is not None
+        self.workload, self.static = workload, static
+        parameters = [p for p in arm.model.parameters() if p.requires_grad]
+        stream = torch.cuda.Stream(workload.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                _renew(parameters)
+                workload.loss(arm.model, static).backward()
+                _drop_gradients(parameters)
+            _renew(parameters)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with _peak(workload, arm.model) as self._peak, torch.cuda.graph(self.graph, pool=pool):
+            workload.loss(arm.model, static).backward()
+        _drop_gradients(parameters)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """As of `Stepped`."""
+        return self._peak[0]
+
+    def time(self, batch: Batch) -> dict[str, float]:
+        """Time one replay."""
+        device = self.workload.device
+        for key, value in batch.items():
+            self.static[key].copy_(value)
+        _synchronize(device)
+        marks = [_mark(device)]
+        self.graph.replay()
+        marks.append(_mark(device))
+        return {"forward_backward_ms": _milliseconds(marks, device)[0]}
+
+
+@contextmanager
+def _executor(
+    mode: Mode, workload: Workload, inputs: Sequence[Batch]
+) -> Iterator[Callable[[Arm], Stepped | Graphed]]:
+    """What makes an arm run in this mode."""
+    if mode == "graphed":
+        static = {key: value.clone() for key, value in inputs[0].items()}
+        pools = [torch.cuda.graph_pool_handle()]
+
+        def capture(arm: Arm) -> Graphed:
+            try:
+                return Graphed(arm, workload, static, pools[-1])
+            except Exception:
+                pools.append(torch.cuda.graph_pool_handle())  # a capture that failed may leave its pool open
+                raise
+
+        yield capture
+        return
+    states: dict[Any, Any] = defaultdict(dict)
+    torch.compiler.reset()
+    yield lambda arm: Stepped(arm, workload, inputs, states, compiled=mode == "compiled")
+    torch.compiler.reset()
+
+
+def _compiled(model: nn.Module, name: str) -> nn.Module:
+    """The model compiled behind code of its own.
+
+    Dynamo keeps what it compiled, and what it gave up on, with the code object that a call enters. All arms
+    would enter the same method of the same class, and a rival that breaks its graph would break everyone's.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    code = forward.__code__.replace(co_name=f"forward_{name}")
+    entry = FunctionType(code, globals(), closure=forward.__closure__)
+    wrapper = nn.Module()
+    # sizes are the same in every pass
+    vars(wrapper)["forward"] = torch.compile(entry, dynamic=False)
+    return wrapper
+
+
+@contextmanager
+def _surviving(arm: Arm, runners: dict[str, Any], result: dict[str, Any]) -> Iterator[None]:
+    """Too little memory, or a stranger's fault, ends the arm; a fault of our own ends the run."""
+    try:
+        yield
+        return
+    except Exception as error:
+        if not (arm.rival or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        result["failed"] = reason(error)
+        traceback.clear_frames(error.__traceback__)  # they hold tensors
+    runners.pop(arm.name, None)
+    assert arm.model is not None
+    _drop_gradients(arm.model.parameters())
+    _collect(next(arm.model.parameters()).device)
+
+
+@contextmanager
+def _peak(workload: Workload, model: nn.Module) -> Iterator[list[int | None]]:
+    """Fills in the peak of what is allocated inside, with the model's own parameters and buffers.
+
+    What other arms keep on the device does not count.
+    """
+    peak: list[int | None] = [None]
+    if workload.device.type != "cuda":
+        yield peak
+        return
+    _collect(workload.device)
+    before = torch.cuda.memory_allocated(workload.device)
+    torch.cuda.reset_peak_memory_stats(workload.device)
+    yield peak
+    torch.cuda.synchronize(workload.device)
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    peak[0] = torch.cuda.max_memory_allocated(workload.device) - before + sum(storages.values())
+
+
+def _renew(parameters: Iterable[nn.Parameter]) -> None:
+    """Write each weight with its own value, so that it counts as changed."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1)
+
+
+def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _collect(device: torch.device) -> None:
+    gc.collect()
+    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _graphs() -> int:
+    """Graphs that have been compiled so far."""
+    return counters["stats"]["unique_graphs"]
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in time: of the device's own clock, if it has one."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _milliseconds(marks: Sequence[Any], device: torch.device) -> list[float]:
+    if device.type != "cuda":
+        return [1e3 * (end - start) for start, end in pairwise(marks)]
+    _synchronize(device)
+    return [start.elapsed_time(end) for start, end in pairwise(marks)]
