@@ -45,6 +45,7 @@ class QuantLinear(nn.Linear):
     input_quantizer: nn.Module | None
     recompute: bool | None
     _group: "_Group | None"
+    _place: int  # among the layers of its group
     _held: tuple[Tensor, tuple[tuple[int, int], ...]] | None
 
     @classmethod
@@ -79,13 +80,15 @@ class QuantLinear(nn.Linear):
         )
 
     def _value_of_group(self) -> Tensor | None:
-        if torch.compiler.is_compiling() or self._group is None:
+        group = self._group
+        if group is None or group.values is None:
             return None
-        value = self._group.values.get(self)
+        value = group.values[self._place]
+        if torch.compiler.is_compiling():
+            return value
         # inside a checkpoint that the block has not entered, the recomputation would not find it again
-        if value is None or value.dtype != ops.compute_dtype(self.weight) or _saving() != self._group.saving:
-            return None
-        return value
+        usable = value.dtype == ops.compute_dtype(self.weight) and _saving() == group.saving
+        return value if usable else None
 
     @torch.inference_mode(False)  # so that training may use it, too
     @torch.no_grad()
@@ -136,34 +139,37 @@ class _Group:
     def __init__(self, layers: list[QuantLinear]) -> None:
         self.layers = layers
         self.elements = sum(layer.weight.numel() for layer in layers)
-        self.values: dict[QuantLinear, Tensor] = {}
+        self.values: tuple[Tensor, ...] | None = None
         self.saving: Any = None
+        for place, layer in enumerate(layers):
+            layer._group, layer._place = self, place
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: compute what the layers will use."""
-        if torch.compiler.is_compiling():  # has no such cost
-            return
+        layers, quantizer = self.layers, self.layers[0].weight_quantizer
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
-        layers = [layer for layer in self.layers if layer.recompute is not True]
-        if input is None or not layers or isinstance(layers[0].weight, DTensor):
+        if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
             return
-        elements = input.numel()
-        rows = elements // input.shape[-1] if input.is_floating_point() else elements
-        if rows > FEW_ROWS and elements < self.elements:
+        weight = layers[0].weight
+        if isinstance(weight, DTensor) or ops.implementation(weight, quantizer.surrogate) != "triton":
             return
-        if ops.implementation(layers[0].weight, layers[0].weight_quantizer.surrogate) != "triton":
-            return
-        values = ops.fake_quantize_many(
-            [layer.weight for layer in layers],
-            [layer.weight_quantizer.arguments() for layer in layers],
-            [layer.held_value() for layer in layers],
+        self.values = ops.fake_quantize_many(
+            [layer.weight_quantizer.bundle(layer.weight) for layer in layers],
+            grid=quantizer.grid,
+            surrogate=quantizer.surrogate,
+            values=[layer.held_value() for layer in layers],
         )
-        self.values.update(zip(layers, values, strict=True))
-        self.saving = _saving()
+        if not torch.compiler.is_compiling():
+            self.saving = _saving()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, also after an exception: values and their graph last no longer than the forward."""
-        self.values.clear()
+        self.values = None
+
+    def _pays(self, input: Tensor) -> bool:
+        elements = input.numel()
+        rows = elements // input.shape[-1] if input.is_floating_point() else elements
+        return rows <= FEW_ROWS or elements >= self.elements
 
 
 @dataclass
@@ -276,17 +282,23 @@ def _saving() -> Any:
 
 
 def _group(model: nn.Module, layers: list[QuantLinear]) -> None:
-    """Let the layers of a block, the largest module with few enough of them, be fake-quantized together."""
-    left = {layer for layer in layers if layer.weight_quantizer.fuses}
-    for module in model.modules():
-        within = [each for each in module.modules() if each in left]
-        if 1 < len(within) <= MOST_IN_GROUP:
-            group = _Group(within)
-            module.register_forward_pre_hook(group.before, with_kwargs=True)
-            module.register_forward_hook(group.after, always_call=True)
-            for layer in within:
-                layer._group = group
-            left.difference_update(within)
+    """Let layers that are quantized alike be fake-quantized together.
+
+    A group lies in one block, the largest module with few enough of them.
+    """
+    left: dict[Any, set[QuantLinear]] = {}
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if quantizer.fuses:
+            left.setdefault((quantizer.grid, quantizer.surrogate), set()).add(layer)
+    for alike in left.values():
+        for module in model.modules():
+            within = [each for each in module.modules() if each in alike]
+            if 1 < len(within) <= MOST_IN_GROUP:
+                group = _Group(within)
+                module.register_forward_pre_hook(group.before, with_kwargs=True)
+                module.register_forward_hook(group.after, always_call=True)
+                alike.difference_update(within)
 
 
 def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool) -> Quantizer:

@@ -17,10 +17,12 @@ def test_eager_equals_compiled(surrogate, grid):
     s, logit = torch.rand(8, 4) + 0.2, torch.randn(8, 4)
     s[0, 0] = -1.0  # acts at its floor
 
+    where = make_grid(*grid)
+
     def quantize(w, s, logit):
         param = logit if isinstance(surrogate, Tanh) else None
         floor = torch.full_like(s, 1e-3)
-        options = {"grid": make_grid(*grid), "surrogate": surrogate, "surrogate_param": param}
+        options = {"grid": where, "surrogate": surrogate, "surrogate_param": param}
         return fake_quantize(w, s, scale_floor=floor, **options)
 
     def run(function):

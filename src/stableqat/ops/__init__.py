@@ -1,17 +1,18 @@
 """Mathematics of fake quantization: grids, surrogates, initial scales, forward and backward."""
 
+from stableqat.ops.dispatch import implementation
 from stableqat.ops.fake_quantize import (
     compute_dtype,
     dequantize_codes,
     fake_quantize,
     fake_quantize_linear,
     fake_quantize_many,
-    implementation,
     quantize_codes,
 )
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
 from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, Permuted, Surrogate, Tanh
+from stableqat.ops.weight import Weight
 
 __all__ = [
     "Constant",
@@ -24,6 +25,7 @@ __all__ = [
     "ScaleInit",
     "Surrogate",
     "Tanh",
+    "Weight",
     "compute_dtype",
     "dequantize_codes",
     "fake_quantize",

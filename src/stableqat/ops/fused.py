@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from stableqat.ops import kernels
 from stableqat.ops.grids import Grid
 from stableqat.ops.surrogates import Constant, Fourier, Identity, Surrogate, Tanh
+from stableqat.ops.weight import Weight
 
 FORWARD_TILE = 2048  # elements that a program handles at a time, measured best
 BACKWARD_TILE = 1024
@@ -35,30 +36,13 @@ KINDS: dict[type[Surrogate], str] = {
 }
 
 
-class Weight(NamedTuple):
-    """A weight and what goes with it.
-
-    Attributes:
-        x: Contiguous latent weight, `(out, ...)`.
-        scale: `(out, 1)`, `(out, groups)` or `(1, 1)`.
-        scale_floor: The acting scale is never below it, but has the same gradient there; like `scale`.
-        zero_point: Replaces the grid's own; like `scale`.
-        param: The surrogate's learned parameter; like `scale`.
-    """
-
-    x: Tensor
-    scale: Tensor
-    scale_floor: Tensor | None = None
-    zero_point: Tensor | None = None
-    param: Tensor | None = None
-
-
 class Together(NamedTuple):
     """Several weights as one launch sees them: a function of addresses and shapes, whatever lives there.
 
     Attributes:
         table: See `kernels.FIELDS`.
         shapes: Number of scales, and of weights that share one, for each.
+        longest: The largest number of weights that share a scale.
         elements: Length of a buffer for all weights.
         forward_programs: Programs of a forward.
         backward_programs: Programs of a backward.
@@ -67,6 +51,7 @@ class Together(NamedTuple):
 
     table: Tensor
     shapes: tuple[tuple[int, int], ...]
+    longest: int
     elements: int
     forward_programs: int
     backward_programs: int
@@ -93,7 +78,7 @@ def forward(weight: Weight, grid: Grid, dtype: torch.dtype) -> Tensor:
     rows, n = weight.scale.numel(), _n(weight)
 
     def prepare() -> _Arguments:
-        constants = _forward_constants(weight, grid)
+        constants = _forward_constants(weight, n, grid)
         tiles = triton.cdiv(rows, constants["ROWS"]) * triton.cdiv(n, constants["COLUMNS"])
         return tiles, (rows, n), constants
 
@@ -125,7 +110,7 @@ def backward(
     value = None if value_dtype is None else torch.empty_like(weight.x, dtype=value_dtype)
 
     def prepare() -> _Arguments:
-        constants = _backward_constants(weight, grid, surrogate, value is not None)
+        constants = _backward_constants(weight, n, grid, surrogate, value is not None)
         numbers = (rows, n, splits, _grad_scale(n, grid))
         return triton.cdiv(rows, constants["ROWS"]) * splits, numbers, constants
 
@@ -163,9 +148,7 @@ def join(weights: Sequence[Weight], grid: Grid) -> Together | None:
     return _together[key]
 
 
-def forward_many(
-    weights: Sequence[Weight], together: Together, grid: Grid, dtype: torch.dtype
-) -> list[Tensor]:
+def forward_flat(weights: Sequence[Weight], together: Together, grid: Grid, dtype: torch.dtype) -> Tensor:
     """`forward` of several weights in one launch.
 
     Args:
@@ -175,27 +158,38 @@ def forward_many(
         dtype: Type of the values.
 
     Returns:
-        Their values.
+        Their values in a flat buffer, one behind the other.
     """
     first = weights[0]
     values = torch.empty(together.elements, dtype=dtype, device=first.x.device)
 
     def prepare() -> _Arguments:
-        return together.forward_programs, (), {"COUNT": len(weights), **_forward_constants(first, grid)}
+        return (
+            together.forward_programs,
+            (),
+            {"COUNT": len(weights), **_forward_constants(first, together.longest, grid)},
+        )
 
     pointers = (together.table, first.x, first.scale, values)
     key = (together.shapes, grid, first.scale_floor is None, first.zero_point is None)
     _launch(kernels.forward_many_kernel, pointers, key, prepare)
-    return _split(values, [weight.x for weight in weights])
+    return values
 
 
-def backward_many(
+def forward_many(
+    weights: Sequence[Weight], together: Together, grid: Grid, dtype: torch.dtype
+) -> list[Tensor]:
+    """`forward_flat`, taken apart: the values."""
+    return _split(forward_flat(weights, together, grid, dtype), [weight.x for weight in weights])
+
+
+def backward_flat(
     grads: Sequence[Tensor],
     weights: Sequence[Weight],
     together: Together,
     grid: Grid,
     surrogate: Surrogate,
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`backward` of several weights in one launch.
 
     Args:
@@ -206,26 +200,52 @@ def backward_many(
         surrogate: Their surrogate.
 
     Returns:
-        Gradients of weight, scale and parameter for each.
+        Gradients of weights, scales and parameters in flat buffers; the last is empty where none is learned.
     """
     first = weights[0]
     weight_grads = torch.empty(together.elements, dtype=first.x.dtype, device=first.x.device)
     scale_sums = torch.empty(together.sums, dtype=torch.float32, device=first.x.device)
-    param_sums = torch.empty_like(scale_sums) if isinstance(surrogate, Tanh) else None
+    learned = isinstance(surrogate, Tanh)
+    param_sums = scale_sums.new_empty(together.sums if learned else 0)
 
     def prepare() -> _Arguments:
-        constants = {"COUNT": len(weights), **_backward_constants(first, grid, surrogate, False)}
+        constants = {
+            "COUNT": len(weights),
+            **_backward_constants(first, together.longest, grid, surrogate, False),
+        }
         return together.backward_programs, (), constants
 
     slots = [*grads, *[grads[0]] * (TOGETHER - len(grads))]
-    outputs = (first.x, weight_grads, scale_sums, scale_sums if param_sums is None else param_sums)
+    outputs = (first.x, weight_grads, scale_sums, param_sums if learned else scale_sums)
     pointers = (together.table, first.scale, *slots, *outputs)
     key = (together.shapes, grid, surrogate, first.scale_floor is None, first.zero_point is None)
     _launch(kernels.backward_many_kernel, pointers, key, prepare)
+    return weight_grads, scale_sums, param_sums
+
+
+def backward_many(
+    grads: Sequence[Tensor],
+    weights: Sequence[Weight],
+    together: Together,
+    grid: Grid,
+    surrogate: Surrogate,
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """`backward_flat`, taken apart: gradients of weight, scale and parameter for each."""
+    by_weight, by_scale, by_param = backward_flat(grads, weights, together, grid, surrogate)
     scales = [weight.scale for weight in weights]
-    params = [None] * len(weights) if param_sums is None else _split(param_sums, scales)
+    params = _split(by_param, scales) if by_param.numel() else [None] * len(weights)
     xs = [weight.x for weight in weights]
-    return list(zip(_split(weight_grads, xs), _split(scale_sums, scales), params, strict=True))
+    return list(zip(_split(by_weight, xs), _split(by_scale, scales), params, strict=True))
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels may read the tensors in whole vectors."""
+    return not any([tensor.data_ptr() & 15 for tensor in tensors])
+
+
+def padded(elements: int) -> int:
+    """Elements that a tensor takes in a flat buffer, so that the next begins aligned."""
+    return -(-elements // 64) * 64
 
 
 _Arguments = tuple[int, tuple[int | float, ...], dict[str, Any]]
@@ -247,7 +267,7 @@ def _launch(
         key: All that `prepare` depends on.
         prepare: Makes the other arguments.
     """
-    traced = type(pointers[0]) not in (Tensor, Parameter)
+    traced = type(pointers[0]) not in (Tensor, Parameter)  # stands for one in a graph that is being made
     if traced or torch.compiler.is_compiling() or not kernels.NATIVE:
         programs, numbers, constants = prepare()
         launch = wrap_triton(kernel) if traced else kernel
@@ -258,15 +278,15 @@ def _launch(
         with torch.cuda.device(device):
             return _launch(kernel, pointers, key, prepare)
     # a compiled variant holds for these types, numbers and constants, and for aligned tensors
-    aligned = not any([tensor.data_ptr() & 15 for tensor in pointers])
+    whole = aligned(pointers)
     key = (kernel, device.index, key, *[tensor.dtype for tensor in pointers])
-    if aligned and key in _launchers:
+    if whole and key in _launchers:
         launcher, rest = _launchers[key]
         launcher(*pointers, *rest)
         return
     programs, numbers, constants = prepare()
     compiled = kernel[(programs,)](*pointers, *numbers, **constants, num_warps=WARPS)
-    if aligned:
+    if whole:
         names = kernel.arg_names[len(pointers) + len(numbers) :]
         _launchers[key] = compiled[(programs, 1, 1)], (*numbers, *[constants[name] for name in names])
 
@@ -280,25 +300,25 @@ def _join(weights: Sequence[Weight], grid: Grid) -> Together | None:
         [t if t is None else t.dtype for t in weight] == types
         and weight.x.device == first.x.device
         and weight.x.is_contiguous()
-        and _tile(n, BACKWARD_TILE) == _tile(shapes[0][1], BACKWARD_TILE)
         and n % 16 == 0
         and n <= SPLIT
         for weight, (_, n) in zip(weights, shapes, strict=True)
     )
     if not alike or not 1 < len(weights) <= TOGETHER or any(address & 15 for address in addresses):
         return None
-    rows_forward, columns = _tile(shapes[0][1], FORWARD_TILE)
-    rows_backward, _ = _tile(shapes[0][1], BACKWARD_TILE)
+    longest = max(n for _, n in shapes)
+    rows_forward, columns = _tile(longest, FORWARD_TILE)
+    rows_backward, _ = _tile(longest, BACKWARD_TILE)
     lines, start, forward, backward, sums = [], 0, 0, 0, 0
     for i, (rows, n) in enumerate(shapes):
         bits = struct.unpack("i", struct.pack("f", _grad_scale(n, grid)))[0]
         lines.append([*addresses[5 * i : 5 * i + 5], rows, n, start, forward, backward, sums, bits])
-        start += _padded(rows * n)
+        start += padded(rows * n)
         forward += triton.cdiv(rows, rows_forward) * triton.cdiv(n, columns)
         backward += triton.cdiv(rows, rows_backward)
-        sums += _padded(rows)
+        sums += padded(rows)
     table = torch.tensor(lines, dtype=torch.int64, device=first.x.device)
-    return Together(table, shapes, start, forward, backward, sums)
+    return Together(table, shapes, longest, start, forward, backward, sums)
 
 
 def _n(weight: Weight) -> int:
@@ -323,12 +343,8 @@ def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     views, start = [], 0
     for tensor in like:
         views.append(flat.as_strided(tensor.shape, tensor.stride(), start))
-        start += _padded(tensor.numel())
+        start += padded(tensor.numel())
     return views
-
-
-def _padded(elements: int) -> int:
-    return -(-elements // 64) * 64  # so that the next begins on a boundary that loads are fast at
 
 
 def _total(sums: Tensor, shape: torch.Size) -> Tensor:
@@ -345,8 +361,8 @@ def _grad_scale(n: int, grid: Grid) -> float:
     return 1 / sqrt(n * max(grid.q_max, 1))
 
 
-def _forward_constants(weight: Weight, grid: Grid) -> dict[str, Any]:
-    rows, columns = _tile(_n(weight), FORWARD_TILE)
+def _forward_constants(weight: Weight, n: int, grid: Grid) -> dict[str, Any]:
+    rows, columns = _tile(n, FORWARD_TILE)
     return {
         "Q_MIN": grid.q_min,
         "Q_MAX": grid.q_max,
@@ -359,8 +375,10 @@ def _forward_constants(weight: Weight, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _backward_constants(weight: Weight, grid: Grid, surrogate: Surrogate, value: bool) -> dict[str, Any]:
-    rows, columns = _tile(_n(weight), BACKWARD_TILE)
+def _backward_constants(
+    weight: Weight, n: int, grid: Grid, surrogate: Surrogate, value: bool
+) -> dict[str, Any]:
+    rows, columns = _tile(n, BACKWARD_TILE)
     low, high = grid.bounds(surrogate.mask)
     strength, harmonics = 0.0, 0
     if isinstance(surrogate, Constant):
@@ -368,7 +386,7 @@ def _backward_constants(weight: Weight, grid: Grid, surrogate: Surrogate, value:
     elif isinstance(surrogate, Fourier):
         strength, harmonics = surrogate.amplitude * sqrt(2) * pi, surrogate.harmonics
     return {
-        **_forward_constants(weight, grid),
+        **_forward_constants(weight, n, grid),
         "LOW": max(low, -3e38),
         "HIGH": min(high, 3e38),
         "MASKED": surrogate.mask != "none",

@@ -9,6 +9,7 @@ The trade-off: at 2 bits the stretched grid is symmetric, the integer grid keeps
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import inf
 from typing import Literal
 
@@ -69,6 +70,7 @@ class Grid:
         return self.name
 
 
+@cache
 def make_grid(name: GridName, bits: int) -> Grid:
     """Build a grid.
 

@@ -13,6 +13,20 @@ from torch import Tensor
 
 from stableqat.ops.grids import Grid
 from stableqat.ops.surrogates import Surrogate
+from stableqat.ops.weight import Weight
+
+
+def grouped(weight: Weight, grid: Grid) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
+    """A weight as the functions below take it: grouped `x`, acting scale, zero point and parameter."""
+    dtype = working_dtype(weight.x.dtype)
+    scale = weight.scale
+    if weight.scale_floor is not None:
+        scale = torch.maximum(scale, weight.scale_floor)
+    zero, param = (
+        None if each is None else each.to(dtype).unsqueeze(-1) for each in (weight.zero_point, weight.param)
+    )
+    x = weight.x.reshape(*scale.shape, -1).to(dtype)
+    return x, scale.to(dtype).unsqueeze(-1), grid.zero_point if zero is None else zero, param
 
 
 def codes(v: Tensor, zero_point: Tensor | float, grid: Grid) -> Tensor:

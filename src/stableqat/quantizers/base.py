@@ -150,7 +150,14 @@ class Quantizer(nn.Module, ABC):
         Returns:
             Values on the grid, shaped like `weight`, in the compute type.
         """
-        return ops.fake_quantize(weight, **self.arguments())
+        return ops.fake_quantize(
+            weight,
+            self.scale,
+            scale_floor=self.scale_floor,
+            grid=self.grid,
+            surrogate=self.surrogate,
+            surrogate_param=self.surrogate_param(),
+        )
 
     def linear(
         self,
@@ -177,23 +184,23 @@ class Quantizer(nn.Module, ABC):
         if not self.fuses:
             return F.linear(input, self(weight), bias)
         return ops.fake_quantize_linear(
-            input, weight, bias, recompute=recompute, value=value, **self.arguments()
+            input,
+            self.bundle(weight),
+            bias,
+            grid=self.grid,
+            surrogate=self.surrogate,
+            recompute=recompute,
+            value=value,
         )
+
+    def bundle(self, weight: Tensor) -> ops.Weight:
+        """A weight with this quantizer's parameters."""
+        return ops.Weight(weight, self.scale, self.scale_floor, None, self.surrogate_param())
 
     @property
     def fuses(self) -> bool:
         """Whether the forward is the plain one, a function of weight and parameters only."""
         return type(self).forward is Quantizer.forward
-
-    def arguments(self) -> dict[str, Any]:
-        """What `ops.fake_quantize` wants beside the weight."""
-        return {
-            "scale": self.scale,
-            "scale_floor": self.scale_floor,
-            "grid": self.grid,
-            "surrogate": self.surrogate,
-            "surrogate_param": self.surrogate_param(),
-        }
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, rows: slice = slice(None)) -> QuantizedWeight:

@@ -1,0 +1,113 @@
+"""Which implementation serves a weight: fused Triton kernels on a GPU, plain torch everywhere else.
+
+Both give the same values bit for bit and the same gradients up to rounding; `implementation` says
+which one it is.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from stableqat.ops import reference
+from stableqat.ops.spec import Spec
+from stableqat.ops.surrogates import Surrogate
+from stableqat.ops.weight import Weight
+
+try:
+    from stableqat.ops import fused, graph
+except ImportError:  # torch without Triton, as on a Mac
+    fused = graph = None  # type: ignore[assignment]
+
+_WANTED = os.environ.get("STABLEQAT_KERNELS", "1") != "0"
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of a weight's `x`, `scale` and `param`, each like its own."""
+
+
+def implementation(x: Tensor, surrogate: Surrogate) -> Literal["triton", "torch"]:
+    """Which implementation serves a weight.
+
+    Args:
+        x: The weight.
+        surrogate: Its surrogate.
+
+    Returns:
+        `triton` for float32, bfloat16 and float16 on a GPU with the surrogates that the kernels know; `torch`
+        otherwise, and everywhere if the environment says `STABLEQAT_KERNELS=0`.
+    """
+    able = _WANTED and fused is not None and x.is_cuda and x.dtype.itemsize <= 4
+    return "triton" if able and fused.supports(surrogate) else "torch"
+
+
+def value_of(weight: Weight, spec: Spec) -> Tensor:
+    """The fake-quantized value, in the type of the spec."""
+    if implementation(weight.x, spec.surrogate) == "triton":
+        return fused.forward(_contiguous(weight), spec.grid, spec.dtype)
+    x, scale, zero, _ = reference.grouped(weight, spec.grid)
+    value = reference.forward(x, scale, zero, spec.grid).reshape(weight.x.shape)
+    # no cast where none is needed: torch 2.11 compiles an idle `.to` at the end, as it does in-place
+    # steps of a forward, into a function whose gradients are all zero
+    return value if value.dtype == spec.dtype else value.to(spec.dtype)
+
+
+def gradients_of(
+    grad: Tensor, weight: Weight, spec: Spec, *, with_value: bool = False
+) -> tuple[Gradients, Tensor | None]:
+    """Gradients of a weight, and its value again if that is asked for."""
+    found: Sequence[Tensor | None]
+    value: Tensor | None = None
+    if implementation(weight.x, spec.surrogate) == "triton":
+        value_dtype = spec.dtype if with_value else None
+        grad, weight = grad.contiguous(), _contiguous(weight)
+        *found, value = fused.backward(grad, weight, spec.grid, spec.surrogate, value_dtype)
+    else:
+        x, scale, zero, param = reference.grouped(weight, spec.grid)
+        upstream = grad.reshape(x.shape).to(x.dtype)
+        found = reference.backward(upstream, x, scale, zero, spec.grid, spec.surrogate, param)
+        if with_value:
+            value = value_of(weight, spec)
+    return _like(found, weight), value
+
+
+def values_of(weights: Sequence[Weight], spec: Spec) -> list[Tensor]:
+    """The values of several weights; in one launch, if the kernels take these together."""
+    if implementation(weights[0].x, spec.surrogate) == "triton":
+        if graph.takes(weights, spec):
+            return graph.values(weights, spec)
+        if together := fused.join(weights, spec.grid):
+            return fused.forward_many(weights, together, spec.grid, spec.dtype)
+    return [value_of(weight, spec) for weight in weights]
+
+
+def gradients_of_many(
+    grads: Sequence[Tensor | None], weights: Sequence[Weight], spec: Spec
+) -> Sequence[Gradients]:
+    """Gradients of several weights, none where no gradient comes in; in one launch, if possible."""
+    given = [grad.contiguous() for grad in grads if grad is not None]
+    if len(given) == len(grads) and implementation(weights[0].x, spec.surrogate) == "triton":
+        if graph.takes(weights, spec):
+            found: Any = graph.gradients(given, weights, spec)
+            return [_like(each, weight) for each, weight in zip(found, weights, strict=True)]
+        together = fused.join(weights, spec.grid)
+        if together and fused.aligned(given):
+            return fused.backward_many(given, weights, together, spec.grid, spec.surrogate)
+    return [
+        (None, None, None) if grad is None else gradients_of(grad, weight, spec)[0]
+        for grad, weight in zip(grads, weights, strict=True)
+    ]
+
+
+def _contiguous(weight: Weight) -> Weight:
+    return weight if weight.x.is_contiguous() else weight._replace(x=weight.x.contiguous())
+
+
+def _like(found: Sequence[Tensor | None], weight: Weight) -> Gradients:
+    """Gradients in the shapes and types of the weight's tensors."""
+    own = (weight.x, weight.scale, weight.param)
+    made = [
+        None if grad is None or of is None else grad.reshape(of.shape).to(of.dtype)
+        for grad, of in zip(found, own, strict=True)
+    ]
+    return made[0], made[1], made[2]

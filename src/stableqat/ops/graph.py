@@ -1,0 +1,147 @@
+"""Several weights in one launch as operations of torch's own kind, opaque to a compiler.
+
+A compiled graph launches a kernel a weight by itself; at small batches the launches of a hundred layers
+are what a step waits for, so the weights of a block are one operation there, which does at run time what
+the eager path does. Its results are flat buffers, which the graph takes apart at no cost.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from stableqat.ops import fused
+from stableqat.ops.spec import Spec, from_text, to_text
+from stableqat.ops.surrogates import Tanh
+from stableqat.ops.weight import Weight
+
+_library = torch.library.Library("stableqat", "FRAGMENT")
+_library.define("values(Tensor[] tensors, str present, str spec, ScalarType dtype) -> Tensor")
+_library.define(
+    "gradients(Tensor[] grads, Tensor[] tensors, str present, str spec, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one in a graph that is being made."""
+    return type(tensor) not in (Tensor, Parameter)
+
+
+def takes(weights: Sequence[Weight], spec: Spec) -> bool:
+    """Whether these weights become one operation: they do in a graph that is being made, if alike."""
+    alike = {_present(weight) for weight in weights}
+    return traced(weights[0].x) and len(alike) == 1 and to_text(spec.grid, spec.surrogate) is not None
+
+
+def values(weights: Sequence[Weight], spec: Spec) -> list[Tensor]:
+    """The values of several weights."""
+    text = to_text(spec.grid, spec.surrogate)
+    flat = torch.ops.stableqat.values(_tensors(weights), _present(weights[0]), text, spec.dtype)
+    return _taken_apart(flat, [weight.x for weight in weights])
+
+
+def gradients(
+    grads: Sequence[Tensor], weights: Sequence[Weight], spec: Spec
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Gradients of several weights."""
+    text = to_text(spec.grid, spec.surrogate)
+    by_weight, by_scale, by_param = torch.ops.stableqat.gradients(
+        list(grads), _tensors(weights), _present(weights[0]), text, spec.dtype
+    )
+    scales = [weight.scale for weight in weights]
+    learned = isinstance(spec.surrogate, Tanh)
+    return list(
+        zip(
+            _taken_apart(by_weight, [weight.x for weight in weights]),
+            _taken_apart(by_scale, scales),
+            _taken_apart(by_param, scales) if learned else [None] * len(weights),
+            strict=True,
+        )
+    )
+
+
+def _values(tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype) -> Tensor:
+    weights, (grid, _, _) = _weights(tensors, present), from_text(spec, dtype)
+    if together := fused.join(weights, grid):
+        return fused.forward_flat(weights, together, grid, dtype)
+    return _joined([fused.forward(weight, grid, dtype) for weight in weights])
+
+
+def _gradients(
+    grads: list[Tensor], tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights, (grid, surrogate, _) = _weights(tensors, present), from_text(spec, dtype)
+    grads = [grad.contiguous() for grad in grads]
+    together = fused.join(weights, grid)
+    if together and fused.aligned(grads):
+        return fused.backward_flat(grads, weights, together, grid, surrogate)
+    found = [
+        fused.backward(grad, weight, grid, surrogate)[:3] for grad, weight in zip(grads, weights, strict=True)
+    ]
+    by_weight, by_scale, by_param = zip(*found, strict=True)
+    params = by_param if isinstance(surrogate, Tanh) else [scale.new_empty(0) for scale in by_scale]
+    return _joined(by_weight), _joined(by_scale), _joined(params)
+
+
+def _values_shape(tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype) -> Tensor:
+    weights = _weights(tensors, present)
+    return weights[0].x.new_empty(_total([weight.x for weight in weights]), dtype=dtype)
+
+
+def _gradients_shape(
+    grads: list[Tensor], tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = _weights(tensors, present)
+    sums = _total([weight.scale for weight in weights])
+    by_weight = weights[0].x.new_empty(_total([weight.x for weight in weights]))
+    learned = isinstance(from_text(spec, dtype).surrogate, Tanh)
+    scales, params = (by_weight.new_empty(n, dtype=torch.float32) for n in (sums, sums if learned else 0))
+    return by_weight, scales, params
+
+
+for _name, _function, _shape in (
+    ("values", _values, _values_shape),
+    ("gradients", _gradients, _gradients_shape),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stableqat::{_name}", _shape, lib=_library)
+
+
+def _present(weight: Weight) -> str:
+    """Which of a weight's tensors there are, a digit each."""
+    return "".join("0" if tensor is None else "1" for tensor in weight)
+
+
+def _tensors(weights: Sequence[Weight]) -> list[Tensor]:
+    return [tensor for weight in weights for tensor in weight if tensor is not None]
+
+
+def _weights(tensors: list[Tensor], present: str) -> list[Weight]:
+    left = iter(tensors)
+    count = len(tensors) // present.count("1")
+    parts: Any = ([next(left) if flag == "1" else None for flag in present] for _ in range(count))
+    return [Weight(*each) for each in parts]
+
+
+def _total(like: Sequence[Tensor]) -> int:
+    return sum(fused.padded(tensor.numel()) for tensor in like)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat buffer, each tensor at the place that `fused` gives it."""
+    flat = tensors[0].new_empty(_total(tensors))
+    for view, tensor in zip(_taken_apart(flat, tensors), tensors, strict=True):
+        view.copy_(tensor)
+    return flat
+
+
+def _taken_apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    starts = accumulate((fused.padded(tensor.numel()) for tensor in like), initial=0)
+    return [
+        flat.narrow(0, start, tensor.numel()).view(tensor.shape)
+        for start, tensor in zip(starts, like, strict=False)
+    ]
