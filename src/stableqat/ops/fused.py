@@ -180,7 +180,7 @@ def forward_many(
     weights: Sequence[Weight], together: Together, grid: Grid, dtype: torch.dtype
 ) -> list[Tensor]:
     """`forward_flat`, taken apart: the values."""
-    return _split(forward_flat(weights, together, grid, dtype), [weight.x for weight in weights])
+    return taken_apart(forward_flat(weights, together, grid, dtype), [weight.x for weight in weights])
 
 
 def backward_flat(
@@ -233,9 +233,9 @@ def backward_many(
     """`backward_flat`, taken apart: gradients of weight, scale and parameter for each."""
     by_weight, by_scale, by_param = backward_flat(grads, weights, together, grid, surrogate)
     scales = [weight.scale for weight in weights]
-    params = _split(by_param, scales) if by_param.numel() else [None] * len(weights)
+    params = taken_apart(by_param, scales) if by_param.numel() else [None] * len(weights)
     xs = [weight.x for weight in weights]
-    return list(zip(_split(by_weight, xs), _split(by_scale, scales), params, strict=True))
+    return list(zip(taken_apart(by_weight, xs), taken_apart(by_scale, scales), params, strict=True))
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:
@@ -243,9 +243,13 @@ def aligned(tensors: Sequence[Tensor]) -> bool:
     return not any([tensor.data_ptr() & 15 for tensor in tensors])
 
 
-def padded(elements: int) -> int:
-    """Elements that a tensor takes in a flat buffer, so that the next begins aligned."""
-    return -(-elements // 64) * 64
+def taken_apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a flat buffer, like the contiguous tensors, which lie in it one behind the other."""
+    views, start = [], 0
+    for tensor in like:
+        views.append(flat.as_strided(tensor.shape, tensor.stride(), start))
+        start += tensor.numel()
+    return views
 
 
 _Arguments = tuple[int, tuple[int | float, ...], dict[str, Any]]
@@ -313,10 +317,10 @@ def _join(weights: Sequence[Weight], grid: Grid) -> Together | None:
     for i, (rows, n) in enumerate(shapes):
         bits = struct.unpack("i", struct.pack("f", _grad_scale(n, grid)))[0]
         lines.append([*addresses[5 * i : 5 * i + 5], rows, n, start, forward, backward, sums, bits])
-        start += padded(rows * n)
+        start += rows * n
         forward += triton.cdiv(rows, rows_forward) * triton.cdiv(n, columns)
         backward += triton.cdiv(rows, rows_backward)
-        sums += padded(rows)
+        sums += rows
     table = torch.tensor(lines, dtype=torch.int64, device=first.x.device)
     return Together(table, shapes, longest, start, forward, backward, sums)
 
@@ -336,15 +340,6 @@ def _pointers(weight: Weight) -> tuple[Tensor, ...]:
         scale if zero_point is None else zero_point,
         scale if param is None else param,
     )
-
-
-def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a flat buffer, shaped like the tensors, one behind the other."""
-    views, start = [], 0
-    for tensor in like:
-        views.append(flat.as_strided(tensor.shape, tensor.stride(), start))
-        start += padded(tensor.numel())
-    return views
 
 
 def _total(sums: Tensor, shape: torch.Size) -> Tensor:

@@ -6,7 +6,6 @@ the eager path does. Its results are flat buffers, which the graph takes apart a
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from stableqat.ops import fused
+from stableqat.ops.fused import taken_apart
 from stableqat.ops.spec import Spec, from_text, to_text
 from stableqat.ops.surrogates import Tanh
 from stableqat.ops.weight import Weight
@@ -41,7 +41,7 @@ def values(weights: Sequence[Weight], spec: Spec) -> list[Tensor]:
     """The values of several weights."""
     text = to_text(spec.grid, spec.surrogate)
     flat = torch.ops.stableqat.values(_tensors(weights), _present(weights[0]), text, spec.dtype)
-    return _taken_apart(flat, [weight.x for weight in weights])
+    return taken_apart(flat, [weight.x for weight in weights])
 
 
 def gradients(
@@ -56,9 +56,9 @@ def gradients(
     learned = isinstance(spec.surrogate, Tanh)
     return list(
         zip(
-            _taken_apart(by_weight, [weight.x for weight in weights]),
-            _taken_apart(by_scale, scales),
-            _taken_apart(by_param, scales) if learned else [None] * len(weights),
+            taken_apart(by_weight, [weight.x for weight in weights]),
+            taken_apart(by_scale, scales),
+            taken_apart(by_param, scales) if learned else [None] * len(weights),
             strict=True,
         )
     )
@@ -68,7 +68,7 @@ def _values(tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype) 
     weights, (grid, _, _) = _weights(tensors, present), from_text(spec, dtype)
     if together := fused.join(weights, grid):
         return fused.forward_flat(weights, together, grid, dtype)
-    return _joined([fused.forward(weight, grid, dtype) for weight in weights])
+    return _flat([fused.forward(weight, grid, dtype) for weight in weights])
 
 
 def _gradients(
@@ -83,8 +83,9 @@ def _gradients(
         fused.backward(grad, weight, grid, surrogate)[:3] for grad, weight in zip(grads, weights, strict=True)
     ]
     by_weight, by_scale, by_param = zip(*found, strict=True)
-    params = by_param if isinstance(surrogate, Tanh) else [scale.new_empty(0) for scale in by_scale]
-    return _joined(by_weight), _joined(by_scale), _joined(params)
+    if not isinstance(surrogate, Tanh):
+        by_param = by_scale[0].new_empty(1, 0)
+    return _flat(by_weight), _flat(by_scale), _flat(by_param)
 
 
 def _values_shape(tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype) -> Tensor:
@@ -124,24 +125,12 @@ def _weights(tensors: list[Tensor], present: str) -> list[Weight]:
     left = iter(tensors)
     count = len(tensors) // present.count("1")
     parts: Any = ([next(left) if flag == "1" else None for flag in present] for _ in range(count))
-    return [Weight(*each) for each in parts]
+    return [Weight(x.contiguous(), *others) for x, *others in parts]
 
 
 def _total(like: Sequence[Tensor]) -> int:
-    return sum(fused.padded(tensor.numel()) for tensor in like)
+    return sum(tensor.numel() for tensor in like)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One flat buffer, each tensor at the place that `fused` gives it."""
-    flat = tensors[0].new_empty(_total(tensors))
-    for view, tensor in zip(_taken_apart(flat, tensors), tensors, strict=True):
-        view.copy_(tensor)
-    return flat
-
-
-def _taken_apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    starts = accumulate((fused.padded(tensor.numel()) for tensor in like), initial=0)
-    return [
-        flat.narrow(0, start, tensor.numel()).view(tensor.shape)
-        for start, tensor in zip(starts, like, strict=False)
-    ]
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -195,7 +195,9 @@ class Quantizer(nn.Module, ABC):
 
     def bundle(self, weight: Tensor) -> ops.Weight:
         """A weight with this quantizer's parameters."""
-        return ops.Weight(weight, self.scale, self.scale_floor, None, self.surrogate_param())
+        own = self._parameters  # called for every layer in every step: without the module's search
+        scale, scale_floor = cast(Tensor, own["scale"]), own["scale_floor"]
+        return ops.Weight(weight, scale, scale_floor, None, self.surrogate_param())
 
     @property
     def fuses(self) -> bool:
