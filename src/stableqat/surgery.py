@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,12 @@ class QuantLinear(nn.Linear):
             input, self.weight, self.bias, recompute=self.recompute, value=self.held_value()
         )
 
+    def bundle(self) -> ops.Weight:
+        """The weight with its quantizer's parameters."""
+        # called for every layer in every step: without the module's search for attributes
+        quantizer = cast(Quantizer, self._modules["weight_quantizer"])
+        return quantizer.bundle(cast(Tensor, self._parameters["weight"]))
+
     def _value_of_group(self) -> Tensor | None:
         group = self._group
         if group is None or group.values is None:
@@ -87,7 +93,7 @@ class QuantLinear(nn.Linear):
         if torch.compiler.is_compiling():
             return value
         # inside a checkpoint that the block has not entered, the recomputation would not find it again
-        usable = value.dtype == ops.compute_dtype(self.weight) and _saving() == group.saving
+        usable = value.dtype == ops.compute_dtype(group.weight) and _saving() == group.saving
         return value if usable else None
 
     @torch.inference_mode(False)  # so that training may use it, too
@@ -140,6 +146,7 @@ class _Group:
         self.layers = layers
         self.elements = sum(layer.weight.numel() for layer in layers)
         self.values: tuple[Tensor, ...] | None = None
+        self.weight: Tensor = layers[0].weight
         self.saving: Any = None
         for place, layer in enumerate(layers):
             layer._group, layer._place = self, place
@@ -150,11 +157,11 @@ class _Group:
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
             return
-        weight = layers[0].weight
+        self.weight = weight = layers[0].weight
         if isinstance(weight, DTensor) or ops.implementation(weight, quantizer.surrogate) != "triton":
             return
         self.values = ops.fake_quantize_many(
-            [layer.weight_quantizer.bundle(layer.weight) for layer in layers],
+            [layer.bundle() for layer in layers],
             grid=quantizer.grid,
             surrogate=quantizer.surrogate,
             values=[layer.held_value() for layer in layers],
