@@ -96,6 +96,11 @@ class QuantLinear(nn.Linear):
         usable = value.dtype == ops.compute_dtype(group.weight) and _saving() == group.saving
         return value if usable else None
 
+    @property
+    def implementation(self) -> str:
+        """What fake-quantizes the weight where it is now: triton or torch, see `ops.implementation`."""
+        return ops.implementation(self.weight, self.weight_quantizer.surrogate)
+
     @torch.inference_mode(False)  # so that training may use it, too
     @torch.no_grad()
     def hold(self) -> None:
@@ -153,13 +158,14 @@ class _Group:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: compute what the layers will use."""
-        layers, quantizer = self.layers, self.layers[0].weight_quantizer
+        layers, first = self.layers, self.layers[0]
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
             return
-        self.weight = weight = layers[0].weight
-        if isinstance(weight, DTensor) or ops.implementation(weight, quantizer.surrogate) != "triton":
+        self.weight = first.weight
+        if isinstance(self.weight, DTensor) or first.implementation != "triton":
             return
+        quantizer = first.weight_quantizer
         self.values = ops.fake_quantize_many(
             [layer.bundle() for layer in layers],
             grid=quantizer.grid,

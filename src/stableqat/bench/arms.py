@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stableqat import ops, quantizers
+from stableqat import quantizers
 from stableqat.errors import UserError
 from stableqat.quantizers import Quantizer, QuantizerFactory
 from stableqat.surgery import quantize_linears, quantized_layers
@@ -130,8 +130,7 @@ def build_arms(
         if not swapped:
             raise UserError("model: it has no linear layer to quantize; correct its skip")
         layer = quantized_layers(quantized)[swapped[0]]
-        path = ops.implementation(layer.weight, layer.weight_quantizer.surrogate)
-        arms.append(Arm(name, quantized, path=path))
+        arms.append(Arm(name, quantized, path=layer.implementation))
     return arms + [_rival_arm(name, factory, model, swapped) for name, factory in rivals.items()]
 
 

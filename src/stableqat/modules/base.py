@@ -248,6 +248,9 @@ class QATModule(L.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Every trainable parameter is in the optimizer, or training would silently do nothing."""
+        assert self.model is not None
+        if paths := {layer.implementation for layer in quantized_layers(self.model).values()}:
+            logger.info("weights are fake-quantized by %s", " and ".join(sorted(paths)))
         optimized = {id(p) for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]}
         lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in optimized]
         assert not lost, f"trainable parameters outside the optimizer: {lost}"
