@@ -8,7 +8,7 @@ in evaluation or between the micro-steps of an accumulated gradient, `hold_weigh
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -30,15 +30,17 @@ FEW_ROWS = 2048  # up to here a step on a GPU waits for launches, beyond it for 
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer whose weight is fake-quantized in every forward.
+    """A linear layer whose weight is fake-quantized.
 
-    The latent weight stays a full-precision Parameter under its own name.
+    The latent weight stays a full-precision Parameter under its own name. What it becomes is computed in
+    every forward, unless it is held.
 
     Attributes:
         weight_quantizer: Quantizer of the weight.
         input_quantizer: Module applied to the activations, or None.
-        recompute: Recompute the fake-quantized weight in the backward instead of saving it. None does on a
-            GPU, where it costs next to nothing, unless the batch is so small that memory is no matter.
+        recompute: Recompute the fake-quantized weight in the backward instead of saving it (a held one is
+            there anyway). None does on a GPU, where it costs next to nothing, except where a block's
+            layers are fake-quantized together: at small batches, and where activations outweigh weights.
     """
 
     weight_quantizer: Quantizer
@@ -46,7 +48,8 @@ class QuantLinear(nn.Linear):
     recompute: bool | None
     _group: "_Group | None"
     _place: int  # among the layers of its group
-    _held: tuple[Tensor, tuple[tuple[int, int], ...]] | None
+    # value, versions of the parameters by id, and those themselves, so that no other takes the id
+    _held: tuple[Tensor, tuple[tuple[int, int], ...], tuple[Tensor, ...]] | None
 
     @classmethod
     def from_linear(
@@ -83,23 +86,29 @@ class QuantLinear(nn.Linear):
         """The weight with its quantizer's parameters."""
         # called for every layer in every step: without the module's search for attributes
         quantizer = cast(Quantizer, self._modules["weight_quantizer"])
-        return quantizer.bundle(cast(Tensor, self._parameters["weight"]))
+        return quantizer.bundle(self._latent())
+
+    def _latent(self) -> Tensor:
+        weight = self._parameters.get("weight")  # not there if it is parametrized
+        return self.weight if weight is None else weight
 
     def _value_of_group(self) -> Tensor | None:
         group = self._group
         if group is None or group.values is None:
             return None
         value = group.values[self._place]
-        if torch.compiler.is_compiling():
-            return value
-        # inside a checkpoint that the block has not entered, the recomputation would not find it again
-        usable = value.dtype == ops.compute_dtype(group.weight) and _saving() == group.saving
+        # a region inside the block may have switched autocast or gradients
+        usable = value.dtype == ops.compute_dtype(self._latent())
+        usable = usable and (value.requires_grad or not torch.is_grad_enabled())
+        if usable and not torch.compiler.is_compiling():
+            # inside a checkpoint that the block has not entered, the recomputation would not find it again
+            usable = _saving() == group.saving
         return value if usable else None
 
     @property
     def implementation(self) -> str:
-        """What fake-quantizes the weight where it is now: triton or torch, see `ops.implementation`."""
-        return ops.implementation(self.weight, self.weight_quantizer.surrogate)
+        """What fake-quantizes the weight where it is now: triton or torch."""
+        return self.weight_quantizer.implementation(self.weight)
 
     @torch.inference_mode(False)  # so that training may use it, too
     @torch.no_grad()
@@ -110,7 +119,8 @@ class QuantLinear(nn.Linear):
         which may be stochastic, is not held.
         """
         if self.weight_quantizer.fuses and self.held_value() is None:
-            self._held = self.weight_quantizer(self.weight), self._versions()
+            parameters = (self.weight, *self.weight_quantizer.parameters())
+            self._held = self.weight_quantizer(self.weight), self._versions(), parameters
 
     def release(self) -> None:
         """Forget what `hold` kept."""
@@ -120,7 +130,7 @@ class QuantLinear(nn.Linear):
         """What `hold` kept, while it is right."""
         if self._held is None:
             return None
-        value, versions = self._held
+        value, versions, _ = self._held
         # a compiled graph cannot ask for versions: whoever holds releases before weights change
         if not torch.compiler.is_compiling() and versions != self._versions():
             self.release()
@@ -151,27 +161,24 @@ class _Group:
         self.layers = layers
         self.elements = sum(layer.weight.numel() for layer in layers)
         self.values: tuple[Tensor, ...] | None = None
-        self.weight: Tensor = layers[0].weight
         self.saving: Any = None
         for place, layer in enumerate(layers):
             layer._group, layer._place = self, place
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: compute what the layers will use."""
+        self.values = None
         layers, first = self.layers, self.layers[0]
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
             return
-        self.weight = first.weight
-        if isinstance(self.weight, DTensor) or first.implementation != "triton":
+        weights = [layer.bundle() for layer in layers]
+        if first.implementation != "triton" or any(isinstance(weight.x, DTensor) for weight in weights):
             return
-        quantizer = first.weight_quantizer
-        self.values = ops.fake_quantize_many(
-            [layer.bundle() for layer in layers],
-            grid=quantizer.grid,
-            surrogate=quantizer.surrogate,
-            values=[layer.held_value() for layer in layers],
-        )
+        held = [layer.held_value() for layer in layers]
+        if torch.compiler.is_compiling() and any(value is not None for value in held):
+            return  # each layer's own graph node takes its held value
+        self.values = first.weight_quantizer.many(weights, held)
         if not torch.compiler.is_compiling():
             self.saving = _saving()
 
@@ -299,11 +306,10 @@ def _group(model: nn.Module, layers: list[QuantLinear]) -> None:
 
     A group lies in one block, the largest module with few enough of them.
     """
-    left: dict[Any, set[QuantLinear]] = {}
+    left: dict[Hashable, set[QuantLinear]] = {}
     for layer in layers:
-        quantizer = layer.weight_quantizer
-        if quantizer.fuses:
-            left.setdefault((quantizer.grid, quantizer.surrogate), set()).add(layer)
+        left.setdefault(layer.weight_quantizer.kind, set()).add(layer)
+    left.pop(None, None)
     for alike in left.values():
         for module in model.modules():
             within = [each for each in module.modules() if each in alike]

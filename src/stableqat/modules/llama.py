@@ -39,8 +39,8 @@ class LlamaModule(QATModule):
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
         compile_model: Compile the inner model with `torch.compile`.
-        recompute: Recompute fake-quantized weights in the backward instead of saving them; None does on
-            a GPU for steps of more than 2,048 rows (tokens or patches).
+        recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides, see
+            `QuantLinear`.
 
     Raises:
         UserError: If the architecture is unknown or a setting does not fit it.

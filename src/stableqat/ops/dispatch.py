@@ -6,9 +6,12 @@ which one it is.
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stableqat.ops import reference
 from stableqat.ops.spec import Spec
@@ -20,7 +23,9 @@ try:
 except ImportError:  # torch without Triton, as on a Mac
     fused = graph = None  # type: ignore[assignment]
 
-_WANTED = os.environ.get("STABLEQAT_KERNELS", "1") != "0"
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# the kernels hold instructions of NVIDIA's
+_WANTED = fused is not None and torch.version.hip is None and os.environ.get("STABLEQAT_KERNELS", "1") != "0"
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of a weight's `x`, `scale` and `param`, each like its own."""
@@ -34,11 +39,19 @@ def implementation(x: Tensor, surrogate: Surrogate) -> Literal["triton", "torch"
         surrogate: Its surrogate.
 
     Returns:
-        `triton` for float32, bfloat16 and float16 on a GPU with the surrogates that the kernels know; `torch`
-        otherwise, and everywhere if the environment says `STABLEQAT_KERNELS=0`.
+        `triton` for float32, bfloat16 and float16 on an NVIDIA GPU (Ampere or later) with the surrogates that
+        the kernels know; `torch` otherwise, and everywhere if the environment says `STABLEQAT_KERNELS=0`.
     """
-    able = _WANTED and fused is not None and x.is_cuda and x.dtype.itemsize <= 4
+    if not (_WANTED and x.is_cuda and x.dtype in _TYPES) or isinstance(x, DTensor):
+        return "torch"
+    # Dynamo could not look at the device; what compiles for a GPU needs one of this kind itself
+    able = torch.compiler.is_compiling() or _able(x.device.index)
     return "triton" if able and fused.supports(surrogate) else "torch"
+
+
+@cache
+def _able(device: int | None) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def value_of(weight: Weight, spec: Spec) -> Tensor:
@@ -100,7 +113,10 @@ def gradients_of_many(
 
 
 def _contiguous(weight: Weight) -> Weight:
-    return weight if weight.x.is_contiguous() else weight._replace(x=weight.x.contiguous())
+    """Kernels read rows by their number."""
+    if all([tensor is None or tensor.is_contiguous() for tensor in weight]):
+        return weight
+    return Weight(*[None if t is None else t.contiguous() for t in weight])  # type: ignore[arg-type]
 
 
 def _like(found: Sequence[Tensor | None], weight: Weight) -> Gradients:

@@ -1,9 +1,9 @@
 """The one place of forward and backward: round in the forward, a surrogate in the backward.
 
 `fake_quantize` is what every quantizer calls; `fake_quantize_linear` is the same with the product that
-follows it, `fake_quantize_many` the same for several weights at once. All save only the tensors
-they were given and recompute codes and surrogate in the backward, so that QAT's memory is full
-precision's.
+follows it, `fake_quantize_many` the same for several weights at once. They save the tensors they were
+given and compute codes and surrogate anew in the backward; the product needs the value as well, which
+it recomputes or saves.
 """
 
 from collections.abc import Sequence
@@ -64,17 +64,19 @@ def fake_quantize_many(
         weights: The weights, of one type.
         grid: Where the levels are.
         surrogate: Derivative of round, with its mask.
-        values: The results, where they are known already; of these only the gradient is left to compute.
+        values: The results, where they are known already; of these only the gradient is left to compute. A
+            compiled graph does not take them.
 
     Returns:
         What `fake_quantize` would, for each weight.
     """
     spec = Spec(grid, surrogate, compute_dtype(weights[0].x))
     tensors = [tensor for weight in weights for tensor in weight]
-    known = values and any(value is not None for value in values)
-    if known or not torch.compiler.is_compiling() or (text := to_text(grid, surrogate)) is None:
-        return _FakeQuantizeMany.apply(spec, values if known else None, *tensors)
-    return _many_in_graph(text, spec.dtype, *tensors)
+    if torch.compiler.is_compiling() and (text := to_text(grid, surrogate)) is not None:
+        return _many_in_graph(text, spec.dtype, *tensors)
+    known = [None if value is None or value.dtype != spec.dtype else value for value in values or ()]
+    is_known = any(value is not None for value in known)
+    return _FakeQuantizeMany.apply(spec, known if is_known else None, *tensors)
 
 
 def fake_quantize_linear(

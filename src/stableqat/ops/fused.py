@@ -6,6 +6,7 @@ once take one launch (`forward_many`, `backward_many`) with their addresses in a
 """
 
 import struct
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from math import pi, sqrt
 from typing import Any, NamedTuple
@@ -104,6 +105,7 @@ def backward(
     """
     rows, n = weight.scale.numel(), _n(weight)
     splits = triton.cdiv(n, SPLIT)
+    assert weight.param is not None or not isinstance(surrogate, Tanh)
     weight_grad = torch.empty_like(weight.x)
     scale_sums = torch.empty((rows, splits), dtype=torch.float32, device=grad.device)
     param_sums = torch.empty_like(scale_sums) if isinstance(surrogate, Tanh) else None
@@ -138,14 +140,19 @@ def join(weights: Sequence[Weight], grid: Grid) -> Together | None:
     """
     if not kernels.NATIVE or torch.compiler.is_compiling():
         return None
-    layout = [(w.x.dtype, w.x.shape, w.x.is_contiguous(), w.scale.shape) for w in weights]
+    layout = [(w.x.dtype, w.x.shape, w.scale.dtype, w.scale.shape) for w in weights]
+    contiguous = [t is None or t.is_contiguous() for weight in weights for t in weight]
     addresses = [0 if t is None else t.data_ptr() for weight in weights for t in weight]
-    key = (weights[0].x.device.index, grid, *layout, *addresses)
-    if key not in _together:
-        if len(_together) >= _MOST_TOGETHER:  # parameters that move, as under sharding
-            _together.clear()
-        _together[key] = _join(weights, grid)
-    return _together[key]
+    key = (weights[0].x.device.index, grid, all(contiguous), *layout, *addresses)
+    if key in _together:
+        return _together[key]
+    if torch.cuda.is_current_stream_capturing():  # a table is copied from the host, which a graph cannot hold
+        return None
+    if len(_together) >= _MOST_TOGETHER:  # parameters that move, as under sharding
+        _forgotten.extend(each.table for each in _together.values() if each is not None)
+        _together.clear()
+    joined = _together[key] = _join(weights, grid) if all(contiguous) else None
+    return joined
 
 
 def forward_flat(weights: Sequence[Weight], together: Together, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -258,6 +265,7 @@ _Arguments = tuple[int, tuple[int | float, ...], dict[str, Any]]
 _launchers: dict[Hashable, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 _together: dict[Hashable, Together | None] = {}
 _MOST_TOGETHER = 4096
+_forgotten: deque[Tensor] = deque(maxlen=2 * _MOST_TOGETHER)  # tables that a captured graph may still read
 
 
 def _launch(
@@ -303,7 +311,7 @@ def _join(weights: Sequence[Weight], grid: Grid) -> Together | None:
     alike = all(
         [t if t is None else t.dtype for t in weight] == types
         and weight.x.device == first.x.device
-        and weight.x.is_contiguous()
+        and all(t is None or t.dtype == first.scale.dtype for t in weight[1:])
         and n % 16 == 0
         and n <= SPLIT
         for weight, (_, n) in zip(weights, shapes, strict=True)

@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from stableqat.ops import fused
-from stableqat.ops.fused import taken_apart
 from stableqat.ops.spec import Spec, from_text, to_text
 from stableqat.ops.surrogates import Tanh
 from stableqat.ops.weight import Weight
 
 _library = torch.library.Library("stableqat", "FRAGMENT")
-_library.define("values(Tensor[] tensors, str present, str spec, ScalarType dtype) -> Tensor")
+_library.define(
+    "values(Tensor[] tensors, str present, str spec, ScalarType dtype) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,  # of the tables, one may have to be made first
+)
 _library.define(
     "gradients(Tensor[] grads, Tensor[] tensors, str present, str spec, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 
 
@@ -41,7 +44,7 @@ def values(weights: Sequence[Weight], spec: Spec) -> list[Tensor]:
     """The values of several weights."""
     text = to_text(spec.grid, spec.surrogate)
     flat = torch.ops.stableqat.values(_tensors(weights), _present(weights[0]), text, spec.dtype)
-    return taken_apart(flat, [weight.x for weight in weights])
+    return _taken_apart(flat, [weight.x for weight in weights])
 
 
 def gradients(
@@ -56,9 +59,9 @@ def gradients(
     learned = isinstance(spec.surrogate, Tanh)
     return list(
         zip(
-            taken_apart(by_weight, [weight.x for weight in weights]),
-            taken_apart(by_scale, scales),
-            taken_apart(by_param, scales) if learned else [None] * len(weights),
+            _taken_apart(by_weight, [weight.x for weight in weights]),
+            _taken_apart(by_scale, scales),
+            _taken_apart(by_param, scales) if learned else [None] * len(weights),
             strict=True,
         )
     )
@@ -104,12 +107,10 @@ def _gradients_shape(
     return by_weight, scales, params
 
 
-for _name, _function, _shape in (
-    ("values", _values, _values_shape),
-    ("gradients", _gradients, _gradients_shape),
-):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"stableqat::{_name}", _shape, lib=_library)
+_library.impl("values", _values, "CompositeExplicitAutograd")
+_library.impl("gradients", _gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("stableqat::values", _values_shape, lib=_library)
+torch.library.register_fake("stableqat::gradients", _gradients_shape, lib=_library)
 
 
 def _present(weight: Weight) -> str:
@@ -124,8 +125,9 @@ def _tensors(weights: Sequence[Weight]) -> list[Tensor]:
 def _weights(tensors: list[Tensor], present: str) -> list[Weight]:
     left = iter(tensors)
     count = len(tensors) // present.count("1")
-    parts: Any = ([next(left) if flag == "1" else None for flag in present] for _ in range(count))
-    return [Weight(x.contiguous(), *others) for x, *others in parts]
+    parts = ([next(left) if flag == "1" else None for flag in present] for _ in range(count))
+    contiguous: Any = ([None if t is None else t.contiguous() for t in each] for each in parts)
+    return [Weight(*each) for each in contiguous]
 
 
 def _total(like: Sequence[Tensor]) -> int:
@@ -134,3 +136,9 @@ def _total(like: Sequence[Tensor]) -> int:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _taken_apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a flat buffer, shaped like the tensors, which lie in it one behind the other."""
+    parts = flat.split_with_sizes([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast, get_args
 
 import torch
 
-from stableqat.ops.grids import Grid, GridName, Mask, make_grid
+from stableqat.ops.grids import Grid, GridName, Mask
 from stableqat.ops.surrogates import Constant, Fourier, Identity, Surrogate, Tanh
 
 # exact types, made from a mask and these
@@ -40,16 +40,19 @@ def to_text(grid: Grid, surrogate: Surrogate) -> str | None:
     """Grid and surrogate as text; None for a surrogate that is not one of `ops.surrogates`' own."""
     if type(surrogate) not in _NUMBERS:
         return None
-    numbers = [repr(getattr(surrogate, name)) for name in _NUMBERS[type(surrogate)]]
-    return " ".join([grid.name, str(grid.bits), type(surrogate).__name__, surrogate.mask, *numbers])
+    codes = (grid.bits, grid.q_min, grid.q_max, grid.zero_point)
+    numbers = [getattr(surrogate, name) for name in _NUMBERS[type(surrogate)]]
+    texts = [str(int(n)) if isinstance(n, int) else repr(float(n)) for n in (*codes, *numbers)]
+    return " ".join([grid.name, type(surrogate).__name__, surrogate.mask, *texts])
 
 
 @cache
 def from_text(text: str, dtype: torch.dtype) -> Spec:
     """The spec that a text stands for."""
-    grid, bits, kind, mask, *numbers = text.split()
-    assert grid in get_args(GridName)
+    name, kind, mask, *texts = text.split()
+    assert name in get_args(GridName)
     assert mask in get_args(Mask)
+    bits, q_min, q_max, zero_point, *numbers = map(literal_eval, texts)
     cls = next(known for known in _NUMBERS if known.__name__ == kind)
-    surrogate = cls(cast(Mask, mask), *map(literal_eval, numbers))
-    return Spec(make_grid(cast(GridName, grid), int(bits)), surrogate, dtype)
+    grid = Grid(cast(GridName, name), bits, q_min, q_max, zero_point)
+    return Spec(grid, cls(cast(Mask, mask), *numbers), dtype)

@@ -9,7 +9,7 @@ is deployed.
 """
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -196,8 +196,27 @@ class Quantizer(nn.Module, ABC):
     def bundle(self, weight: Tensor) -> ops.Weight:
         """A weight with this quantizer's parameters."""
         own = self._parameters  # called for every layer in every step: without the module's search
-        scale, scale_floor = cast(Tensor, own["scale"]), own["scale_floor"]
-        return ops.Weight(weight, scale, scale_floor, None, self.surrogate_param())
+        scale = own.get("scale")
+        scale = self.scale if scale is None else scale
+        return ops.Weight(weight, scale, own.get("scale_floor"), None, self.surrogate_param())
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for quantizers whose weights `many` takes together; None for a forward of a method's own."""
+        return (self.grid, self.surrogate) if self.fuses else None
+
+    def many(self, weights: Sequence[ops.Weight], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The forward of several quantizers of this kind, as one operation.
+
+        Args:
+            weights: What `bundle` made of each weight.
+            values: Fake-quantized weights that are known already.
+        """
+        return ops.fake_quantize_many(weights, grid=self.grid, surrogate=self.surrogate, values=values)
+
+    def implementation(self, weight: Tensor) -> str:
+        """What fake-quantizes a weight: triton or torch, see `ops.implementation`."""
+        return ops.implementation(weight, self.surrogate)
 
     @property
     def fuses(self) -> bool:
