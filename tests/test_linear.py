@@ -490,6 +490,55 @@ def test_autocast_switched_off_inside_a_block(together):
     agree(measure(net, x, forward, amp=True), apart(net, x, forward, amp=True))
 
 
+def test_gradients_switched_on_inside_a_block(together):
+    """Values of a forward without gradients have no graph."""
+    net, x = block(), inputs(4, 16)
+
+    class Inside(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                x = net.a(x)
+            with torch.enable_grad():
+                return net.c(net.b(x.requires_grad_()))
+
+    net.forward = Inside().forward
+    with torch.no_grad():
+        output = net(x)
+    output.sum().backward()
+    assert net.b.weight.grad.abs().sum() > 0
+
+
+def test_an_interrupted_forward_leaves_nothing_to_a_later_one(together):
+    net = block()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = net.b.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net(inputs(4, 16))
+    handle.remove()
+    net.a.recompute = True  # no group from here on
+    with torch.no_grad():
+        net.b.weight.neg_()
+    x = inputs(4, 16)
+    agree(measure(net, x), apart(net, x))
+
+
+def test_a_parametrized_scale(together):
+    """torch's parametrization takes a parameter out of its place and puts a property there."""
+
+    class Doubled(nn.Module):
+        def forward(self, scale):
+            return 2 * scale
+
+    net, x = block(), inputs(4, 16)
+    plain = net.a(x).detach()
+    nn.utils.parametrize.register_parametrization(net.a.weight_quantizer, "scale", Doubled())
+    assert not torch.equal(net.a(x), plain)
+    agree(measure(net, x), apart(net, x))
+
+
 def test_a_block_whose_first_argument_is_a_scalar(together):
     class Scaled(Block):
         def forward(self, factor, x):
@@ -784,6 +833,36 @@ def test_a_compiled_block_is_one_graph(monkeypatch):
     for _ in range(2):
         agree(measure(net, x, compiled), apart(net, x))
     assert backend.count == 1
+
+
+def test_a_compiled_block_with_autocast_switched_off_inside(monkeypatch):
+    monkeypatch.setattr("stableqat.surgery.ops.implementation", lambda *_: "triton")
+
+    class Mixed(Block):
+        def forward(self, x):
+            x = self.a(x)
+            with autocast(False):
+                x = self.b(x.float())
+            return self.c(x)
+
+    net, x = Mixed().to(DEVICE), inputs(4, 16)
+    quantize_linears(net, TWO_BITS)
+    net = nn.Sequential(net)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    agree(measure(net, x, compiled, amp=True), measure(net, x, amp=True), rounding=1e-2)
+
+
+@pytest.mark.skipif(not KERNELS, reason="neither a GPU nor Triton's interpreter")
+def test_a_compiled_block_with_a_transposed_weight(monkeypatch):
+    for place in ("surgery.ops", "ops.dispatch"):
+        monkeypatch.setattr(f"stableqat.{place}.implementation", lambda *_: "triton")
+    net, x = block(), inputs(4, 16)
+    net.b.weight = nn.Parameter(net.b.weight.detach().t())
+    net = nn.Sequential(net)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    agree(measure(net, x, compiled), measure(net, x))
 
 
 @pytest.mark.skipif(not KERNELS, reason="neither a GPU nor Triton's interpreter")

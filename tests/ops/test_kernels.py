@@ -16,7 +16,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_oracle import BF16, DEVICE, FLOAT, HALF, Case, errors, expected_gradients, expected_value, sample
 
-from stableqat.ops import Constant, Fourier, Identity, Permuted, Surrogate, Tanh, make_grid
+from stableqat.ops import (
+    Constant,
+    Fourier,
+    Grid,
+    Identity,
+    Permuted,
+    Surrogate,
+    Tanh,
+    fake_quantize,
+    make_grid,
+)
+from stableqat.ops.spec import from_text, to_text
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -313,6 +324,35 @@ def test_several_weights_in_one_launch(surrogate, floor):
             assert torch.equal(value, forward(case, BF16))
             for one, other in zip(found, backward(case)[:3], strict=True):
                 assert one is other is None or torch.equal(one, other)
+
+
+def test_tensors_that_are_not_contiguous(monkeypatch):
+    """The kernels read by number; what is strided or expanded is copied first."""
+    monkeypatch.setattr("stableqat.ops.dispatch.implementation", lambda *_: "triton")
+    x, upstream = torch.randn(48, 6, device=DEVICE).t(), torch.randn(48, 6, device=DEVICE).t()
+    for scale in (
+        torch.full((1, 1), 0.3, device=DEVICE).expand(6, 1),
+        torch.rand(6, 2, device=DEVICE)[:, 1:] + 0.1,
+    ):
+        grid, found = make_grid("integer", 4), []
+        for implementation in ("triton", "torch"):
+            monkeypatch.setattr("stableqat.ops.dispatch.implementation", lambda *_, it=implementation: it)
+            leaves = [x.detach().requires_grad_(), scale.detach().requires_grad_()]
+            value = fake_quantize(*leaves, grid=grid, surrogate=Fourier())
+            found.append([value, *torch.autograd.grad(value, leaves, upstream)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("surrogate", [s for s in SURROGATES.values()])
+def test_a_spec_as_text_says_all_of_it(surrogate):
+    for grid in (*(make_grid(*each) for each in GRIDS), Grid("integer", 4, -7, 7, 0)):
+        for mask in MASKS:
+            kind = replace(surrogate, mask=mask)
+            spec = from_text(to_text(grid, kind), BF16)
+            assert spec == (grid, kind, BF16)
+            assert type(spec.surrogate) is type(kind)
+    assert to_text(grid, Permuted()) is None
 
 
 def test_what_the_kernels_support():
