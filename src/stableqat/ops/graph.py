@@ -123,11 +123,10 @@ def _tensors(weights: Sequence[Weight]) -> list[Tensor]:
 
 
 def _weights(tensors: list[Tensor], present: str) -> list[Weight]:
-    left = iter(tensors)
+    left = iter([tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors])
     count = len(tensors) // present.count("1")
-    parts = ([next(left) if flag == "1" else None for flag in present] for _ in range(count))
-    contiguous: Any = ([None if t is None else t.contiguous() for t in each] for each in parts)
-    return [Weight(*each) for each in contiguous]
+    parts: Any = ([next(left) if flag == "1" else None for flag in present] for _ in range(count))
+    return [Weight(*each) for each in parts]
 
 
 def _total(like: Sequence[Tensor]) -> int:

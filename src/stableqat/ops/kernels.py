@@ -4,8 +4,8 @@ A pass over a weight is bound by memory, so each kernel reads what it needs once
 results once: the forward a weight (4 bytes in float32) and the value (2 in bfloat16), the backward weight,
 incoming gradient and weight gradient (4 + 2 + 4), the sums for the scale and for the surrogate's
 parameter on the way, and, where asked, the value again. Mathematics is float32, division and
-rounding exactly as in `reference`; sums are taken in a fixed order, so the same call on the same input gives the
-same bits.
+rounding exactly as in `reference`; sums are taken in a fixed order, so that the same call on the same
+input gives the same bits.
 
 The distance to a level is `(w - level * s) / s` with a fused multiply-add: one rounding, where
 `w / s - level` loses digits on wide grids. Sines are a polynomial and Chebyshev's recurrence.
