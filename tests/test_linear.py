@@ -835,6 +835,17 @@ def test_a_compiled_block_is_one_graph(monkeypatch):
     assert backend.count == 1
 
 
+@pytest.mark.parametrize("served", ["torch", "triton"], ids=["a node a layer", "a node a block"])
+def test_a_real_model_compiles_to_one_graph(monkeypatch, served):
+    monkeypatch.setattr("stableqat.surgery.ops.implementation", lambda *_: served)
+    net = llama()
+    expected = gradients(net)
+    torch.compiler.reset()
+    net.compile(backend=(backend := Recompiles()), fullgraph=True)
+    agree(gradients(net), expected)
+    assert backend.count == 1
+
+
 def test_a_compiled_block_with_autocast_switched_off_inside(monkeypatch):
     monkeypatch.setattr("stableqat.surgery.ops.implementation", lambda *_: "triton")
 
