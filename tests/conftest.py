@@ -1,6 +1,7 @@
 """One thread a test process: results do not depend on the cores, nor do parallel tests fight for them."""
 
 import os
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -30,3 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _no_seed_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """One entry, its shape, for each fake-quantized weight that is computed by itself."""
+    calls: list[tuple[int, ...]] = []
+    seam = import_module("stableqat.ops.fake_quantize")  # the package's attribute is the function
+    real = seam.value_of
+    monkeypatch.setattr(seam, "value_of", lambda *args: calls.append(args[0].x.shape) or real(*args))
+    return calls

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 from functools import partial
 
 import pytest
@@ -550,16 +549,6 @@ def test_a_block_whose_first_argument_is_a_scalar(together):
 
 
 # -- held weights -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """One entry for each fake-quantized weight that is computed by itself."""
-    calls = []
-    seam = sys.modules["stableqat.ops.fake_quantize"]  # the package's attribute is the function
-    real = seam.value_of
-    monkeypatch.setattr(seam, "value_of", lambda *args: calls.append(args[0].x.shape) or real(*args))
-    return calls
 
 
 def fresh(layer, x, amp=False):

@@ -25,7 +25,7 @@ from stableqat.quantizers import Quantizer, QuantizerFactory
 
 logger = logging.getLogger(__name__)
 
-MOST_IN_GROUP = 8  # quantized layers of a block: as many as one launch takes
+MOST_IN_GROUP = ops.TOGETHER  # quantized layers of a block
 FEW_ROWS = 2048  # up to here a step on a GPU waits for launches, beyond it for arithmetic
 
 
@@ -48,8 +48,7 @@ class QuantLinear(nn.Linear):
     recompute: bool | None
     _group: "_Group | None"
     _place: int  # among the layers of its group
-    # value, versions of the parameters by id, and those themselves, so that no other takes the id
-    _held: tuple[Tensor, tuple[tuple[int, int], ...], tuple[Tensor, ...]] | None
+    _held: tuple[Tensor, list[tuple[Tensor, int]]] | None  # value, and of which parameters in which versions
 
     @classmethod
     def from_linear(
@@ -119,8 +118,7 @@ class QuantLinear(nn.Linear):
         which may be stochastic, is not held.
         """
         if self.weight_quantizer.fuses and self.held_value() is None:
-            parameters = (self.weight, *self.weight_quantizer.parameters())
-            self._held = self.weight_quantizer(self.weight), self._versions(), parameters
+            self._held = self.weight_quantizer(self.weight), self._versions()
 
     def release(self) -> None:
         """Forget what `hold` kept."""
@@ -130,16 +128,21 @@ class QuantLinear(nn.Linear):
         """What `hold` kept, while it is right."""
         if self._held is None:
             return None
-        value, versions, _ = self._held
+        value, made_of = self._held
         # a compiled graph cannot ask for versions: whoever holds releases before weights change
-        if not torch.compiler.is_compiling() and versions != self._versions():
-            self.release()
-            return None
-        return value
+        if torch.compiler.is_compiling():
+            return value
+        now = self._versions()
+        if len(now) == len(made_of) and all(
+            p is q and v == w for (p, v), (q, w) in zip(made_of, now, strict=True)
+        ):
+            return value
+        self.release()
+        return None
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
+    def _versions(self) -> list[tuple[Tensor, int]]:
         parameters = (self.weight, *self.weight_quantizer.parameters())
-        return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
+        return [(p, 0 if p.is_inference() else p._version) for p in parameters]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         self.release()  # moved to another device or type

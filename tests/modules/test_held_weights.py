@@ -1,6 +1,5 @@
 """Accumulated gradients and evaluation fake-quantize once what does not change, and change no result."""
 
-import sys
 from functools import partial
 
 import lightning as L
@@ -14,16 +13,6 @@ from stableqat.surgery import quantized_layers
 
 LAYERS = {"llama": 14, "vit": 8}
 FAMILIES = pytest.mark.parametrize("family", LAYERS)
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """One entry for each fake-quantized weight that is computed."""
-    calls = []
-    seam = sys.modules["stableqat.ops.fake_quantize"]  # the package's attribute is the function
-    real = seam.value_of
-    monkeypatch.setattr(seam, "value_of", lambda *args: calls.append(args[0].x.shape) or real(*args))
-    return calls
 
 
 def holds(module):

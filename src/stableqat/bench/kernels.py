@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableqat import ops
 from stableqat.quantizers import QuantizerFactory
 
 SHAPE = (8192, 8192)
@@ -72,16 +71,13 @@ def _random(generator: torch.Generator) -> Tensor:
 
 
 class _Kernel:
-    """`fake_quantize` as a method's quantizer calls it, the surrogate's parameter made beforehand."""
+    """A method's quantizer on several weights, its forward and its backward apart."""
 
     def __init__(
         self, factory: QuantizerFactory, weights: Sequence[Tensor], upstream: Sequence[Tensor]
     ) -> None:
-        quantizer = factory(weights[0])
-        learned = quantizer.surrogate_param()
-        self.param = None if learned is None else learned.detach().requires_grad_()
-        self.scale, self.floor = quantizer.scale, quantizer.scale_floor
-        self.grid, self.surrogate = quantizer.grid, quantizer.surrogate
+        self.quantizer = factory(weights[0])
+        self.learned = [p for p in self.quantizer.parameters() if p.requires_grad]
         self.weights = [weight.detach().requires_grad_() for weight in weights]
         self.upstream = upstream
         self.outputs: list[Tensor] = []
@@ -94,19 +90,12 @@ class _Kernel:
         return self._fake_quantize(self.weights[i])
 
     def backward(self, i: int) -> tuple[Tensor, ...]:
-        leaves = [self.weights[i], self.scale, *([] if self.param is None else [self.param])]
+        leaves = [self.weights[i], *self.learned]
         return torch.autograd.grad(self.outputs[i], leaves, self.upstream[i], retain_graph=True)
 
     def _fake_quantize(self, weight: Tensor) -> Tensor:
         with torch.autocast("cuda", _COMPUTE):
-            return ops.fake_quantize(
-                weight,
-                self.scale,
-                scale_floor=self.floor,
-                grid=self.grid,
-                surrogate=self.surrogate,
-                surrogate_param=self.param,
-            )
+            return self.quantizer(weight)
 
 
 def _captured(work: Work, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:

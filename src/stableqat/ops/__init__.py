@@ -12,9 +12,10 @@ from stableqat.ops.fake_quantize import (
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
 from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, Permuted, Surrogate, Tanh
-from stableqat.ops.weight import Weight
+from stableqat.ops.weight import TOGETHER, Weight
 
 __all__ = [
+    "TOGETHER",
     "Constant",
     "Fourier",
     "Grid",

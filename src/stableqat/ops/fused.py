@@ -20,13 +20,12 @@ from torch.nn import Parameter
 from stableqat.ops import kernels
 from stableqat.ops.grids import Grid
 from stableqat.ops.surrogates import Constant, Fourier, Identity, Surrogate, Tanh
-from stableqat.ops.weight import Weight
+from stableqat.ops.weight import TOGETHER, Weight
 
 FORWARD_TILE = 2048  # elements that a program handles at a time, measured best
 BACKWARD_TILE = 1024
 WARPS = 4
 SPLIT = 32 * BACKWARD_TILE  # elements of one scale after which its sum is spread over programs
-TOGETHER = 8  # weights of one launch
 
 # exact types: a subclass may compute something else
 KINDS: dict[type[Surrogate], str] = {
@@ -57,6 +56,11 @@ class Together(NamedTuple):
     forward_programs: int
     backward_programs: int
     sums: int
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one in a graph that is being made."""
+    return type(tensor) not in (Tensor, Parameter)
 
 
 def supports(surrogate: Surrogate) -> bool:
@@ -279,10 +283,10 @@ def _launch(
         key: All that `prepare` depends on.
         prepare: Makes the other arguments.
     """
-    traced = type(pointers[0]) not in (Tensor, Parameter)  # stands for one in a graph that is being made
-    if traced or torch.compiler.is_compiling() or not kernels.NATIVE:
+    in_graph = traced(pointers[0])
+    if in_graph or torch.compiler.is_compiling() or not kernels.NATIVE:
         programs, numbers, constants = prepare()
-        launch = wrap_triton(kernel) if traced else kernel
+        launch = wrap_triton(kernel) if in_graph else kernel
         launch[(programs,)](*pointers, *numbers, **constants, num_warps=WARPS)
         return
     device = pointers[0].device

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from stableqat.ops import fused
 from stableqat.ops.spec import Spec, from_text, to_text
@@ -29,15 +28,10 @@ _library.define(
 )
 
 
-def traced(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one in a graph that is being made."""
-    return type(tensor) not in (Tensor, Parameter)
-
-
 def takes(weights: Sequence[Weight], spec: Spec) -> bool:
     """Whether these weights become one operation: they do in a graph that is being made, if alike."""
     alike = {_present(weight) for weight in weights}
-    return traced(weights[0].x) and len(alike) == 1 and to_text(spec.grid, spec.surrogate) is not None
+    return fused.traced(weights[0].x) and len(alike) == 1 and to_text(spec.grid, spec.surrogate) is not None
 
 
 def values(weights: Sequence[Weight], spec: Spec) -> list[Tensor]:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+TOGETHER = 8  # weights that one launch takes at most
+
 
 class Weight(NamedTuple):
     """A latent weight, its scales and what may come beside them.
