@@ -449,7 +449,7 @@ def test_gradient_checkpointing_of_a_real_model(together, use_reentrant):
     net = llama()
     expected = gradients(net)
     together.clear()
-    net.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    net.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         net.enable_input_require_grads()
     agree(gradients(net), expected)

@@ -192,6 +192,23 @@ def test_every_dtype(dtypes, surrogate):
     check(case, value)
 
 
+@pytest.mark.parametrize("logit", [10.0, -10.0])
+def test_a_logit_far_off_acts_as_the_bound(logit):
+    """One large step of SGD may take it there; `a` rounded to 0 or 1 would make gradients NaN."""
+    case = sample((6, 96), (6, 1), make_grid("integer", 3), Tanh(), seed=3)
+    bound, beyond = (replace(case, param=torch.full_like(case.scale, x)) for x in (logit, 50 * logit))
+    for found, expected in zip(backward(beyond)[:3], backward(bound)[:3], strict=True):
+        assert found.isfinite().all()
+        assert torch.equal(found, expected)
+    u = torch.linspace(-0.5, 0.5, 9)
+    for found, expected in zip(
+        Tanh().derivatives(u, torch.tensor(50 * logit)),
+        Tanh().derivatives(u, torch.tensor(logit)),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("surrogate", ["fourier-1", "tanh"])
 @pytest.mark.parametrize("grid", [("integer", 4), ("stretched", 2)])
 def test_one_scale_for_a_hundred_thousand_weights(grid, surrogate):

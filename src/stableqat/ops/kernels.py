@@ -187,6 +187,7 @@ def _backward_tile(
         zero = tl.load(zero_ptr + row, mask=exists, other=0.0).to(tl.float32)[:, None]
     if KIND == "tanh":
         logit = tl.load(param_ptr + row, mask=exists, other=0.0).to(tl.float32)[:, None]
+        logit = tl.minimum(tl.maximum(logit, -10.0), 10.0)
         a = 1 / (1 + tl.exp(-logit))
         rest = 1 / (1 + tl.exp(logit))  # 1 - a
         z = 2 * rest / a

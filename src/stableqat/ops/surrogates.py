@@ -104,7 +104,8 @@ class Fourier(Surrogate):
 class Tanh(Surrogate):
     """DSQ's soft staircase with a learned sharpness `a` in (0, 1); small `a` is a sharp step.
 
-    What is learned is `a`'s logit, so that `a` stays inside by construction.
+    What is learned is `a`'s logit, so that `a` stays inside by construction; beyond +-10, where `a` is within
+    5e-5 of an end, the logit acts as +-10.
 
     Between two levels the soft value is the midpoint plus `phi / 2`, `phi = tanh(k t) / (1 - a)`,
     where `t = u - sign(u) / 2` is the distance to the nearest threshold and
@@ -127,6 +128,7 @@ class Tanh(Surrogate):
     def derivatives(self, u: Tensor, param: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Surrogate.derivatives`: g, and half of `d phi / d logit(a)`."""
         assert param is not None
+        param = param.clamp(-10, 10)
         a, rest = param.sigmoid(), (-param).sigmoid()  # rest = 1 - a, with all its digits
         k = (2 * rest / a).log1p_()  # ln(2 / a - 1)
         # at u = 0 the thresholds on both sides are equally far: either sign is right, sign(0) = 0 is not
