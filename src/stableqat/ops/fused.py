@@ -26,6 +26,7 @@ FORWARD_TILE = 2048  # elements that a program handles at a time, measured best
 BACKWARD_TILE = 1024
 WARPS = 4
 SPLIT = 32 * BACKWARD_TILE  # elements of one scale after which its sum is spread over programs
+MOST_TOGETHER = 4096  # sets of weights that are remembered
 
 # exact types: a subclass may compute something else
 KINDS: dict[type[Surrogate], str] = {
@@ -152,18 +153,18 @@ def join(weights: Sequence[Weight], grid: Grid) -> Together | None:
         return _together[key]
     if torch.cuda.is_current_stream_capturing():  # a table is copied from the host, which a graph cannot hold
         return None
-    if len(_together) >= _MOST_TOGETHER:  # parameters that move, as under sharding
+    if len(_together) >= MOST_TOGETHER:  # parameters that move, as under sharding
         _forgotten.extend(each.table for each in _together.values() if each is not None)
         _together.clear()
     joined = _together[key] = _join(weights, grid) if all(contiguous) else None
     return joined
 
 
-def forward_flat(weights: Sequence[Weight], together: Together, grid: Grid, dtype: torch.dtype) -> Tensor:
+def forward_flat(first: Weight, together: Together, grid: Grid, dtype: torch.dtype) -> Tensor:
     """`forward` of several weights in one launch.
 
     Args:
-        weights: The weights.
+        first: The first of the weights.
         together: What `join` said of them.
         grid: Their grid.
         dtype: Type of the values.
@@ -171,14 +172,13 @@ def forward_flat(weights: Sequence[Weight], together: Together, grid: Grid, dtyp
     Returns:
         Their values in a flat buffer, one behind the other.
     """
-    first = weights[0]
     values = torch.empty(together.elements, dtype=dtype, device=first.x.device)
 
     def prepare() -> _Arguments:
         return (
             together.forward_programs,
             (),
-            {"COUNT": len(weights), **_forward_constants(first, together.longest, grid)},
+            {"COUNT": len(together.shapes), **_forward_constants(first, together.longest, grid)},
         )
 
     pointers = (together.table, first.x, first.scale, values)
@@ -191,12 +191,12 @@ def forward_many(
     weights: Sequence[Weight], together: Together, grid: Grid, dtype: torch.dtype
 ) -> list[Tensor]:
     """`forward_flat`, taken apart: the values."""
-    return taken_apart(forward_flat(weights, together, grid, dtype), [weight.x for weight in weights])
+    return taken_apart(forward_flat(weights[0], together, grid, dtype), [weight.x for weight in weights])
 
 
 def backward_flat(
     grads: Sequence[Tensor],
-    weights: Sequence[Weight],
+    first: Weight,
     together: Together,
     grid: Grid,
     surrogate: Surrogate,
@@ -205,7 +205,7 @@ def backward_flat(
 
     Args:
         grads: Contiguous, aligned upstream gradients of one type.
-        weights: The weights.
+        first: The first of the weights.
         together: What `join` said of them.
         grid: Their grid.
         surrogate: Their surrogate.
@@ -213,15 +213,14 @@ def backward_flat(
     Returns:
         Gradients of weights, scales and parameters in flat buffers; the last is empty where none is learned.
     """
-    first = weights[0]
     weight_grads = torch.empty(together.elements, dtype=first.x.dtype, device=first.x.device)
     scale_sums = torch.empty(together.sums, dtype=torch.float32, device=first.x.device)
     learned = isinstance(surrogate, Tanh)
-    param_sums = scale_sums.new_empty(together.sums if learned else 0)
+    param_sums = torch.empty(together.sums if learned else 0, dtype=torch.float32, device=first.x.device)
 
     def prepare() -> _Arguments:
         constants = {
-            "COUNT": len(weights),
+            "COUNT": len(grads),
             **_backward_constants(first, together.longest, grid, surrogate, False),
         }
         return together.backward_programs, (), constants
@@ -242,7 +241,7 @@ def backward_many(
     surrogate: Surrogate,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """`backward_flat`, taken apart: gradients of weight, scale and parameter for each."""
-    by_weight, by_scale, by_param = backward_flat(grads, weights, together, grid, surrogate)
+    by_weight, by_scale, by_param = backward_flat(grads, weights[0], together, grid, surrogate)
     scales = [weight.scale for weight in weights]
     params = taken_apart(by_param, scales) if by_param.numel() else [None] * len(weights)
     xs = [weight.x for weight in weights]
@@ -268,8 +267,7 @@ _Arguments = tuple[int, tuple[int | float, ...], dict[str, Any]]
 
 _launchers: dict[Hashable, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 _together: dict[Hashable, Together | None] = {}
-_MOST_TOGETHER = 4096
-_forgotten: deque[Tensor] = deque(maxlen=2 * _MOST_TOGETHER)  # tables that a captured graph may still read
+_forgotten: deque[Tensor] = deque(maxlen=2 * MOST_TOGETHER)  # tables that a captured graph may still read
 
 
 def _launch(
