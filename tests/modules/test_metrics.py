@@ -73,6 +73,9 @@ def test_perplexity_is_an_average_over_tokens():
         nll, count = nll + each.item(), count + number
         means += [each.item() / number] if number else []
     metrics = evaluated(module, batches)
+    # the second of three batches is the odd half; the third is padding alone
+    assert metrics["val/loss_odd"] == pytest.approx(means[1], rel=1e-6)
+    assert metrics["val/loss_even"] == pytest.approx(means[0], rel=1e-6)
     assert metrics["val/loss"] == pytest.approx(nll / count, rel=1e-6)
     assert metrics["val/perplexity"] == pytest.approx(torch.tensor(nll / count).exp().item(), rel=1e-6)
     assert abs(sum(means) / len(means) - nll / count) > 1e-3
@@ -94,10 +97,14 @@ def test_top1_and_top5_are_averages_over_images():
     batches = uneven(rows, [3, 17, 1])
     outputs = torch.cat([logits(module, "pixel_values", batch) for batch in batches])
     labels = torch.stack([row["labels"] for row in rows])
+    odd = (torch.arange(21) >= 3) & (torch.arange(21) < 20)  # the rows of the second of three batches
+    odd = odd[labels != -100]
     outputs, labels = outputs[labels != -100], labels[labels != -100]
     ranked = outputs.argsort(descending=True)
     expected = {
         "val/loss": F.cross_entropy(outputs, labels).item(),
+        "val/loss_even": F.cross_entropy(outputs[~odd], labels[~odd]).item(),
+        "val/loss_odd": F.cross_entropy(outputs[odd], labels[odd]).item(),
         "val/top1": (ranked[:, 0] == labels).double().mean().item(),
         "val/top5": (ranked[:, :5] == labels[:, None]).any(1).double().mean().item(),
     }

@@ -25,7 +25,9 @@ def names(module, group: dict) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_trainable_parameter_is_in_the_group_of_its_kind(family, method):
     optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
-    module = tiny.configured(family, method, optimizer=optimizer, scale_lr_multiplier=0.25)
+    module = tiny.configured(
+        family, method, optimizer=optimizer, scale_lr_multiplier=0.25, weight_lr_multiplier=0.5
+    )
     made = groups(module)
     kinds = {name: names(module, group) for name, group in made.items()}
     everything = [name for members in kinds.values() for name in members]
@@ -41,7 +43,7 @@ def test_every_trainable_parameter_is_in_the_group_of_its_kind(family, method):
     assert any("norm" in name for name in kinds["norms_and_biases"])
 
     assert {name: (group["lr"], group["weight_decay"]) for name, group in made.items()} == {
-        "weights": (1e-2, 0.1),
+        "weights": (5e-3, 0.1),
         "scales": (2.5e-3, 0.0),
         "norms_and_biases": (1e-2, 0.0),
     }
@@ -51,9 +53,28 @@ def test_full_precision_has_no_group_of_scales():
     assert set(groups(tiny.configured("llama", "fp"))) == {"weights", "norms_and_biases"}
 
 
-def test_a_multiplier_below_zero_is_refused():
-    with pytest.raises(UserError, match="scale_lr_multiplier"):
-        tiny.module("llama", scale_lr_multiplier=-1.0)
+@pytest.mark.parametrize("name", ["scale_lr_multiplier", "weight_lr_multiplier"])
+def test_a_multiplier_below_zero_is_refused(name):
+    with pytest.raises(UserError, match=name):
+        tiny.module("llama", **{name: -1.0})
+
+
+def test_the_norm_of_the_gradient_is_logged_before_clipping():
+    """Clipped to 1e-3, the same gradient has the same norm in the log."""
+    found = []
+    for clip in (None, 1e-3):
+        module = tiny.configured("llama", "stableqat")
+        data = tiny.loader("llama")
+        trainer = tiny.trainer(max_steps=1, gradient_clip_val=clip, log_every_n_steps=1)
+        trainer.fit(module, data, data)
+        found.append(trainer.callback_metrics["train/grad_norm"].item())
+    assert found[0] == found[1]
+    assert found[0] > 1e-2
+    module = tiny.configured("llama", "stableqat")
+    module.log_training_loss = lambda loss: None
+    module.training_step(next(iter(tiny.loader("llama"))), 0).backward()
+    squares = [p.grad.square().sum() for p in module.parameters() if p.grad is not None]
+    assert found[0] == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

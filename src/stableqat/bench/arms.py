@@ -49,7 +49,7 @@ class Arm:
 
 
 def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFactory]:
-    """The quantizers of methods by name; `all` stands for every one there is.
+    """The quantizers of methods by name; `all` stands for every method, controls left out.
 
     Raises:
         UserError: If a name is unknown, or a method does not take this width.
@@ -66,7 +66,8 @@ def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFact
             near = difflib.get_close_matches(name.lower(), spelt, 1)
             hint = f"did you mean {spelt[near[0]]}?" if near else f"choose of {', '.join(known)}, or all"
             raise UserError(f"methods: {name} is unknown; {hint}")
-    chosen = known if "all" in names else dict.fromkeys(names)
+    methods = [name for name, cls in known.items() if not cls.is_control]
+    chosen = dict.fromkeys(methods if "all" in names else names)
     factories: dict[str, QuantizerFactory] = {name: partial(known[name], bits=bits) for name in chosen}
     for factory in factories.values():
         factory(torch.empty(8, 8, device="meta"))  # refuses what it cannot do

@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from stableqat.quantizers.base import local
+from stableqat.quantizers.base import QuantizedWeight, local
 from stableqat.surgery import QuantLinear, quantized_layers
 
 MOST_BITS_BY_LEVEL = 4  # wider grids have too many levels for a line each
@@ -24,11 +24,25 @@ MOST_BITS_BY_LEVEL = 4  # wider grids have too many levels for a line each
 
 @dataclass
 class _Track:
+    """The sampled codes of all layers, one behind the other: a step takes few calls, however many layers."""
+
     codes: Tensor
     direction: Tensor
+    flips: Tensor
     oscillation: Tensor
-    flip_rate: Tensor
-    start_scale: Tensor
+
+    @classmethod
+    def start(cls, codes: Tensor) -> "_Track":
+        zeros = torch.zeros_like(codes)
+        return cls(codes, zeros, zeros.float(), zeros.float())
+
+    def step(self, codes: Tensor) -> None:
+        # int16, because a flip across an 8-bit grid does not fit into int8
+        direction = (codes.short() - self.codes).sign_().to(torch.int8)
+        self.flips.lerp_(direction.abs().float(), 0.01)
+        self.oscillation.lerp_((direction * self.direction < 0).float(), 0.01)
+        self.direction = torch.where(direction == 0, self.direction, direction)
+        self.codes = codes
 
 
 class QuantizerMonitor(L.Callback):
@@ -46,7 +60,7 @@ class QuantizerMonitor(L.Callback):
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self._layers: dict[str, QuantLinear] = {}
-        self._tracks: dict[str, _Track] = {}
+        self._track: _Track | None = None
         self._start_scales: dict[str, Tensor] = {}
         self._seen_step = 0
 
@@ -54,56 +68,54 @@ class QuantizerMonitor(L.Callback):
         """Remember where codes and scales start."""
         if trainer.is_global_zero and trainer.loggers:
             self._layers = quantized_layers(pl_module)
-        for name, layer in self._layers.items():
-            quantized = layer.weight_quantizer.quantize(layer.weight, self.rows)
-            start = quantized.scale.clone()
-            known = self._start_scales.get(name, start)[: len(start)]
-            start[: len(known)] = known  # fewer or more rows, if the run resumes in other shards
-            zeros = torch.zeros_like(quantized.codes)
-            no_flips = torch.zeros((), device=start.device)
-            self._tracks[name] = _Track(quantized.codes, zeros, zeros.float(), no_flips, start)
+        start = {name: self._quantized(layer) for name, layer in self._layers.items()}
+        for name, quantized in start.items():
+            scale = quantized.scale.clone()
+            known = self._start_scales.get(name, scale)[: len(scale)]
+            scale[: len(known)] = known  # fewer or more rows, if the run resumes in other shards
+            self._start_scales[name] = scale
+        if start:
+            self._track = _Track.start(torch.cat([q.codes.flatten() for q in start.values()]))
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count flips after every optimizer step, and log now and then."""
-        if trainer.global_step == self._seen_step:
-            return  # a micro-batch of gradient accumulation
+        if self._track is None or trainer.global_step == self._seen_step:
+            return  # nothing is quantized, or a micro-batch of gradient accumulation
         self._seen_step = trainer.global_step
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = trainer.global_step % every == 0
+        quantized = {name: self._quantized(layer) for name, layer in self._layers.items()}
+        self._track.step(torch.cat([q.codes.flatten() for q in quantized.values()]))
+        if trainer.global_step % every:
+            return
+        sizes = [q.codes.numel() for q in quantized.values()]
+        flips, oscillations = self._track.flips.split(sizes), self._track.oscillation.split(sizes)
         metrics: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
-            measured = self._observe(name, layer, due)
+        for number, (name, of_layer) in enumerate(quantized.items()):
+            measured = {"flip_rate": flips[number].mean(), "oscillation": oscillations[number].mean()}
+            measured |= self._describe(name, of_layer)
             metrics.update({f"quant/{name}/{what}": value for what, value in measured.items()})
-        if due and metrics:
-            values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            means = _means(values)
-            for logger in trainer.loggers:
-                logger.log_metrics({**means, **(values if self.per_layer else {})}, step=trainer.global_step)
+        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        means = _means(values)
+        for logger in trainer.loggers:
+            logger.log_metrics({**means, **(values if self.per_layer else {})}, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The scales that training started with."""
-        return {"start_scales": {name: track.start_scale for name, track in self._tracks.items()}}
+        return {"start_scales": self._start_scales}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._start_scales = state_dict["start_scales"]
 
+    def _quantized(self, layer: QuantLinear) -> QuantizedWeight:
+        return layer.weight_quantizer.quantize(layer.weight, self.rows)
+
     @torch.no_grad()
-    def _observe(self, name: str, layer: QuantLinear, due: bool) -> dict[str, Tensor]:
-        track, quantizer = self._tracks[name], layer.weight_quantizer
-        quantized = quantizer.quantize(layer.weight, self.rows)
-        # int16, because a flip across an 8-bit grid does not fit into int8
-        direction = (quantized.codes.short() - track.codes.short()).sign_().char()
-        back = (direction * track.direction) < 0
-        track.oscillation.mul_(0.99).add_(back, alpha=0.01)
-        track.flip_rate.mul_(0.99).add_(direction.count_nonzero() / direction.numel(), alpha=0.01)
-        track.direction = torch.where(direction == 0, track.direction, direction)
-        track.codes = quantized.codes
-        if not due:
-            return {}
+    def _describe(self, name: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
+        layer = self._layers[name]
         weight = local(layer.weight)[self.rows].float()
         error = quantized.dequantize().float() - weight
         lowest = -(2 ** (quantized.bits - 1))
@@ -112,13 +124,11 @@ class QuantizerMonitor(L.Callback):
         named = quantized.bits <= MOST_BITS_BY_LEVEL
         occupancy = {f"share_of_code_{lowest + i}": s for i, s in enumerate(share)} if named else {}
         return {
-            "flip_rate": track.flip_rate,
-            "oscillation": track.oscillation.mean(),
-            "scale_drift": (quantized.scale / track.start_scale).log2().abs().mean(),
+            "scale_drift": (quantized.scale / self._start_scales[name]).log2().abs().mean(),
             "snr_db": 10 * torch.log10(weight.square().sum() / error.square().sum()),
             "level_entropy_bits": -torch.special.xlogy(share, share).sum() / log(2),
             **occupancy,
-            **quantizer.diagnose(layer.weight, self.rows),
+            **layer.weight_quantizer.diagnose(layer.weight, self.rows),
         }
 
 

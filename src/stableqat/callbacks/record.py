@@ -60,10 +60,12 @@ class RunRecord(L.Callback):
         settings = {**pl_module.describe(), "subcommand": subcommand}  # type: ignore[operator]
         if trainer.optimizers:
             group = trainer.optimizers[0].param_groups[0]
-            settings["lr"] = group.get("initial_lr", group["lr"])
+            settings["lr"] = trainer.optimizers[0].defaults["lr"]
             settings["weight_decay"] = group.get("weight_decay", 0.0)
             settings["optimizer"] = type(trainer.optimizers[0]).__name__
             settings["max_steps"] = trainer.max_steps
+            for config in trainer.lr_scheduler_configs:
+                settings["warmup_steps"] = getattr(config.scheduler, "warmup_steps", 0)
             settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
             settings["batch_size"] = getattr(getattr(trainer, "datamodule", None), "batch_size", 0)
         metrics = {**self._losses, **_progress(trainer)}

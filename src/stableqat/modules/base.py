@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from stableqat.errors import UserError
 from stableqat.modules.start import load_start
@@ -64,7 +65,9 @@ class QATModule(L.LightningModule, ABC):
             folder or file, or a hub name. None starts from random weights.
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
-        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
+        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
+        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose gradients
+            are smaller.
         compile_model: Compile the inner model with `torch.compile`.
         recompute: Recompute fake-quantized weights in the backward instead of saving them, see `QuantLinear`.
     """
@@ -78,18 +81,21 @@ class QATModule(L.LightningModule, ABC):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
+        weight_lr_multiplier: float = 1.0,
         compile_model: bool = False,
         recompute: bool | None = None,
     ) -> None:
         super().__init__()
-        if not scale_lr_multiplier >= 0:
-            raise UserError(f"scale_lr_multiplier: must be 0 or more, not {scale_lr_multiplier}")
+        for name, multiplier in (("scale", scale_lr_multiplier), ("weight", weight_lr_multiplier)):
+            if not multiplier >= 0:
+                raise UserError(f"{name}_lr_multiplier: must be 0 or more, not {multiplier}")
         self.quantizer = quantizer
         self.skip = skip
         self.init_from = init_from
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.scale_lr_multiplier = scale_lr_multiplier
+        self.weight_lr_multiplier = weight_lr_multiplier
         self.compile_model = compile_model
         self.recompute = recompute
         self.model: nn.Module | None = None
@@ -236,9 +242,9 @@ class QATModule(L.LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, from the parameters that exist after surgery."""
         optimizer = self.optimizer(self.parameter_groups())
+        multipliers = {"weights": self.weight_lr_multiplier, "scales": self.scale_lr_multiplier}
         for group in optimizer.param_groups:
-            if group["name"] == "scales":
-                group["lr"] *= self.scale_lr_multiplier
+            group["lr"] *= multipliers.get(group["name"], 1.0)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -329,11 +335,30 @@ class QATModule(L.LightningModule, ABC):
         assert self.model is not None
         layers = list(quantized_layers(self.model).values())
         method = layers[0].weight_quantizer.describe() if layers else {"method": "FP"}
-        return {**method, "scale_lr_multiplier": self.scale_lr_multiplier, "seed": self.seed}
+        multipliers = {
+            "scale_lr_multiplier": self.scale_lr_multiplier,
+            "weight_lr_multiplier": self.weight_lr_multiplier,
+        }
+        return {**method, **multipliers, "seed": self.seed}
 
     def log_training_loss(self, loss: Tensor) -> None:
         """Log `train/loss` and show it in the progress bar."""
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+
+    def log_evaluation(self, stage: str, metrics: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
+        """Log an evaluation, and the losses of its halves outside the progress bar."""
+        halves = {key: loss for key, loss in losses.items() if key not in metrics}
+        for values, shown in ((metrics, True), (halves, False)):
+            named = {f"{stage}/{key}": value for key, value in values.items()}
+            self.log_dict(named, prog_bar=shown, sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm before clipping, where the step is logged."""
+        if not self.trainer._logger_connector.should_update_logs:
+            return
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)  # 0 where the guard has dropped a step
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:

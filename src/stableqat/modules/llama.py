@@ -16,10 +16,10 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import SumMetric
 
 from stableqat.errors import UserError
 from stableqat.modules.base import QATModule
+from stableqat.modules.evaluation import MeanLoss
 from stableqat.modules.start import find_checkpoint, read_checkpoint
 from stableqat.quantizers import QuantizerFactory
 
@@ -37,7 +37,9 @@ class LlamaModule(QATModule):
         init_from: Full-precision start: run folder, checkpoint, model folder or hub name.
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
-        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
+        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
+        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose gradients
+            are smaller.
         compile_model: Compile the inner model with `torch.compile`.
         recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides, see
             `QuantLinear`.
@@ -56,6 +58,7 @@ class LlamaModule(QATModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
+        weight_lr_multiplier: float = 1.0,
         compile_model: bool = False,
         recompute: bool | None = None,
     ) -> None:
@@ -66,14 +69,14 @@ class LlamaModule(QATModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             scale_lr_multiplier=scale_lr_multiplier,
+            weight_lr_multiplier=weight_lr_multiplier,
             compile_model=compile_model,
             recompute=recompute,
         )
         self.save_plain_hyperparameters()
         self.config = _resolve_config(config, init_from)
         self.check_architecture()
-        self.val_nll = SumMetric().set_dtype(torch.float64)
-        self.val_tokens = SumMetric().set_dtype(torch.float64)
+        self.val_loss = MeanLoss()
 
     def resolved(self) -> dict[str, Any]:
         """The full transformers config, as plain values."""
@@ -141,8 +144,7 @@ class LlamaModule(QATModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add up negative log-likelihoods and tokens."""
         nll = self.predict_step(batch, batch_idx)
-        self.val_nll.update(nll.double().sum())
-        self.val_tokens.update((batch["labels"][:, 1:] != -100).sum())
+        self.val_loss.update(nll.double().sum(), (batch["labels"][:, 1:] != -100).sum(), batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and perplexity over all tokens of all ranks."""
@@ -164,11 +166,10 @@ class LlamaModule(QATModule):
         )
 
     def _log_evaluation(self, stage: str) -> None:
-        loss = self.val_nll.compute() / self.val_tokens.compute()
-        metrics = {f"{stage}/loss": loss.float(), f"{stage}/perplexity": loss.exp().float()}
-        self.log_dict(metrics, prog_bar=True, sync_dist=True)
-        self.val_nll.reset()
-        self.val_tokens.reset()
+        losses = self.val_loss.compute()
+        metrics = {"loss": losses["loss"], "perplexity": losses["loss"].exp()}
+        self.log_evaluation(stage, metrics, losses)
+        self.val_loss.reset()
 
 
 def _resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -> Any:

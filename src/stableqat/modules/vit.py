@@ -16,11 +16,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from stableqat.errors import UserError
 from stableqat.modules.base import QATModule
+from stableqat.modules.evaluation import MeanLoss
 from stableqat.quantizers import QuantizerFactory
 
 
@@ -41,7 +41,9 @@ class ViTModule(QATModule):
             hub name.
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
-        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of the weights'.
+        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
+        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose gradients
+            are smaller.
         compile_model: Compile the inner model with `torch.compile`.
         recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides, see
             `QuantLinear`.
@@ -65,6 +67,7 @@ class ViTModule(QATModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
+        weight_lr_multiplier: float = 1.0,
         compile_model: bool = False,
         recompute: bool | None = None,
     ) -> None:
@@ -75,6 +78,7 @@ class ViTModule(QATModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             scale_lr_multiplier=scale_lr_multiplier,
+            weight_lr_multiplier=weight_lr_multiplier,
             compile_model=compile_model,
             recompute=recompute,
         )
@@ -89,8 +93,7 @@ class ViTModule(QATModule):
         self.label_smoothing = label_smoothing
         self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
         self.check_architecture()
-        self.val_loss_sum = SumMetric().set_dtype(torch.float64)
-        self.val_images = SumMetric().set_dtype(torch.float64)
+        self.val_loss = MeanLoss()
         self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-100)
         self.top5 = MulticlassAccuracy(
             num_classes, average="micro", top_k=min(5, num_classes), ignore_index=-100
@@ -196,8 +199,7 @@ class ViTModule(QATModule):
         """Add up loss and accuracies over the images that are not padding."""
         logits, labels = self(batch["pixel_values"]).float(), batch["labels"]
         loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-        self.val_loss_sum.update(loss.double().sum())
-        self.val_images.update((labels != -100).sum())
+        self.val_loss.update(loss.double().sum(), (labels != -100).sum(), batch_idx)
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
@@ -218,14 +220,10 @@ class ViTModule(QATModule):
         return self(batch["pixel_values"]).float().softmax(-1)
 
     def _log_evaluation(self, stage: str) -> None:
-        loss = self.val_loss_sum.compute() / self.val_images.compute()
-        metrics = {
-            f"{stage}/loss": loss.float(),
-            f"{stage}/top1": self.top1.compute(),
-            f"{stage}/top5": self.top5.compute(),
-        }
-        self.log_dict(metrics, prog_bar=True, sync_dist=True)
-        for metric in (self.val_loss_sum, self.val_images, self.top1, self.top5):
+        losses = self.val_loss.compute()
+        metrics = {"loss": losses["loss"], "top1": self.top1.compute(), "top5": self.top5.compute()}
+        self.log_evaluation(stage, metrics, losses)
+        for metric in (self.val_loss, self.top1, self.top5):
             metric.reset()
 
 

@@ -1,9 +1,20 @@
 """Quantization-aware training methods, one file each, behind the `Quantizer` interface."""
 
 from stableqat.quantizers.base import QuantizedWeight, Quantizer, QuantizerFactory
+from stableqat.quantizers.controls import PermutedStableQAT, ScaledSTE
 from stableqat.quantizers.dsq import DSQ
 from stableqat.quantizers.paretoq import ParetoQ
 from stableqat.quantizers.stableqat import StableQAT
 from stableqat.quantizers.ste import STE
 
-__all__ = ["DSQ", "STE", "ParetoQ", "QuantizedWeight", "Quantizer", "QuantizerFactory", "StableQAT"]
+__all__ = [
+    "DSQ",
+    "STE",
+    "ParetoQ",
+    "PermutedStableQAT",
+    "QuantizedWeight",
+    "Quantizer",
+    "QuantizerFactory",
+    "ScaledSTE",
+    "StableQAT",
+]

@@ -72,6 +72,7 @@ class Quantizer(nn.Module, ABC):
 
     scale: nn.Parameter
     scale_floor: nn.Parameter
+    is_control = False  # True: no method of its own, but a question about one
 
     def __init__(
         self,
