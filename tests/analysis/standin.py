@@ -30,16 +30,23 @@ def main(argv: list[str]) -> int:
         raise RuntimeError("shapes differ")
     if act == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if act == "place":
+        note(folder, f"on {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        time.sleep(0.5)
     if act == "diverge":
         log_scalar(folder, "hp/diverged", 1.0)
-    if act in ("hang", "hang-saved") and not (folder.parent / "go").exists():
+    if act in ("hang", "hang-saved", "hang-refuse") and not (folder.parent / "go").exists():
         if act == "hang-saved":
             (folder / "checkpoints").mkdir()
             (folder / "checkpoints" / "last.ckpt").touch()
         with open(folder / "held", "w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)  # for as long as this process lives
             note(folder, "hangs")
-            time.sleep(30)
+            end = time.monotonic() + 30
+            while time.monotonic() < end and not (act == "hang-refuse" and (folder.parent / "go").exists()):
+                time.sleep(0.05)
+        if act == "hang-refuse":
+            return 2
     note(folder, "finished")
     return 0
 
@@ -60,6 +67,7 @@ def log_scalar(folder: Path, tag: str, value: float) -> None:
     writer.close()
 
 
-def run(path: str, rerun: str | None = None, workers: int = 4) -> int:
-    """Sweeps a study file with stand-ins in place of runs."""
-    return run_studies([read_study(path)], workers=workers, rerun=rerun, main=main, preload=())
+def run(*paths: str, rerun: str | None = None, workers: int | None = 4, gpus: tuple[str, ...] = ()) -> int:
+    """Sweeps study files with stand-ins in place of runs."""
+    studies = [read_study(path) for path in paths]
+    return run_studies(studies, workers=workers, rerun=rerun, gpus=gpus, main=main, preload=())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from standin import run
 
+from stableqat.analysis.slots import Slots
 from stableqat.errors import UserError
 
 FOLDER = Path("lightning_logs/demo")
@@ -130,8 +131,6 @@ def test_a_killed_sweep_goes_on_where_it_stopped() -> None:
     killed = begin(path)
     try:
         wait_for("saved hangs", "unsaved hangs")
-        with pytest.raises(UserError, match="another sweep is at work in"):
-            run(path)
     finally:
         killed.kill()
         killed.communicate()
@@ -147,6 +146,81 @@ def test_a_killed_sweep_goes_on_where_it_stopped() -> None:
     }
     assert {name: calls_of(name) for name in expected} == expected
     assert (FOLDER / "saved" / "log.txt").read_text().count("$ stableqat") == 2  # one folder, both attempts
+
+
+def test_sweeps_on_one_folder_divide_its_points() -> None:
+    path = write({f"p{i}": "place" if i % 2 else "finish" for i in range(12)}, "start: {}")
+    sweeps = [begin(path) for _ in range(3)]
+    shown = [sweep.communicate(timeout=60)[0].decode() for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0, 0]
+    assert Counter(call for call in calls() if call.endswith("began")) == {
+        f"{name} began": 1 for name in ("start", *(f"p{i}" for i in range(12)))
+    }
+    assert set(statuses().values()) == {"done"}
+    assert all("13 done in" in text for text in shown)  # each knows of all
+
+
+def test_another_sweep_takes_over_from_a_killed_one() -> None:
+    path = write({"saved": "hang-saved", "later": "finish"})
+    killed = begin(path)
+    wait_for("saved hangs", "later finished")
+    other = begin(path)
+    time.sleep(2)
+    assert calls_of("saved") == ["began", "hangs"]
+    (FOLDER / "go").touch()
+    killed.kill()
+    killed.communicate()
+    other.communicate(timeout=30)
+    assert other.returncode == 0
+    assert calls_of("saved") == ["began", "hangs", "resumed from last", "finished"]
+
+
+def test_a_failure_elsewhere_is_not_tried_again_at_once() -> None:
+    path = write({"a": "hang-refuse"})
+    first = begin(path)
+    wait_for("a hangs")
+    second = begin(path)
+    time.sleep(1.5)
+    (FOLDER / "go").touch()
+    assert [sweep.wait(timeout=30) for sweep in (first, second)] == [1, 1]
+    assert calls_of("a") == ["began", "hangs"]
+
+
+def test_runs_are_spread_over_the_gpus() -> None:
+    path = write({f"p{i}": "place" for i in range(8)}, "runs_per_gpu: 2")
+    assert run(path, workers=None, gpus=("3", "5")) == 0
+    assert Counter(call.split(" ", 1)[1] for call in calls() if " on " in call) == {"on 3": 4, "on 5": 4}
+
+
+def test_a_run_of_several_gpus_has_them_for_itself() -> None:
+    slots = Slots(["0", "1", "2"], 6)
+    small = slots.take(1)
+    large = slots.take(2)
+    assert (small, large) == (["0"], ["1", "1", "2", "2"])
+    assert slots.take(2) is None
+    assert slots.take(1) == ["0"]
+    assert slots.take(1) is None
+    slots.give_back(large)
+    assert slots.take(2) == ["1", "1", "2", "2"]
+    path = write({"a": "place"}, "args: {trainer.devices: 3}")
+    with pytest.raises(UserError, match=r"trainer\.devices: a run wants 3 GPUs, more than the 2"):
+        run(path, gpus=("0", "1"))
+    assert run(path, gpus=("0", "1", "2")) == 0
+    assert calls_of("a")[1] == "on 0,1,2"
+
+
+def test_studies_share_a_start_run() -> None:
+    first = write({"a": "finish"}, "start: {study: common, args: {x: 1}}")
+    Path("other.yaml").write_text("start: {study: common, args: {x: 1}}\ngrid: {arm: {b: }}")
+    assert run(first, "other.yaml") == 0
+    common = Path("lightning_logs/common")
+    assert (common / "calls.txt").read_text().splitlines() == ["start began", "start finished"]
+    assert (FOLDER / "study.yaml").read_text() == Path(first).read_text()
+    Path("third.yaml").write_text("start: {study: common, args: {x: 2}}\ngrid: {arm: {c: }}")
+    with pytest.raises(UserError, match=r"common/start with different settings"):
+        run(first, "third.yaml")
+    with pytest.raises(UserError, match=r"common/start was made with other settings \(x: 1 -> 2\)"):
+        run("third.yaml")
 
 
 def test_runs_end_with_a_killed_sweep() -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from stableqat.analysis.pool import expected_seconds
 from stableqat.analysis.runner import FINAL, Job
 
-STATES = ("done", "diverged", "failed", "running", "waiting")
+STATES = ("done", "diverged", "failed", "running", "elsewhere", "waiting")
 
 
 class Board:
@@ -50,7 +50,7 @@ class Board:
 
     def tell(self, job: Job) -> None:
         """Says how a job ended."""
-        ended = sum(j.record.status not in ("waiting", "running") for j in self.jobs)
+        ended = sum(j.record.status not in ("waiting", "running", "elsewhere") for j in self.jobs)
         text = f"[{ended}/{len(self.jobs)}] {job.point.study}/{job.point.name}: {job.record.status}"
         if job.record.status == "failed":
             text += f": {job.record.error}"
@@ -89,7 +89,7 @@ class Board:
             return math.inf
         left = 0.0
         for job in self.jobs:
-            if job.record.status in ("waiting", "running"):
+            if job.record.status in ("waiting", "running", "elsewhere"):
                 spent = time.monotonic() - job.began if job.record.status == "running" else 0.0
                 expected = expected_seconds(job, self.jobs)
                 left += max(0.0, (expected if math.isfinite(expected) else sum(seen) / len(seen)) - spent)

@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 
-from stableqat.analysis.runner import FINAL, Job, Main
+from stableqat.analysis.runner import ENDED, FINAL, Job, Main
+from stableqat.analysis.slots import Slots
 
 PATIENCE = 60.0  # seconds that runs have to write their checkpoints when the sweep is stopped
 
 
 class Pool:
-    """Runs jobs, at most `workers` at a time, `threads` threads each."""
+    """Runs jobs where slots have room, `threads` threads each."""
 
-    def __init__(self, jobs: list[Job], *, workers: int, threads: int, main: Main, preload: Sequence[str]):
+    def __init__(self, jobs: list[Job], *, slots: Slots, threads: int, main: Main, preload: Sequence[str]):
         self.jobs = jobs
-        self.workers = workers
+        self.slots = slots
         self.threads = threads
         self.main = main
         self.preload = preload
@@ -34,7 +35,7 @@ class Pool:
         """Works until nothing is left; returns the signal that stopped it before, if one did.
 
         Args:
-            tell: Called with each job that ended or could not start.
+            tell: Called with each job that ended, here or in another sweep, or could not start.
         """
         waiting = [job for job in self.jobs if job.record.status not in FINAL]
         running: list[Job] = []
@@ -42,20 +43,28 @@ class Pool:
         with self._signals_noted():
             try:
                 while waiting or running:
-                    while not self.signals and len(running) < self.workers and (job := self._next(waiting)):
+                    while not self.signals and (job := self._next(waiting)):
                         waiting.remove(job)
+                        if job.record.status in ENDED:
+                            tell(job)
+                            continue
                         job.start(self.main, self.threads, self.preload)
                         running.append(job)
-                    if not running:
+                    elsewhere = [job for job in waiting if job.record.status == "elsewhere"]
+                    if not running and (self.signals or not elsewhere):
                         break
                     if self.signals:
                         kill = len(self.signals) > 1 or time.monotonic() > self.stop_at
                         for job in running if kill else [j for j in running if j not in asked]:
                             job.signal(signal.SIGKILL if kill else signal.SIGTERM)
                             asked.append(job)
-                    wait([job.process.sentinel for job in running if job.process], timeout=1)
+                    if running:
+                        wait([job.process.sentinel for job in running if job.process], timeout=1)
+                    else:
+                        time.sleep(1)
                     for job in [j for j in running if j.process and j.process.exitcode is not None]:
                         running.remove(job)
+                        self.slots.give_back(job.place)
                         job.finish(stopped=job in asked)
                         tell(job)
             finally:
@@ -71,13 +80,25 @@ class Pool:
         return None
 
     def _next(self, waiting: list[Job]) -> Job | None:
+        """A job that has its claim and its place, or that ended in another sweep."""
         ready = [j for j in waiting if j.point.start is None or self._start_of(j).record.status == "done"]
         needed = {job.point.start.folder for job in waiting if job.point.start}
-        return max(
-            ready,
-            default=None,
-            key=lambda job: (job.point.folder in needed, expected_seconds(job, self.jobs)),
-        )
+        kinds: dict[tuple[str, str, bool], float] = {}
+        for job in ready:
+            if job.kind not in kinds:
+                kinds[job.kind] = expected_seconds(job, self.jobs)
+        ready.sort(key=lambda job: (job.point.folder in needed, kinds[job.kind]), reverse=True)
+        for job in ready:
+            place = self.slots.take(job.gpus)
+            if place is None:
+                return None
+            if job.take() and job.record.status not in ENDED:
+                job.place = place
+                return job
+            self.slots.give_back(place)
+            if job.record.status in ENDED:
+                return job
+        return None
 
     def _start_of(self, job: Job) -> Job:
         assert job.point.start is not None
@@ -103,9 +124,5 @@ class Pool:
 
 def expected_seconds(job: Job, jobs: list[Job]) -> float:
     """Mean duration of the study's finished points of the same kind; infinite as long as there are none."""
-
-    def kind(j: Job) -> tuple[str, str, bool]:
-        return j.point.study, j.point.verb, j.point.start is None
-
-    seconds = [j.record.seconds for j in jobs if j.record.status == "done" and kind(j) == kind(job)]
+    seconds = [j.record.seconds for j in jobs if j.record.status == "done" and j.kind == job.kind]
     return sum(seconds) / len(seconds) if seconds else float("inf")

@@ -8,6 +8,7 @@ sweep itself is killed, its children end with it, so that no run is ever written
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -20,10 +21,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from stableqat.analysis.claim import Claim
 from stableqat.analysis.study import Point
 from stableqat.errors import UserError
 
@@ -39,6 +42,7 @@ PRELOAD = (
     "stableqat.data",
 )
 FINAL = ("done", "diverged")
+ENDED = (*FINAL, "failed")
 
 Main = Callable[[list[str]], int]
 
@@ -82,10 +86,56 @@ class Job:
     """A point on its way: to run, running, or with its outcome in `record`."""
 
     point: Point
-    record: Record
+    record: Record = field(default_factory=lambda: Record("waiting", {}))
     resume: bool = False
+    changed: bool = False
     process: BaseProcess | None = None
     began: float = field(default_factory=time.monotonic)
+    place: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.claim = Claim(self.point.folder)
+        self.look()
+
+    def look(self) -> None:
+        """See in its folder whether the point is done, continues or begins."""
+        folder, settings = self.point.folder, self.point.settings()
+        found = Record.read(folder)
+        if found is None and folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} was not made by a sweep: move it away, or rename the study")
+        saved = self.point.verb == "fit" and (folder / "checkpoints" / "last.ckpt").exists()
+        same = found is None or found.settings == settings
+        self.changed = found is not None and not same and (found.status in FINAL or saved)
+        self.resume = saved and same
+        if found is not None and same and found.status in FINAL:
+            self.record = found
+        else:
+            self.record = Record("waiting", settings, found.seconds if found and self.resume else 0.0)
+
+    def take(self) -> bool:
+        """Whether this sweep may run the point now; looks at it again, because another may have been at work."""
+        if not self.claim.take():
+            self.record.status = "elsewhere"
+            return False
+        was_elsewhere = self.record.status == "elsewhere"
+        self.look()
+        found = Record.read(self.point.folder)
+        if was_elsewhere and found is not None and found.status == "failed":
+            self.record = found  # in another sweep that runs now: not tried again by this one
+        if self.record.status in ENDED:
+            self.claim.release()
+        return True
+
+    @property
+    def kind(self) -> tuple[str, str, bool]:
+        """What says how long a run takes."""
+        return self.point.study, self.point.verb, self.point.start is None
+
+    @cached_property
+    def gpus(self) -> int:
+        """How many GPUs the run asks for."""
+        devices = self.point.settings().get("trainer.devices", 1)
+        return devices if isinstance(devices, int) and devices > 1 else 1
 
     @property
     def begins_anew(self) -> bool:
@@ -108,7 +158,7 @@ class Job:
             replaced = self.replaced
             replaced.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, replaced)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.record.status, self.record.error = "running", ""
         self.record.write(folder)
         (folder / "command.sh").write_text(self.point.command + "\n")
@@ -116,7 +166,10 @@ class Job:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))
         self.began = time.monotonic()
-        self.process = context.Process(target=run_child, args=(main, argv, folder, self.record, threads))
+        gpus = list(dict.fromkeys(self.place))
+        self.process = context.Process(
+            target=run_child, args=(main, argv, folder, self.record, threads, ",".join(gpus))
+        )
         self.process.start()
 
     def finish(self, stopped: bool) -> None:
@@ -129,14 +182,15 @@ class Job:
         record = Record.read(folder)
         assert record is not None
         self.record = record
-        if record.status in FINAL:
-            return
-        record.seconds += time.monotonic() - self.began
-        record.status = "cut" if stopped else "failed"
-        if not stopped:
-            ended = f"killed by {signal.Signals(-code).name}" if code < 0 else _last_line(folder / "log.txt")
-            record.error = ended or f"ended with exit code {code} and no result"
-        record.write(folder)
+        if record.status not in FINAL:
+            record.seconds += time.monotonic() - self.began
+            record.status = "cut" if stopped else "failed"
+            if not stopped:
+                killed = f"killed by {signal.Signals(-code).name}" if code < 0 else ""
+                ended = killed or _last_line(folder / "log.txt")
+                record.error = ended or f"ended with exit code {code} and no result"
+            record.write(folder)
+        self.claim.release()
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the child; SIGKILL to all that it started, too."""
@@ -156,12 +210,15 @@ def run_stableqat(argv: list[str]) -> int:
     return main(argv)
 
 
-def run_child(main: Main, argv: list[str], folder: Path, record: Record, threads: int) -> None:
+def run_child(main: Main, argv: list[str], folder: Path, record: Record, threads: int, gpus: str) -> None:
     """Body of a child process: one command, its output in `log.txt`, its outcome in `sweep.json`."""
     began = time.monotonic()
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     with open(folder / "log.txt", "ab") as log, open(os.devnull) as nothing:
+        fcntl.flock(log, fcntl.LOCK_EX)  # until a run is gone whose sweep was killed a moment ago
         log.write(f"$ {shlex.join(['stableqat', *argv])}\n".encode())
         log.flush()
         os.dup2(nothing.fileno(), 0)

@@ -5,7 +5,10 @@
     vars: {steps: 200}                         # anything, for interpolation: ${vars.steps}
     configs: [base.yaml, demo.yaml]            # of every run
     args: {trainer.max_steps: "${vars.steps}"} # of every run
-    start: {args: {trainer.max_steps: 400}}    # optional: one run that all others begin from
+    runs_per_gpu: 8                            # where that is faster, as for small models; default 1
+    start: {args: {trainer.max_steps: 400}}    # optional: one run that all others begin from;
+                                               # {study: NAME, ...} puts it into NAME's folder, to share it
+    compare: {baseline: {method: STE}, margin: 0.01}  # optional: what `stableqat compare` is to test
     validate:                                  # optional: measured, not trained
       ptq: {configs: [ste.yaml]}
     grid:
@@ -43,6 +46,7 @@ SHORT_AXES = {"bits": "model.quantizer.bits", "lr": "model.optimizer.lr", "seed"
 QUANTIZER = "model.quantizer"
 INIT_FROM = "model.init_from"
 START = "start"
+_KEYS = ("name", "logs", "vars", "configs", "args", "runs_per_gpu", START, "validate", "grid", "compare")
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Study:
-    """A study: the folder of its runs and its points, the start run first."""
+    """A study.
+
+    Attributes:
+        name: Its name, that of its folder too.
+        folder: Where its runs land.
+        points: Its points, the start run first.
+        runs_per_gpu: How many of its runs share a GPU.
+        text: The study file.
+    """
 
     name: str
     folder: Path
     points: tuple[Point, ...]
+    runs_per_gpu: int
+    text: str
 
 
 def read_study(path: str | Path) -> Study:
@@ -137,7 +151,7 @@ def read_study(path: str | Path) -> Study:
             file that can't be read, or two points of one name; names the file and the key.
     """
     tree = _load(path, resolve=True)
-    _check_keys(path, "", tree, ("name", "logs", "vars", "configs", "args", START, "validate", "grid"))
+    _check_keys(path, "", tree, _KEYS)
     name = _name(path, "name", tree.get("name", Path(path).stem))
     folder = Path(str(tree.get("logs", "lightning_logs"))) / name
     base = _overlay(path, "", {key: tree[key] for key in ("configs", "args") if key in tree})
@@ -149,7 +163,10 @@ def read_study(path: str | Path) -> Study:
     points = []
     start = None
     if START in tree:
-        start = Point(name, START, folder / START, "fit", base + _overlay(path, START, tree[START]))
+        content = _mapping(path, START, tree[START])
+        home = _name(path, f"{START}.study", content.pop("study", name))
+        at = folder.parent / home / START
+        start = Point(home, START, at, "fit", base + _overlay(path, START, content))
         points.append(start)
         base += Overlay(args={INIT_FROM: str(start.folder)})
 
@@ -174,7 +191,10 @@ def read_study(path: str | Path) -> Study:
     names = [point.name for point in points]
     for twice in {n for n in names if names.count(n) > 1}:
         raise UserError(f"{path}: two points are named {twice}: rename an arm or drop a repeated value")
-    return Study(name, folder, tuple(points))
+    runs_per_gpu = tree.get("runs_per_gpu", 1)
+    if not isinstance(runs_per_gpu, int) or runs_per_gpu < 1:
+        raise UserError(f"{path}: runs_per_gpu: {runs_per_gpu!r} must be a whole number, 1 or more")
+    return Study(name, folder, tuple(points), runs_per_gpu, Path(path).read_text())
 
 
 @dataclass(frozen=True)

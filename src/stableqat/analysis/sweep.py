@@ -1,21 +1,21 @@
-"""`stableqat sweep`: runs the points of studies in a pool of processes, and takes up what was cut.
+"""`stableqat sweep`: runs the points of studies on all GPUs or cores, and takes up what was cut.
 
 Every point is an ordinary run in its own folder. What is done is skipped; what was cut continues
 from its last checkpoint, or begins anew where it had none; a point that fails doesn't stop the
-others and is tried again by the next call. A point whose settings changed since it was made is
-never mixed with the others silently: the sweep refuses, or, asked to, moves the old run aside.
+others and is tried again by the next call. Any number of sweeps may work on one folder, on one machine
+or on many that share it: each point is run by one of them. A point whose settings changed since it was
+made is never mixed with the others silently: the sweep refuses, or, asked to, moves the old run aside.
 """
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from stableqat.analysis.board import Board
 from stableqat.analysis.pool import Pool
-from stableqat.analysis.runner import FINAL, PRELOAD, Job, Main, Record, run_stableqat
+from stableqat.analysis.runner import PRELOAD, Job, Main, Record, run_stableqat
+from stableqat.analysis.slots import Slots, visible_gpus
 from stableqat.analysis.study import Point, Study, read_study
 from stableqat.errors import UserError
 
@@ -23,19 +23,22 @@ from stableqat.errors import UserError
 def sweep(studies: list[str], *, workers: int | None = None, rerun: Literal["changed"] | None = None) -> int:
     """Runs all points of one or more studies that are not done yet.
 
-    Ctrl-C stops the runs cleanly; the same command continues where they stopped.
+    Ctrl-C stops the runs cleanly; the same command continues where they stopped. Called again while it runs,
+    on another machine that shares the folder too, the sweeps divide the points among them.
 
     Args:
         studies: Study files (YAML).
-        workers: Runs at a time, all studies together; the number of CPU cores if not given. Each
-            run gets its share of the cores.
+        workers: Runs at a time, all studies together. If not given, `runs_per_gpu` of the study file (1) on each
+            visible GPU, or one a core where there is no GPU. Each run gets its share of the cores.
         rerun: "changed" runs those points again whose settings differ from what their folder was made
             with; the old runs are moved to `.replaced` in the logs folder. Without it the sweep refuses.
 
     Returns:
         0 if all points are done or ended as diverged, 1 if any failed, 128 + the signal if stopped.
     """
-    return run_studies([read_study(path) for path in studies], workers=workers, rerun=rerun)
+    return run_studies(
+        [read_study(path) for path in studies], workers=workers, rerun=rerun, gpus=visible_gpus()
+    )
 
 
 def run_studies(
@@ -43,6 +46,7 @@ def run_studies(
     *,
     workers: int | None = None,
     rerun: Literal["changed"] | None = None,
+    gpus: Sequence[str] = (),
     main: Main = run_stableqat,
     preload: Sequence[str] = PRELOAD,
 ) -> int:
@@ -52,73 +56,62 @@ def run_studies(
         studies: Studies, each with a folder of its own.
         workers: As in `sweep`.
         rerun: As in `sweep`.
+        gpus: Names of the GPUs to use.
         main: What a child calls with the point's command line; returns an exit code.
         preload: Modules that the children find imported.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = cores if workers is None else workers
-    if workers < 1:
-        raise UserError(f"workers: {workers} must be 1 or more")
+    if workers is None:
+        workers = len(gpus) * min(study.runs_per_gpu for study in studies) or cores
+    slots = Slots(gpus, workers)
     folders = [study.folder.resolve() for study in studies]
     for folder in {f for f in folders if folders.count(f) > 1}:
         raise UserError(f"two studies write to {folder}: give one of them another name")
-    with contextlib.ExitStack() as locks:
-        for study in studies:
-            locks.enter_context(_alone(study.folder))
-        jobs = _plan(studies, rerun)
-        pool = Pool(jobs, workers=workers, threads=max(1, cores // workers), main=main, preload=preload)
-        board = Board(jobs, workers)
-        with board.shown():
-            stopped_by = pool.run(board.tell)
-        board.summary(stopped_by)
+    jobs = _plan(studies, rerun, len(gpus))
+    for study in studies:
+        _keep(study)
+    pool = Pool(jobs, slots=slots, threads=max(1, cores // workers), main=main, preload=preload)
+    board = Board(jobs, workers)
+    with board.shown():
+        stopped_by = pool.run(board.tell)
+    board.summary(stopped_by)
     if stopped_by:
         return 128 + stopped_by
     return 1 if any(job.record.status == "failed" for job in jobs) else 0
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Makes the study's folder and keeps other sweeps out of it."""
+def _keep(study: Study) -> None:
+    """Put the study file beside the runs: what they were meant to test stays with them."""
+    part = study.folder / f".study.yaml.{os.getpid()}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - stays open, and so locked, until the end
+        study.folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(study.text)
+        os.replace(part, study.folder / "study.yaml")
     except OSError as error:
         raise UserError(
-            f"{folder} can't be written ({error.strerror}): set another folder as logs"
+            f"{study.folder} can't be written ({error.strerror}): set another folder as logs"
         ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another sweep is at work in {folder}: wait for it or stop it") from error
-        yield
 
 
-def _plan(studies: Sequence[Study], rerun: str | None) -> list[Job]:
+def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
     """Decides for each point whether it is done, continues or begins, before anything runs."""
-    jobs, changed = [], []
+    jobs: dict[Path, Job] = {}
     for study in studies:
         for point in study.points:
-            settings = point.settings()
-            record = Record.read(point.folder)
-            if record is None and point.folder.exists() and any(point.folder.iterdir()):
-                raise UserError(f"{point.folder} was not made by a sweep: move it away, or rename the study")
-            job = Job(point, record or Record("waiting", settings))
-            job.resume = point.verb == "fit" and (point.folder / "checkpoints" / "last.ckpt").exists()
-            same = job.record.settings == settings
-            if not same and (job.record.status in FINAL or job.resume):
-                changed.append(job)
-            if job.record.status not in FINAL or not same:
-                job.resume = job.resume and same
-                job.record = Record("waiting", settings, job.record.seconds if job.resume else 0.0)
-            jobs.append(job)
+            known = jobs.get(point.folder)
+            if known is not None and known.point.settings() != point.settings():
+                raise UserError(f"two studies make {point.folder} with different settings: rename one of them")
+            jobs.setdefault(point.folder, Job(point))
+    changed = [job for job in jobs.values() if job.changed]
     if changed and rerun != "changed":
         first = changed[0].point
         raise UserError(
             f"{first.folder} was made with other settings ({_difference(first)}), and so were"
             f" {len(changed) - 1} more: rename the study to keep both, or add --rerun changed"
         )
-    return jobs
+    if gpus and (most := max(job.gpus for job in jobs.values())) > gpus:
+        raise UserError(f"trainer.devices: a run wants {most} GPUs, more than the {gpus} that are here")
+    return list(jobs.values())
 
 
 def _difference(point: Point) -> str:
