@@ -51,7 +51,9 @@ def begin(path: str) -> subprocess.Popen:
     """Starts a sweep in a process of its own."""
     code = f"import sys, standin; sys.exit(standin.run({path!r}, workers=2))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
 
 
 def wait_for(*lines: str) -> None:
@@ -253,6 +255,16 @@ def test_a_stopped_sweep_goes_on() -> None:
     assert run(path) == 0
     assert set(statuses().values()) == {"done"}
     assert sum(call.endswith("finished") for call in calls()) == 3
+
+
+def test_a_signal_to_every_process_stops_a_sweep_in_order() -> None:
+    """As `timeout` and SLURM send it."""
+    path = write({"a": "hang", "b": "hang"})
+    stopped = begin(path)
+    wait_for("a hangs", "b hangs")
+    os.killpg(stopped.pid, signal.SIGTERM)
+    assert stopped.wait(timeout=30) == 128 + signal.SIGTERM
+    assert statuses() == {"a": "cut", "b": "cut"}
 
 
 def test_changed_points_are_run_again_only_on_demand() -> None:

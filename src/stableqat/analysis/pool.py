@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 
-from stableqat.analysis.runner import ENDED, FINAL, Job, Main
+from stableqat.analysis.runner import ENDED, FINAL, Job, Main, start_server
 from stableqat.analysis.slots import Slots
 
 PATIENCE = 60.0  # seconds that runs have to write their checkpoints when the sweep is stopped
@@ -48,7 +48,7 @@ class Pool:
                         if job.record.status in ENDED:
                             tell(job)
                             continue
-                        job.start(self.main, self.threads, self.preload)
+                        job.start(self.main, self.threads)
                         running.append(job)
                     elsewhere = [job for job in waiting if job.record.status == "elsewhere"]
                     if not running and (self.signals or not elsewhere):
@@ -114,6 +114,7 @@ class Pool:
             yield
             return
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        start_server(self.preload)
         before = {number: signal.signal(number, note) for number in numbers}
         try:
             yield

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Job:
             self.record = Record("waiting", settings, found.seconds if found and self.resume else 0.0)
 
     def take(self) -> bool:
-        """Whether this sweep may run the point now; looks at it again, because another may have been at work."""
+        """Whether this sweep may run the point now, by a new look: another may have been at work."""
         if not self.claim.take():
             self.record.status = "elsewhere"
             return False
@@ -151,7 +152,7 @@ class Job:
         )
         return next(name for name in names if not name.exists())
 
-    def start(self, main: Main, threads: int, preload: Sequence[str]) -> None:
+    def start(self, main: Main, threads: int) -> None:
         """Starts the point in a child process, resuming from its last checkpoint where `resume` says so."""
         folder = self.point.folder
         if self.begins_anew:
@@ -164,7 +165,6 @@ class Job:
         (folder / "command.sh").write_text(self.point.command + "\n")
         argv = self.point.argv + (["--ckpt_path", "last"] if self.resume else [])
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
         self.began = time.monotonic()
         gpus = list(dict.fromkeys(self.place))
         self.process = context.Process(
@@ -210,10 +210,28 @@ def run_stableqat(argv: list[str]) -> int:
     return main(argv)
 
 
+def start_server(preload: Sequence[str]) -> None:
+    """Start the server that forks the children, deaf to what ends the sweep: it must outlive them.
+
+    Who stops a job often signals every process of it, `timeout` and SLURM among them.
+
+    Args:
+        preload: Modules that the children find imported.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    ended_by = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ended_by}
+    forkserver.ensure_running()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def run_child(main: Main, argv: list[str], folder: Path, record: Record, threads: int, gpus: str) -> None:
     """Body of a child process: one command, its output in `log.txt`, its outcome in `sweep.json`."""
     began = time.monotonic()
     os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus

@@ -28,8 +28,8 @@ def sweep(studies: list[str], *, workers: int | None = None, rerun: Literal["cha
 
     Args:
         studies: Study files (YAML).
-        workers: Runs at a time, all studies together. If not given, `runs_per_gpu` of the study file (1) on each
-            visible GPU, or one a core where there is no GPU. Each run gets its share of the cores.
+        workers: Runs at a time, all studies together. If not given, `runs_per_gpu` of the study file (1) on
+            each visible GPU, or one a core where there is no GPU. Each run gets its share of the cores.
         rerun: "changed" runs those points again whose settings differ from what their folder was made
             with; the old runs are moved to `.replaced` in the logs folder. Without it the sweep refuses.
 
@@ -100,7 +100,9 @@ def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
         for point in study.points:
             known = jobs.get(point.folder)
             if known is not None and known.point.settings() != point.settings():
-                raise UserError(f"two studies make {point.folder} with different settings: rename one of them")
+                raise UserError(
+                    f"two studies make {point.folder} with different settings: rename one of them"
+                )
             jobs.setdefault(point.folder, Job(point))
     changed = [job for job in jobs.values() if job.changed]
     if changed and rerun != "changed":

@@ -13,6 +13,8 @@ from stableqat.callbacks.divergence import DivergenceGuard
 
 
 class _GuardedCheckpoint(ModelCheckpoint):
+    enabled: bool
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if not _suspicious(trainer):
             super().on_train_batch_end(trainer, *args)
@@ -37,7 +39,8 @@ class _GuardedCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         # a gradient that is not finite poisons the weights under a loss that still is
-        if all(guard.check_parameters(trainer, trainer.lightning_module) for guard in _guards(trainer)):
+        healthy = all(guard.check_parameters(trainer, trainer.lightning_module) for guard in _guards(trainer))
+        if healthy and self.enabled:
             super()._save_checkpoint(trainer, filepath)
 
 
@@ -47,9 +50,11 @@ class BestCheckpoint(_GuardedCheckpoint):
     Args:
         monitor: Metric to watch.
         mode: min or max.
+        enabled: False writes nothing, for short runs of a study that is after their curves alone.
     """
 
-    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
+    def __init__(self, monitor: str = "val/loss", mode: str = "min", enabled: bool = True) -> None:
+        self.enabled = enabled
         super().__init__(
             filename="best",
             monitor=monitor,
@@ -64,9 +69,11 @@ class LastCheckpoint(_GuardedCheckpoint):
 
     Args:
         every_n_train_steps: Save after this many steps instead of after validations.
+        enabled: False writes nothing; such a run begins anew after a cut.
     """
 
-    def __init__(self, every_n_train_steps: int | None = None) -> None:
+    def __init__(self, every_n_train_steps: int | None = None, enabled: bool = True) -> None:
+        self.enabled = enabled
         super().__init__(
             filename="last",
             save_on_exception=True,
