@@ -26,8 +26,9 @@ from stableqat.ops import (
     Tanh,
     fake_quantize,
     make_grid,
+    reference,
 )
-from stableqat.ops.spec import from_text, to_text
+from stableqat.ops.spec import Spec, from_text, to_text
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -190,6 +191,33 @@ def test_every_dtype(dtypes, surrogate):
         (9, 80), (9, 2), make_grid("integer", 4), SURROGATES[surrogate], dtype=dtype, upstream=upstream
     )
     check(case, value)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("name", "bits"), [("integer", 2), ("stretched", 2), ("binary", 1)])
+def test_weights_far_outside_the_grid(name, bits, surrogate, mask):
+    """Where a run with a large learning rate takes them: up to 40,000 scales."""
+    case = sample((6, 96), (6, 1), make_grid(name, bits), replace(SURROGATES[surrogate], mask=mask), seed=4)
+    far = torch.linspace(0, 1, case.x.numel(), device=DEVICE).mul_(10).exp_().reshape(case.x.shape)
+    *found, _ = backward(replace(case, x=case.x * far))
+    *expected, _ = gradients_of(replace(case, x=case.x * far))
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.isfinite().all()
+            if mask != "none":  # without a mask, the distance to a level so far out has no digits to agree on
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
+def gradients_of(case):
+    """What the torch reference gives."""
+    spec = Spec(case.grid, case.surrogate, FLOAT)
+    x, scale, zero, param = reference.grouped(weight_of(case), spec.grid)
+    upstream = case.upstream.reshape(x.shape)
+    found = reference.backward(upstream, x, scale, zero, spec.grid, spec.surrogate, param)
+    likes = (case.x, case.scale, case.param)
+    return (*[g if g is None else g.reshape(like.shape) for g, like in zip(found, likes, strict=True)], None)
 
 
 @pytest.mark.parametrize("logit", [10.0, -10.0])
