@@ -16,7 +16,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import stableqat.data  # noqa: F401 - its classes are then known by their short names
 from stableqat import checks
-from stableqat.callbacks import BestCheckpoint, DivergenceGuard, LastCheckpoint, QuantizerMonitor, RunRecord
+from stableqat.callbacks import (
+    BestCheckpoint,
+    DivergenceGuard,
+    GradientMismatch,
+    LastCheckpoint,
+    QuantizerMonitor,
+    RunRecord,
+)
 from stableqat.errors import UserError
 from stableqat.modules import FSDP2Strategy, QATModule
 from stableqat.modules.base import state_dict_follows
@@ -92,6 +99,7 @@ class QATCommand(LightningCLI):
         """The suite's configurable callbacks, each under a key of its own."""
         parser.add_lightning_class_args(DivergenceGuard, "guard")
         parser.add_lightning_class_args(QuantizerMonitor, "monitor")
+        parser.add_lightning_class_args(GradientMismatch, "mismatch")
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
 

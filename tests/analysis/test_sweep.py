@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from standin import run
 
-from stableqat.analysis.slots import Slots
+from stableqat.analysis.slots import Slots, visible_gpus
 from stableqat.errors import UserError
 
 FOLDER = Path("lightning_logs/demo")
@@ -192,6 +192,19 @@ def test_runs_are_spread_over_the_gpus() -> None:
     path = write({f"p{i}": "place" for i in range(8)}, "runs_per_gpu: 2")
     assert run(path, workers=None, gpus=("3", "5")) == 0
     assert Counter(call.split(" ", 1)[1] for call in calls() if " on " in call) == {"on 3": 4, "on 5": 4}
+
+
+def test_the_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5a")
+    assert visible_gpus() == ["2", "GPU-5a"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == []  # without nvidia-smi
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0; echo 1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert visible_gpus() == ["0", "1"]
 
 
 def test_a_run_of_several_gpus_has_them_for_itself() -> None:

@@ -78,4 +78,4 @@ def test_help_of_fit_tells_the_docstrings(capsys):
 def test_help_of_a_class_tells_its_docstring(capsys):
     assert main(["fit", "--model.help", "LlamaModule"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Learning rate of the quantizers' parameters as a share of the weights'." in text
+    assert "Learning rate of the quantizers' parameters as a share of `lr`." in text

@@ -1,6 +1,7 @@
 """Places for runs: shares of GPUs, or of the cores where there is none."""
 
 import os
+import subprocess
 from collections.abc import Sequence
 
 from stableqat.errors import UserError
@@ -56,10 +57,13 @@ class Slots:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # counting must not start CUDA: children fork
-    import torch
-
-    count = torch.cuda.device_count()
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return (named or [str(number) for number in range(count)])[:count]
+    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES has them; asked without starting CUDA, or torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name and name != "-1"]
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # no driver, no GPU
+        return []
+    return listed.split()

@@ -222,7 +222,7 @@ def _backward_tile(
             u = remainder * inverse
         if HARMONICS > 2:  # so steep that the last bit counts
             u = tl.fma(tl.fma(-u, scale, remainder), inverse, u)
-        # far outside the grid; without a mask float32 has no digits left for a distance there, and 0 * inf is NaN
+        # far outside the grid float32 has no digits left for a distance, and a masked infinity would be NaN
         if ZERO_POINTS or not MASKED or KIND == "tanh":
             u = tl.minimum(tl.maximum(u, -0.5), 0.5)
         grad = tl.where(inside, grad, 0.0)

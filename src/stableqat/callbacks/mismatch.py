@@ -1,0 +1,197 @@
+"""The cosine between the surrogate's gradient and the gradient of a smoothed loss.
+
+The loss of quantized weights is a staircase, but `L_s(v) = E L(Q(v + sigma e))` has a gradient: v are latent
+weights in units of their scales, e is standard normal. By Stein's identity the central difference
+`f = [L(v + sigma e) - L(v - sigma e)] / (2 sigma)` has `E f <u, e> = <u, grad L_s>` for any u, without an
+error of linearisation, so `E f^2` is `|grad L_s|^2` plus a residue, the part of f that is not linear in e.
+With `a` the slope of L_s along the surrogate's unit gradient u, `cos = a / sqrt(a^2 + E (f - a <u, e>)^2)`.
+The residue draws it towards 0, for the staircase alone by 2^(-1/4) = 0.84 (small sigma, weights spread
+evenly): compare methods by it, at one sigma. A small sigma asks for the staircase's shape, near 1/2 any
+surrogate that is constant would do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from stableqat.errors import UserError
+from stableqat.surgery import quantized_layers, release_weights
+
+CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the surrogate's gradient
+
+
+class GradientMismatch(L.Callback):
+    """Log `quant/grad_cosine` and its standard error, `quant/grad_cosine_se`. Training does not notice.
+
+    Measured before a step, on its batch, from 4 losses a direction and one gradient; beside them it takes
+    the memory of two copies of the quantized weights.
+
+    Args:
+        every_n_steps: Optimizer steps between measurements, the first before any; 0 measures nothing.
+        directions: Random directions a measurement; the error falls with their square root.
+        sigma: Standard deviation of the smoothing noise in units of each weight's scale.
+
+    Raises:
+        UserError: If a setting is out of range, or weights are sharded.
+    """
+
+    def __init__(self, every_n_steps: int = 0, directions: int = 32, sigma: float = 0.1) -> None:
+        for key, value, least in (("every_n_steps", every_n_steps, 0), ("directions", directions, 2)):
+            if value < least:
+                raise UserError(f"mismatch.{key}: must be at least {least}, not {value}")
+        if not 0 < sigma < float("inf"):
+            raise UserError(f"mismatch.sigma: must be a number above 0, not {sigma}")
+        self.every_n_steps = every_n_steps
+        self.directions = directions
+        self.sigma = sigma
+        self._seen_step = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse weights in shards: a direction is drawn for whole ones."""
+        if self.every_n_steps and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise UserError(
+                "mismatch.every_n_steps: gradient mismatch is not measured on sharded weights; "
+                "leave it at 0, or take --trainer.strategy ddp"
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure where a step begins, at the first of its micro-batches."""
+        step = trainer.global_step
+        if not self.every_n_steps or step % self.every_n_steps or step == self._seen_step:
+            return
+        self._seen_step = step
+        probe = _Probe(trainer, pl_module, batch, batch_idx, self.sigma)
+        if not probe.scales:
+            return
+        first = step * self.directions  # the same directions in every run and on every rank
+        cosine, error = _cosine(*probe.slopes(range(first, first + self.directions)))
+        if cosine.isfinite():  # there is none where a gradient is 0, or a loss overflows
+            metrics = {"quant/grad_cosine": cosine.item(), "quant/grad_cosine_se": error.item()}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+
+
+class _Probe:
+    """The training loss of one batch, seen as a function of the latent weights in units of their scales.
+
+    Args:
+        trainer: Gives precision and processes; the loss is the mean over them.
+        pl_module: Whose training step and quantized weights.
+        batch: The batch.
+        batch_idx: Its number.
+        sigma: Length of a step away from the weights.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, sigma: float
+    ) -> None:
+        self.trainer, self.pl_module, self.sigma = trainer, pl_module, sigma
+        self.step_arguments = batch, batch_idx
+        layers = [each for each in quantized_layers(pl_module).values() if each.weight.requires_grad]
+        # by weight: layers may share one
+        self.scales = {each.weight: each.weight_quantizer.quantize(each.weight).scale for each in layers}
+
+    def slopes(self, seeds: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Slopes of the loss, one a direction of noise.
+
+        Args:
+            seeds: One a direction.
+
+        Returns:
+            Slope along the surrogate's unit gradient at either end of the noise, the noise's own slope, and
+            the component of the noise along that gradient.
+        """
+        release_weights(self.pl_module)
+        gradient = self._unit_gradient()
+        start = [weight.detach().clone() for weight in self.scales]
+        try:
+            losses = [[self._loss_at(start, gradient, seed, *signs) for signs in CORNERS] for seed in seeds]
+        finally:
+            with torch.no_grad():
+                for weight, before in zip(self.scales, start, strict=True):
+                    weight.copy_(before)
+        shared = torch.stack([self._component(gradient, seed) for seed in seeds])
+        table = torch.stack([torch.stack(row) for row in losses]).float()
+        table = self.trainer.strategy.reduce(table, reduce_op="mean").cpu().double()
+        signs = torch.tensor(CORNERS, dtype=table.dtype)
+        across, along = (table @ signs / (len(CORNERS) * self.sigma)).T
+        return along, across, shared.cpu().double()
+
+    def _unit_gradient(self) -> list[Tensor]:
+        """The surrogate's gradient by the weights in units of their scales, of length 1 over all layers."""
+        with _unnoticed(self.pl_module):
+            found = torch.autograd.grad(self._loss(), list(self.scales), materialize_grads=True)
+        mean = [self.trainer.strategy.reduce(each, reduce_op="mean") for each in found]
+        scaled = [_scaled(each, scale) for each, scale in zip(mean, self.scales.values(), strict=True)]
+        norm = torch.stack([each.norm() for each in scaled]).norm()
+        return [each.div_(norm) for each in scaled]
+
+    @torch.no_grad()
+    def _loss_at(
+        self, start: list[Tensor], gradient: list[Tensor], seed: int, noise_sign: int, gradient_sign: int
+    ) -> Tensor:
+        rows = zip(self.scales.items(), start, gradient, self._noise(seed), strict=True)
+        for (weight, scale), before, unit, noise in rows:
+            offset = noise.mul_(noise_sign).add_(unit, alpha=gradient_sign)
+            weight.copy_(torch.add(before, _scaled(offset, scale), alpha=self.sigma))
+        with _unnoticed(self.pl_module):
+            return self._loss()
+
+    def _loss(self) -> Tensor:
+        with self.trainer.precision_plugin.forward_context():
+            loss = self.pl_module.training_step(*self.step_arguments)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _component(self, gradient: list[Tensor], seed: int) -> Tensor:
+        pairs = zip(gradient, self._noise(seed), strict=True)
+        return torch.stack([torch.vdot(unit.flatten(), noise.flatten()) for unit, noise in pairs]).sum()
+
+    def _noise(self, seed: int) -> Iterator[Tensor]:
+        """The direction of a seed, a weight at a time: drawn again where it is needed again."""
+        generator = torch.Generator(self.pl_module.device).manual_seed(seed)
+        for weight in self.scales:
+            yield torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+
+
+def _cosine(along: Tensor, across: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosine of the module's docstring and its standard error, by the jackknife over directions."""
+    moments = torch.stack([along, across * across, across * shared, shared * shared])
+    count = moments.shape[1]
+    others = (moments.sum(1, keepdim=True) - moments) / (count - 1)
+    error = ((count - 1) * _cosine_of(others).var(correction=0)).sqrt()
+    return _cosine_of(moments.mean(1)), error
+
+
+def _cosine_of(moments: Tensor) -> Tensor:
+    along, square, product, shared = moments
+    rest = square - 2 * along * product + along * along * shared
+    return along / (along * along + rest).sqrt()
+
+
+def _scaled(values: Tensor, scale: Tensor) -> Tensor:
+    """`values` times the scale of each one's row or group."""
+    return (values.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
+
+
+@contextmanager
+def _unnoticed(pl_module: L.LightningModule) -> Iterator[None]:
+    """Inside, training steps log nothing; afterwards, random states and buffers are as they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
+    vars(pl_module)["log"] = lambda *args, **options: None
+    try:
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+            yield
+    finally:
+        del vars(pl_module)["log"]
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
