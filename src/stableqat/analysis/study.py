@@ -150,8 +150,8 @@ def read_study(path: str | Path) -> Study:
         UserError: An unknown or missing key, an empty axis, a value of the wrong kind, a config
             file that can't be read, or two points of one name; names the file and the key.
     """
-    tree = _load(path, resolve=True)
-    _check_keys(path, "", tree, _KEYS)
+    tree = load_yaml(path, resolve=True)
+    check_keys(path, "", tree, _KEYS)
     name = _name(path, "name", tree.get("name", Path(path).stem))
     folder = Path(str(tree.get("logs", "lightning_logs"))) / name
     base = _overlay(path, "", {key: tree[key] for key in ("configs", "args") if key in tree})
@@ -237,19 +237,19 @@ def _axes(path: str | Path, grid: dict[str, Any]) -> list[_Axis]:
 
 def _overlay(path: str | Path, where: str, content: Any) -> Overlay:
     tree = _mapping(path, where, content)
-    _check_keys(path, where, tree, ("configs", "args"))
+    check_keys(path, where, tree, ("configs", "args"))
     dot = f"{where}." if where else ""
     names = tree.get("configs") or []
     configs = []
     for file in names if isinstance(names, list) else [names]:
         if not isinstance(file, str) or not Path(file).is_file():
             raise UserError(f"{path}: {dot}configs: there is no file {file} (looked in {Path.cwd()})")
-        configs.append(ConfigFile(file, _flatten(_load(file))))
+        configs.append(ConfigFile(file, _flatten(load_yaml(file))))
     args = _flatten(_mapping(path, f"{dot}args", tree.get("args")))
     return Overlay(tuple(configs), {_argument(path, f"{dot}args", key): value for key, value in args.items()})
 
 
-def _load(path: str | Path, resolve: bool = False) -> dict[str, Any]:
+def load_yaml(path: str | Path, resolve: bool = False) -> dict[str, Any]:
     """A YAML file as plain data; `resolve` puts values in place of interpolations."""
     try:
         config = OmegaConf.load(path)
@@ -302,7 +302,8 @@ def _argument(path: str | Path, where: str, key: str) -> str:
     return key.replace(".init_args.", ".")
 
 
-def _check_keys(path: str | Path, where: str, tree: dict[str, Any], known: tuple[str, ...]) -> None:
+def check_keys(path: str | Path, where: str, tree: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Refuses a key of a block that is not known, with the nearest that is."""
     for key in tree:
         if key not in known:
             raise _unknown(path, f"{where}.{key}" if where else key, key, known)

@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Literal
 
 from stableqat.analysis.board import Board
+from stableqat.analysis.cluster import submit_sweep
 from stableqat.analysis.pool import Pool
-from stableqat.analysis.runner import PRELOAD, Job, Main, Record, run_stableqat
+from stableqat.analysis.runner import FINAL, PRELOAD, Job, Main, Record, run_stableqat
 from stableqat.analysis.slots import Slots, visible_gpus
 from stableqat.analysis.study import Point, Study, read_study
 from stableqat.errors import UserError
 
 
-def sweep(studies: list[str], *, workers: int | None = None, rerun: Literal["changed"] | None = None) -> int:
+def sweep(
+    studies: list[str],
+    *,
+    workers: int | None = None,
+    rerun: Literal["changed"] | None = None,
+    slurm: str | None = None,
+) -> int:
     """Runs all points of one or more studies that are not done yet.
 
     Ctrl-C stops the runs cleanly; the same command continues where they stopped. Called again while it runs,
@@ -32,13 +39,25 @@ def sweep(studies: list[str], *, workers: int | None = None, rerun: Literal["cha
             each visible GPU, or one a core where there is no GPU. Each run gets its share of the cores.
         rerun: "changed" runs those points again whose settings differ from what their folder was made
             with; the old runs are moved to `.replaced` in the logs folder. Without it the sweep refuses.
+        slurm: Options file (YAML). Submits this sweep as a SLURM job array instead of running it here:
+            `tasks` workers, `timeout_min` minutes each, with what else submitit takes (gpus_per_node,
+            cpus_per_task, slurm_partition, ...). `cluster: local` in it tries that on this machine.
 
     Returns:
-        0 if all points are done or ended as diverged, 1 if any failed, 128 + the signal if stopped.
+        0 if all points are done or ended as diverged, or if tasks were submitted; 1 if any failed;
+        128 + the signal if stopped.
     """
-    return run_studies(
-        [read_study(path) for path in studies], workers=workers, rerun=rerun, gpus=visible_gpus()
-    )
+    read = [read_study(path) for path in studies]
+    if slurm is None:
+        return run_studies(read, workers=workers, rerun=rerun, gpus=visible_gpus())
+    # What a task would refuse in its log, after it was queued for hours, is refused here.
+    Slots((), 1 if workers is None else workers)
+    jobs = _plan(read, rerun, 0)
+    arguments = [str(Path(path).absolute()) for path in studies]
+    arguments += [f"--workers={workers}"] if workers is not None else []
+    arguments += [f"--rerun={rerun}"] if rerun else []
+    left = sum(job.changed or job.record.status not in FINAL for job in jobs)
+    return submit_sweep(read, arguments, left, slurm)
 
 
 def run_studies(
@@ -64,9 +83,6 @@ def run_studies(
     if workers is None:
         workers = len(gpus) * min(study.runs_per_gpu for study in studies) or cores
     slots = Slots(gpus, workers)
-    folders = [study.folder.resolve() for study in studies]
-    for folder in {f for f in folders if folders.count(f) > 1}:
-        raise UserError(f"two studies write to {folder}: give one of them another name")
     jobs = _plan(studies, rerun, len(gpus))
     for study in studies:
         _keep(study)
@@ -95,6 +111,9 @@ def _keep(study: Study) -> None:
 
 def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
     """Decides for each point whether it is done, continues or begins, before anything runs."""
+    folders = [study.folder.resolve() for study in studies]
+    for folder in {f for f in folders if folders.count(f) > 1}:
+        raise UserError(f"two studies write to {folder}: give one of them another name")
     jobs: dict[Path, Job] = {}
     for study in studies:
         for point in study.points:
