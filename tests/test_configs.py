@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from stableqat import quantizers
+from stableqat.analysis.study import read_study
 from stableqat.cli import main
 from stableqat.run import QATCommand
 
@@ -208,3 +209,22 @@ def test_studies_name_configurations_that_exist(family):
         ]
         assert files
         assert all(file.is_file() for file in files)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llama" / "study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_arm_of_the_stability_study_builds(path, command, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    if "grid" not in yaml.safe_load(path.read_text()):
+        return  # laid over others by the studies
+    seen = set()
+    for point in read_study(path).points:
+        arm = point.name.split("-b2")[0].split("-b3")[0].split("-b4")[0].split("-lr")[0]
+        if point.verb != "fit" or arm in seen:
+            continue
+        seen.add(arm)
+        elsewhere = ["--model.init_from", "null", "--data.source", "null", "--data.tokenizer", "null"]
+        made = command(*point.argv[1:], *elsewhere, "--trainer.precision", "32-true")
+        settings = made.config["fit"]
+        assert settings.trainer.max_steps == 240
+        assert settings.guard.margin == 20
+    assert len(seen) >= 3
