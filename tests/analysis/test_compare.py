@@ -1,6 +1,7 @@
 """The figures of a comparison, computed by hand here, and what becomes of runs that can't be compared."""
 
 import csv
+import json
 import logging
 import math
 import os
@@ -11,8 +12,9 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from stableqat.analysis.arms import Comparison, usable
-from stableqat.analysis.compare import compare, markdown, rows
-from stableqat.analysis.events import Run, read_run
+from stableqat.analysis.compare import compare
+from stableqat.analysis.events import COMPARED, Run, read_run
+from stableqat.analysis.tables import as_json, markdown, notes, rows
 from stableqat.errors import UserError
 
 STE = {"method": "STE", "bits": 2, "grid": "standard", "mask": "hard", "scale_init": "mse"}
@@ -21,6 +23,9 @@ PTQ = STE | {"subcommand": "validate"}
 FP = {"method": "FP", "max_steps": 10, "subcommand": "fit"}
 STABLE = STE | {"method": "StableQAT", "mask": "soft", "amplitude": 0.25}
 STRETCHED = STE | {"method": "ParetoQ", "grid": "stretched"}
+
+
+FILES = {"compare.csv", "compare.html", "compare.json", "compare.md", "compare.png"}
 
 
 def made(hparams: dict[str, Any], loss: float | None, name: str = "run", **scalars: float) -> Run:
@@ -77,9 +82,9 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
     with open(out / "compare.csv") as file:
         table = list(csv.DictReader(file))
     fp, ptq, ste, stable = table  # references at the top
-    assert [row["method"] for row in table] == ["FP (start)", "PTQ", "STE", "StableQAT"]
-    assert (fp["best loss"], fp["recovered"], fp["diverged"]) == ("2.0", "", "")
-    assert (ptq["best loss"], ptq["bits"], ptq["grid"], ptq["mask"]) == ("6.0", "2", "standard", "")
+    assert [row["arm"] for row in table] == ["FP (start)", "PTQ", "STE", "StableQAT mask soft"]
+    assert (fp["reported loss"], fp["recovered"], fp["diverged"]) == ("2.0", "", "")
+    assert (ptq["reported loss"], ptq["bits"], ptq["grid"], ptq["mask"]) == ("6.0", "2", "standard", "")
 
     def cell(row: dict[str, str], lr: str) -> list[str]:
         return [row[f"lr {lr} {part}"] for part in ("mean", "std", "n", "diverged")]
@@ -89,17 +94,20 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cell(ste, "0.1") == ["6.5", repr(math.sqrt(0.5)), "2", "1"]  # the cap and 7
     assert cell(stable, "0.1") == ["6.0", "", "1", "1"]
     assert cell(ptq, "1e-3") == ["", "", "", ""]
-    for row, lr, best, recovered, sensitivity, worst in (
-        (ste, "0.001", 3.25, 2.75 / 4, (3.25 + 4 + 6) / 3 - 3.25, 6.5),
-        (stable, "0.01", 2.5, 3.5 / 4, (3 + 2.5 + 6) / 3 - 2.5, 6.0),
+    # By seed; what ended at 7 counts up to the cap, as what diverged does.
+    by_seed = ((3 + 4 + 6) / 3 - 3, (3.5 + 4 + 6) / 3 - 3.5)
+    for row, lr, edge, best, recovered, sensitivity, worst in (
+        (ste, "0.001", "True", 3.25, 2.75 / 4, sum(by_seed) / 2, 6.0),
+        (stable, "0.01", "False", 2.5, 3.5 / 4, (3 + 2.5 + 6) / 3 - 2.5, 6.0),
     ):
-        assert row["best lr"] == lr
-        assert float(row["best loss"]) == best
+        assert (row["selected lr"], row["edge"]) == (lr, edge)
+        assert float(row["reported loss"]) == best
         assert float(row["recovered"]) == recovered
         assert float(row["lr sensitivity"]) == pytest.approx(sensitivity, rel=1e-12)
         assert float(row["worst loss"]) == worst
         assert row["diverged"] == "1"
     assert (ste["runs"], stable["runs"]) == ("6", "3")
+    assert (ste["divergence rate"], stable["divergence rate"]) == (repr(1 / 6), repr(1 / 3))
     # Arms differ in the amplitude, which STE does not have; other columns would all be equal.
     assert "scale_init" not in ste
 
@@ -108,6 +116,11 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "6.5000 +- 0.7071 (2), 1 diverged" in text
     assert "| 69% " in text
     assert "Cap: 6 (PTQ, STE's grid)" in text
+    assert "| 1e-3 (edge) | 3.2500 " in text
+    assert "so the best may lie beyond: STE (1e-3)." in text
+    assert "not all runs logged its two halves" in text
+    assert "perplexity" not in text
+    assert "Differences: not tested" in text  # only one seed is on both sides
     assert text.endswith(f"\n\ntensorboard --logdir {os.path.relpath(demo)}\n")
     shown = capsys.readouterr().out
     assert f"tensorboard --logdir {os.path.relpath(demo)}" in shown
@@ -116,7 +129,8 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
     picture = (out / "compare.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(picture) > 10_000
-    assert {file.name for file in out.iterdir()} == {"compare.md", "compare.csv", "compare.png"}
+    assert {file.name for file in out.iterdir()} >= FILES
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
 
     with pytest.raises(UserError, match=r"out: .* exists already"):
         compare([str(demo)], out=str(out))
@@ -135,13 +149,9 @@ def test_without_out_the_files_of_an_earlier_call_are_replaced(
     assert text.index("## a\n") < text.index("## b\n")
     assert "50.0%" in text
     assert text.endswith("tensorboard --logdir logs\n")
-    assert sorted(path.name for path in Path("logs").iterdir()) == [
-        "a",
-        "b",
-        "compare.csv",
-        "compare.md",
-        "compare.png",
-    ]
+    names = {path.name for path in Path("logs").iterdir()}
+    assert {"a", "b"} | FILES <= names
+    assert {Path(name).suffix for name in names - {"a", "b"}} == {".csv", ".html", ".json", ".md", ".png"}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +186,7 @@ def test_the_cap_is_the_smallest_of_the_arms() -> None:
         made(STRETCHED | {"lr": 1e-3}, 3.0, initial_loss=5.5),
         made(FP | {"lr": 1e-3}, 2.0, initial_loss=2.5),  # full precision trained on is no bound
     ]
-    assert Comparison(Path("demo"), runs).cap == (5.5, "first training batch, ParetoQ")
+    assert Comparison(Path("demo"), runs).cap == (5.5, "first training batch, ParetoQ stretched")
 
 
 def test_lr_sensitivity_needs_every_learning_rate() -> None:
@@ -186,7 +196,18 @@ def test_lr_sensitivity_needs_every_learning_rate() -> None:
     comparison = Comparison(Path("demo"), runs)
     assert comparison.sensitivity(ste) == 1.0
     assert comparison.sensitivity(stable) is None
-    assert "| - " in markdown(comparison).splitlines()[-3]
+    assert comparison.worst(stable) is None  # a worst of fewer learning rates would flatter
+    (row,) = (line for line in markdown(comparison).splitlines() if line.startswith("| StableQAT"))
+    assert row.count("| - ") == 3
+
+
+def test_a_seed_without_every_learning_rate_has_no_lr_sensitivity() -> None:
+    losses = {(0, 1e-3): 3.0, (0, 1e-2): 5.0, (1, 1e-3): 3.0, (1, 1e-2): 4.0, (2, 1e-3): 1.0}
+    runs = [made(STE | {"seed": s, "lr": lr}, x, initial_loss=9.0) for (s, lr), x in losses.items()]
+    (arm,) = (comparison := Comparison(Path("demo"), runs)).fits
+    assert comparison.sensitivities(arm) == {0: 1.0, 1: 0.5}
+    assert comparison.sensitivity(arm) == 0.75
+    assert comparison.worsts(arm) == {0: 5.0, 1: 4.0}
 
 
 def test_full_precision_as_measured_counts_before_the_start_runs() -> None:
@@ -194,19 +215,122 @@ def test_full_precision_as_measured_counts_before_the_start_runs() -> None:
     runs = [made(FP, 2.0, "start"), measured, made(STE | {"lr": 1e-3}, 3.0)]
     comparison = Comparison(Path("demo"), runs)
     assert comparison.full_precision == 2.25
-    assert [row["method"] for row in rows(comparison)] == ["FP (start)", "FP (validate)", "STE"]
+    assert [row["arm"] for row in rows(comparison)] == ["FP (start)", "FP (validate)", "STE"]
 
 
 def test_what_arms_differ_in_is_a_column_and_part_of_their_name() -> None:
     runs = [made(STE | {"lr": 1e-3, "scale_lr_multiplier": m}, 3.0, initial_loss=9.0) for m in (0.1, 1)]
     comparison = Comparison(Path("demo"), runs)
     assert comparison.columns == ["method", "bits", "grid", "mask", "scale_lr_multiplier"]
-    assert [comparison.label(arm) for arm in comparison.fits] == ["STE 0.1", "STE 1"]
+    # Neither value is more common than the other, so both are named.
+    names = ["STE scale_lr_multiplier 0.1", "STE scale_lr_multiplier 1"]
+    assert [comparison.label(arm) for arm in comparison.fits] == names
+
+
+def test_names_of_one_factor_arms_say_the_factor() -> None:
+    common = {"optimizer": "AdamW", "scale_lr_multiplier": 0.1, "warmup_steps": 0, "gradient_clip_val": 1.0}
+    ste, stable = STE | common, STABLE | common | {"mask": "hard", "harmonics": 1}
+    old = {key: value for key, value in ste.items() if key != "warmup_steps"}
+    arms = [
+        (stable, "StableQAT"),
+        (stable | {"amplitude": 0.05}, "StableQAT amplitude 5e-2"),
+        (stable | {"amplitude": 0.1}, "StableQAT amplitude 0.1"),
+        (stable | {"harmonics": 2}, "StableQAT harmonics 2"),
+        (stable | {"grid": "stretched"}, "StableQAT stretched"),
+        (ste, "STE"),
+        (old, "STE warmup_steps unset"),  # logged by an earlier version
+        (ste | {"gradient_clip_val": 0.0}, "STE gradient_clip_val 0"),
+        (ste | {"mask": "none"}, "STE mask none"),
+        (
+            ste | {"optimizer": "SGD", "weight_lr_multiplier": 0.3},
+            "STE optimizer SGD weight_lr_multiplier 0.3",
+        ),
+        (ste | {"scale_lr_multiplier": 0.0}, "STE scale_lr_multiplier 0"),
+        (STRETCHED | common, "ParetoQ stretched"),
+        (FP | common, "FP"),
+    ]
+    runs = [made(hparams | {"lr": lr}, 3.0) for hparams, _ in arms for lr in (1e-3, 1e-2)]
+    comparison = Comparison(Path("demo"), runs)
+    names = [comparison.label(arm) for arm in comparison.fits]
+    assert sorted(names) == sorted(name for _, name in arms)
+    assert [name for name in names if " " not in name] == ["FP", "STE", "StableQAT"]
+    assert names.index("STE") < names.index("STE mask none")  # the plain arm first
+    settings = notes(comparison).splitlines()[-1]
+    assert "grid standard, harmonics 1, mask hard" in settings
+
+
+def test_bits_are_named_wherever_they_differ() -> None:
+    runs = [made(STE | {"lr": 1e-3, "bits": b, "grid": g}, 3.0) for b, g in ((3, "a"), (4, "a"), (3, "b"))]
+    comparison = Comparison(Path("demo"), runs)
+    assert [comparison.label(arm) for arm in comparison.fits] == ["STE 3-bit", "STE 3-bit b", "STE 4-bit"]
 
 
 def test_a_loss_of_zero_is_a_loss() -> None:
     (arm,) = (comparison := Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 0.0)])).fits
-    assert comparison.best(arm) == (0.0, 1e-3)
+    assert (comparison.selected(arm).lr, comparison.selected(arm).loss) == (1e-3, 0.0)
+    assert not comparison.selected(arm).edge  # nothing was selected from
+
+
+def halves(hparams: dict[str, Any], even: float, odd: float, **scalars: float) -> Run:
+    run = made(hparams, (even + odd) / 2, **scalars)
+    run.scalars |= {"val/loss_even": {10: even}, "val/loss_odd": {10: odd}}
+    return run
+
+
+def test_the_learning_rate_is_selected_on_one_half_and_reported_on_the_other() -> None:
+    """On the odd half, and on all, 1e-2 is best; on the even half it is 3e-3, of two seeds' mean."""
+    runs = [
+        halves(STE | {"lr": 1e-3}, 3.0, 3.5, initial_loss=9.0),
+        halves(STE | {"lr": 3e-3}, 2.5, 4.0),
+        halves(STE | {"lr": 3e-3, "seed": 1}, 2.0, 5.0),
+        halves(STE | {"lr": 1e-2}, 2.4, 1.0),
+        made(STE | {"lr": 0.1}, None, diverged=1),
+    ]
+    comparison = Comparison(Path("demo"), [*runs, halves(FP | {"subcommand": "validate"}, 1.0, 1.5)])
+    (arm,) = comparison.fits
+    assert comparison.selected(arm).lr == 3e-3
+    assert comparison.selected(arm).loss == 4.5
+    assert "of the odd ones" in notes(comparison)
+    assert [row["reported loss"] for row in rows(comparison)] == [1.5, 4.5]
+
+    del runs[0].scalars["val/loss_odd"]
+    comparison = Comparison(Path("demo"), runs)
+    assert comparison.selection == ("val/loss", "val/loss")
+    assert comparison.selected(comparison.fits[0]).lr == 1e-2
+    assert "flatters" in notes(comparison)
+
+
+@pytest.mark.parametrize(("best", "edge"), [(0, True), (1, False), (2, True)])
+def test_a_best_learning_rate_at_the_edge_is_flagged(best: int, edge: bool) -> None:
+    """At the edge of what the arm ran at, even where other arms went further."""
+    lrs = (1e-3, 1e-2, 0.1)
+    runs = [made(STE | {"lr": lr}, 3.0 - (i == best), initial_loss=9.0) for i, lr in enumerate(lrs)]
+    runs += [made(STABLE | {"lr": lr}, 3.0) for lr in (1e-4, *lrs, 1)]
+    comparison = Comparison(Path("demo"), runs)
+    selected = comparison.selected(comparison.fits[0])
+    assert (selected.lr, selected.edge) == (lrs[best], edge)
+
+
+def test_a_diverged_run_counts_as_the_cap_in_the_selection() -> None:
+    runs = [halves(STE | {"lr": 1e-3}, 3.0, 3.5, initial_loss=4.0), halves(STE | {"lr": 1e-2}, 2.0, 2.5)]
+    runs.append(made(STE | {"lr": 1e-2, "seed": 1}, 1.0, diverged=1))
+    (arm,) = (comparison := Comparison(Path("demo"), runs)).fits
+    selected = comparison.selected(arm)  # (2 + 4) / 2 is no better than 3: the first of equals
+    assert (selected.lr, selected.loss, selected.edge) == (1e-3, 3.5, True)
+
+
+def test_runs_without_any_cap_give_null_and_not_nan() -> None:
+    runs = [made(STE | {"lr": lr, "seed": s}, 3.0, diverged=lr > 0.1) for lr in (1e-2, 1) for s in (0, 1)]
+    runs += [made(STABLE | {"lr": lr, "seed": s}, 3.0, diverged=lr > 0.1) for lr in (1e-2, 1) for s in (0, 1)]
+    comparison = Comparison(Path("demo"), runs)
+    (study,) = json.loads(as_json([comparison]), parse_constant=pytest.fail)["studies"]
+    assert study["cap"]["loss"] is None
+    assert study["arms"][0]["cells"][1]["mean"] is None
+    assert study["arms"][0]["figures"]["lr sensitivity"] is None
+    assert [(d["lr"], d["n"], d["mean"], d["verdict"]) for d in study["differences"]] == [
+        (1e-2, 2, 0.0, "equivalent"),
+        (1, 2, None, "-"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +398,27 @@ def test_the_last_word_on_a_step_counts(tmp_path: Path) -> None:
     assert run.hparams["lr"] == 1e-2
     assert (run.hparams["bits"], run.hparams["method"]) == (2, "STE")
     assert isinstance(run.hparams["bits"], int)
+
+
+def test_a_comparison_reads_means_over_layers_and_not_the_layers(tmp_path: Path) -> None:
+    tags = ["quant/flip_rate", "quant/grad_cosine", "train/loss", "train/grad_norm", "val/loss_even"]
+    layers = ["quant/model.layers.0.q_proj/flip_rate", "quant/head/grad_cosine", "quant/share_of_code_0"]
+    log_run(tmp_path / "run", STE | {"lr": 1e-3}, {tag: {1: 0.5} for tag in tags + layers})
+    read = read_run(tmp_path / "run", COMPARED).scalars
+    assert {tag for tag in read if not tag.startswith("hp/")} == set(tags)
+
+
+def test_columns_are_what_was_logged() -> None:
+    run = made(STE | {"lr": 1e-3}, 3.0)
+    run.scalars |= {"train/grad_norm": {1: 2.5, 2: 0.5}, "quant/grad_cosine": {1: 0.25, 2: 0.75}}
+    comparison = Comparison(Path("demo"), [run])
+    text = markdown(comparison)
+    (header, _, line) = text.split("### Training\n\n")[1].splitlines()[:3]
+    columns = ["arm", "divergence rate", "grad norm median", "grad norm 95%", "grad norm 99%", "grad cosine"]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == columns
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["STE", "0%", "0.5", "2.5", "2.5", "0.75"]
+    assert "spikes" not in text.split("Validation loss")[0]
+    assert "### Training" not in markdown(Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 3.0)]))
 
 
 def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:

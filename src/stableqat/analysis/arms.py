@@ -1,12 +1,13 @@
-"""The figures of a study: arms, their losses over learning rates, and how stable they are.
+"""The arms of a study, and their losses over learning rates.
 
 An arm is all runs that differ in learning rate and seed only. A loss is the validation loss at the
 end of a run, in nats; a diverged run counts as the cap. The cap is the smallest loss that any quantized
 arm has before it learns: PTQ's on the arm's grid where the study measured it, otherwise that of
 the first training batch. LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) is the mean
-over the learning rates of min(loss, cap) - best; it depends on the grid of learning rates, so it is
-given only to arms that have all of the study's. Recovered is the share of the loss that rounding
-alone costs (PTQ - full precision) that the best learning rate wins back.
+over the learning rates of min(loss, cap) - best, the worst loss the largest min(loss, cap); both are
+computed seed by seed and averaged, and since they depend on the grid of learning rates, only seeds
+count that have all of it. An arm's learning rate is selected on the even batches of validation and its
+loss reported on the odd ones, because the smallest of several noisy losses flatters.
 """
 
 import logging
@@ -17,15 +18,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stableqat.analysis.differences import Difference, Plan, differences, read_plan
 from stableqat.analysis.events import Run
-from stableqat.analysis.study import START, short
+from stableqat.analysis.labels import COLUMNS, departures, differing, most_common
+from stableqat.analysis.study import START
 
 log = logging.getLogger(__name__)
 
-LOSS = "val/loss"
+LOSS, EVEN, ODD = "val/loss", "val/loss_even", "val/loss_odd"
 # Rounding to nearest is the same for two arms that share these.
 FORWARD = ("bits", "grid", "scale_init", "granularity")
-COLUMNS = ("method", "bits", "grid", "mask")
 
 
 @dataclass
@@ -42,8 +44,24 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over the seeds, None for a single one."""
-        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+        """Sample standard deviation over the seeds, None for a single one or without a cap."""
+        known = len(self.losses) > 1 and all(map(math.isfinite, self.losses))
+        return statistics.stdev(self.losses) if known else None
+
+
+@dataclass(frozen=True)
+class Selected:
+    """An arm's learning rate as selected on one half of validation, and its loss on the other.
+
+    Attributes:
+        lr: The learning rate.
+        loss: Mean over the seeds of the loss reported for it.
+        edge: Whether it is the smallest or largest that the arm ran at, so that the best may lie beyond.
+    """
+
+    lr: float
+    loss: float
+    edge: bool
 
 
 @dataclass
@@ -60,10 +78,14 @@ class Arm:
     hparams: dict[str, Any]
     runs: list[Run]
 
+    def at(self, lr: float | None) -> list[Run]:
+        """The runs of one learning rate, or all."""
+        return [run for run in self.runs if lr is None or run.hparams["lr"] == lr]
+
     def finals(self, tag: str, lr: float | None = None) -> list[float]:
         """Final values of a tag in the runs (of one learning rate) that did not diverge."""
-        runs = [run for run in self.runs if lr is None or run.hparams["lr"] == lr]
-        return [value for run in runs if not diverged(run) and (value := run.last(tag)) is not None]
+        runs = [run for run in self.at(lr) if not diverged(run)]
+        return [value for run in runs if (value := run.last(tag)) is not None]
 
     def mean(self, tag: str, lr: float | None = None) -> float | None:
         """Their mean."""
@@ -87,16 +109,21 @@ class Comparison:
             shared = {k: v for k, v in run.hparams.items() if k not in ("lr", "seed", "subcommand")}
             key = (kind, run.folder.name == START, *sorted((k, str(v)) for k, v in shared.items()))
             groups.setdefault(key, Arm(kind, shared, [])).runs.append(run)
+        self.arms = list(groups.values())
         order = {"fp": 0, "ptq": 1, "fit": 2}
         self.arms = sorted(
-            groups.values(),
+            self.arms,
             key=lambda a: (
                 order[a.kind],
                 a.hparams.get("method") != "FP",
-                [str(a.hparams.get(c)) for c in COLUMNS],
+                "" if a.kind == "ptq" else str(a.hparams.get("method")),
+                str(a.hparams.get("bits")),
+                len(self._departures(a)),  # the plain arm of a method before its variants
+                self.label(a),
             ),
         )
         self.fits = [arm for arm in self.arms if arm.kind == "fit"]
+        self.quantized = [arm for arm in self.fits if arm.hparams.get("method") != "FP"]
         self.ptqs = [arm for arm in self.arms if arm.kind == "ptq"]
 
     @cached_property
@@ -105,25 +132,44 @@ class Comparison:
         return sorted({run.hparams["lr"] for arm in self.fits for run in arm.runs})
 
     @cached_property
+    def plan(self) -> Plan:
+        """What the study file fixed beforehand."""
+        return read_plan(self.folder)
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Every arm against the baseline, paired by seed."""
+        return differences(self)
+
+    @cached_property
+    def selection(self) -> tuple[str, str]:
+        """The tags that a learning rate is selected on, and reported on."""
+        finished = [run for arm in self.fits for run in arm.runs if not diverged(run)]
+        halves = all(run.last(tag) is not None for run in finished for tag in (EVEN, ODD))
+        return (EVEN, ODD) if halves and finished else (LOSS, LOSS)
+
+    @property
     def full_precision(self) -> float | None:
         """Loss of the weights that QAT begins from, before rounding."""
+        return self._full_precision(LOSS)
+
+    def _full_precision(self, tag: str) -> float | None:
         references = [arm for arm in self.arms if arm.kind == "fp"]
         references.sort(key=lambda arm: arm.runs[0].hparams.get("subcommand") != "validate")
-        return references[0].mean(LOSS) if references else None
+        return references[0].mean(tag) if references else None
 
-    def ptq(self, arm: Arm) -> float | None:
+    def ptq(self, arm: Arm, tag: str = LOSS) -> float | None:
         """Loss after rounding those weights as the arm does at its first step."""
         for other in self.ptqs:
             if all(other.hparams.get(key) == arm.hparams.get(key) for key in FORWARD):
-                return other.mean(LOSS)
+                return other.mean(tag)
         return None
 
     @cached_property
     def cap(self) -> tuple[float, str]:
         """The cap of the losses, and where it comes from."""
         caps = []
-        quantized = [arm for arm in self.fits if arm.hparams.get("method") != "FP"]
-        for arm in quantized or self.fits:
+        for arm in self.quantized or self.fits:
             ptq = self.ptq(arm)
             first = [
                 v for run in arm.runs if (v := run.last("hp/initial_loss")) is not None and math.isfinite(v)
@@ -135,51 +181,86 @@ class Comparison:
         return min(caps, default=(math.inf, "no run says its initial loss"))
 
     def cell(self, arm: Arm, lr: float) -> Cell | None:
-        """The arm's runs at one learning rate."""
-        runs = [run for run in arm.runs if run.hparams["lr"] == lr]
-        losses = [self.cap[0] if diverged(run) else _final(run) for run in runs]
+        """The arm's runs at one learning rate, as they ended."""
+        runs = arm.at(lr)
+        losses = [self.cap[0] if diverged(run) else _final(run, LOSS) for run in runs]
         return Cell(losses, sum(map(diverged, runs))) if runs else None
 
-    def best(self, arm: Arm) -> tuple[float, float]:
-        """The smallest mean loss, and its learning rate."""
-        return min((cell.mean, lr) for lr in self.lrs if (cell := self.cell(arm, lr)))
+    def losses(self, arm: Arm, lr: float, tag: str = LOSS) -> dict[Any, float]:
+        """Seed to min(loss, cap) at one learning rate; repeats of a seed are averaged."""
+        cap = self.cap[0]
+        values: dict[Any, list[float]] = {}
+        for run in arm.at(lr):
+            loss = cap if diverged(run) else min(_final(run, tag), cap)
+            values.setdefault(run.hparams.get("seed"), []).append(loss)
+        return {seed: statistics.fmean(repeats) for seed, repeats in values.items()}
 
-    def worst(self, arm: Arm) -> float:
-        """The largest mean loss."""
-        return max(cell.mean for lr in self.lrs if (cell := self.cell(arm, lr)))
+    def sensitivities(self, arm: Arm) -> dict[Any, float]:
+        """Seed to LR sensitivity."""
+        return {seed: statistics.fmean(row) - min(row) for seed, row in self._complete(arm).items()}
 
-    def sensitivity(self, arm: Arm) -> float | None:
-        """LR sensitivity; None where a learning rate is missing."""
-        cells = [self.cell(arm, lr) for lr in self.lrs]
-        capped = [statistics.fmean(min(x, self.cap[0]) for x in cell.losses) for cell in cells if cell]
-        return statistics.fmean(capped) - min(capped) if len(capped) == len(cells) else None
+    def worsts(self, arm: Arm) -> dict[Any, float]:
+        """Seed to the largest loss."""
+        return {seed: max(row) for seed, row in self._complete(arm).items()}
+
+    def _complete(self, arm: Arm) -> dict[Any, list[float]]:
+        """Seed to the losses over the grid of learning rates, for the seeds that have it all."""
+        cells = [self.losses(arm, lr) for lr in self.lrs]
+        seeds = [seed for seed in cells[0] if all(seed in cell for cell in cells)]
+        rows = {seed: [cell[seed] for cell in cells] for seed in seeds}
+        return {seed: row for seed, row in rows.items() if all(map(math.isfinite, row))}
+
+    def selected(self, arm: Arm) -> Selected:
+        """The arm's best learning rate, and what its loss is there."""
+        on, reported = self.selection
+        lrs = sorted({run.hparams["lr"] for run in arm.runs})
+        means = {lr: statistics.fmean(self.losses(arm, lr, on).values()) for lr in lrs}
+        best = min(lrs, key=lambda lr: means[lr])
+        loss = statistics.fmean(self.losses(arm, best, reported).values())
+        return Selected(best, loss, len(lrs) > 1 and best in (lrs[0], lrs[-1]))
 
     def recovered(self, arm: Arm) -> float | None:
         """Share of the loss by rounding that training wins back."""
-        ptq, full = self.ptq(arm), self.full_precision
+        tag = self.selection[1]
+        ptq, full = self.ptq(arm, tag), self._full_precision(tag)
         if ptq is None or full is None or ptq <= full:
             return None
-        return (ptq - self.best(arm)[0]) / (ptq - full)
+        return (ptq - self.selected(arm).loss) / (ptq - full)
 
     @cached_property
     def columns(self) -> list[str]:
         """Hyper-parameters worth a column: the usual ones, and those in which arms differ."""
-        arms = [arm for arm in self.arms if arm.kind != "fp"]
-        keys = dict.fromkeys(key for arm in arms for key in arm.hparams)
-        return [*COLUMNS, *(key for key in keys if key not in COLUMNS and _differs(key, arms))]
+        settings = [arm.hparams for arm in self.arms if arm.kind != "fp"]
+        return [*COLUMNS, *(key for key in differing(settings) if key not in COLUMNS)]
+
+    @cached_property
+    def usual(self) -> dict[str, str]:
+        """Hyper-parameters that labels leave out, because more arms have these values than any other."""
+        kinds = ([arm.hparams for arm in self.arms if arm.kind == kind] for kind in ("ptq", "fit"))
+        ptq, fit = map(most_common, kinds)
+        return dict(sorted((ptq | fit).items()))
 
     def label(self, arm: Arm) -> str:
-        """A short name: the method, and what else tells the arm from those of the same method."""
+        """A short name: the method, and every hyper-parameter in which it departs from the usual."""
         if arm.kind == "fp":
             return f"FP ({START if arm.runs[0].folder.name == START else 'validate'})"
-        if arm.kind == "ptq":
-            same, name = self.ptqs, "PTQ"
-        else:
-            name = str(arm.hparams.get("method"))
-            same = [other for other in self.fits if other.hparams.get("method") == arm.hparams.get("method")]
-        parts = [key for key in self.columns if key != "method" and _differs(key, same)]
-        texts = (short(arm.hparams[key]) for key in parts if key in arm.hparams)
-        return " ".join([name, *texts])
+        name = "PTQ" if arm.kind == "ptq" else str(arm.hparams.get("method"))
+        return " ".join([name, *self._departures(arm)])
+
+    def _departures(self, arm: Arm) -> list[str]:
+        method = arm.hparams.get("method")
+        like = [a.hparams for a in self.arms if a.kind == arm.kind and a.hparams.get("method") == method]
+        return departures(arm.hparams, like, self.usual)
+
+    def sensitivity(self, arm: Arm) -> float | None:
+        """LR sensitivity, the mean over the seeds; None where a learning rate is missing."""
+        by_seed = self.sensitivities(arm).values()
+        return statistics.fmean(by_seed) if by_seed else None
+
+    def worst(self, arm: Arm) -> float | None:
+        """The worst loss, the mean over the seeds; None where a learning rate is missing."""
+        by_seed = self.worsts(arm).values()
+        return statistics.fmean(by_seed) if by_seed else None
 
 
 def diverged(run: Run) -> bool:
@@ -207,9 +288,9 @@ def usable(run: Run) -> bool:
     return reason is None
 
 
-def _final(run: Run) -> float:
-    loss = run.last(LOSS)
-    assert loss is not None, "left out by `usable`"
+def _final(run: Run, tag: str) -> float:
+    loss = run.last(tag)
+    assert loss is not None, "left out by `usable`, or not selected on"
     return loss
 
 
@@ -218,7 +299,3 @@ def _kind(run: Run) -> str:
     if run.hparams.get("subcommand") == "validate":
         return "fp" if full_precision else "ptq"
     return "fp" if full_precision and run.folder.name == START else "fit"
-
-
-def _differs(key: str, arms: list[Arm]) -> bool:
-    return len({str(arm.hparams[key]) for arm in arms if key in arm.hparams}) > 1

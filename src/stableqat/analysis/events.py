@@ -15,6 +15,11 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+# What a comparison reads. Means over the layers go by name, since the tags of the layers begin alike.
+MEANS = ("flip_rate", "oscillation", "scale_drift", "clipped", "snr_db", "grad_cosine")
+OVERLAY = "overlay"  # a run that `stableqat publish` makes for TensorBoard, of means
+COMPARED = ("hp/", "val/", "train/", *(f"quant/{what}" for what in MEANS))
+
 
 @dataclass
 class Run:
@@ -39,9 +44,9 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Folders with event files in and under `folder`, hidden ones left out."""
+    """Folders of runs in and under `folder`, hidden ones and overlays left out."""
     files = folder.rglob("events.out.tfevents.*")
-    folders = {file.parent for file in files if file.is_file()}
+    folders = {file.parent for file in files if file.is_file() and file.parent.name != OVERLAY}
     return sorted(f for f in folders if not any(p.startswith(".") for p in f.relative_to(folder).parts))
 
 

@@ -1,135 +1,136 @@
-"""The picture of a comparison: final metric against learning rate, a line an arm, a panel a study.
+"""The pictures of a comparison: losses and the quantizers' behaviour, over learning rates and over steps.
 
-Losses are drawn as they are, up to as far above the cap as the cap lies above the best; what is worse
-stands at the upper edge, and diverged runs there as crosses. A study of images has a panel for
-top-1, too. Bars are standard deviations over seeds. Colours are Okabe and Ito's, told apart by
-colour-blind readers, and every arm has a marker of its own besides.
+An arm looks the same in every picture. Colours are Okabe and Ito's, told apart by colour-blind
+readers; more arms than colours are told apart by markers and dashes. What is in them: see `panels`.
 """
 
 import math
-import statistics
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stableqat.analysis.arms import LOSS, Comparison
-from stableqat.analysis.study import short
+from stableqat.analysis import panels
+from stableqat.analysis.arms import Comparison, diverged
+from stableqat.analysis.panels import Panel, Style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = "osD^vP*"
-TOP1 = "val/top1"
-
-
-def draw(comparisons: list[Comparison], path: Path) -> None:
-    """Writes the picture as PNG.
-
-    Args:
-        comparisons: One or more studies.
-        path: File to write, whatever its name ends in.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [(c, tag) for c in comparisons for tag in (LOSS, TOP1) if any(arm.finals(tag) for arm in c.fits)]
-    labels = dict.fromkeys(comparison.label(arm) for comparison in comparisons for arm in comparison.fits)
-    numbers = {label: number for number, label in enumerate(labels)}
-    figure = Figure(figsize=(5.2 * max(1, len(panels)), 5.6), layout="constrained")
+CAPTIONS = {
+    "compare": "Loss at the end of training against learning rate, mean over seeds. Bands: 95% t interval"
+    " from 5 seeds on, otherwise smallest to largest. A cross marks a mean with diverged runs in it, each"
+    " counted as the cap; what is worse than the upper edge stands at the edge.",
+    "curves": "Loss over training steps, a panel a learning rate, mean over seeds. A line goes on dotted, as"
+    " the mean of the others, where the first of its seeds diverged; crosses mark the last finite loss of"
+    " each diverged run.",
+    "gradient_norm": "Norm of the whole gradient before clipping, over training steps. Lines and crosses as"
+    " in the curves of the loss.",
+    "flips": "Share of codes that change in a step, and share that change back against their last"
+    " direction, mean over a run, against learning rate. Bands over seeds and crosses as for the loss.",
+    "scale_drift": "How far scales have moved at the end, mean |log2(s / s_start)|, and the share of weights"
+    " outside the grid, against learning rate. Bands and crosses as for the loss.",
+    "differences": "Difference to the baseline, runs of the same learning rate and seed paired: mean and"
+    " 95% t interval; left of zero is better than the baseline. Filled: p < 0.05 after Holm's correction."
+    " Shaded: the margin of equivalence. The scale is linear up to the lines and logarithmic beyond.",
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX*"
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)))
+
+
+def draw_all(comparisons: list[Comparison], folder: Path) -> list[Path]:
+    """Writes every picture for which something was logged as PNG.
+
+    Args:
+        comparisons: One or more studies; a picture has a row of panels for each.
+        folder: Where to write; files of the same name are replaced.
+
+    Returns:
+        The files, `compare.png` first.
+    """
+    styles = _styles(comparisons)
+    page = partial(_figure, comparisons, styles)
+    figures = {
+        "compare": page(panels.losses, (6.6, 4.6), columns=2),
+        "curves": page(panels.curves, (3.3, 2.5), columns=4, share="xy"),
+        "gradient_norm": page(panels.gradient_norms, (3.3, 2.5), columns=4, share="xy"),
+        "flips": page(panels.flips, (6.0, 3.8), columns=2, share="x"),
+        "scale_drift": page(panels.scales, (6.0, 3.8), columns=2, share="x"),
+        "differences": page(panels.differences, (4.0, 3.2), columns=3, share="xy"),
+    }
+    paths = []
+    for name, figure in figures.items():
+        if figure is not None:
+            path = folder / f"{name}.png"
+            part = folder / f".{path.name}.part"
+            figure.savefig(part, format="png", dpi=130)
+            os.replace(part, path)
+            paths.append(path)
+    return paths
+
+
+def _styles(comparisons: list[Comparison]) -> dict[str, Style]:
+    """Label to line style, full precision in black."""
+    styles: dict[str, Style] = {}
+    full_precision, quantized = count(), count()
+    for comparison in comparisons:
+        for arm in comparison.fits:
+            label, reference = comparison.label(arm), arm.hparams.get("method") == "FP"
+            if label not in styles:
+                number = next(full_precision if reference else quantized)
+                styles[label] = {
+                    "color": "black" if reference else COLOURS[number % len(COLOURS)],
+                    "marker": "." if reference else MARKERS[number % len(MARKERS)],
+                    "linestyle": DASHES[(number if reference else number // len(COLOURS)) % len(DASHES)],
+                }
+    return styles
+
+
+def _figure(
+    comparisons: list[Comparison],
+    styles: dict[str, Style],
+    content: Callable[[Comparison, dict[str, Style]], list[Panel]],
+    size: tuple[float, float],
+    columns: int,
+    share: str = "",
+) -> "Figure | None":
+    """A figure with the panels of each study below each other and the legend on top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    studies = [(comparison, drawn) for comparison in comparisons if (drawn := content(comparison, styles))]
+    if not studies:
+        return None
+    columns = min(columns, max(len(drawn) for _, drawn in studies))
+    rows = [math.ceil(len(drawn) / columns) for _, drawn in studies]
+    labels = {comparison.label(arm): None for comparison, _ in studies for arm in comparison.fits}
+    entries = [Line2D([], [], label=label, **styles[label]) for label in labels]
+    if any(diverged(run) for comparison, _ in studies for arm in comparison.fits for run in arm.runs):
+        entries.append(Line2D([], [], label="diverged", color="grey", marker="x", linestyle=""))
+    width = size[0] * max(columns, 6 / size[0])
+    across = max(1, min(len(entries), int(width / (0.08 * max(map(len, labels)) + 0.75))))
+    height = 0.2 * math.ceil(len(entries) / across)
+    figure = Figure(
+        figsize=(width, (size[1] + 0.1) * sum(rows) + 0.3 * len(rows) + height), layout="constrained"
+    )
     FigureCanvasAgg(figure)
-    for number, (comparison, tag) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), number + 1)
-        _draw_arms(axes, comparison, tag, numbers)
-        _draw_references(axes, comparison, tag)
-        axes.set_title(comparison.folder.name)
-        axes.set_xlabel("learning rate")
-        axes.set_ylabel("validation loss (nats)" if tag == LOSS else "validation top-1 (%)")
-        axes.set_xscale("log")
-        axes.set_xlim(comparison.lrs[0] / 1.5, comparison.lrs[-1] * 1.5)
-        axes.set_xticks(comparison.lrs, [short(lr) for lr in comparison.lrs])
-        axes.minorticks_off()
-        axes.grid(alpha=0.25)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8, frameon=False)
-    figure.savefig(path, format="png", dpi=150)
-
-
-def _draw_arms(axes: "Axes", comparison: Comparison, tag: str, numbers: dict[str, int]) -> None:
-    edge = _edge(comparison) if tag == LOSS else math.inf
-    crossed = False
-    for place, arm in enumerate(comparison.fits):
-        label = comparison.label(arm)
-        full_precision = arm.hparams.get("method") == "FP"
-        colour = "black" if full_precision else COLOURS[numbers[label] % len(COLOURS)]
-        dodge = 1.02 ** (place - (len(comparison.fits) - 1) / 2)  # so that equal points don't hide each other
-        points, crosses = [], []
-        for lr in comparison.lrs:
-            cell = comparison.cell(arm, lr)
-            if cell is None:
-                continue
-            values = [min(v, edge) if tag == LOSS else 100 * v for v in arm.finals(tag, lr)]
-            if values and math.isfinite(statistics.fmean(values)):
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                points.append((lr * dodge, statistics.fmean(values), spread))
-            if cell.diverged:
-                crosses.append(lr * dodge)
-        x, y, spreads = zip(*points, strict=True) if points else ((), (), ())
-        axes.errorbar(
-            x,
-            y,
-            yerr=spreads if any(spreads) else None,
-            label=label,
-            color=colour,
-            marker=MARKERS[numbers[label] % len(MARKERS)],
-            linestyle="--" if full_precision else "-",
-            markersize=5,
-            linewidth=1.4,
-            capsize=3,
-        )
-        at_edge = math.isfinite(edge)
-        axes.plot(
-            crosses,
-            [edge if at_edge else 0.02] * len(crosses),
-            "x",
-            transform=axes.transData if at_edge else axes.get_xaxis_transform(),
-            color=colour,
-            markersize=11,
-            markeredgewidth=2,
-        )
-        crossed = crossed or bool(crosses)
-    if crossed:
-        axes.plot([], [], "x", color="grey", label="diverged")
-    if math.isfinite(edge):
-        axes.axhline(comparison.cap[0], color="tab:red", linewidth=0.8, alpha=0.5, label="cap", zorder=1)
-
-
-def _edge(comparison: Comparison) -> float:
-    """The largest loss that is drawn."""
-    cap, best = comparison.cap[0], min(comparison.best(arm)[0] for arm in comparison.fits)
-    return cap + max(cap - best, 0.1 * abs(cap)) if math.isfinite(cap) else math.inf
-
-
-def _draw_references(axes: "Axes", comparison: Comparison, tag: str) -> None:
-    """Horizontal lines of full precision and PTQ; what lies beyond the edge is named, but off the scale."""
-    scale = 1 if tag == LOSS else 100
-    edge = _edge(comparison) if tag == LOSS else math.inf
-    styles = ("--", ":", "-.", (0, (1, 3)), (0, (6, 4)))
-    heights = list(axes.dataLim.intervaly)
-    for number, arm in enumerate([a for a in comparison.arms if a.kind != "fit"]):
-        value = arm.mean(tag)
-        if value is None or not math.isfinite(value):
-            continue
-        value *= scale
-        if value <= edge:
-            heights.append(value)
-        axes.axhline(
-            value,
-            color="black" if arm.kind == "fp" else "grey",
-            linestyle="-" if arm.kind == "fp" else styles[number % len(styles)],
-            linewidth=1,
-            label=f"{comparison.label(arm)}: {value:.3f}"
-            if tag == LOSS
-            else f"{comparison.label(arm)}: {value:.1f}",
-            zorder=1,
-        )
-    margin = 0.05 * (max(heights) - min(heights)) or 0.1
-    axes.set_ylim(min(heights) - margin, max(heights) + margin)
+    parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False).flat
+    for (comparison, drawn), part, lines in zip(studies, parts, rows, strict=True):
+        part.suptitle(comparison.folder.name, fontweight="bold")
+        grid = part.subplots(lines, columns, sharex="x" in share, sharey="y" in share, squeeze=False).flat
+        for axes, draw in zip(grid, drawn, strict=False):
+            axes.grid(alpha=0.25)
+            draw(axes)
+        for number, axes in enumerate(grid):
+            axes.set_visible(number < len(drawn))
+            axes.tick_params(labelbottom=True)
+            if "x" in share and number + columns < len(drawn):
+                axes.set_xlabel("")
+            if "y" in share and number % columns:
+                axes.set_ylabel("")
+    figure.legend(handles=entries, loc="outside upper center", ncols=across, fontsize=9, frameon=False)
+    return figure

@@ -219,7 +219,8 @@ def start_server(preload: Sequence[str]) -> None:
         preload: Modules that the children find imported.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # children could not use a CUDA that it started
+    # children could not use a CUDA that the server had started
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     ended_by = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ended_by}
     forkserver.ensure_running()

@@ -42,8 +42,8 @@ class ViTModule(QATModule):
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
-        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose gradients
-            are smaller.
+        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose
+            gradients are smaller.
         compile_model: Compile the inner model with `torch.compile`.
         recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides, see
             `QuantLinear`.

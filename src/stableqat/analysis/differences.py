@@ -1,0 +1,180 @@
+"""Every quantized arm against the baseline of its bit width, paired by seed.
+
+    compare: {baseline: {method: STE, grid: integer}, margin: 0.01}    # in study.yaml
+
+Three quantities, each a family of its own for Holm's correction: the loss (all arms x learning rates of
+the study), lr sensitivity and the worst loss (all arms). Losses count up to the cap and diverged runs as
+the cap, so a collapse weighs what it costs and no pair is dropped for it; a seed that only one
+side has is left out and counted. Full precision is no arm here: that it wins is no finding.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stableqat.analysis.statistics import holm, paired, verdict
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from stableqat.analysis.arms import Arm, Comparison
+
+STUDY_FILE = "study.yaml"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm minus its baseline: below 0 the arm is better.
+
+    Attributes:
+        arm: Label of the arm.
+        baseline: Label of the baseline.
+        quantity: "loss", "lr sensitivity" or "worst loss".
+        lr: Learning rate of a loss, None for the others.
+        n: Number of pairs.
+        mean: Mean difference in nats, None without pairs or where a loss has no cap.
+        low: Lower end of the 95% t interval, None with fewer than two pairs.
+        high: Its upper end.
+        p: Two-sided p-value of the paired t test.
+        p_holm: The same after Holm's correction within the quantity's family.
+        verdict: "lower", "higher", "equivalent", "inconclusive", or "-" where nothing was tested.
+        p_equivalence: P-value of the test that the difference lies within the margin.
+        unpaired: Number of seeds that one side lacks.
+    """
+
+    arm: str
+    baseline: str
+    quantity: str
+    lr: float | None
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    verdict: str
+    p_equivalence: float | None = None
+    unpaired: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study fixed beforehand.
+
+    Attributes:
+        baseline: Hyper-parameters that select the baseline; None takes the first STE arm.
+        margin: Margin of equivalence in nats; 0 where the study names none.
+    """
+
+    baseline: dict[str, Any] | None = None
+    margin: float = 0.0
+
+
+def read_plan(folder: Path) -> Plan:
+    """Reads `compare` of the study file that lies with the runs; a folder without one has no plan.
+
+    Raises:
+        UserError: The file can't be read, or a key or a value of `compare` is wrong.
+    """
+    path = folder / STUDY_FILE
+    if not path.exists():
+        return Plan()
+    try:
+        tree = OmegaConf.load(path)
+        content = tree.get("compare") if isinstance(tree, DictConfig) else None
+        plan = OmegaConf.to_container(content, resolve=True) if OmegaConf.is_config(content) else content
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} can't be read: {str(error).splitlines()[0]}: correct the file") from error
+    if not isinstance(plan, dict | None):
+        raise UserError(f"{path}: compare must be a mapping with baseline and margin")
+    plan = plan or {}
+    for key in plan.keys() - {"baseline", "margin"}:
+        raise UserError(f"{path}: unknown key compare.{key!s}: known here: baseline, margin")
+    baseline, margin = plan.get("baseline"), plan.get("margin", 0.0)
+    if not isinstance(baseline, dict | None):
+        raise UserError(f"{path}: compare.baseline: {baseline!r} must be a mapping, as {{method: STE}}")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
+        raise UserError(f"{path}: compare.margin: {margin!r} must be a number of nats, 0 or more")
+    return Plan(baseline, float(margin))
+
+
+def baselines(comparison: "Comparison") -> dict[Any, "Arm"]:
+    """The arm that others of its bit width are compared with, by bit width.
+
+    Raises:
+        UserError: The study's `compare.baseline` selects no arm, or several of one bit width.
+    """
+    wanted = comparison.plan.baseline
+    found: dict[Any, Arm] = {}
+    for arm in comparison.quantized:
+        chosen = {"method": "STE"} if wanted is None else wanted
+        if any(key not in arm.hparams or arm.hparams[key] != value for key, value in chosen.items()):
+            continue
+        first = found.setdefault(arm.hparams.get("bits"), arm)
+        if first is not arm and wanted is not None:
+            raise UserError(
+                f"{comparison.folder / STUDY_FILE}: compare.baseline selects both {comparison.label(first)}"
+                f" and {comparison.label(arm)}: add a hyper-parameter in which they differ"
+            )
+    if not found and wanted is not None:
+        raise UserError(
+            f"{comparison.folder / STUDY_FILE}: compare.baseline {wanted} selects none of the arms:"
+            f" {', '.join(map(comparison.label, comparison.quantized))}"
+        )
+    return found
+
+
+def differences(comparison: "Comparison") -> list[Difference]:
+    """All differences of a study, the arms in the order of its table."""
+    found: list[Difference] = []
+    for bits, baseline in baselines(comparison).items():
+        for arm in comparison.quantized:
+            if arm is baseline or arm.hparams.get("bits") != bits:
+                continue
+            for lr in comparison.lrs:
+                ours, theirs = comparison.losses(arm, lr), comparison.losses(baseline, lr)
+                found += _difference(comparison, arm, baseline, "loss", lr, ours, theirs)
+            for quantity, by_seed in (
+                ("lr sensitivity", comparison.sensitivities),
+                ("worst loss", comparison.worsts),
+            ):
+                found += _difference(
+                    comparison, arm, baseline, quantity, None, by_seed(arm), by_seed(baseline)
+                )
+    for quantity in ("loss", "lr sensitivity", "worst loss"):
+        family = [i for i, d in enumerate(found) if d.quantity == quantity and d.p is not None]
+        adjusted = holm([p for i in family if (p := found[i].p) is not None])
+        for i, p in zip(family, adjusted, strict=True):
+            word = verdict(found[i].mean, p, found[i].p_equivalence)
+            found[i] = replace(found[i], p_holm=p, verdict=word)
+    return found
+
+
+def _difference(
+    comparison: "Comparison",
+    arm: "Arm",
+    baseline: "Arm",
+    quantity: str,
+    lr: float | None,
+    ours: dict[Any, float],
+    theirs: dict[Any, float],
+) -> list[Difference]:
+    """One difference; none where a side has no runs at all."""
+    if not ours or not theirs:
+        return []
+    sample = paired([ours[seed] - theirs[seed] for seed in ours if seed in theirs], comparison.plan.margin)
+    return [
+        Difference(
+            comparison.label(arm),
+            comparison.label(baseline),
+            quantity,
+            lr,
+            **asdict(sample),
+            p_holm=None,
+            verdict="-",
+            unpaired=len(ours.keys() ^ theirs.keys()),
+        )
+    ]

@@ -1,0 +1,103 @@
+"""One HTML page of a comparison, tables, pictures and what they mean, in a file that needs nothing else.
+
+Styles and pictures lie inside it (data URIs), there is no script, and nothing is fetched, so it opens from a
+disk, from a mail and in ten years. Every text is escaped: names of arms come from the user's files.
+"""
+
+import base64
+import datetime
+import re
+from html import escape
+from pathlib import Path
+
+from stableqat.analysis.arms import Comparison
+from stableqat.analysis.plot import CAPTIONS
+from stableqat.analysis.tables import notes, text_tables
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+tbody tr:hover td { background-color: var(--soft); }
+td.lower { color: #087; font-weight: 600; } td.higher { color: #c40; font-weight: 600; }
+figure { margin: 1.5rem 0; } figcaption { font-size: .85rem; max-width: 60rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+details { margin: 1rem 0; } summary { cursor: pointer; }
+footer { margin-top: 3rem; font-size: .85rem; border-top: 1px solid var(--line); }
+code { background: var(--soft); padding: .1rem .3rem; border-radius: 3px; }
+"""
+_VERDICTS = ("lower", "higher")
+
+
+def write(comparisons: list[Comparison], pictures: list[Path], path: Path) -> None:
+    """Writes the page.
+
+    Args:
+        comparisons: The studies, a section each.
+        pictures: PNG files; the name of one says its caption.
+        path: File to write.
+    """
+    names = [comparison.folder.name for comparison in comparisons]
+    folders = " ".join(str(comparison.folder) for comparison in comparisons)
+    body = [
+        f"<h1>{escape(', '.join(names))}</h1>",
+        f"<p>{sum(len(arm.runs) for c in comparisons for arm in c.arms)} runs of"
+        f" {sum(len(c.fits) for c in comparisons)} arms.</p>",
+        *(_figure(picture) for picture in pictures[:1]),
+        *(_section(comparison) for comparison in comparisons),
+        "<h2>Over training</h2>" if pictures[1:] else "",
+        *(_figure(picture) for picture in pictures[1:]),
+        f"<footer><p>Made by <code>stableqat compare {escape(folders)}</code> on"
+        f" {datetime.date.today().isoformat()};"
+        f" curves: <code>tensorboard --logdir {escape(folders)}</code></p>"
+        "</footer>",
+    ]
+    path.write_text(
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(', '.join(names))}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</body>\n</html>\n",
+        encoding="utf-8",
+    )
+
+
+def _section(comparison: Comparison) -> str:
+    parts = [f"<h2>{escape(comparison.folder.name)}</h2>"]
+    for title, lines in text_tables(comparison):
+        table = _table(lines)
+        differences = title.startswith("Differences")
+        if differences:  # long, and drawn above
+            parts.append(f"<details><summary>{escape(title)}</summary>{table}</details>")
+        else:
+            parts += [f"<h3>{escape(title)}</h3>" if title else "", table]
+    paragraphs = "".join(f"<p>{escape(text)}</p>" for text in notes(comparison).split("\n\n"))
+    parts.append(f"<details><summary>What the figures mean</summary>{paragraphs}</details>")
+    return "\n".join(part for part in parts if part)
+
+
+def _table(lines: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
+    rows = "\n".join(f"<tr>{''.join(map(_cell, line))}</tr>" for line in lines[1:])
+    body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
+    return f'<div class="wide"><table>\n{body}\n</table></div>'
+
+
+def _cell(text: str) -> str:
+    style = f' class="{text}"' if text in _VERDICTS else ""
+    return f"<td{style}>{escape(text)}</td>"
+
+
+def _figure(picture: Path) -> str:
+    name = re.sub(r"\W+", " ", picture.stem)
+    data = base64.b64encode(picture.read_bytes()).decode()
+    caption = escape(CAPTIONS[picture.stem])
+    return (
+        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )

@@ -1,0 +1,66 @@
+"""How calm training was: loss spikes, the gradient's norm, and what the quantizers did.
+
+A spike is a logged training loss that lies above the median of the 50 logged before it by more than 7
+robust standard deviations (1.4826 times the median absolute deviation) and by more than 0.1 nats; the
+first 10 have too little before them. That is the spike score of OLMo 2 (arXiv 2501.00656: 7 standard
+deviations off a rolling mean) for runs that log hundreds of losses instead of a hundred thousand: one
+spike in a short window moves a mean and a standard deviation, not a median, and the floor keeps
+the last decimals of a flat curve from counting. A lasting jump counts until the median has caught up.
+Losses and norms that are no number are left to the divergence rate.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable
+
+from stableqat.analysis.events import Run
+
+TRAIN_LOSS, GRAD_NORM = "train/loss", "train/grad_norm"
+WINDOW, FEWEST, SIGMAS, FLOOR = 50, 10, 7, 0.1
+QUANTILES = {"grad norm median": 0.5, "grad norm 95%": 0.95, "grad norm 99%": 0.99}
+# As moving averages and distances from the start, these are read at the end of a run.
+ENDS = {
+    "oscillation": "quant/oscillation",
+    "scale drift": "quant/scale_drift",
+    "grad cosine": "quant/grad_cosine",
+}
+FLIP_RATE = "quant/flip_rate"
+
+
+def spikes(losses: Iterable[float]) -> tuple[int, int]:
+    """Number of spikes, and of losses that could have been one."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    found = 0
+    for i in range(FEWEST, len(finite)):
+        before = finite[max(0, i - WINDOW) : i]
+        rise = finite[i] - (median := statistics.median(before))
+        if rise > FLOOR:  # seldom, and the deviations take longest
+            found += rise > SIGMAS * 1.4826 * statistics.median(abs(loss - median) for loss in before)
+    return found, max(0, len(finite) - FEWEST)
+
+
+def quantile(values: Iterable[float], share: float) -> float | None:
+    """The smallest value that at least this share of the finite values does not exceed."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    return finite[max(0, math.ceil(share * len(finite)) - 1)] if finite else None
+
+
+def stability(runs: list[Run], calm: list[Run]) -> dict[str, float]:
+    """The figures that the runs' event files allow, by name; what was not logged is not in it.
+
+    Args:
+        runs: Runs over which spikes and the gradient's norm are pooled, value by value.
+        calm: Those that did not diverge: the quantizers' figures are means over them.
+    """
+    figures: dict[str, float | None] = {}
+    counts = [spikes(run.scalars.get(TRAIN_LOSS, {}).values()) for run in runs]
+    judged = sum(number for _, number in counts)
+    figures["spikes per 1000"] = 1000 * sum(n for n, _ in counts) / judged if judged else None
+    norms = [value for run in runs for value in run.scalars.get(GRAD_NORM, {}).values()]
+    figures |= {name: quantile(norms, share) for name, share in QUANTILES.items()}
+    rates = [statistics.fmean(run.scalars[FLIP_RATE].values()) for run in calm if run.scalars.get(FLIP_RATE)]
+    figures["flip rate"] = statistics.fmean(rates) if rates else None
+    for name, tag in ENDS.items():
+        ends = [value for run in calm if (value := run.last(tag)) is not None]
+        figures[name] = statistics.fmean(ends) if ends else None
+    return {name: value for name, value in figures.items() if value is not None}

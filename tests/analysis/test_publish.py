@@ -1,0 +1,91 @@
+"""A published study says what the original says, in little space."""
+
+import math
+from pathlib import Path
+
+import pytest
+import synthetic
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stableqat.analysis.compare import read_comparisons
+from stableqat.analysis.events import read_run
+from stableqat.analysis.publish import _write_run, publish, thinned
+from stableqat.analysis.tables import markdown
+from stableqat.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logs") / "study"
+    arms = [synthetic.ARMS[i] for i in (0, 1, 5)]
+    for run in synthetic.runs(folder, arms, synthetic.LRS[-3:], seeds=2, every=2):
+        _write_run(run, run.folder, 10_000)
+    (folder / "study.yaml").write_text(synthetic.PLAN)
+    (folder / "start" / "checkpoints").mkdir()
+    (folder / "start" / "checkpoints" / "last.ckpt").write_bytes(b"0" * 1000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copy(study, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "published"
+    assert publish([str(study)], out=str(out), points=40) == 0
+    return out / "study"
+
+
+def test_compare_says_the_same_of_the_copy(study, copy):
+    # but for what counts logged steps
+    def losses(folder: Path) -> str:
+        return markdown(read_comparisons([folder])[0]).split("### Training")[0]
+
+    assert losses(copy) == losses(study)
+    assert "### Differences" in markdown(read_comparisons([copy])[0])
+
+
+def test_scalars_are_thinned_and_layers_left_out(study, copy):
+    originals = [path.parent for path in study.glob("*/events.*")]
+    assert sorted(path.parent.name for path in copy.glob("*/events.*")) == sorted(
+        [path.name for path in originals] + ["overlay"]
+    )
+    for path in originals:
+        before, after = read_run(path, ("",)), read_run(copy / path.name, ("",))
+        assert after.hparams == before.hparams
+        assert {tag for tag in before.scalars if "layers" not in tag} == after.scalars.keys()
+        for tag, series in after.scalars.items():
+            assert len(series) <= 40
+            assert str(after.last(tag)) == str(before.last(tag))  # NaN, too
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert all(path.name == "study.yaml" or path.name.startswith("events.") for path in files)
+    assert sum(path.stat().st_size for path in files) < sum(
+        path.stat().st_size for path in study.glob("*/events.*")
+    )
+
+
+def test_thinning_keeps_the_ends_and_what_is_not_finite():
+    series = {step: float(step) for step in range(1000)} | {517: math.nan}
+    kept = thinned(series, 10)
+    assert len(kept) == 11
+    assert {0, 517, 999} <= kept.keys()
+    assert thinned({3: 1.0, 1: 2.0}, 2) == {1: 2.0, 3: 1.0}
+
+
+def test_the_overlay_draws_all_arms_of_a_learning_rate(copy):
+    events = EventAccumulator(str(copy / "overlay"))
+    events.Reload()
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    names = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/loss at lr 1e-2")]
+    arms = {tag.rpartition("/")[2] for tag in events.Tags()["scalars"] if "train/loss" in tag}
+    assert arms == {"FP", "STE", "StableQAT"}
+    assert names == []  # not a learning rate of this study
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode("latin1")
+    assert all(arm in layout for arm in arms)
+
+
+def test_nothing_is_overwritten(study, copy):
+    with pytest.raises(UserError, match="study exists already"):
+        publish([str(study)], out=str(copy.parent))
+    with pytest.raises(UserError, match="no runs of its own"):
+        publish([str(study.parent)], out=str(copy.parent / "other"))
+    with pytest.raises(UserError, match="points: 1"):
+        publish([str(study)], points=1)
+    assert sorted(path.name for path in copy.parent.iterdir()) == ["study"]

@@ -1,0 +1,315 @@
+"""Intervals and tests against figures worked out by hand and against scipy, and a study's use of them."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from stableqat.analysis.arms import Comparison
+from stableqat.analysis.differences import Difference
+from stableqat.analysis.events import Run
+from stableqat.analysis.stability import quantile, spikes, stability
+from stableqat.analysis.statistics import Paired, holm, paired, verdict
+from stableqat.analysis.tables import as_json, markdown, notes, text_tables
+from stableqat.errors import UserError
+
+COMMON = {"bits": 2, "grid": "integer", "mask": "range", "max_steps": 10, "subcommand": "fit"}
+STE, STABLE = COMMON | {"method": "STE"}, COMMON | {"method": "StableQAT", "amplitude": 0.21}
+PARETOQ = COMMON | {"method": "ParetoQ"}
+FP = {"method": "FP", "max_steps": 10, "subcommand": "fit"}
+LRS = (1e-3, 1e-2)
+
+
+def test_an_interval_by_hand() -> None:
+    """1, 2, 3: mean 2, standard error 1/sqrt(3), and the 97.5% point of t with 2 degrees is 4.30265."""
+    sample = paired([1.0, 2.0, 3.0], margin=0.5)
+    assert (sample.n, sample.mean) == (3, 2.0)
+    half = 4.302652729911275 / math.sqrt(3)
+    assert (sample.low, sample.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
+    # With 2 degrees of freedom the distribution function is 1/2 + t / (2 sqrt(2 + t^2)).
+    t = 2 * math.sqrt(3)
+    assert sample.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_scipy_says_the_same(n: int) -> None:
+    draw = random.Random(n)
+    ours, theirs = ([draw.gauss(mean, 0.1) for _ in range(n)] for mean in (3.0, 3.05))
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    sample = paired(differences, margin=0.2)
+    test = stats.ttest_rel(ours, theirs)
+    interval = test.confidence_interval(0.95)
+    assert sample.p == pytest.approx(test.pvalue, rel=1e-9)
+    assert (sample.low, sample.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    one_sided = [
+        stats.ttest_1samp(differences, -0.2, alternative="greater").pvalue,
+        stats.ttest_1samp(differences, 0.2, alternative="less").pvalue,
+    ]
+    assert sample.p_equivalence == pytest.approx(max(one_sided), rel=1e-9)
+    narrow = test.confidence_interval(0.90)
+    assert (sample.p_equivalence < 0.05) == (narrow.low > -0.2 and narrow.high < 0.2)
+
+
+def test_equivalent_arms_and_those_that_just_are_not() -> None:
+    """Mean 0.004 and standard error 0.001: with 3 degrees the 90% interval reaches 0.004 + 2.353 * 0.001."""
+    differences = [0.004 + 0.001 * math.sqrt(3) * sign for sign in (1, 1, -1, -1)]
+    reach = 0.004 + 2.3533634348 * 0.001
+    assert paired(differences, reach + 1e-6).p_equivalence < 0.05  # type: ignore[operator]
+    assert paired(differences, reach - 1e-6).p_equivalence > 0.05  # type: ignore[operator]
+
+
+def test_differences_without_variance() -> None:
+    assert paired([0.0, 0.0, 0.0], 0.01) == Paired(3, 0.0, 0.0, 0.0, 1.0, 0.0)
+    assert paired([0.0, 0.0], 0.0).p_equivalence == 0.0  # exactly equal, so equivalent at any margin
+    assert paired([0.25, 0.25], 0.01) == Paired(2, 0.25, 0.25, 0.25, 0.0, 1.0)
+
+
+def test_too_few_differences() -> None:
+    assert paired([], 0.01) == Paired(0)
+    assert paired([0.5], 0.01) == Paired(1, 0.5)
+    assert paired([0.5, math.nan], 0.01) == paired([0.5, math.inf], 0.01) == Paired(2)
+
+
+def test_holm_by_hand() -> None:
+    """Ordered .01 .02 .03 .04 times 4 3 2 1: .04 .06 .06 .04, and the last may not fall below .06."""
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9, 0.001]) == pytest.approx([1.0, 1.0, 0.003])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "p_holm", "p_equivalence", "word"),
+    [
+        (-0.1, 0.04, 0.9, "lower"),
+        (0.1, 0.04, 0.9, "higher"),
+        (-0.1, 0.05, 0.9, "inconclusive"),
+        (-0.001, 0.04, 0.01, "equivalent"),  # sure of its sign, but within what does not matter
+        (0.0, 1.0, 0.0, "equivalent"),
+        (0.1, None, None, "-"),
+    ],
+)
+def test_verdicts(mean: float, p_holm: float | None, p_equivalence: float | None, word: str) -> None:
+    assert verdict(mean, p_holm, p_equivalence) == word
+
+
+def test_spikes() -> None:
+    flat = [3.0 + 0.01 * (i % 3) for i in range(60)]  # median 3.01, MAD 0.01: 7 sigma are 0.104
+    assert spikes(flat) == (0, 50)
+    assert spikes([*flat, 3.5, 3.0]) == (1, 52)
+    assert spikes([*flat, 3.115]) == (1, 51)
+    assert spikes([*flat, 3.113]) == (0, 51)
+    assert spikes([3.0] * 60 + [3.09]) == (0, 51)  # infinitely many sigmas, but below the floor
+    assert spikes([*flat, 3.5, 3.6, 3.5]) == (3, 53)  # one does not hide the next
+    assert spikes([*flat, math.inf, math.nan, 2.0]) == (0, 51)
+    assert spikes([5.0, 9.0, 3.0]) == (0, 0)
+    assert spikes([8.0 - 0.1 * i for i in range(60)]) == (0, 50)  # falling is not spiking
+    assert spikes([8.0] * 99 + [*flat, 3.5]) == (1, 150)  # what lies further back does not count
+
+
+def test_quantiles_are_values_that_were_logged() -> None:
+    values = [float(i) for i in range(1, 101)]
+    assert [quantile(values[::-1], share) for share in (0.5, 0.95, 0.99)] == [50, 95, 99]
+    assert quantile([7.0], 0.99) == 7.0
+    assert quantile([1.0, 2.0, math.inf, math.nan], 0.99) == 2.0
+    assert quantile([], 0.5) is None
+
+
+def test_stability_of_runs() -> None:
+    def run(losses: list[float], norms: list[float], flips: list[float]) -> Run:
+        tags = {"train/loss": losses, "train/grad_norm": norms, "quant/flip_rate": flips}
+        tags |= {"quant/oscillation": flips}
+        return Run(Path("r"), {}, {tag: dict(enumerate(values)) for tag, values in tags.items()})
+
+    calm = run([3.0] * 20, [1.0] * 9, [0.5, 0.25])
+    wild = run([3.0] * 18 + [4.0, 3.0], [100.0], [0.75, 0.75])
+    figures = stability([calm, wild], [calm])
+    assert figures == {
+        "spikes per 1000": 1000 * 1 / 20,
+        "grad norm median": 1.0,
+        "grad norm 95%": 100.0,
+        "grad norm 99%": 100.0,
+        "flip rate": 0.375,
+        "oscillation": 0.25,
+    }
+    assert stability([Run(Path("r"))], [Run(Path("r"))]) == {}
+
+
+def runs(losses: dict[tuple[str, float, int], float | None], arms: dict[str, dict[str, Any]]) -> list[Run]:
+    """Runs with a final loss each; None diverged. Their cap is 4."""
+    made = []
+    for (name, lr, seed), loss in losses.items():
+        series = {"hp/initial_loss": {1: 4.0}, "hp/diverged": {10: float(loss is None)}}
+        series |= {} if loss is None else {"val/loss": {10: loss}}
+        made.append(Run(Path("demo", f"{name}-{lr}-{seed}"), arms[name] | {"lr": lr, "seed": seed}, series))
+    return made
+
+
+def by_key(comparison: Comparison) -> dict[tuple[str, str, float | None], Difference]:
+    return {(each.arm, each.quantity, each.lr): each for each in comparison.differences}
+
+
+def test_differences_of_a_study(tmp_path: Path) -> None:
+    """A/A arms, an arm that is better at the large learning rate only, a diverged and a missing run."""
+    ste = {0: (3.0, 3.5), 1: (3.1, 3.75), 2: (2.9, 3.25)}
+    losses: dict[tuple[str, float, int], float | None] = {}
+    for seed, pair in ste.items():
+        for lr, loss in zip(LRS, pair, strict=True):
+            losses["ste", lr, seed] = losses["aa", lr, seed] = loss
+            losses["fp", lr, seed] = 1.0
+    for seed, loss in ((0, 3.0), (1, None), (2, 5.0)):
+        losses["stable", 1e-2, seed] = loss
+    losses |= {("stable", 1e-3, 0): 3.125, ("stable", 1e-3, 1): 3.0}
+    (tmp_path / "study.yaml").write_text("compare: {baseline: {method: STE}, margin: 0.01}\n")
+    found = runs(losses, {"ste": STE, "aa": PARETOQ, "stable": STABLE, "fp": FP})
+    comparison = Comparison(tmp_path, found)
+    differences = by_key(comparison)
+    assert {each.baseline for each in comparison.differences} == {"STE"}
+    assert {each.arm for each in comparison.differences} == {"ParetoQ", "StableQAT"}
+    assert len(comparison.differences) == 8
+
+    for quantity, lr in (("loss", 1e-3), ("loss", 1e-2), ("lr sensitivity", None), ("worst loss", None)):
+        same = differences["ParetoQ", quantity, lr]
+        assert (same.n, same.mean, same.low, same.high) == (3, 0.0, 0.0, 0.0)
+        assert (same.p, same.p_holm, same.verdict) == (1.0, 1.0, "equivalent")
+
+    large = differences["StableQAT", "loss", 1e-2]  # diverged counts as 4, and so does what ended at 5
+    expected = stats.ttest_1samp([3.0 - 3.5, 4 - 3.75, 4 - 3.25], 0)
+    assert (large.n, large.unpaired, large.verdict) == (3, 0, "inconclusive")
+    assert large.mean == pytest.approx(0.5 / 3)
+    assert large.p == pytest.approx(expected.pvalue)
+    assert large.p_holm == 1.0  # the family: two arms at two learning rates
+    small = differences["StableQAT", "loss", 1e-3]
+    assert (small.n, small.unpaired) == (2, 1)
+    assert small.mean == pytest.approx((0.125 - 0.1) / 2)
+    whole = differences["StableQAT", "lr sensitivity", None]  # the third seed has one learning rate only
+    assert (whole.n, whole.unpaired) == (2, 1)
+    ours = ((3.125 + 3.0) / 2 - 3.0, (3.0 + 4.0) / 2 - 3.0)
+    theirs = ((3.0 + 3.5) / 2 - 3.0, (3.1 + 3.75) / 2 - 3.1)
+    assert whole.mean == pytest.approx((ours[0] + ours[1] - theirs[0] - theirs[1]) / 2)
+
+    text = notes(comparison)
+    assert "(tests: loss: 4, lr sensitivity: 2, worst loss: 2)" in text
+    assert "within +-0.01 nats" in text
+    assert "Runs left out of pairs because the other side lacks them: 1." in text
+    (title, lines) = text_tables(comparison)[-1]
+    assert title == "Differences from STE"
+    assert lines[0] == ["arm", "of", "pairs", "difference", "95% interval", "p", "p (Holm)", "verdict"]
+    line = ["ParetoQ", "loss at 1e-3", "3", "+0.0000", "[+0.0000, +0.0000]", "1", "1", "equivalent"]
+    assert lines[1] == line
+    assert "### Differences from STE\n" in markdown(comparison)
+
+    (study,) = json.loads(as_json([comparison]), parse_constant=pytest.fail)["studies"]
+    assert study["differences"][0]["verdict"] == "equivalent"
+    assert (study["baseline"], study["margin"], study["lrs"]) == ({"method": "STE"}, 0.01, list(LRS))
+    (arm,) = (arm for arm in study["arms"] if arm["arm"] == "StableQAT")
+    assert arm["hparams"]["amplitude"] == 0.21
+    assert arm["cells"][1]["capped"] == {"0": 3.0, "1": 4.0, "2": 4.0}
+    assert [run["diverged"] for run in arm["runs"]] == [False, True, False, False, False]
+    assert arm["runs"][0]["last"]["val/loss"] == 3.0
+
+
+def test_holm_reaches_over_arms_and_learning_rates() -> None:
+    draw = random.Random(1)
+    losses: dict[tuple[str, float, int], float | None] = {}
+    for lr in LRS:
+        for seed in range(6):
+            losses["ste", lr, seed] = base = 3.0 + draw.gauss(0, 0.1)
+            losses["aa", lr, seed] = base + 0.03 + draw.gauss(0, 0.01)
+            losses["stable", lr, seed] = base - 0.01 + draw.gauss(0, 0.02)
+    comparison = Comparison(Path("demo"), runs(losses, {"ste": STE, "aa": PARETOQ, "stable": STABLE}))
+    family = [each for each in comparison.differences if each.quantity == "loss"]
+    assert [each.p_holm for each in family] == holm([each.p for each in family if each.p is not None])
+    assert len(family) == 4
+    assert [each.verdict for each in family] == ["higher", "higher", "inconclusive", "inconclusive"]
+    assert "the study names no margin" in notes(comparison)
+
+
+def test_each_bit_width_has_its_own_baseline(tmp_path: Path) -> None:
+    arms = {
+        f"{name}{bits}": arm | {"bits": bits} for bits in (3, 4) for name, arm in (("s", STE), ("q", STABLE))
+    }
+    losses = {(name, lr, seed): 3.0 for name in arms for lr in LRS for seed in (0, 1)}
+    comparison = Comparison(tmp_path, runs(losses, arms))
+    pairs = dict.fromkeys((each.arm, each.baseline) for each in comparison.differences)
+    assert list(pairs) == [("StableQAT 3-bit", "STE 3-bit"), ("StableQAT 4-bit", "STE 4-bit")]
+    (tmp_path / "study.yaml").write_text("compare: {baseline: {method: STE, bits: 4}}\n")
+    comparison = Comparison(tmp_path, runs(losses, arms))
+    assert {each.baseline for each in comparison.differences} == {"STE 4-bit"}
+
+
+def test_one_seed_has_differences_but_no_tests() -> None:
+    losses = {(name, lr, 0): 3.0 + lr for name in ("ste", "stable") for lr in LRS}
+    comparison = Comparison(Path("demo"), runs(losses, {"ste": STE, "stable": STABLE}))
+    for each in comparison.differences:
+        assert (each.n, each.mean, each.low, each.p, each.p_holm, each.verdict) == (
+            1,
+            0,
+            None,
+            None,
+            None,
+            "-",
+        )
+    assert [title for title, _ in text_tables(comparison)] == [""]
+    assert "Differences: not tested" in notes(comparison)
+
+
+def test_a_study_of_one_arm_at_one_learning_rate_has_nothing_to_compare() -> None:
+    comparison = Comparison(Path("demo"), runs({("ste", 1e-3, 0): 3.0}, {"ste": STE}))
+    assert comparison.differences == []
+    assert "Differences: none" in notes(comparison)
+    assert comparison.sensitivity(comparison.fits[0]) == 0.0
+    (study,) = json.loads(as_json([comparison]))["studies"]
+    assert study["differences"] == []
+
+
+def test_an_arm_at_some_learning_rates_is_compared_at_these() -> None:
+    losses = {("ste", lr, seed): 3.0 for lr in LRS for seed in (0, 1)}
+    losses |= {("stable", 1e-2, seed): 2.5 + seed / 8 for seed in (0, 1)}
+    comparison = Comparison(Path("demo"), runs(losses, {"ste": STE, "stable": STABLE}))
+    assert [(each.quantity, each.lr) for each in comparison.differences] == [("loss", 1e-2)]
+
+
+def test_repeats_of_a_seed_are_one_pair() -> None:
+    losses = {(name, 1e-3, seed): 3.0 for name in ("ste", "stable") for seed in (0, 1)}
+    twice = runs(losses, {"ste": STE, "stable": STABLE})
+    twice += runs({("stable", 1e-3, 0): 2.0}, {"stable": STABLE})
+    differences = by_key(Comparison(Path("demo"), twice))
+    assert (differences["StableQAT", "loss", 1e-3].n, differences["StableQAT", "loss", 1e-3].mean) == (
+        2,
+        -0.25,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("compare: {baseline: {method: LSQ}}", r"selects none of the arms: STE, STE stretched, StableQAT"),
+        ("compare: {baseline: {methd: STE}}", r"selects none of the arms"),
+        ("compare: {baseline: {method: STE}}", r"selects both STE and STE stretched: add a hyper-parameter"),
+        ("compare: {baseline: STE}", r"compare.baseline: 'STE' must be a mapping"),
+        ("compare: {margin: -1}", r"compare.margin: -1 must be a number of nats"),
+        ("compare: {margin: small}", r"compare.margin: 'small' must be a number of nats"),
+        ("compare: {margins: 0.1}", r"unknown key compare.margins: known here: baseline, margin"),
+        ("compare: [1]", r"compare must be a mapping"),
+        ("compare: {margin: '${vars.m}'}", r"can't be read: .*vars"),
+        ("compare: {", r"can't be read"),
+    ],
+)
+def test_mistakes_in_the_study_file(tmp_path: Path, text: str, message: str) -> None:
+    arms = {"ste": STE, "stretched": STE | {"grid": "stretched"}, "stable": STABLE}
+    found = runs({(name, 1e-3, 0): 3.0 for name in arms}, arms)
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"study\.yaml.*{message}"):
+        _ = Comparison(tmp_path, found).differences
+
+
+def test_the_study_file_may_use_its_variables(tmp_path: Path) -> None:
+    text = "vars: {m: 2e-2}\nargs: {x: '${oc.env:NOT_SET}'}\ncompare: {margin: '${vars.m}'}\n"
+    (tmp_path / "study.yaml").write_text(text)
+    assert Comparison(tmp_path, runs({("ste", 1e-3, 0): 3.0}, {"ste": STE})).plan.margin == 0.02
+    (tmp_path / "study.yaml").write_text("name: demo\n")
+    assert Comparison(tmp_path, runs({("ste", 1e-3, 0): 3.0}, {"ste": STE})).plan.margin == 0.0
