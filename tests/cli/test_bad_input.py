@@ -97,7 +97,10 @@ SETTINGS = {
     ),
     "an unknown method": (
         llama("--model.quantizer", "LSQ"),
-        ["model.quantizer: LSQ is no Quantizer", "choose one of DSQ, ParetoQ, PermutedStableQAT, STE, ScaledSTE, StableQAT"],
+        [
+            "model.quantizer: LSQ is no Quantizer",
+            "choose one of DSQ, ParetoQ, PermutedStableQAT, STE, ScaledSTE, StableQAT",
+        ],
     ),
     "a misspelt module": (
         llama("--model", "LamaModule"),

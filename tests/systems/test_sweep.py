@@ -1,4 +1,4 @@
-"""Sweeps of real runs, killed at random moments and several at once, end with the table of an undisturbed one."""
+"""Sweeps of real runs, killed at random moments or two at once, end with the table of an undisturbed one."""
 
 import json
 import random
@@ -17,7 +17,9 @@ STUDY = """
 name: {name}
 logs: {logs}
 configs: [configs/llama/base.yaml, configs/llama/debug.yaml]
-args: {{trainer.max_steps: 24, trainer.val_check_interval: 12, last.every_n_train_steps: 4, trainer.accelerator: cpu}}
+args:
+  trainer: {{max_steps: 24, val_check_interval: 12, accelerator: cpu}}
+  last.every_n_train_steps: 4
 start: {{args: {{trainer.max_steps: 8}}}}
 grid:
   arm:

@@ -1,8 +1,8 @@
 """Controls for StableQAT's surrogate: what is left of its effect without its shape?
 
 Its `g(u)` is on average 0.30 and small near a level. `ScaledSTE` keeps the average only, `PermutedStableQAT`
-all values but not their link to where a weight lies in its bin. An effect that both share is that of a smaller
-or a noisier gradient. Under AdamW a constant factor changes nothing but clipping and epsilon.
+all values but not their link to where a weight lies in its bin. An effect that both share is that of a
+smaller or a noisier gradient. Under AdamW a constant factor changes nothing but clipping and epsilon.
 """
 
 from typing import Any
