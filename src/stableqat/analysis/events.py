@@ -93,6 +93,17 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
     return run
 
 
+def hparams_events(folder: Path) -> Iterator[Any]:
+    """The events of a run's folder that the HParams tab is made of, as they are."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
+
+    for file in sorted(folder.glob("events.out.tfevents.*"), key=_age):
+        for message in _records(file):
+            if PLUGIN_NAME.encode() in message:
+                yield Event.FromString(message)
+
+
 def _plain(value: Any) -> Any:
     """A protobuf value as a Python one; it knows doubles only, so whole numbers become int again."""
     plain = getattr(value, str(value.WhichOneof("kind")))

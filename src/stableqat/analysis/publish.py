@@ -7,18 +7,27 @@ learning rate in one chart.
 """
 
 import math
+import re
 import shutil
 import statistics
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from stableqat.analysis.arms import Arm, Comparison
 from stableqat.analysis.compare import read_comparisons
-from stableqat.analysis.events import COMPARED, OVERLAY, Run, find_runs, read_run
+from stableqat.analysis.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
 from stableqat.analysis.study import short
 from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 MOST_MEGABYTES = 8.0
 OVERLAID = ("train/loss", "train/grad_norm", "quant/flip_rate", "quant/oscillation", "quant/scale_drift")
@@ -52,7 +61,7 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
             with tempfile.TemporaryDirectory(prefix=".publish-", dir=target) as made:
                 copy = Path(made) / folder.name
                 for path in find_runs(folder):
-                    _write_run(read_run(path, COMPARED), copy / path.name, points)
+                    _write_run(path, copy / path.name, points)
                 _write_overlay(comparisons[0], copy / OVERLAY, points)
                 if (folder / "study.yaml").exists():
                     shutil.copyfile(folder / "study.yaml", copy / "study.yaml")
@@ -80,36 +89,66 @@ def thinned(series: dict[int, float], points: int) -> dict[int, float]:
     return {step: series[step] for step in steps if step in kept}
 
 
-def _write_run(run: Run, folder: Path, points: int) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
-
-    with SummaryWriter(str(folder)) as writer:
-        metrics = {tag: run.last(tag) for tag in run.scalars if tag.startswith("hp/")}
-        for summary in hparams(run.hparams, metrics):
-            writer._get_file_writer().add_summary(summary, 0)
+def _write_run(source: Path, folder: Path, points: int) -> None:
+    run = read_run(source, COMPARED)
+    with _writer(folder) as write:
+        for event in hparams_events(source):
+            write(event.summary, event.step)
         for tag, series in run.scalars.items():
             for step, value in thinned(series, points).items():
-                writer.add_scalar(tag, value, step)
+                write(_scalar(tag, value), step)
 
 
 def _write_overlay(comparison: Comparison, folder: Path, points: int) -> None:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.plugins.custom_scalar import layout_pb2
 
-    layout: dict[str, dict[str, list[object]]] = {}
-    with SummaryWriter(str(folder)) as writer:
+    layout = layout_pb2.Layout()
+    with _writer(folder) as write:
         for tag in OVERLAID:
+            charts = []
             for lr in comparison.lrs:
-                tags = []
+                chart = layout_pb2.Chart(title=f"lr {short(lr)}")
                 for arm in comparison.fits:
-                    series = thinned(_mean(arm, lr, tag), points)
                     name = f"{tag} at lr {short(lr)}/{comparison.label(arm)}"
+                    series = thinned(_mean(arm, lr, tag), points)
                     for step, value in series.items():
-                        writer.add_scalar(name, value, step)
-                    tags += [name] if series else []
-                if tags:
-                    layout.setdefault(tag, {})[f"lr {short(lr)}"] = ["Multiline", tags]
-        writer.add_custom_scalars(layout)
+                        write(_scalar(name, value), step)
+                    chart.multiline.tag.extend([f"^{re.escape(name)}$"] if series else [])
+                charts += [chart] if chart.multiline.tag else []
+            if charts:
+                layout.category.add(title=tag, chart=charts)
+        write(_layout(layout), 0)
+
+
+def _layout(layout: "Layout") -> "Summary":
+    """What the custom-scalars tab reads; TensorBoard's own function for it wants TensorFlow."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
+
+    plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME)
+    text = TensorProto(dtype="DT_STRING", string_val=[layout.SerializeToString()])
+    metadata = SummaryMetadata(plugin_data=plugin)
+    return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, tensor=text, metadata=metadata)])
+
+
+@contextmanager
+def _writer(folder: Path) -> Iterator[Callable[["Summary", int], None]]:
+    """An event file in a new folder."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder))
+    try:
+        yield lambda summary, step: writer.add_event(Event(step=step, summary=summary, wall_time=time.time()))
+    finally:
+        writer.close()
+
+
+def _scalar(tag: str, value: float) -> "Summary":
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value)])
 
 
 def _mean(arm: Arm, lr: float, tag: str) -> dict[int, float]:
