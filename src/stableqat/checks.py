@@ -129,8 +129,11 @@ def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any,
     what the configuration names of it, and not at all where a model folder or `init_from` brought it.
     """
     mine, other = dict(vars(configured.as_flat())), dict(vars(saved.as_flat()))
-    brought = mine.pop("init_args.init_from", None) is not None
+    start = mine.pop("init_args.init_from", None)
     other.pop("init_args.init_from", None)
+    if (teacher := "init_args.teacher.source") in mine and mine[teacher] is None:
+        mine[teacher] = start  # by default, and what the checkpoint names
+    brought = start is not None
     for key, block in list(other.items()):
         if isinstance(block, dict) and isinstance(named := mine.get(key), dict):
             del mine[key], other[key]

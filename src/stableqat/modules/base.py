@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from stableqat.errors import UserError
 from stableqat.modules.start import load_start
@@ -66,10 +68,12 @@ class QATModule(L.LightningModule, ABC):
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
-        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose gradients
-            are smaller.
+        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose
+            gradients are smaller.
         compile_model: Compile the inner model with `torch.compile`.
         recompute: Recompute fake-quantized weights in the backward instead of saving them, see `QuantLinear`.
+        activation_checkpointing: Save the input of each block only, and compute the block again in the
+            backward.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class QATModule(L.LightningModule, ABC):
         weight_lr_multiplier: float = 1.0,
         compile_model: bool = False,
         recompute: bool | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         for name, multiplier in (("scale", scale_lr_multiplier), ("weight", weight_lr_multiplier)):
@@ -98,6 +103,7 @@ class QATModule(L.LightningModule, ABC):
         self.weight_lr_multiplier = weight_lr_multiplier
         self.compile_model = compile_model
         self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.model: nn.Module | None = None
         self.surgery: SurgeryReport | None = None
 
@@ -117,7 +123,10 @@ class QATModule(L.LightningModule, ABC):
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
-        """The repeated blocks: units of sharding."""
+        """The repeated blocks: units of sharding and of activation checkpointing."""
+
+    def adapt(self, model: nn.Module) -> None:
+        """What a family changes in the model once its layers are swapped, before it is sharded."""
 
     def resolved(self) -> dict[str, Any]:
         """Hyper-parameters that rebuild the architecture without the source it came from."""
@@ -185,9 +194,15 @@ class QATModule(L.LightningModule, ABC):
         fresh = follows or self.init_from is None
         model = self.build_model() if fresh else load_start(self, self.init_from)  # type: ignore[arg-type]
         if self.quantizer is not None:
+            recompute = self.recompute
+            if recompute is None and self.activation_checkpointing:
+                recompute = True  # a value made for the whole block lies outside its checkpoint
             self.surgery = quantize_linears(
-                model, self.quantizer, self.skip, initialize=not follows, recompute=self.recompute
+                model, self.quantizer, self.skip, initialize=not follows, recompute=recompute
             )
+        self.adapt(model)
+        if self.activation_checkpointing:
+            _checkpoint(self.blocks(model))
         if self.compile_model:
             model.compile()
         if self.device_mesh is not None:
@@ -357,8 +372,16 @@ class QATModule(L.LightningModule, ABC):
         if not self.trainer._logger_connector.should_update_logs:
             return
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)  # 0 where the guard has dropped a step
+        if not grads:  # the guard has dropped the step
+            return
+        norm = nn.utils.get_total_norm(grads)
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _checkpoint(blocks: Iterable[nn.Module]) -> None:
+    """Only the forward is computed again, not the hooks around it: FSDP2 has gathered the block by then."""
+    for block in blocks:
+        vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
@@ -388,6 +411,8 @@ def _plain(value: Any) -> Any:
         return {**_plain(value.func), "init_args": {k: _plain(v) for k, v in value.keywords.items()}}
     if isinstance(value, type):
         return {"class_path": f"{value.__module__}.{value.__qualname__}"}
+    if is_dataclass(value):
+        return asdict(value)  # type: ignore[arg-type]
     if isinstance(value, tuple):
         return list(value)
     return value

@@ -5,11 +5,11 @@ float32 whatever the file holds. Perplexity is `exp` of the negative log-likelih
 predicted tokens, summed in float64 over batches and ranks, not averaged over batches.
 """
 
-import difflib
 import json
-import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning as L
@@ -18,12 +18,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from stableqat.errors import UserError
-from stableqat.modules.base import QATModule
+from stableqat.modules.architecture import first_line, hub_refusal, pretrained_config, resolve_config
+from stableqat.modules.base import QATModule, state_dict_follows
 from stableqat.modules.evaluation import MeanLoss
-from stableqat.modules.start import find_checkpoint, read_checkpoint
+from stableqat.modules.loss import lean_forward, token_losses
+from stableqat.modules.teacher import Distillation, Teacher
+from stableqat.modules.tied import quantize_tied_embedding
 from stableqat.quantizers import QuantizerFactory
-
-logger = logging.getLogger(__name__)
 
 
 class LlamaModule(QATModule):
@@ -38,11 +39,16 @@ class LlamaModule(QATModule):
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
-        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose gradients
-            are smaller.
+        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose
+            gradients are smaller.
         compile_model: Compile the inner model with `torch.compile`.
         recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides, see
             `QuantLinear`.
+        lean_loss: Compute the loss a chunk of tokens at a time, without the logits of a whole batch; equal to
+            rounding. For vocabularies of tens of thousands.
+        activation_checkpointing: Save the input of each decoder layer only, and compute the layer again in
+            the backward: a third more work for a fraction of the activations' memory.
+        teacher: Distillation from a full-precision model; None trains on the data alone.
 
     Raises:
         UserError: If the architecture is unknown or a setting does not fit it.
@@ -61,6 +67,9 @@ class LlamaModule(QATModule):
         weight_lr_multiplier: float = 1.0,
         compile_model: bool = False,
         recompute: bool | None = None,
+        lean_loss: bool = False,
+        activation_checkpointing: bool = False,
+        teacher: Distillation | None = None,
     ) -> None:
         super().__init__(
             quantizer=quantizer,
@@ -72,15 +81,28 @@ class LlamaModule(QATModule):
             weight_lr_multiplier=weight_lr_multiplier,
             compile_model=compile_model,
             recompute=recompute,
+            activation_checkpointing=activation_checkpointing,
         )
+        self.lean_loss = lean_loss
+        self.distillation: Distillation | None = None
+        if teacher is not None and teacher.is_on:
+            self.distillation = replace(teacher, source=teacher.source or init_from)
+            if self.distillation.source is None:
+                raise UserError(
+                    "teacher.source: missing; name the full-precision model, or start from it with init_from"
+                )
+        self.teacher: Teacher | None = None  # no module: nothing saves, shards or optimizes it
         self.save_plain_hyperparameters()
-        self.config = _resolve_config(config, init_from)
+        self.config = resolve_config(config, init_from)
         self.check_architecture()
         self.val_loss = MeanLoss()
 
     def resolved(self) -> dict[str, Any]:
-        """The full transformers config, as plain values."""
-        return {"config": json.loads(self.config.to_json_string(use_diff=False))}
+        """The full transformers config, as plain values, and the teacher's source."""
+        resolved = {"config": json.loads(self.config.to_json_string(use_diff=False))}
+        if self.distillation is not None:
+            resolved["teacher"] = asdict(self.distillation)
+        return resolved
 
     def build_model(self) -> nn.Module:
         """See `QATModule.build_model`."""
@@ -92,12 +114,17 @@ class LlamaModule(QATModule):
         """See `QATModule.load_pretrained`: a transformers folder or hub name, loaded as float32."""
         from transformers import AutoModelForCausalLM
 
+        if not Path(source).exists():
+            self.check_pretrained(
+                source
+            )  # of weights that it may not see transformers says they are not there
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=self.config, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"init_from: {source}: {_first_line(error)}") from error
+            reason = hub_refusal(source, error) or f"cannot be loaded: {first_line(error)}"
+            raise UserError(f"init_from: {source} {reason}") from error
         model, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             key = next(iter([*info["missing_keys"], *info["mismatched_keys"]]))
@@ -108,11 +135,31 @@ class LlamaModule(QATModule):
 
     def check_pretrained(self, source: str) -> None:
         """See `QATModule.check_pretrained`: the config must be there."""
-        _pretrained_config("init_from", source)
+        pretrained_config("init_from", source)
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Decoder layers."""
         return model.model.layers  # type: ignore[union-attr, return-value]
+
+    def adapt(self, model: nn.Module) -> None:
+        """See `QATModule.adapt`: a tied embedding follows its head, a lean loss does without logits."""
+        quantize_tied_embedding(model)
+        if self.lean_loss or self.distillation is not None:
+            vars(model)["forward"] = MethodType(lean_forward, model)
+
+    def setup(self, stage: str) -> None:
+        """See `QATModule.setup`; training needs the teacher, nothing else does."""
+        super().setup(stage)
+        if stage == "fit" and self.distillation is not None and self.teacher is None:
+            self.teacher = _load_teacher(self.distillation)
+            self.teacher.check(self.config)
+
+    def describe(self) -> dict[str, str | int | float]:
+        """See `QATModule.describe`; with the teacher's weights, if there is one."""
+        if self.distillation is None:
+            return super().describe()
+        taught = {f"teacher_{k}": v for k, v in asdict(self.distillation).items() if isinstance(v, float)}
+        return super().describe() | taught
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
         """Positions and embedding must be large enough for the data's rows and tokens."""
@@ -137,7 +184,12 @@ class LlamaModule(QATModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood of the next token; the model shifts the labels itself."""
         assert self.model is not None
-        loss = self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        options: dict[str, Any] = {}
+        if self.teacher is not None:
+            options = self.teacher.options_for(batch["input_ids"])
+        loss = self.model(
+            input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False, **options
+        ).loss
         self.log_training_loss(loss)
         return loss
 
@@ -160,6 +212,10 @@ class LlamaModule(QATModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Negative log-likelihood of each next token, `(batch, tokens - 1)`, 0 where its label is ignored."""
+        if self.lean_loss:
+            assert self.model is not None
+            losses = self.model(**batch, use_cache=False, loss=token_losses).loss
+            return losses[:, :-1]
         logits = self(batch["input_ids"])[:, :-1].float()
         return nn.functional.cross_entropy(
             logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none"
@@ -172,68 +228,12 @@ class LlamaModule(QATModule):
         self.val_loss.reset()
 
 
-def _resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -> Any:
-    if config is None:
-        if init_from is None:
-            raise UserError(
-                "model.config: missing; give an architecture, or model.init_from to take it from there"
-            )
-        checkpoint = find_checkpoint(init_from)
-        config = (
-            init_from if checkpoint is None else read_checkpoint(checkpoint)["hyper_parameters"].get("config")
-        )
-        if config is None:
-            raise UserError(f"init_from: {init_from} is not a language model; give model.config")
-    resolved = (
-        _pretrained_config("model.config", config) if isinstance(config, str) else _config_from_keys(config)
-    )
-    resolved.use_cache = False
-    return resolved
-
-
-def _pretrained_config(key: str, source: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        there = Path(source).exists()
-        place = (
-            "is a folder without a readable config.json"
-            if there
-            else "is neither here nor to be had from the hub"
-        )
-        raise UserError(
-            f"{key}: {source} {place}; give a local model folder or a hub name you have access to "
-            f"({_first_line(error)})"
-        ) from error
-
-
-def _config_from_keys(keys: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    keys = dict(keys)
-    model_type = keys.pop("model_type", None)
-    if model_type not in ("llama", "qwen3"):
-        raise UserError(f"model.config.model_type: {model_type!r} is not supported; choose llama or qwen3")
-    known = set(AutoConfig.for_model(model_type).to_dict()) | {"torch_dtype", "rope_theta"}
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"model.config.{key}: unknown key of a {model_type} config{hint}")
-    try:
-        resolved = AutoConfig.for_model(model_type, **keys)
-    except Exception as error:  # transformers validates with several exception types of its own
-        raise UserError(f"model.config: {' '.join(str(error).split())}") from error
-    if resolved.hidden_size % resolved.num_attention_heads and "head_dim" not in keys:
-        raise UserError(
-            f"model.config: hidden_size {resolved.hidden_size} is no multiple of num_attention_heads "
-            f"{resolved.num_attention_heads}"
-        )
-    return resolved
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _load_teacher(settings: Distillation) -> Teacher:
+    # as if there were no teacher: neither the student's random weights nor the state to come concern it
+    with torch.random.fork_rng([]), state_dict_follows(False):
+        try:
+            module = LlamaModule(init_from=settings.source)
+            module.configure_model()
+        except UserError as error:
+            raise UserError(f"teacher.source: {str(error).removeprefix('init_from: ')}") from error
+    return Teacher(module.model, settings)
