@@ -25,8 +25,11 @@ RUN_VERBS = {
 }
 TOOL_VERBS = {
     "sweep": ("stableqat.analysis.sweep", "run the points of one or more studies"),
-    "compare": ("stableqat.analysis.compare", "table and plot from the event files of runs"),
+    "compare": ("stableqat.analysis.compare", "tables, pictures and a report from the event files of runs"),
+    "publish": ("stableqat.analysis.publish", "copy studies for publication, their event files thinned"),
     "bench": ("stableqat.bench.bench", "time and memory of the methods beside full precision"),
+    "data sample": ("stableqat.data.sample", "draw documents from a corpus, local or on the hub"),
+    "data tokenize": ("stableqat.data.tokenize", "turn documents into rows of tokens on disk"),
 }
 
 
@@ -56,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help"):
-        _parser().print_help()
+    group = "data" if arguments[:1] == ["data"] else ""  # its verbs are two words
+    words = 2 if group else 1
+    verb = " ".join(arguments[:words])
+    if arguments[words - 1 : words] in ([], ["-h"], ["--help"]):
+        _parser(group).print_help()
         return 0
     if verb == "--version":
         from importlib.metadata import version
@@ -73,16 +78,16 @@ def _dispatch(arguments: list[str]) -> int:
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         return import_module("stableqat.run").run(arguments)
     if verb in TOOL_VERBS:
-        return _tool(verb, arguments[1:])
+        return _tool(verb, arguments[words:])
     verbs = [*RUN_VERBS, *TOOL_VERBS]
     near = difflib.get_close_matches(verb, verbs, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}"
     raise UserError(f"{verb} is not a verb of stableqat; {hint}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(group: str) -> argparse.ArgumentParser:
     verbs = {**RUN_VERBS, **{verb: text for verb, (_, text) in TOOL_VERBS.items()}}
-    lines = "\n".join(f"  {verb:<9} {text}" for verb, text in verbs.items())
+    lines = "\n".join(f"  {verb:<13} {text}" for verb, text in verbs.items() if verb.startswith(group))
     return argparse.ArgumentParser(
         prog="stableqat",
         usage="stableqat VERB [-c CONFIG.yaml ...] [--KEY VALUE ...]",
@@ -101,7 +106,7 @@ def _tool(verb: str, arguments: list[str]) -> int:
         pass
 
     home, description = TOOL_VERBS[verb]
-    function = getattr(import_module(home), verb)
+    function = getattr(import_module(home), verb.split()[-1])
     parser = ToolParser(prog=f"stableqat {verb}", description=description)
     parameters, texts = signature(function).parameters, _described(function)
     for name, parameter in parameters.items():

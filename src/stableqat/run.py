@@ -14,7 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import stableqat.data  # noqa: F401 - its classes are then known by their short names
+import stableqat.data.image
+import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
 from stableqat import checks
 from stableqat.callbacks import (
     BestCheckpoint,

@@ -1,10 +1,18 @@
-"""The data that models train on: text packed into rows, and images with their labels.
+"""The data that models train on: text packed into rows, images with their labels, and how text is prepared.
 
 Both LightningDataModules serve an embedded default set, local files and the hub's data sets through one
 order of samples that depends on the seed and the position alone, never on the number of processes or workers.
+They are imported when first used, so that the help of `stableqat data` comes at once.
 """
 
-from stableqat.data.image import ImageDataModule
-from stableqat.data.text import TextDataModule
+from importlib import import_module
+from typing import Any
 
-__all__ = ["ImageDataModule", "TextDataModule"]
+_HOME = {"ImageDataModule": "stableqat.data.image", "TextDataModule": "stableqat.data.text"}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,13 +29,13 @@ IMAGE_FORMATS = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"), "imagefolder"),
 }
 _COMPRESSIONS = {".zst", ".gz", ".bz2", ".xz"}
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
-_SPLITS |= {"dev": "validation", "test": "test"}
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+SPLITS |= {"dev": "validation", "test": "test"}
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def _format(path: Path) -> str:
+def file_format(path: Path) -> str:
     """Return the suffix that names a file's format, a compression's suffix left out."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
@@ -50,12 +50,12 @@ def _split(path: Path) -> str | None:
     anything.
     """
     for folder in path.parts[:-1]:
-        if split := _SPLITS.get(folder.lower()):
+        if split := SPLITS.get(folder.lower()):
             return split
-    if IMAGE_FORMATS.get(_format(path)) == "imagefolder":
+    if IMAGE_FORMATS.get(file_format(path)) == "imagefolder":
         return None
     match = _SPLIT_NAME.match(path.name.lower())
-    return _SPLITS[match[1]] if match else None
+    return SPLITS[match[1]] if match else None
 
 
 def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, list[Path]]] | None:
@@ -72,7 +72,7 @@ def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, li
     if path.is_file():
         splits = {"train": [path]}
     elif path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if _format(p) in formats and p.is_file()]
+        found = [p for p in sorted(path.rglob("*")) if file_format(p) in formats and p.is_file()]
         found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         splits = {}
         for file in found:
@@ -86,7 +86,7 @@ def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, li
             raise UserError(f"no data file in {source}: expected {', '.join(sorted(formats))}")
         if "train" not in splits:
             raise UserError(f"no training file in {source}: name files train*, validation*, test*")
-    elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and _format(path) not in formats:
+    elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and file_format(path) not in formats:
         return None
     else:
         raise UserError(f"no such data file or folder: {source}")
@@ -94,16 +94,16 @@ def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, li
     files = [file for some in splits.values() for file in some]
     for file in files:
         _check(file, formats)
-    builders = {formats[_format(file)] for file in files}
+    builders = {formats[file_format(file)] for file in files}
     if len(builders) > 1:
-        names = ", ".join(sorted({_format(file) for file in files}))
+        names = ", ".join(sorted({file_format(file) for file in files}))
         raise UserError(f"{source} mixes file formats ({names}): keep one format a folder")
     return builders.pop(), splits
 
 
 def _check(file: Path, formats: dict[str, str]) -> None:
     """Raise UserError for a file of another format, an empty one, or one that was cut short."""
-    suffix = _format(file)
+    suffix = file_format(file)
     if suffix not in formats:
         raise UserError(
             f"{file}: cannot read {suffix or 'a file without suffix'}; take {', '.join(sorted(formats))}"
@@ -178,7 +178,7 @@ def load_splits(
             raise UserError(
                 f"{source} is neither a local file or folder nor a data set that the hub gives: {reason}"
             ) from error
-        splits = {_SPLITS[key]: rows for key, rows in found.items() if key in _SPLITS}
+        splits = {SPLITS[key]: rows for key, rows in found.items() if key in SPLITS}
         if "train" not in splits:
             raise UserError(
                 f"{source} has no train split (it has {', '.join(found)}): choose another data set"
@@ -205,14 +205,15 @@ def load_splits(
         raise UserError(f"{source} can't be read as {builder}: {reason}") from error
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed."""
-    if path.suffix.lower() == ".zst":
+def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
+    """Return a stream that reads what a file of that name holds, decompressed."""
+    suffix = Path(name).suffix.lower()
+    if suffix == ".zst":
         import zstandard
 
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        return io.BufferedReader(zstandard.open(stream, "rb"), 1 << 20)
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers.get(path.suffix.lower(), open)(path, "rb")
+    return openers[suffix](stream, "rb") if suffix in openers else stream
 
 
 def _fault(path: Path, builder: str) -> str | None:
@@ -227,7 +228,7 @@ def _fault(path: Path, builder: str) -> str | None:
         return None
     line_number = 0
     try:
-        with _open(path) as stream:
+        with path.open("rb") as file, decompressed(file, path.name) as stream:
             # A file that opens with a bracket holds one list; its lines are no documents of their own.
             if builder == "json" and (first := stream.read(1)) != b"[":
                 lines = enumerate(iter(stream.readline, b""), 1)

@@ -18,10 +18,19 @@ import numpy as np
 import torch
 
 from stableqat.data.base import DataModule, Rows
+from stableqat.data.corpus import document_hash
 from stableqat.data.embedded import cache_root, embedded_text
 from stableqat.data.order import PAD, Key
+from stableqat.data.prepared import prepared_manifest, prepared_splits
 from stableqat.data.source import TEXT_FORMATS, load_splits, local_files
-from stableqat.data.tokenizer import BPE_MIN_VOCAB, EOS, check_tokenizer, load_tokenizer, train_bpe
+from stableqat.data.tokenizer import (
+    BPE_MIN_VOCAB,
+    EOS,
+    check_tokenizer,
+    load_tokenizer,
+    tokenizer_hash,
+    train_bpe,
+)
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +39,6 @@ if TYPE_CHECKING:
 
 #: More text than this hardly moves a BPE's merges.
 _BPE_MAX_BYTES = 100_000_000
-
-
-def document_hash(text: str) -> int:
-    """Return 63 bits that depend on the text alone, so that equal documents land in one split."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _hash_documents(texts: list[str | None]) -> dict[str, list[int]]:
@@ -114,7 +117,8 @@ class TextDataModule(DataModule):
     Args:
         source: a file or folder of jsonl, json, parquet or txt (.zst, .gz, .bz2, .xz too), or a hub name;
             null takes the embedded text. In a folder, files whose names start with train, validation (valid,
-            val, dev) or test, or folders named so, make the splits. A txt file is one document.
+            val, dev) or test, or folders named so, make the splits. A txt file is one document. A folder that
+            `data tokenize` wrote is read as it is, with its tokenizer and any block_size.
         name: configuration of a hub data set.
         tokenizer: a hub name, a folder or a tokenizer.json; null trains a byte-level BPE on the train split.
         vocab_size: entries of that BPE; not used with a tokenizer.
@@ -157,8 +161,11 @@ class TextDataModule(DataModule):
             raise UserError(f"validation_fraction {validation_fraction} must lie between 0 and 1")
         if tokenizer is not None:
             check_tokenizer(tokenizer)
-        if source is not None:
+        self._prepared = prepared_manifest(source) if source is not None else None
+        if source is not None and self._prepared is None:
             local_files(source, TEXT_FORMATS)
+        if self._prepared is not None and tokenizer is None:
+            tokenizer = f"{source}/tokenizer"
         self.source = source
         self.name = name
         self.tokenizer_source = tokenizer
@@ -257,8 +264,8 @@ class TextDataModule(DataModule):
         """
         from datasets import Features, List, Value
 
-        def packed(split: str, origin: str) -> PackedRows:
-            tokens = self._documents[origin].map(
+        def tokenized(split: str, origin: str) -> "Dataset":
+            return self._documents[origin].map(
                 _tokenize,
                 input_columns=self.text_column,
                 batched=True,
@@ -272,13 +279,22 @@ class TextDataModule(DataModule):
                 },
                 desc=f"Tokenizing {split}",
             )
-            rows = PackedRows(tokens, self.block_size)
-            if not len(rows):
+
+        if self._prepared is not None and self.source is not None:
+            if tokenizer_hash(self.tokenizer) != self._prepared["tokenizer_sha256"]:
                 raise UserError(
-                    f"the {split} split of {self.source or 'the embedded text'} has only {rows.num_tokens} "
+                    f"{self.source} was made with another tokenizer than {self.tokenizer_source}: "
+                    f"leave tokenizer away, or tokenize again"
+                )
+            tokens = prepared_splits(self.source, self._prepared)
+        else:
+            origins = {"train": "train", "validation": "train"} | {split: split for split in self._documents}
+            tokens = {split: tokenized(split, origin) for split, origin in origins.items()}
+        rows = {split: PackedRows(run, self.block_size) for split, run in tokens.items()}
+        for split, packed in rows.items():
+            if not len(packed):
+                raise UserError(
+                    f"the {split} split of {self.source or 'the embedded text'} has only {packed.num_tokens} "
                     f"tokens, no row of block_size {self.block_size}: lower block_size or give more text"
                 )
-            return rows
-
-        origins = {"train": "train", "validation": "train"} | {split: split for split in self._documents}
-        return {split: packed(split, origin) for split, origin in origins.items()}
+        return dict(rows)

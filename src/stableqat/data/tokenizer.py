@@ -4,6 +4,8 @@ Byte-level means that every text can be written in it and comes back exactly; no
 vocabulary keeps the embeddings of a small model small, at the price of more tokens a word.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,13 +51,35 @@ def check_tokenizer(source: str) -> None:
         raise UserError(f"no such tokenizer file or folder: {source}")
 
 
+def tokenizer_json(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return all that decides a tokenizer's output, without the padding and truncation set at the moment."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.to_str()
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return the SHA-256 of what decides a tokenizer's output and of the EOS token."""
+    what = f"{tokenizer.eos_token_id} {tokenizer_json(tokenizer)}"
+    return hashlib.sha256(what.encode()).hexdigest()
+
+
+def _is_plain(config: Path) -> bool:
+    """Whether a folder's tokenizer is of no model's own class; AutoTokenizer imports torch to find that."""
+    named = json.loads(config.read_text()).get("tokenizer_class")
+    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
 def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
     """Return the tokenizer of a hub name, a local folder or a tokenizer.json.
 
     Raises:
         UserError: it can't be found or reached, is not a fast one, or has no EOS token.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     path = Path(source).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -64,7 +88,11 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
         if file.is_file() and not configured:
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(file))
             tokenizer.eos_token = next((eos for eos in _EOS_SPELLINGS if eos in tokenizer.get_vocab()), None)
+        elif file.is_file() and _is_plain(file.parent / "tokenizer_config.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent))
         else:
+            from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent if file.is_file() else source))
     except Exception as error:  # tokenizers raises bare Exception for a file it can't parse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

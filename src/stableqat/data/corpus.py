@@ -1,0 +1,218 @@
+"""A corpus of raw text: its files, in a local folder or on the hub, and their documents from any place on.
+
+Files are opened and read as streams, JSON lines by the line and parquet by the row group, so that a corpus of
+any size passes through memory that doesn't grow with it, and a file of the hub never lies on this disk. The
+place of a document is (file, record): reading goes on from there after a stop.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stableqat.data.source import SPLITS, decompressed, file_format, local_files
+from stableqat.errors import UserError
+
+#: File suffix -> how documents lie in it. A `.json` file is read as JSON lines, as C4 names them.
+CORPUS_FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_HUB_FILE = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)")
+
+#: A line of JSON that is not parsed yet, or a row.
+Record = bytes | dict[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class CorpusFile:
+    """A file of a corpus.
+
+    Args:
+        name: path inside the corpus.
+        path: local path or address on the hub.
+        size: bytes.
+    """
+
+    name: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The files of a corpus by split, sorted by name; revision is the hub's commit, None for local files."""
+
+    splits: dict[str, list[CorpusFile]]
+    revision: str | None
+
+
+def document_hash(text: str) -> int:
+    """Return 63 bits that depend on the text alone, so that equal documents land in one split."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def hash_cutoff(share: float) -> int:
+    """Return the number below which the hashes of a share of all documents lie."""
+    return int(share * 2**63)
+
+
+def find_corpus(
+    source: str, formats: dict[str, str], *, name: str | None = None, revision: str | None = None
+) -> Corpus:
+    """Return the files of a local file or folder, or of a data set of the hub.
+
+    Args:
+        source: path or hub name.
+        formats: file suffix -> how documents lie in it.
+        name: configuration of a hub data set.
+        revision: branch, tag or commit of a hub data set.
+
+    Raises:
+        UserError: nothing there, not reachable, another format, a broken or cut-short local file.
+    """
+    local = local_files(source, formats)
+    if local is None:
+        return _hub_corpus(source, formats, name, revision)
+    if name or revision:
+        raise UserError(f"{source} is local: name and revision belong to data sets of the hub")
+    path = Path(source).expanduser()
+    root = path if path.is_dir() else path.parent
+    splits = {
+        split: sorted(
+            CorpusFile(file.relative_to(root).as_posix(), str(file), file.stat().st_size) for file in files
+        )
+        for split, files in local[1].items()
+    }
+    return Corpus(splits, None)
+
+
+def _hub_corpus(source: str, formats: dict[str, str], name: str | None, revision: str | None) -> Corpus:
+    import datasets
+    from fsspec.core import url_to_fs
+
+    splits: dict[str, list[CorpusFile]] = {}
+    commit = None
+    try:
+        builder = datasets.load_dataset_builder(source, name, revision=revision)
+        for key, addresses in (builder.config.data_files or {}).items():
+            if split := SPLITS.get(str(key)):
+                for address in addresses:
+                    inside = address
+                    if match := _HUB_FILE.fullmatch(address):
+                        commit, inside = match[1], match[2]
+                    system, path = url_to_fs(address)
+                    size = system.info(path)["size"]
+                    splits.setdefault(split, []).append(CorpusFile(inside, address, size))
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{source} is neither a local file or folder nor a data set that the hub gives: {reason}"
+        ) from error
+    if "train" not in splits:
+        raise UserError(f"{source} has no files of a train split: choose another data set or name")
+    for file in (file for files in splits.values() for file in files):
+        if file_format(Path(file.name)) not in formats:
+            raise UserError(f"{source}: cannot read {file.name}; take {', '.join(sorted(formats))}")
+    return Corpus({split: sorted(files) for split, files in splits.items()}, commit)
+
+
+def read(file: CorpusFile, start: int = 0, *, column: str | None = None) -> Iterator[Record]:
+    """Yield a file's records from number `start` on.
+
+    Args:
+        file: the file.
+        start: records to skip; blank lines count.
+        column: the only column wanted, where the format can leave out others.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    from fsspec.core import url_to_fs
+
+    readers: dict[str, Callable[..., Iterator[Record]]] = {
+        "json": _lines,
+        "parquet": _rows,
+        "text": _whole,
+    }
+    reader = readers[CORPUS_FORMATS[file_format(Path(file.name))]]
+    try:
+        system, path = url_to_fs(file.path)
+        with system.open(path, "rb") as stream:
+            yield from reader(stream, file.name, start, column)
+    except UserError:
+        raise
+    except Exception as error:  # each decompressor, reader and network client raises errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file.path} can't be read: {reason}") from error
+
+
+def _lines(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterator[Record]:
+    with decompressed(stream, name) as lines:
+        for number, line in enumerate(iter(lines.readline, b"")):
+            if number == 0 and line.startswith(b"["):
+                raise UserError(f"{name} holds one JSON list: write it as JSON lines, a document a line")
+            if number >= start:
+                yield line
+
+
+def _rows(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(stream)
+    wanted = [column] if column in file.schema_arrow.names else None
+    first = 0
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).num_rows
+        if first + size > start:
+            skip = max(start - first, 0)
+            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=wanted):
+                yield from batch.slice(min(skip, len(batch))).to_pylist()
+                skip = max(skip - len(batch), 0)
+        first += size
+
+
+def _whole(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterator[Record]:
+    if start == 0:
+        with decompressed(stream, name) as content:
+            yield {"text": content.read().decode()}
+
+
+def parse(record: Record, name: str, number: int) -> dict[str, Any]:
+    """Return a record as a mapping; a blank line is an empty one.
+
+    Raises:
+        UserError: a line that is no JSON object; names the file and the line.
+    """
+    if isinstance(record, dict):
+        return record
+    try:
+        fields = json.loads(record) if record.strip() else {}
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{name} line {number + 1} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{name} line {number + 1} is not a JSON object")
+    return fields
+
+
+def text_of(fields: dict[str, Any], column: str, name: str) -> str:
+    """Return a document's text, or an empty string where it has none.
+
+    Raises:
+        UserError: no such column, or something else than text in it.
+    """
+    if not fields:
+        return ""
+    if column not in fields:
+        raise UserError(f"{name} has no column {column} (it has {', '.join(fields)}): set text_column")
+    text = fields[column]
+    if not isinstance(text, str | None):
+        raise UserError(f"column {column} of {name} holds not only strings: set text_column")
+    return text or ""
