@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from stableqat.analysis import plot
 from stableqat.analysis.arms import Comparison, usable
 from stableqat.analysis.compare import compare
 from stableqat.analysis.events import COMPARED, Run, read_run
@@ -430,3 +431,11 @@ def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:
     assert run.scalars["val/loss"] == {2: 5.0, 4: 4.0, 6: 3.0}
     (problem,) = run.problems
     assert problem.startswith(f"{whole}: cut short or damaged at byte ")
+
+
+def test_a_last_row_of_panels_has_no_empty_frames() -> None:
+    comparisons = [Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 3.0)])]
+    panels: list[plot.Panel] = [lambda axes: axes.plot([0, 1])] * 4
+    figure = plot._figure(comparisons, plot._styles(comparisons), lambda *_: panels, (3, 2), columns=3)
+    assert figure is not None
+    assert [axes.get_visible() for axes in figure.axes] == [True] * 4 + [False] * 2

@@ -293,7 +293,8 @@ def test_repeats_of_a_seed_are_one_pair() -> None:
         ("compare: {baseline: STE}", r"compare.baseline: 'STE' must be a mapping"),
         ("compare: {margin: -1}", r"compare.margin: -1 must be a number of nats"),
         ("compare: {margin: small}", r"compare.margin: 'small' must be a number of nats"),
-        ("compare: {margins: 0.1}", r"unknown key compare.margins: known here: baseline, margin"),
+        ("compare: {cap: true}", r"compare.cap: True must be a number of nats"),
+        ("compare: {margins: 0.1}", r"unknown key compare.margins: known here: baseline, margin, cap"),
         ("compare: [1]", r"compare must be a mapping"),
         ("compare: {margin: '${vars.m}'}", r"can't be read: .*vars"),
         ("compare: {", r"can't be read"),
@@ -305,6 +306,23 @@ def test_mistakes_in_the_study_file(tmp_path: Path, text: str, message: str) -> 
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"study\.yaml.*{message}"):
         _ = Comparison(tmp_path, found).differences
+
+
+def test_the_study_file_may_say_the_cap(tmp_path: Path) -> None:
+    """Where training is worse than rounding, the cap that the arms give would make all of them equal."""
+    losses = {
+        ("ste", 1e-3, 0): 4.5,
+        ("stable", 1e-3, 0): 4.25,
+        ("ste", 1e-2, 0): 9.0,
+        ("stable", 1e-2, 0): None,
+    }
+    found = runs(losses, {"ste": STE, "stable": STABLE})
+    assert by_key(Comparison(tmp_path, found))["StableQAT", "loss", 1e-3].mean == 0.0  # both capped at 4
+    (tmp_path / "study.yaml").write_text("compare: {cap: 5}\n")
+    comparison = Comparison(tmp_path, found)
+    assert by_key(comparison)["StableQAT", "loss", 1e-3].mean == -0.25
+    assert by_key(comparison)["StableQAT", "loss", 1e-2].mean == 0.0
+    assert "Cap: 5 (the study's); a diverged run counts as the cap." in notes(comparison)
 
 
 def test_the_study_file_may_use_its_variables(tmp_path: Path) -> None:

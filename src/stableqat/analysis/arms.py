@@ -1,13 +1,13 @@
 """The arms of a study, and their losses over learning rates.
 
 An arm is all runs that differ in learning rate and seed only. A loss is the validation loss at the
-end of a run, in nats; a diverged run counts as the cap. The cap is the smallest loss that any quantized
-arm has before it learns: PTQ's on the arm's grid where the study measured it, otherwise that of
-the first training batch. LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) is the mean
-over the learning rates of min(loss, cap) - best, the worst loss the largest min(loss, cap); both are
-computed seed by seed and averaged, and since they depend on the grid of learning rates, only seeds
-count that have all of it. An arm's learning rate is selected on the even batches of validation and its
-loss reported on the odd ones, because the smallest of several noisy losses flatters.
+end of a run, in nats; a diverged run counts as the cap. The cap is the study file's `compare.cap`,
+without one the smallest loss that any quantized arm has before it learns: PTQ's on the arm's grid where
+the study measured it, otherwise that of the first training batch. LR sensitivity (Wortsman et al. 2023,
+arXiv 2309.14322) is the mean over the learning rates of min(loss, cap) - best, the worst loss the largest
+min(loss, cap); both are computed seed by seed and averaged, and since they depend on the grid of
+learning rates, only seeds count that have all of it. An arm's learning rate is selected on the even batches
+of validation and its loss reported on the odd ones, because the smallest of several noisy losses flatters.
 """
 
 import logging
@@ -168,6 +168,8 @@ class Comparison:
     @cached_property
     def cap(self) -> tuple[float, str]:
         """The cap of the losses, and where it comes from."""
+        if self.plan.cap is not None:
+            return self.plan.cap, "the study's"
         caps = []
         for arm in self.quantized or self.fits:
             ptq = self.ptq(arm)

@@ -1,6 +1,6 @@
 """Every quantized arm against the baseline of its bit width, paired by seed.
 
-    compare: {baseline: {method: STE, grid: integer}, margin: 0.01}    # in study.yaml
+    compare: {baseline: {method: STE, grid: integer}, margin: 0.01, cap: 4.5}    # in study.yaml
 
 Three quantities, each a family of its own for Holm's correction: the loss (all arms x learning rates of
 the study), lr sensitivity and the worst loss (all arms). Losses count up to the cap and diverged runs as
@@ -8,7 +8,7 @@ the cap, so a collapse weighs what it costs and no pair is dropped for it; a see
 side has is left out and counted. Full precision is no arm here: that it wins is no finding.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +67,12 @@ class Plan:
     Attributes:
         baseline: Hyper-parameters that select the baseline; None takes the first STE arm.
         margin: Margin of equivalence in nats; 0 where the study names none.
+        cap: Cap of the losses in nats; None leaves it to the arms, see `Comparison.cap`.
     """
 
     baseline: dict[str, Any] | None = None
     margin: float = 0.0
+    cap: float | None = None
 
 
 def read_plan(folder: Path) -> Plan:
@@ -89,16 +91,19 @@ def read_plan(folder: Path) -> Plan:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} can't be read: {str(error).splitlines()[0]}: correct the file") from error
     if not isinstance(plan, dict | None):
-        raise UserError(f"{path}: compare must be a mapping with baseline and margin")
+        raise UserError(f"{path}: compare must be a mapping with baseline, margin and cap")
     plan = plan or {}
-    for key in plan.keys() - {"baseline", "margin"}:
-        raise UserError(f"{path}: unknown key compare.{key!s}: known here: baseline, margin")
-    baseline, margin = plan.get("baseline"), plan.get("margin", 0.0)
+    known = [field.name for field in fields(Plan)]
+    for key in plan.keys() - set(known):
+        raise UserError(f"{path}: unknown key compare.{key!s}: known here: {', '.join(known)}")
+    baseline = plan.get("baseline")
     if not isinstance(baseline, dict | None):
         raise UserError(f"{path}: compare.baseline: {baseline!r} must be a mapping, as {{method: STE}}")
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
-        raise UserError(f"{path}: compare.margin: {margin!r} must be a number of nats, 0 or more")
-    return Plan(baseline, float(margin))
+    for key in plan.keys() - {"baseline"}:
+        value = plan[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise UserError(f"{path}: compare.{key}: {value!r} must be a number of nats, 0 or more")
+    return Plan(**plan)
 
 
 def baselines(comparison: "Comparison") -> dict[Any, "Arm"]:

@@ -227,7 +227,13 @@ def differences(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]
                     axes.plot([each.low, each.high], [y, y], color=colour, linewidth=1.4)
                 axes.plot(each.mean, y, "o", color=colour, markersize=5, fillstyle=filled)
         axes.set_title(f"{arm} - {baseline}", fontsize=9)
-        axes.set_xscale("symlog", linthresh=2 * (comparison.plan.margin or 0.01))
+        from matplotlib.ticker import SymmetricalLogLocator
+
+        linear = 2 * (comparison.plan.margin or 0.01)
+        axes.set_xscale("symlog", linthresh=linear)
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=[1, 2, 5]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.tick_params(axis="x", labelsize=8)
         axes.set_xlabel("difference (nats)")
         axes.set_yticks(range(len(rows)), [f"lr {short(lr)}" if q == "loss" else q for q, lr in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)

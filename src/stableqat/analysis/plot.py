@@ -121,7 +121,8 @@ def _figure(
     parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False).flat
     for (comparison, drawn), part, lines in zip(studies, parts, rows, strict=True):
         part.suptitle(comparison.folder.name, fontweight="bold")
-        grid = part.subplots(lines, columns, sharex="x" in share, sharey="y" in share, squeeze=False).flat
+        table = part.subplots(lines, columns, sharex="x" in share, sharey="y" in share, squeeze=False)
+        grid = list(table.flat)
         for axes, draw in zip(grid, drawn, strict=False):
             axes.grid(alpha=0.25)
             draw(axes)
