@@ -8,7 +8,7 @@
     runs_per_gpu: 8                            # where that is faster, as for small models; default 1
     start: {args: {trainer.max_steps: 400}}    # optional: one run that all others begin from;
                                                # {study: NAME, ...} puts it into NAME's folder, to share it
-    compare: {baseline: {method: STE}, margin: 0.01}  # optional: what `stableqat compare` is to test
+    compare: {baseline: {method: STE}, margin: 0.01, cap: 4.5}  # optional: what `stableqat compare` tests
     validate:                                  # optional: measured, not trained
       ptq: {configs: [ste.yaml]}
     grid:
