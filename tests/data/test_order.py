@@ -9,14 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stableqat.data
-from stableqat.data.order import (
-    PAD,
-    EvaluationOrder,
-    TrainingLoader,
-    TrainingOrder,
-    permutation,
-    sample_rng,
-)
+from stableqat.data.mixture import Mixture, permutation
+from stableqat.data.order import PAD, EvaluationOrder, TrainingLoader, sample_rng
+from stableqat.data.order import TrainingOrder as MixedOrder
 from stableqat.errors import UserError
 
 
@@ -36,6 +31,11 @@ class Echo:
 class Unreadable(Echo):
     def __getitem__(self, keys):
         raise UserError("cat.png is no image: remove it")
+
+
+def TrainingOrder(size, *args, **kwargs):
+    """Of one source."""
+    return MixedOrder(Mixture([size]), *args, **kwargs)
 
 
 def steps(order, count):
@@ -167,7 +167,7 @@ def test_a_batch_whose_step_was_cut_short_is_not_counted():
 
 
 @pytest.mark.parametrize(
-    ("size", "seed", "says"), [(9, 0, "number of training samples is 8"), (8, 1, "seed is 0")]
+    ("size", "seed", "says"), [(9, 0, "number of training samples an epoch is 8"), (8, 1, "seed is 0")]
 )
 def test_other_data_does_not_resume(size, seed, says):
     state = TrainingLoader(Echo(8), TrainingOrder(8, 2, seed=0)).state_dict()

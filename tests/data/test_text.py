@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sample_documents import document
 
-from stableqat.data import TextDataModule, embedded, text
+from stableqat.data import TextDataModule, embedded, packed, text
 from stableqat.data.order import PAD
 from stableqat.data.source import TEXT_FORMATS, local_files
 from stableqat.data.tokenizer import EOS, train_bpe
@@ -145,7 +145,7 @@ def test_rows_are_the_documents_less_the_tail(documents, block_size, chunk):
 
     table = pyarrow.table({"input_ids": pyarrow.array(documents, pyarrow.list_(pyarrow.int32()))})
     pieces = pyarrow.Table.from_batches(table.to_batches(max_chunksize=chunk))
-    rows = text.PackedRows(datasets.Dataset(pieces), block_size)
+    rows = packed.PackedRows(datasets.Dataset(pieces), block_size)
     everything = [token for tokens in documents for token in tokens]
     assert rows.num_tokens == len(everything)
     assert len(rows) == len(everything) // block_size
@@ -175,13 +175,14 @@ def test_equal_documents_are_held_out_together_and_order_does_not_matter(tmp_pat
     as_jsonl(tmp_path, "once", texts)
     as_jsonl(tmp_path, "twice", [*reversed(texts), *texts])
     once, twice = make(tmp_path / "once.jsonl"), make(tmp_path / "twice.jsonl")
-    assert once._cutoff == twice._cutoff
+    cutoffs = {documents.cutoff for data in (once, twice) for documents in data._documents.values()}
+    assert len(cutoffs) == 1
     assert twice.splits["validation"].num_tokens == 2 * once.splits["validation"].num_tokens
 
 
 def test_another_block_size_tokenizes_nothing_again(corpus, make, monkeypatch):
     first = make(corpus)
-    monkeypatch.setattr(text, "_backend", None)  # a call would fail
+    monkeypatch.setattr("stableqat.data.documents._backend", None)  # a call would fail
     second = make(corpus, block_size=32)
     assert flat(second, "train")[:320] == flat(first, "train")[:320]
 
@@ -230,7 +231,7 @@ def test_a_bpe_is_trained_once_on_the_train_split_alone(corpus, make, monkeypatc
 def test_a_large_corpus_gives_the_bpe_an_even_share(corpus, make, monkeypatch):
     data = make(corpus)
     everything = list(data._training_texts())
-    monkeypatch.setattr(text, "_BPE_MAX_BYTES", data._documents["train"].data.nbytes // 4)
+    monkeypatch.setattr(text, "_BPE_MAX_BYTES", data._documents[str(corpus)].splits["train"].data.nbytes // 4)
     share = list(data._training_texts())
     assert len(everything) / 6 < len(share) < len(everything) / 4
     assert set(share) < set(everything)

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import LambdaCallback
 
+from stableqat.data.mixture import Mixture
 from stableqat.data.order import EvaluationOrder, Key, Loader, TrainingLoader, TrainingOrder
 from stableqat.errors import UserError
 
@@ -49,7 +51,7 @@ class DataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._train_loader: TrainingLoader | None = None
-        self._place: dict[str, int] = {}
+        self._place: dict[str, Any] = {}
 
     def load(self) -> dict[str, Rows]:
         """Return the splits: `train`, `validation`, and `test` where there is one."""
@@ -59,6 +61,11 @@ class DataModule(LightningDataModule):
     def splits(self) -> dict[str, Rows]:
         """The splits, prepared or read from the cache on first use."""
         return self.load()
+
+    @property
+    def mixture(self) -> Mixture:
+        """How an epoch draws from the train split: each sample once."""
+        return Mixture([len(self.splits["train"])])
 
     @property
     def run_seed(self) -> int:
@@ -74,6 +81,9 @@ class DataModule(LightningDataModule):
         self.splits  # noqa: B018
         if stage in (None, "fit"):
             self._train_loader, self._place = None, {}
+            if self.trainer is not None:
+                recount = LambdaCallback(on_train_start=lambda *_: self._recount())
+                self.trainer.callbacks.append(recount)  # type: ignore[attr-defined]
 
     def _share(self) -> dict[str, int]:
         """Return this process's place among those that read different data (tensor-parallel ones do not)."""
@@ -103,17 +113,18 @@ class DataModule(LightningDataModule):
         Raises:
             UserError: fewer samples than one step of all processes takes, or a checkpoint of other data.
         """
-        rows = self.splits["train"]
+        rows, mixture = self.splits["train"], self.mixture
         share = self._share()
-        step, size = self.batch_size * share["world_size"], len(rows)
+        step, size = self.batch_size * share["world_size"], mixture.size
         if size < step:
             raise UserError(
                 f"the train split has {size} samples, fewer than the {step} of one step "
                 f"(batch_size x {share['world_size']} processes): lower batch_size or give more data"
             )
         if overfit := getattr(self.trainer, "overfit_batches", 0):
-            size = min(size, overfit * step if isinstance(overfit, int) else max(step, int(overfit * size)))
-        order = TrainingOrder(size, self.batch_size, seed=self.run_seed, **share)
+            few = overfit * step if isinstance(overfit, int) else max(step, int(overfit * size))
+            mixture = mixture.first(min(size, few))
+        order = TrainingOrder(mixture, self.batch_size, seed=self.run_seed, **share)
         # A weak reference: workers take seconds to end when a cycle of references keeps their loader.
         module = weakref.proxy(self)
         loader = TrainingLoader(
@@ -141,10 +152,32 @@ class DataModule(LightningDataModule):
         """Return the same loader as for testing; padding rows carry labels of -100 only."""
         return self.test_dataloader()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the place in the training stream, for the checkpoint."""
         return self._train_loader.state_dict() if self._train_loader is not None else self._place
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Keep a checkpoint's place in the training stream for the training loader to come."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's place in the training stream for the training loader.
+
+        Sharded strategies restore late: the loader exists by then if the schedule asked for the run's length.
+        """
         self._place = state_dict
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(state_dict)
+
+    def _recount(self) -> None:
+        """Count the batches of an earlier run, of another size, as batches of this one.
+
+        Lightning ends an epoch, accumulates gradients and validates by the number of batches done.
+        """
+        place, self._place = self._place, {}
+        assert self._train_loader is not None
+        saved, now = place.get("global_batch"), self._train_loader.order.global_batch
+        if self.trainer is None or saved in (None, now):
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        count: Any
+        for count in (progress.total, progress.current):
+            more = -(-count.processed * saved // now) - count.processed
+            for stage in ("ready", "started", "processed", "completed"):
+                setattr(count, stage, getattr(count, stage) + more)

@@ -1,11 +1,13 @@
 """The order of samples: a pure function of (seed, position), shared out over processes, resumed exactly.
 
-Training is one endless stream. Epoch e visits the samples in a permutation drawn from (seed, e); a step takes
-the next batch_size * world_size of them, and process r takes every world_size-th from the r-th on, so that
-any number of processes sees the same samples a step. An iterator goes on where the last batch handed out
-ended, across Lightning's epochs and across a resume: the whole state is (epoch, samples consumed). Evaluation
-visits every sample once; a process that would be short of a batch gets one of padding, because sharded
-forwards are collectives.
+Training is one endless stream. Epoch e visits the samples in an order drawn from (seed, e); a step takes the
+next batch_size * world_size of them, and process r takes every world_size-th from the r-th on, so that any
+number of processes sees the same samples a step. An iterator goes on where the last batch handed out ended,
+across Lightning's epochs and across a resume: the whole state is (epoch, samples consumed by all processes).
+So a run goes on with the very next samples on any number of processes; if the samples a step stay the same,
+its steps are those of the undisturbed run, and if not, the order still is, but for the samples at an epoch's
+end that fill no step. Evaluation visits every sample once; a process that would be short of a batch gets one
+of padding, because sharded forwards are collectives.
 """
 
 import random
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
+from stableqat.data.mixture import Mixture
 from stableqat.errors import UserError
 
 #: The index of a padding row, whose labels are all ignored.
@@ -26,15 +29,13 @@ PAD = -1
 #: sample.
 Key = tuple[int, int, int]
 
-
-def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return epoch `epoch`'s order of `size` samples.
-
-    Sorting raw Philox output, whose stream NumPy guarantees for good, makes the order independent of
-    versions.
-    """
-    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
-    return np.argsort(bits, kind="stable")
+#: What the training stream is drawn from, in a user's words.
+_ORIGIN = {
+    "seed": "data seed",
+    "size": "number of training samples an epoch",
+    "shares": "ratio of sources",
+    "rows": "number of samples of each source",
+}
 
 
 @contextmanager
@@ -60,17 +61,18 @@ class TrainingOrder(SequentialSampler):
     """One process's share of the endless training stream, in batches of keys, one epoch's worth an iterator.
 
     Args:
-        size: number of samples; an epoch's last incomplete global batch is dropped.
+        mixture: what an epoch visits; its last incomplete global batch is dropped.
         batch_size: samples a step and process.
         seed: decides the order.
         rank: this process among those that read different data.
         world_size: number of such processes.
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
-        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+    def __init__(self, mixture: Mixture, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
+        self.mixture, self.size = mixture, mixture.size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.global_batch = batch_size * world_size
-        assert 0 < self.global_batch <= size
+        assert 0 < self.global_batch <= self.size
         assert 0 <= rank < world_size
         self.position = (0, 0)
 
@@ -87,7 +89,7 @@ class TrainingOrder(SequentialSampler):
         for _ in range(len(self)):
             epoch, start = self.start_of_batch(position)
             if epoch != order_epoch:
-                order, order_epoch = permutation(self.size, self.seed, epoch), epoch
+                order, order_epoch = self.mixture.order(self.seed, epoch), epoch
             stop = start + self.global_batch
             position = (epoch, stop)
             yield [(self.seed, epoch, int(i)) for i in order[start + self.rank : stop : self.world_size]]
@@ -166,23 +168,28 @@ class TrainingLoader(Loader):
             self.order.advance()
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the place in the stream, in samples of all processes, and what the stream was drawn from."""
         epoch, consumed = self._previous if self.unfinished() else self.order.position
-        return {"epoch": epoch, "consumed": consumed, "seed": self.order.seed, "size": self.order.size}
+        place = {"epoch": epoch, "consumed": consumed, "global_batch": self.order.global_batch}
+        return {**place, **self._origin()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _origin(self) -> dict[str, Any]:
+        mixture = self.order.mixture
+        origin = {"seed": self.order.seed, "size": mixture.size}
+        return {**origin, "shares": mixture.shares, "rows": mixture.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
 
         Raises:
-            UserError: the state was saved over another number of samples or another seed.
+            UserError: the state was saved over other samples, another mixture of them, or another seed.
         """
-        for key in ("seed", "size"):
-            if state[key] != getattr(self.order, key):
-                what = "data seed" if key == "seed" else "number of training samples"
+        for key, own in self._origin().items():
+            if (saved := state.get(key, own)) != own:  # stableqat 0.1 saved seed and size alone
+                was, now = (":".join(map(str, v)) if isinstance(v, list) else v for v in (saved, own))
                 raise UserError(
-                    f"cannot resume: the checkpoint's {what} is {state[key]}, this run's is "
-                    f"{getattr(self.order, key)}: resume with the same data settings, or start a new run "
-                    "from its weights with init_from"
+                    f"cannot resume: the checkpoint's {_ORIGIN[key]} is {was}, this run's is {now}: resume "
+                    "with the same data settings, or start a new run from its weights with init_from"
                 )
         self.order.position = self._previous = (state["epoch"], state["consumed"])

@@ -11,13 +11,13 @@ thing: the file at which a folder's share is full is left at that document, whic
 import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
+from stableqat.data.budget import token_count
 from stableqat.data.corpus import (
     CORPUS_FORMATS,
     Corpus,
@@ -114,7 +114,7 @@ def sample(
     Returns:
         0
     """
-    goal = math.inf if tokens == "all" else float(_count(tokens) * CHARACTERS_PER_TOKEN)
+    goal = math.inf if tokens == "all" else float(token_count(tokens) * CHARACTERS_PER_TOKEN)
     if seed < 0:
         raise UserError(f"seed: must be 0 or more, not {seed}")
     formats, licence = _LAYOUTS[layout]
@@ -160,15 +160,6 @@ def sample(
         tell(f"{split}: {about['documents']} documents, about {about['estimated_tokens']} tokens")
     tell(f"written to {out}; next: stableqat data tokenize --input {out}")
     return 0
-
-
-def _count(tokens: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMBG]?)", tokens)
-    scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
-    number = float(match[1]) * scale[match[2]] if match else 0
-    if number < 1:
-        raise UserError(f"tokens: must be a number such as 300000, 20M or 1.5B, or all, not {tokens}")
-    return round(number)
 
 
 def _corpus(

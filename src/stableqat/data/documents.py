@@ -1,0 +1,156 @@
+"""The documents of one source of raw text: read, split into train and validation, tokenized once.
+
+Where a source has no validation split, the documents of the lowest hashes are held out, whole, so that equal
+documents stay on one side. `datasets` keeps what was read, hashed and tokenized in its cache.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stableqat.data.corpus import document_hash
+from stableqat.data.source import TEXT_FORMATS, load_splits
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+
+def _hash_documents(texts: list[str | None]) -> dict[str, list[int]]:
+    return {"hash": [document_hash(text) for text in texts if text]}
+
+
+@lru_cache(maxsize=1)
+def _backend(tokenizer: str) -> Any:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _is_held_out(text: str, cutoff: int) -> bool:
+    return document_hash(text) <= cutoff
+
+
+def _tokenize(
+    texts: list[str | None], *, tokenizer: str, eos: int, cutoff: int | None, held_out: bool
+) -> dict[str, list[list[int]]]:
+    """Return the tokens of each document of one side of the cutoff, EOS appended; empty documents drop out.
+
+    The arguments are plain data, so that `datasets` can tell from them whether its cache still holds.
+    """
+    kept = [text for text in texts if text and (cutoff is None or _is_held_out(text, cutoff) == held_out)]
+    encodings = _backend(tokenizer).encode_batch_fast(kept, add_special_tokens=False)
+    return {"input_ids": [[*encoding.ids, eos] for encoding in encodings]}
+
+
+class Documents:
+    """The documents of one source, by split.
+
+    Args:
+        source: a file or folder, or a hub name.
+        name: configuration of a hub data set.
+        text_column: the column that holds the text.
+        validation_fraction: share of the documents held out, whole, where there is no validation split.
+        cache_dir: where prepared data is kept; None takes the default folder of `datasets`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str | None,
+        text_column: str,
+        validation_fraction: float,
+        cache_dir: str | None,
+    ):
+        self.source, self.name, self.text_column = source, name, text_column
+        self.validation_fraction, self.cache_dir = validation_fraction, cache_dir
+
+    @cached_property
+    def splits(self) -> dict[str, "Dataset"]:
+        """The splits of the source, reduced to the text column."""
+        from datasets import Value
+
+        splits = load_splits(
+            self.source,
+            self.name,
+            formats=TEXT_FORMATS,
+            cache_dir=self.cache_dir,
+            text={"sample_by": "document"},
+        )
+        for rows in splits.values():
+            if (feature := rows.features.get(self.text_column)) is None:
+                columns = ", ".join(rows.column_names)
+                raise UserError(
+                    f"{self.source} has no column {self.text_column} (it has {columns}): set text_column"
+                )
+            if feature not in (Value("string"), Value("large_string")):
+                raise UserError(
+                    f"column {self.text_column} of {self.source} holds not only strings: set text_column"
+                )
+        return {split: rows.select_columns(self.text_column) for split, rows in splits.items()}
+
+    @cached_property
+    def cutoff(self) -> int | None:
+        """The largest hash of a held-out document, or None where the source has a validation split."""
+        if "validation" in self.splits:
+            return None
+        train = self.splits["train"]
+        hashed = train.map(
+            _hash_documents,
+            input_columns=self.text_column,
+            batched=True,
+            remove_columns=self.text_column,
+            desc="Hashing documents",
+        )
+        hashes = hashed.with_format("numpy")["hash"][:]
+        if len(hashes) < 2:
+            raise UserError(
+                f"{self.source} is a single document, and validation takes whole ones: "
+                "put it in a folder beside a validation file"
+            )
+        count = max(1, round(self.validation_fraction * len(hashes)))
+        return int(np.partition(hashes, count - 1)[count - 1])
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides the training documents."""
+        return f"{self.splits['train']._fingerprint} {self.cutoff}"
+
+    def training_texts(self, max_bytes: int) -> Iterator[str]:
+        """Yield training documents, about `max_bytes` of them, taken evenly from the whole split."""
+        train = self.splits["train"]
+        step = -(-train.data.nbytes // max_bytes) or 1
+        for batch in train.select(range(0, len(train), step)).iter(batch_size=1000):
+            for text in batch[self.text_column]:
+                if text and (self.cutoff is None or not _is_held_out(text, self.cutoff)):
+                    yield text
+
+    def tokenized(self, tokenizer: "PreTrainedTokenizerFast") -> dict[str, "Dataset"]:
+        """Return the tokens of each split's documents, in a column `input_ids`."""
+        from datasets import Features, List, Value
+
+        def tokens(split: str, origin: str) -> "Dataset":
+            return self.splits[origin].map(
+                _tokenize,
+                input_columns=self.text_column,
+                batched=True,
+                remove_columns=self.text_column,
+                features=Features({"input_ids": List(Value("int32"))}),
+                fn_kwargs={
+                    "tokenizer": tokenizer.backend_tokenizer.to_str(),
+                    "eos": tokenizer.eos_token_id,
+                    "cutoff": self.cutoff if origin == "train" else None,
+                    "held_out": split != origin,
+                },
+                desc=f"Tokenizing {split}",
+            )
+
+        origins = {"train": "train", "validation": "train"} | {split: split for split in self.splits}
+        return {split: tokens(split, origin) for split, origin in origins.items()}

@@ -1,0 +1,99 @@
+"""Rows of tokens: windows of `block_size` on one flat run of tokens that stays on disk.
+
+Memory stays flat, a change of block_size tokenises nothing again, and the concatenation of the rows is the
+concatenation of the documents, less the tail of a split that doesn't fill a row. Rows attend across document
+borders, as in GPT-3's pretraining.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stableqat.data.order import PAD, Key
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class TokenRows:
+    """Turns keys into a batch; a subclass has the rows."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def row(self, index: int) -> np.ndarray:
+        """Return the tokens of one row."""
+        raise NotImplementedError
+
+    def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]:
+        rows = np.stack([self.row(max(index, 0)) for *_, index in keys])
+        input_ids = torch.from_numpy(rows.astype(np.int64))
+        labels = input_ids.clone()
+        labels[torch.tensor([index == PAD for *_, index in keys])] = -100
+        return {"input_ids": input_ids, "labels": labels}
+
+
+class PackedRows(TokenRows):
+    """Rows of `block_size` tokens over a data set's `input_ids`, read from its memory map.
+
+    Args:
+        documents: data set with a column `input_ids`.
+        block_size: tokens a row.
+    """
+
+    def __init__(self, documents: "Dataset", block_size: int):
+        self.documents, self.block_size = documents, block_size
+        column = documents.data.column("input_ids")
+        self.chunks = [chunk.flatten().to_numpy() for chunk in column.chunks if len(chunk)]
+        self.ends = np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.int64)
+        self.num_tokens = int(self.ends[-1]) if self.chunks else 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedRows, (self.documents, self.block_size)
+
+    def __len__(self) -> int:
+        return self.num_tokens // self.block_size
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) of the flat run."""
+        pieces = []
+        chunk = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            first = int(self.ends[chunk]) - len(self.chunks[chunk])
+            pieces.append(self.chunks[chunk][start - first : stop - first])
+            start, chunk = int(self.ends[chunk]), chunk + 1
+        return np.concatenate(pieces)
+
+    def row(self, index: int) -> np.ndarray:
+        """Return the tokens of one row."""
+        return self.tokens(index * self.block_size, (index + 1) * self.block_size)
+
+
+class MixedRows(TokenRows):
+    """The rows of several sources, laid end to end.
+
+    Args:
+        parts: the rows of each source.
+        spread: put each source's rows at even distances instead, so that any first part of the whole has its
+            share of each source.
+    """
+
+    def __init__(self, parts: Sequence[PackedRows], *, spread: bool = False):
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.order: np.ndarray | None = None
+        if spread:
+            places = [(np.arange(len(part)) + 0.5) / len(part) for part in parts]
+            self.order = np.argsort(np.concatenate(places), kind="stable")
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def row(self, index: int) -> np.ndarray:
+        """Return the tokens of one row."""
+        if self.order is not None:
+            index = int(self.order[index])
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part].row(index - int(self.starts[part]))
