@@ -81,7 +81,7 @@ def test_the_hparams_tab_finds_the_run(pair, runs):
 
 def test_the_settings_that_a_comparison_reads_are_flat_and_resolved(runs):
     shared = {"method", "seed", "lr", "max_steps", "subcommand", "scale_lr_multiplier", "optimizer"}
-    shared |= {"weight_decay", "batch_size", "gradient_clip_val"}
+    shared |= {"weight_decay", "gradient_clip_val"}
     quantized = {"bits", "grid", "mask", "scale_init", "granularity"}
     settings = {method: run.hparams for (_, method), (run, _) in runs.items()}
     assert all(shared <= set(each) for each in settings.values())

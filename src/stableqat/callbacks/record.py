@@ -67,7 +67,8 @@ class RunRecord(L.Callback):
             for config in trainer.lr_scheduler_configs:
                 settings["warmup_steps"] = getattr(config.scheduler, "warmup_steps", 0)
             settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
-            settings["batch_size"] = getattr(getattr(trainer, "datamodule", None), "batch_size", 0)
+            if describe := getattr(getattr(trainer, "datamodule", None), "describe", None):
+                settings.update(describe())
         metrics = {**self._losses, **_progress(trainer)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -72,6 +72,10 @@ class DataModule(LightningDataModule):
         """The seed in force: the argument, or what Lightning's seed_everything left behind, or 0."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a run takes of the data, for its record."""
+        return {"batch_size": self.batch_size}
+
     def prepare_data(self) -> None:
         """Fill the caches, on one process of a machine."""
         self.splits  # noqa: B018

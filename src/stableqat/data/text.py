@@ -19,6 +19,7 @@ from stableqat.data.budget import token_count
 from stableqat.data.documents import Documents
 from stableqat.data.embedded import cache_root, embedded_text
 from stableqat.data.mixture import Mixture
+from stableqat.data.order import TrainingLoader
 from stableqat.data.packed import MixedRows, PackedRows
 from stableqat.data.prepared import prepared_manifest, prepared_splits
 from stableqat.data.source import TEXT_FORMATS, local_files
@@ -52,6 +53,8 @@ class TextDataModule(DataModule):
             all of theirs.
         tokens: training tokens of an epoch, such as 300000, 20M or 1.5B; null takes all, of a mixture as many
             as its scarcest source allows.
+        tokens_per_step: declared tokens of an optimizer step, of all processes and accumulated batches; a run
+            that takes another number is refused. null declares nothing.
         repeat: let a source that has fewer tokens than its share of the budget go round again.
         name: configuration of a hub data set.
         tokenizer: a hub name, a folder or a tokenizer.json; null takes the one of a tokenized source, or
@@ -75,6 +78,7 @@ class TextDataModule(DataModule):
         source: dict[str, float] | str | None = None,
         *,
         tokens: int | str | None = None,
+        tokens_per_step: int | str | None = None,
         repeat: bool = False,
         name: str | None = None,
         tokenizer: str | None = None,
@@ -119,6 +123,9 @@ class TextDataModule(DataModule):
         self._check_one_tokenizer()
         if self._manifests and tokenizer is None:
             tokenizer = f"{next(iter(self._manifests))}/tokenizer"
+        self.tokens_per_step = (
+            None if tokens_per_step is None else token_count(tokens_per_step, "tokens_per_step")
+        )
         self.repeat = repeat
         self.name = name
         self.tokenizer_source = tokenizer
@@ -233,6 +240,40 @@ class TextDataModule(DataModule):
                 f"{there * self.block_size}{of}): lower it, or set repeat: true"
             )
         return budget
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run takes of the data, for its record."""
+        step, described = self._tokens_a_step(), super().describe()
+        tokens = int(getattr(self.trainer, "estimated_stepping_batches", 0)) * step
+        if self.tokens is not None and not self.repeat:
+            tokens = min(tokens, self.tokens)  # the last step may be a short one
+        return {**described, "tokens_per_step": step, "training_tokens": tokens}
+
+    def _tokens_a_step(self) -> int:
+        accumulated = getattr(self.trainer, "accumulate_grad_batches", 1)
+        return self.batch_size * self.block_size * self._share()["world_size"] * accumulated
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Return the loader of the training stream, if the run takes the tokens that it declares.
+
+        Raises:
+            UserError: another number of tokens a step, or more in all than the budget; see `DataModule`, too.
+        """
+        step, processes = self._tokens_a_step(), self._share()["world_size"]
+        accumulated = getattr(self.trainer, "accumulate_grad_batches", 1)
+        if self.tokens_per_step not in (None, step):
+            raise UserError(
+                f"tokens_per_step {self.tokens_per_step} is declared, and a step takes {step}: batch_size "
+                f"{self.batch_size} x block_size {self.block_size} x {processes} processes x "
+                f"accumulate_grad_batches {accumulated}; change one of them"
+            )
+        steps = getattr(self.trainer, "max_steps", -1)
+        if self.tokens is not None and not self.repeat and steps * step > self.tokens:
+            raise UserError(
+                f"tokens {self.tokens} is declared, and trainer.max_steps {steps} takes {steps * step}: "
+                "lower max_steps (-1 with max_epochs 1 ends with the budget), or set repeat: true"
+            )
+        return super().train_dataloader()
 
     def load(self) -> dict[str, Rows]:
         """Return the splits as rows of tokens.

@@ -1,0 +1,95 @@
+"""The paper's recipe on a small corpus: what a run takes of it is declared, checked and logged."""
+
+from pathlib import Path
+
+import pytest
+
+from stableqat.analysis.events import read_run
+from stableqat.cli import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "model.config": "{model_type: llama, vocab_size: 300, hidden_size: 16, intermediate_size: 16, "
+    "num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}",
+    "data.tokens": "8K",
+    "data.tokens_per_step": 1024,
+    "data.block_size": 64,
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "32",
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+    "trainer.strategy": "auto",
+    "trainer.accumulate_grad_batches": 16,
+    "trainer.val_check_interval": 1000,
+    "trainer.limit_val_batches": 2,
+    "last.every_n_train_steps": 1000,
+}
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tokenized sources with one tokenizer, about 10,000 tokens each."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for name in ("slimpajama", "fineweb-edu"):
+        raw = folder / f"raw-{name}"
+        raw.mkdir()
+        text = "".join(f'{{"text": "{name} {i} says {i * i} and {i % 7} more words"}}\n' for i in range(1600))
+        (raw / "train.jsonl").write_text(text)
+    first, second = folder / "slimpajama", folder / "fineweb-edu"
+    common = ["--block_size", "64"]
+    made = ["data", "tokenize", "--input", str(folder / "raw-slimpajama"), "--out", str(first)]
+    assert main([*made, "--tokenizer", "train:300", *common]) == 0
+    made = ["data", "tokenize", "--input", str(folder / "raw-fineweb-edu"), "--out", str(second)]
+    assert main([*made, "--tokenizer", str(first / "tokenizer"), *common]) == 0
+    return folder
+
+
+def fit(corpora: Path, folder: Path, **changed: object) -> int:
+    sources = f"{{{corpora}/slimpajama: 1, {corpora}/fineweb-edu: 1}}"
+    settings = SMALL | {"data.source": sources, "trainer.logger.save_dir": folder}
+    settings |= {key.replace("__", "."): value for key, value in changed.items()}
+    files = [ROOT / "configs" / "llama" / f"{name}.yaml" for name in ("base", "paper/train", "stableqat")]
+    flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    return main(["fit", *(part for file in files for part in ("-c", str(file))), *flags])
+
+
+def test_a_recipe_ends_with_its_budget_and_says_what_it_took(corpora: Path, tmp_path: Path) -> None:
+    assert fit(corpora, tmp_path, trainer__logger__version="v") == 0
+    run = read_run(tmp_path / "paper" / "v")
+    assert run.last("hp/steps") == 8  # 8,000 tokens are 125 rows of 64, 7 steps of 16 rows and one of 13
+    assert (run.hparams["tokens_per_step"], run.hparams["training_tokens"]) == (1024, 8000)
+    assert (run.hparams["lr"], run.hparams["warmup_steps"], run.hparams["scale_lr_multiplier"]) == (
+        1e-4,
+        0,
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"trainer__accumulate_grad_batches": 8},
+            "tokens_per_step 1024 is declared, and a step takes 512: batch_size 1 x block_size 64 x "
+            "1 processes x accumulate_grad_batches 8; change one of them",
+        ),
+        (
+            {"trainer__max_steps": 8},
+            "tokens 8000 is declared, and trainer.max_steps 8 takes 8192: lower max_steps (-1 with "
+            "max_epochs 1 ends with the budget), or set repeat: true",
+        ),
+        (
+            {"data__tokens_per_step": "many"},
+            "tokens_per_step: must be a number such as 300000, 20M or 1.5B, not many",
+        ),
+    ],
+)
+def test_what_is_declared_is_checked(
+    corpora: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changed: dict[str, object],
+    message: str,
+) -> None:
+    assert fit(corpora, tmp_path, **changed) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"stableqat: {message}"
