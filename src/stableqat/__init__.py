@@ -7,8 +7,14 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "PrepareQAT": "stableqat.callbacks",
     "QuantLinear": "stableqat.surgery",
+    "convert": "stableqat.qat",
+    "hold_weights": "stableqat.surgery",
+    "parameter_groups": "stableqat.qat",
+    "prepare": "stableqat.qat",
     "quantize_linears": "stableqat.surgery",
+    "release_weights": "stableqat.surgery",
     "UserError": "stableqat.errors",
 }
 __all__ = list(_HOME)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from stableqat import ops
 from stableqat.errors import UserError
@@ -70,6 +71,24 @@ class QuantLinear(nn.Linear):
         layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
         layer.recompute = layer._group = layer._held = None
         return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The plain layer on the same Parameters, the weight set to its deployed value.
+
+        Raises:
+            UserError: If activations are quantized, too, which no weight can hold.
+        """
+        if self.input_quantizer is not None:
+            raise UserError("a layer that quantizes its input cannot become a plain Linear")
+        if self._group is not None:
+            self._group.dissolve()
+        self.release()
+        self.weight.copy_(self.weight_quantizer.quantize(self.weight).dequantize())
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in) -> (..., out)`."""
@@ -167,6 +186,21 @@ class _Group:
         self.saving: Any = None
         for place, layer in enumerate(layers):
             layer._group, layer._place = self, place
+        self.hooks: tuple[RemovableHandle, ...] = ()
+
+    def attach(self, block: nn.Module) -> None:
+        """Run around the forward of a block, until `dissolve`."""
+        self.hooks = (
+            block.register_forward_pre_hook(self.before, with_kwargs=True),
+            block.register_forward_hook(self.after, always_call=True),
+        )
+
+    def dissolve(self) -> None:
+        """Leave each layer to itself."""
+        for hook in self.hooks:
+            hook.remove()
+        for layer in self.layers:
+            layer._group = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: compute what the layers will use."""
@@ -243,11 +277,12 @@ def quantize_linears(
         raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
     report = SurgeryReport()
     replacements: dict[int, QuantLinear] = {}
+    swaps: dict[str, QuantLinear] = {}
     used_patterns: set[str] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, nn.Linear):
             continue
-        matching = [p for p in skip if _matches(name, p)]
+        matching = [p for p in skip if matches(name, p)]
         used_patterns.update(matching)
         if isinstance(module, QuantLinear):
             report.skipped[name] = "quantized already"
@@ -263,8 +298,10 @@ def quantize_linears(
                     raise UserError(f"layer {name}: {error}") from error
                 replacements[id(module)] = QuantLinear.from_linear(module, made)
                 replacements[id(module)].recompute = recompute
-            model.set_submodule(name, replacements[id(module)])
-            report.swapped.append(name)
+            swaps[name] = replacements[id(module)]
+    for name, layer in swaps.items():  # once every weight has its quantizer: all layers or none
+        model.set_submodule(name, layer)
+    report.swapped = list(swaps)
     _group(model, list(replacements.values()))
     report.unmatched = [p for p in skip if p not in used_patterns]
     logger.info("%s", report)
@@ -274,6 +311,11 @@ def quantize_linears(
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized layers of a model by name, each once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of `skip` means a layer: it matches the full name or a part between dots."""
+    return any(fnmatchcase(part, pattern) for part in (name, *name.split(".")))
 
 
 def hold_weights(model: nn.Module) -> None:
@@ -317,9 +359,7 @@ def _group(model: nn.Module, layers: list[QuantLinear]) -> None:
         for module in model.modules():
             within = [each for each in module.modules() if each in alike]
             if 1 < len(within) <= MOST_IN_GROUP:
-                group = _Group(within)
-                module.register_forward_pre_hook(group.before, with_kwargs=True)
-                module.register_forward_hook(group.after, always_call=True)
+                _Group(within).attach(module)
                 alike.difference_update(within)
 
 
@@ -330,7 +370,3 @@ def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool)
     for parameter in quantizer.parameters():
         nn.init.constant_(parameter, torch.nan)  # loud, should no state dict follow
     return quantizer
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return any(fnmatchcase(part, pattern) for part in (name, *name.split(".")))

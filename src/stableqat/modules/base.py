@@ -32,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from stableqat.errors import UserError
 from stableqat.modules.start import load_start
-from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.qat import parameter_groups
+from stableqat.quantizers import QuantizerFactory
 from stableqat.surgery import (
     SurgeryReport,
     hold_weights,
@@ -233,26 +234,9 @@ class QATModule(L.LightningModule, ABC):
     # -- optimization ---------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Weights (decayed), scales (every quantizer parameter; no decay) and the rest (no decay).
-
-        A group without parameters is left out, so that full precision sees an ordinary optimizer.
-        """
+        """See `stableqat.parameter_groups`; a subclass may divide parameters differently."""
         assert self.model is not None
-        quantizers = [m for m in self.model.modules() if isinstance(m, Quantizer)]
-        scales = {id(p) for quantizer in quantizers for p in quantizer.parameters()}
-        exempt: set[str] = getattr(self.model, "no_weight_decay", set)()
-        groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if id(parameter) in scales:
-                groups["scales"].append(parameter)
-            elif parameter.ndim >= 2 and name not in exempt:
-                groups["weights"].append(parameter)
-            else:
-                groups["norms_and_biases"].append(parameter)
-        made = [{"name": name, "params": params} for name, params in groups.items() if params]
-        return [group if group["name"] == "weights" else {**group, "weight_decay": 0.0} for group in made]
+        return parameter_groups(self.model)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, from the parameters that exist after surgery."""

@@ -1,0 +1,89 @@
+"""QAT for a LightningModule that knows nothing of it: one callback beside it.
+
+The module's layers are swapped after its `configure_model`, before the optimizer is made and before a
+checkpoint is loaded, so that runs resume; evaluation computes each fake-quantized weight once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from torch.distributed.tensor import DTensor
+
+from stableqat.errors import UserError
+from stableqat.qat import HEADS, prepare
+from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.surgery import hold_weights, quantized_layers, release_weights
+
+
+class PrepareQAT(L.Callback):
+    """Quantize the linear layers of a module, see `stableqat.prepare`.
+
+    Its `configure_optimizers` should take `stableqat.parameter_groups(self, lr)`; an optimizer from
+    `self.parameters()` works, too, but moves the scales ten times as fast.
+
+    Args:
+        quantizer: A method by name, or what makes the quantizer of a weight.
+        skip: Linear layers that stay as they are: shell patterns over names or parts of them.
+        options: Options of the quantizer, `bits=2` for example.
+    """
+
+    def __init__(
+        self, quantizer: str | QuantizerFactory = "stableqat", skip: Sequence[str] = HEADS, **options: Any
+    ) -> None:
+        self.quantizer, self.skip, self.options = quantizer, skip, options
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have the module prepared as soon as it is built; one that is prepared stays as it is."""
+        if quantized_layers(pl_module):
+            return
+        configure = pl_module.configure_model
+
+        def configure_and_prepare() -> None:
+            vars(pl_module).pop("configure_model")  # once; from here on the module's own
+            configure()
+            if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+                raise UserError(
+                    "PrepareQAT: configure_model shards the model; call stableqat.prepare there, before "
+                    "fully_shard, and leave the callback out"
+                )
+            prepare(pl_module, self.quantizer, self.skip, **self.options)
+
+        vars(pl_module)["configure_model"] = configure_and_prepare
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse an optimizer without the scales: they would silently stay as they are."""
+        optimized = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+        learned = [p for m in pl_module.modules() if isinstance(m, Quantizer) for p in m.parameters()]
+        lost = sum(p.requires_grad and id(p) not in optimized for p in learned)
+        if lost:
+            raise UserError(
+                f"PrepareQAT: {lost} learned parameters of quantizers are in no optimizer; make it in "
+                "configure_optimizers from stableqat.parameter_groups(self, lr)"
+            )
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Weights stay as they are from here on: compute what they become once."""
+        release_weights(pl_module)  # an optimizer may have left no trace
+        with trainer.precision_plugin.forward_context():
+            hold_weights(pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Weights may change again."""
+        release_weights(pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in validation."""
+        release_weights(pl_module)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in validation."""
+        release_weights(pl_module)

@@ -1,0 +1,1 @@
+"""Checkpoints of other QAT codes become runs of this suite."""

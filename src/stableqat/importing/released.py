@@ -1,0 +1,231 @@
+"""What the layers of the released StableQAT and ParetoQ codes compute, and how ours come to deploy the same.
+
+`weight_clip_val` acts at 1e-5 at least. It is the step of the integer grid (all widths of StableQAT's code, 3
+and 4 bits of ParetoQ's); the level of the binary grid; on ParetoQ's stretched and ternary grids the range, of
+which 2^(bits-1) steps, or 1.5, make one side. The released layers divide and round in the type of the
+weights, and in bfloat16 that decides the level of up to 0.7% of them: such a weight is put on the
+level that the released layer gives it, so that values agree bit for bit, but for this rounding: ours
+are scale times level in float32, theirs that product in the type of the checkpoint.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableqat.errors import UserError
+from stableqat.modules.start import load_weights
+from stableqat.quantizers import DSQ, STE, ParetoQ, Quantizer, StableQAT
+from stableqat.quantizers.base import FLOOR
+from stableqat.surgery import quantized_layers
+
+CLIP, SHARPNESS = "weight_clip_val", "alpha_dsq"
+LEAST = 1e-5
+
+
+@dataclass(frozen=True)
+class ReleasedLayer:
+    """The quantized layer of a released code.
+
+    Attributes:
+        code: stableqat or paretoq.
+        bits: As the code counts them, 0 for ternary.
+        method: The method here that trains alike.
+        options: Its options.
+        by_reciprocal: Multiplies with 1 / clip value instead of dividing.
+    """
+
+    code: str
+    bits: int
+    method: type[Quantizer]
+    options: dict[str, Any] = field(default_factory=dict)
+    by_reciprocal: bool = False
+
+    @classmethod
+    def read(
+        cls, code: str, bits: int | None, config: dict[str, Any], extras: dict[str, Any], dsq: bool
+    ) -> "ReleasedLayer":
+        """Tell the layer from what its code saved.
+
+        Args:
+            code: stableqat or paretoq.
+            bits: As the user names them.
+            config: Architecture.
+            extras: What the code added to config.json.
+            dsq: Whether the layers have a sharpness.
+
+        Raises:
+            UserError: If the bits are unknown, or the layers were quantized in several ways.
+        """
+        width = _bits(bits, extras.get("w_bits"))
+        options: dict[str, Any] = {"levels": 3} if width == 0 else {"bits": width}
+        if code == "paretoq":
+            return cls(code, width, ParetoQ, options)
+        if dsq:
+            return cls(code, width, DSQ, options)
+        surrogate = extras.get("sine_soft_q") or {"enable": True}
+        reciprocal = bool(extras.get("efficient")) and config["model_type"] == "llama"  # Qwen3 never took it
+        if not surrogate.get("enable"):
+            return cls(code, width, STE, options, reciprocal)
+        amplitudes = surrogate.get("amplitude") or [0.21]
+        return cls(code, width, StableQAT, {**options, "amplitude": amplitudes[0]}, reciprocal)
+
+    def values(self, weight: Tensor, clip: Tensor, sharpness: Tensor | None) -> Tensor:
+        """What the layer multiplies with.
+
+        Args:
+            weight: Latent weight, `(out, in)`.
+            clip: Its `weight_clip_val`, `(out, 1)`.
+            sharpness: DSQ's `alpha_dsq`, `(1,)`.
+        """
+        alpha = clip.clamp(min=LEAST)
+        if self.bits == 1:
+            return weight.sign() * alpha
+        if self._takes_a_range:
+            shift, per_side = (0.0, 1.5) if self.bits == 0 else (0.5, 2.0 ** (self.bits - 1))
+            share = (weight / alpha).clamp(-0.99, 0.99)
+            return ((share * per_side - shift).round() + shift) / per_side * alpha
+        low, high = (-1, 1) if self.bits == 0 else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
+        v = weight * (1 / alpha) if self.by_reciprocal else weight / alpha
+        code = v.round().clamp(low, high) if sharpness is None else _soft_code(v, low, high, sharpness)
+        return (code * alpha).to(weight.dtype)
+
+    def step(self, clip: Tensor) -> Tensor:
+        """The distance between levels, `(out, 1)`, in float32.
+
+        Args:
+            clip: `weight_clip_val`, `(out, 1)`.
+        """
+        alpha = clip.clamp(min=LEAST)
+        if self._takes_a_range:
+            # the level itself where there is but one; else a power of two, exact
+            return (torch.ones_like(alpha) / 1.5 * alpha if self.bits == 0 else alpha / 2).float()
+        return alpha.float() * (2 if self.bits == 1 else 1)
+
+    @property
+    def _takes_a_range(self) -> bool:
+        return self.code == "paretoq" and self.bits in (0, 2)
+
+
+def _soft_code(v: Tensor, low: int, high: int, sharpness: Tensor) -> Tensor:
+    """The released DSQ's: the level below, and the next where the tanh, over its range, is positive."""
+    below = (v - low).floor() + low
+    a = sharpness.float().clamp(max=2)  # and so all that follows
+    phi = ((v - (below + 0.5)) * (2 / a - 1).log()).tanh() * (1 / (1 - a))
+    return (below + (phi / (phi.max() - phi.min()) + 0.5).round()).clamp(low, high)
+
+
+@dataclass
+class Transfer:
+    """What became of a checkpoint's weights; `str` says it.
+
+    Attributes:
+        layers: Quantized layers.
+        weights: Their weights.
+        moved: Weights put on the level that the released layer gives them.
+        off_grid: Weights whose released value is no level, the 0 of a binary layer's sign; they take the
+            nearest.
+    """
+
+    what: str
+    layers: int = 0
+    weights: int = 0
+    moved: int = 0
+    off_grid: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.what}, {self.layers} layers; "
+        text += (
+            f"{self.moved} of {self.weights} weights moved to the level that the released layer gives them"
+        )
+        if self.off_grid:
+            text += f"; {self.off_grid} on none of its levels (a sign of 0) moved to the nearest"
+        return text
+
+
+@torch.no_grad()
+def transfer(state: dict[str, Tensor], model: nn.Module, released: ReleasedLayer, source: str) -> Transfer:
+    """Load a released checkpoint into a quantized model, so that it deploys what the released layers do.
+
+    Args:
+        state: Tensors of the checkpoint; consumed.
+        model: The model with its quantized layers.
+        released: The layer that the checkpoint was trained with.
+        source: The checkpoint, for messages.
+
+    Raises:
+        UserError: Naming the layer, if a tensor is missing, has another shape or is not finite.
+    """
+    layers = quantized_layers(model)
+    if not any(name.endswith(f".{CLIP}") for name in state):
+        raise UserError(
+            f"{source}: there is no {CLIP} in it, so its layers are not quantized; start from it with "
+            "model.init_from"
+        )
+    if getattr(model.config, "tie_word_embeddings", False):
+        state.pop("lm_head.weight", None)  # the embedding's, saved twice
+    keys = (CLIP, "weight", *([SHARPNESS] if released.method is DSQ else []))
+    for name in layers:
+        _check(name, keys, state, source)
+    for key, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{source}: {key} holds NaN or infinity; take an earlier checkpoint")
+    method = f"{released.method.__name__}, {next(iter(layers.values())).weight_quantizer.extra_repr()}"
+    report = Transfer(method.split(", mask")[0])
+    ours: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        weight, clip = state[f"{name}.weight"], state.pop(f"{name}.{CLIP}")
+        sharpness = state.pop(f"{name}.{SHARPNESS}", None)
+        scale = released.step(clip)
+        parameters = {"scale": scale, "scale_floor": scale * FLOOR}
+        if sharpness is not None:
+            parameters["a_logit"] = torch.logit(sharpness.float(), 1e-3).expand(scale.shape).clone()
+        ours |= {f"{name}.weight_quantizer.{key}": value for key, value in parameters.items()}
+        if weight.shape != layer.weight.shape:
+            continue  # told below
+        theirs = released.values(weight, clip, sharpness)
+        if not torch.isfinite(theirs).all():
+            raise UserError(f"{source}: {name}: the released layer computes NaN; take an earlier checkpoint")
+        layer.weight_quantizer.load_state_dict(parameters)
+        state[f"{name}.weight"] = _agreeing(layer.weight_quantizer, weight.float(), theirs, report)
+    load_weights(model, state | ours, source)
+    return report
+
+
+def _agreeing(quantizer: Quantizer, latent: Tensor, theirs: Tensor, report: Transfer) -> Tensor:
+    """The latent weight, put on the released layer's level where ours would give it another."""
+    other = quantizer.quantize(latent).dequantize().to(theirs.dtype) != theirs
+    latent = torch.where(other, theirs.float(), latent)
+    off_grid = quantizer.quantize(latent).dequantize().to(theirs.dtype) != theirs
+    report.layers += 1
+    report.weights += latent.numel()
+    report.moved += int((other & ~off_grid).sum())
+    report.off_grid += int(off_grid.sum())
+    return latent
+
+
+def _check(name: str, keys: tuple[str, ...], state: dict[str, Tensor], source: str) -> None:
+    if missing := [key for key in keys if f"{name}.{key}" not in state]:
+        raise UserError(
+            f"{source}: {name}.{missing[0]} is missing; only checkpoints with every linear layer but lm_head "
+            "quantized can be imported"
+        )
+    clip, rows = state[f"{name}.{CLIP}"], len(state[f"{name}.weight"])
+    if tuple(clip.shape) != (rows, 1):
+        raise UserError(
+            f"{source}: {name}.{CLIP} has shape {tuple(clip.shape)}, not one value a row, ({rows}, 1)"
+        )
+
+
+def _bits(asked: int | None, saved: Any) -> int:
+    if saved is not None and (not isinstance(saved, int) or isinstance(saved, bool)):
+        raise UserError(f"config.json: w_bits is {saved}; layers of mixed bits cannot be imported")
+    if asked is None and saved is None:
+        raise UserError("bits: config.json has no w_bits; say with --bits what the model was trained for")
+    if asked is not None and saved is not None and asked != saved:
+        raise UserError(f"bits: {asked}, but the checkpoint's config.json says w_bits {saved}; leave it out")
+    bits = saved if asked is None else asked
+    if bits not in (0, 1, 2, 3, 4):
+        raise UserError(f"bits: the released codes have 1 to 4, and 0 for ternary, not {bits}")
+    return bits

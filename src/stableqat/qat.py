@@ -1,0 +1,172 @@
+"""Quantization-aware training with a trainer of your own: prepare a model, train it, convert it.
+
+`prepare` swaps a model's linear layers for quantized ones in place, `parameter_groups` hands an optimizer the
+scales apart from the weights (Adam moves a parameter by about its learning rate a step, whatever the
+gradient, and scales are small), and `convert` leaves plain layers that compute the same. The training systems
+of this suite are built from the same pieces.
+"""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+
+from stableqat import quantizers
+from stableqat.errors import UserError
+from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.surgery import QuantLinear, matches, quantize_linears, quantized_layers
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+HEADS = ("lm_head", "head", "head_dist", "classifier", "score")  # as transformers and timm name them
+
+
+def prepare(
+    model: Model,
+    quantizer: str | QuantizerFactory = "stableqat",
+    skip: Sequence[str] = HEADS,
+    **options: Any,
+) -> Model:
+    """Make a model train for low bits: its linear layers are swapped for quantized ones, in place.
+
+    Weights and biases stay the same Parameters; each quantized layer gains a `weight_quantizer` with a
+    learned `scale`, set from the weight. Make the optimizer afterwards, from `parameter_groups`.
+
+    Args:
+        model: Any module, its weights loaded, in float32. To go on from a checkpoint of a prepared model,
+            prepare it in the same way and load the state dict then.
+        quantizer: A method by name (ste, dsq, paretoq, stableqat), or what makes the quantizer of a weight:
+            a class of `stableqat.quantizers`, or a `functools.partial` of one.
+        skip: Linear layers that stay as they are: shell patterns, each for a full name or a part between
+            dots. Heads by default; embeddings and convolutions are never touched.
+        options: Options of the quantizer: `bits=2`, `group_size=128`, `grid="stretched"`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: If the method or an option is unknown, nothing is left to quantize, or a weight that
+            would be quantized is used by another module as well. The model is then as it was.
+    """
+    factory = _factory(quantizer)
+    _check(model, skip)
+    quantize_linears(model, partial(factory, **options) if options else factory, skip)
+    layers = quantized_layers(model).values()
+    if half := next((x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4), None):
+        logger.warning(
+            "weights are %s: small updates are lost in them; load them as float32 and train with autocast",
+            half,
+        )
+    return model
+
+
+def convert(model: Model) -> Model:
+    """Make a quantized model plain again, in place: linear layers whose weights are the deployed values.
+
+    What it computes in evaluation stays the same, bit for bit; any library loads what it saves. The
+    latent weights are gone then: convert a `copy.deepcopy` to go on training.
+
+    Args:
+        model: A model with quantized layers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: If there is nothing to convert.
+    """
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
+    if not layers:
+        raise UserError("the model has no quantized layer to convert; prepare it first")
+    plain = {layer: layer.to_linear() for layer in dict.fromkeys(layer for _, layer in layers)}
+    for name, layer in layers:
+        model.set_submodule(name, plain[layer])
+    return model
+
+
+def parameter_groups(
+    model: nn.Module, lr: float | None = None, scale_lr_multiplier: float = 0.1
+) -> list[dict[str, Any]]:
+    """Parameters for an optimizer: weights (decayed), all that quantizers learn, and the rest (neither is).
+
+    A group without parameters is left out, so that full precision sees an ordinary optimizer.
+
+    Args:
+        model: The model, after surgery. Names of a module's `no_weight_decay()`, as timm has it, are heeded.
+        lr: Learning rate of weights and the rest; None leaves all learning rates to the optimizer.
+        scale_lr_multiplier: Learning rate of the scales as a share of `lr`.
+
+    Returns:
+        Groups as `torch.optim` takes them, with a `name` each.
+    """
+    scales = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    exempt = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", set)()
+    }
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in scales:
+            groups["scales"].append(parameter)
+        elif parameter.ndim >= 2 and name not in exempt:
+            groups["weights"].append(parameter)
+        else:
+            groups["norms_and_biases"].append(parameter)
+    made: list[dict[str, Any]] = [{"name": n, "params": params} for n, params in groups.items() if params]
+    for group in made:
+        if group["name"] != "weights":
+            group["weight_decay"] = 0.0
+        if lr is not None:
+            group["lr"] = lr * (scale_lr_multiplier if group["name"] == "scales" else 1.0)
+    return made
+
+
+def _factory(quantizer: str | QuantizerFactory) -> QuantizerFactory:
+    if isinstance(quantizer, Quantizer):
+        raise UserError(
+            f"quantizer: every weight gets one of its own; give the class {type(quantizer).__name__} and its "
+            "options, not an instance"
+        )
+    if not isinstance(quantizer, str):
+        return quantizer
+    made = {name.lower(): getattr(quantizers, name) for name in quantizers.__all__}
+    methods = {n: c for n, c in made.items() if isinstance(c, type) and issubclass(c, Quantizer)}
+    methods.pop("quantizer")
+    if quantizer.lower() not in methods:
+        near = difflib.get_close_matches(quantizer.lower(), methods, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(methods)}"
+        raise UserError(f"quantizer: {quantizer} is unknown; {hint}")
+    return methods[quantizer.lower()]
+
+
+def _check(model: nn.Module, skip: Sequence[str]) -> None:
+    """Refuse before anything is swapped."""
+    linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    left = [name for name in linears if not any(matches(name, pattern) for pattern in skip)]
+    if not left:
+        raise UserError(
+            f"skip: {', '.join(skip)} leaves none of the model's {len(linears)} linear layers to quantize"
+        )
+    for pattern in skip:
+        if pattern not in HEADS and not any(matches(name, pattern) for name in linears):
+            raise UserError(f"skip: {pattern} matches no linear layer; correct it or leave it out")
+    users: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(module)
+    for name in left:
+        layer = model.get_submodule(name)
+        if type(layer) is nn.Linear and len(sharing := users[id(layer.weight)]) > 1:
+            other = next(n for n, m in model.named_modules() if m in sharing - {layer})
+            raise UserError(
+                f"layer {name}: {other} has the same weight and would go on with its latent values; add "
+                f"{name.split('.')[-1]} to skip"
+            )
