@@ -24,6 +24,7 @@ METHODS = {
 STRATEGIES = {"ddp", "fsdp"}
 # parameters of the published models
 SIZES = {
+    "llama-30m": 29_893_120,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "qwen3-0.6b": 596_049_920,
@@ -176,8 +177,9 @@ def test_print_config_shows_what_runs(family, command, capsys):
 
 
 def test_both_families_have_the_same_files():
-    """But for the sizes of their models, which are overlays of the model alone."""
-    shared = [{path.stem for path in (ROOT / family).glob("*.yaml")} - SIZES.keys() for family in FAMILIES]
+    """But for overlays of the model alone: sizes, and what saves the memory of language models."""
+    own = SIZES.keys() | {"activation-checkpointing"}
+    shared = [{path.stem for path in (ROOT / family).glob("*.yaml")} - own for family in FAMILIES]
     assert shared[0] == shared[1]
     assert shared[0] >= METHODS | STRATEGIES | {"base", "debug", "demo"}
     for family, name in OVERLAYS:

@@ -5,6 +5,7 @@ from nothing where there is no checkpoint, and lets a checkpoint's settings repl
 """
 
 import difflib
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -18,7 +19,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
-from stableqat.modules.start import read_checkpoint
+from stableqat.modules.sharded import is_sharded
+from stableqat.modules.start import check_sums, last_checkpoints, read_checkpoint, read_rest
+
+logger = logging.getLogger(__name__)
 
 GPU = ("gpu", "cuda")
 AT_LEAST = {
@@ -98,7 +102,9 @@ def check_optimizer(model: QATModule) -> None:
 
 
 def find_resumed(settings: Namespace) -> str | None:
-    """The file behind `ckpt_path`; `last` and `best` are those of the run's folder.
+    """The checkpoint behind `ckpt_path`; `last` and `best` are those of the run's folder.
+
+    If the last one is damaged, or missing, the one before it is taken, and said so.
 
     Raises:
         UserError: If there is none, or it is damaged.
@@ -106,20 +112,48 @@ def find_resumed(settings: Namespace) -> str | None:
     path = settings.get("ckpt_path")
     if path is None:
         return None
-    if path in ("last", "best"):
-        path = str(_run_folder(settings) / "checkpoints" / f"{path}.ckpt")
-    if not Path(path).exists():
+    if path != "last":
+        path = Path(path) if path != "best" else _run_folder(settings) / "checkpoints" / "best.ckpt"
+        _check_resumed(path, settings.trainer.strategy)
+        return str(path)
+    last = _run_folder(settings) / "checkpoints" / "last.ckpt"
+    found = last_checkpoints(_run_folder(settings))
+    previous = next((each for each in found if each != last), None)
+    try:
+        _check_resumed(last, settings.trainer.strategy)
+    except UserError as error:
+        if previous is None or (last in found and not isinstance(error, _DamagedError)):
+            raise
+        _check_resumed(previous, settings.trainer.strategy)
+        logger.warning("%s; going on from the one before it, %s", str(error).partition("; ")[0], previous)
+        return str(previous)
+    return str(last)
+
+
+class _DamagedError(UserError):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+def _check_resumed(path: Path, strategy: str | Namespace) -> None:
+    if not path.exists():
         raise UserError(f"ckpt_path: {path} does not exist; name a checkpoint, or leave it out to start anew")
-    if Path(path).is_file():
-        try:
-            checkpoint = read_checkpoint(Path(path))
-        except UserError as error:
-            raise UserError(f"ckpt_path: {error}") from error
-        if "pytorch-lightning_version" not in checkpoint:
-            raise UserError(
-                f"ckpt_path: {path} is not the checkpoint of a run; start from it with model.init_from"
-            )
-    return path
+    if path.is_dir() and not is_sharded(path):
+        raise UserError(f"ckpt_path: {path} is no checkpoint; name the one that is meant, or last")
+    try:
+        check_sums(path)
+        checkpoint = read_rest(path) if path.is_dir() else read_checkpoint(path)
+    except UserError as error:
+        raise _DamagedError(f"ckpt_path: {error}") from error
+    if "pytorch-lightning_version" not in checkpoint:
+        raise UserError(
+            f"ckpt_path: {path} is not the checkpoint of a run; start from it with model.init_from"
+        )
+    kind = strategy if isinstance(strategy, str) else strategy.class_path
+    if path.is_dir() and not kind.lower().endswith(("fsdp2", "fsdp2strategy")):
+        raise UserError(
+            f"ckpt_path: {path} is sharded, which --trainer.strategy fsdp2 resumes; for {kind} make one file "
+            f"of it: stableqat consolidate {path}"
+        )
 
 
 def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any, Any]]:
@@ -162,7 +196,7 @@ def check_run_folder(log_dir: str, ckpt_path: str | None) -> None:
         ) from error
     resumes = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
     if (folder / "config.yaml").exists() and not resumes:
-        started = (folder / "checkpoints" / "last.ckpt").exists()
+        started = bool(last_checkpoints(folder))
         raise UserError(
             f"{folder}: holds a run already; choose another --trainer.logger.version, or "
             + (

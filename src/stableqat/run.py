@@ -1,9 +1,13 @@
 """fit, validate, test, predict: LightningCLI with this suite's defaults and one-line errors."""
 
+import errno
 import logging
 import re
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import stableqat.data.image
 import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
@@ -20,14 +25,19 @@ from stableqat import checks
 from stableqat.callbacks import (
     BestCheckpoint,
     DivergenceGuard,
+    Evaluate,
     GradientMismatch,
+    Interruption,
     LastCheckpoint,
     QuantizerMonitor,
     RunRecord,
+    Throughput,
 )
+from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.errors import UserError
 from stableqat.modules import FSDP2Strategy, QATModule
 from stableqat.modules.base import state_dict_follows
+from stableqat.modules.sharded import REST, is_sharded
 from stableqat.modules.start import check_start
 from stableqat.parsing import OneLineErrors, user_error
 
@@ -78,7 +88,7 @@ class QATCommand(LightningCLI):
                 seed_everything_default=0,
                 trainer_defaults={
                     "use_distributed_sampler": False,
-                    "callbacks": [LearningRateMonitor("step"), RunRecord(), *_progress_bar()],
+                    "callbacks": [LearningRateMonitor("step"), RunRecord(), Interruption(), *_progress_bar()],
                     "logger": {
                         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                         "init_args": {
@@ -101,6 +111,8 @@ class QATCommand(LightningCLI):
         parser.add_lightning_class_args(DivergenceGuard, "guard")
         parser.add_lightning_class_args(QuantizerMonitor, "monitor")
         parser.add_lightning_class_args(GradientMismatch, "mismatch")
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(Evaluate, "evaluate")
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
 
@@ -110,11 +122,14 @@ class QATCommand(LightningCLI):
         settings.ckpt_path = checks.find_resumed(settings)
         if settings.ckpt_path is None:
             return
-        configured = settings.model
+        configured, path = settings.model, settings.ckpt_path
         try:
+            if is_sharded(Path(path)):  # Lightning would not look into a folder
+                settings.ckpt_path = str(Path(path) / REST)
             super()._parse_ckpt_path()
         except UserError as error:
-            raise UserError(f"ckpt_path: {settings.ckpt_path} is of another model: {error}") from error
+            raise UserError(f"ckpt_path: {path} is of another model: {error}") from error
+        self.config[self._verb].ckpt_path = path
         for key, mine, saved in checks.differences(configured, self.config[self._verb].model):
             if self._verb == "fit" or key == "model.class_path":
                 raise UserError(
@@ -164,10 +179,26 @@ class QATCommand(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         _set_level(logging.INFO)
         try:
-            with state_dict_follows(bool(self.config[subcommand].get("ckpt_path"))):
+            with _together(self.trainer), state_dict_follows(bool(self.config[subcommand].get("ckpt_path"))):
                 super()._run_subcommand(subcommand)
+        except SIGTERMException as stop:
+            if self.trainer.is_global_zero:
+                step = self.trainer.global_step
+                logger.warning(
+                    "told to stop at step %d; the same command with --ckpt_path last goes on", step
+                )
+            stop.code = EXIT_CODE
+            raise
         except MisconfigurationException as error:
             raise UserError(f"{checks.first_line(error)}; correct this setting") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            where = error.filename or self.trainer.log_dir
+            raise UserError(
+                f"{where}: the disk takes no more ({error.strerror}); make room, and resume with "
+                "--ckpt_path last"
+            ) from error
         except ValueError as error:
             # Lightning puts the name of a setting that does not fit the data first
             named = re.match(r"\s*`(\w+)`", str(error))
@@ -187,6 +218,17 @@ class QATCommand(LightningCLI):
         torch.save(predictions, temporary)
         temporary.replace(path)
         logger.info("predictions saved: %s", path)
+
+
+@contextmanager
+def _together(trainer: L.Trainer) -> Iterator[None]:
+    """After a failure end the processes that this one has started: they would wait for it, or complain."""
+    try:
+        yield
+    except Exception:
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
 
 
 class RunConfig(SaveConfigCallback):

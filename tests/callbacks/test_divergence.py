@@ -200,7 +200,8 @@ def test_good_checkpoints_survive_a_nan(tmp_path):
     module = Scripted([1.0] * 4 + [torch.nan] + [1.0] * 20)
     trainer = fit(module, tmp_path, DivergenceGuard(), BestCheckpoint(), LastCheckpoint())
     assert trainer.should_stop
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert saved(tmp_path, "last.ckpt")["global_step"] == 4
     assert same(saved(tmp_path, "last.ckpt")["state_dict"], module.after_step[4])
     assert finite(saved(tmp_path, "best.ckpt")["state_dict"])

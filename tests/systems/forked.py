@@ -9,19 +9,18 @@ import os
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "stableqat.run",
-        "stableqat.data",
-        "datasets",
-        "timm",
-        "torch.utils.tensorboard",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+PRELOAD = [
+    "stableqat.run",
+    "stableqat.data",
+    "datasets",
+    "timm",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+]
 SECONDS = 60
 
 
@@ -36,6 +35,7 @@ def command(argv: list[str], log: Path, processes: int = 1) -> list[int]:
         "NODE_RANK": "0",
         "WORLD_SIZE": str(processes),
     }
+    _serve()
     started = []
     for rank in range(processes):
         environment = {**address, "LOCAL_RANK": str(rank)} if processes > 1 else {}
@@ -60,6 +60,13 @@ def command(argv: list[str], log: Path, processes: int = 1) -> list[int]:
 def succeed(argv: list[str], log: Path, processes: int = 1) -> None:
     codes = command(argv, log, processes)
     assert not any(codes), f"{' '.join(argv)} ended with {codes}:\n{log.read_text()[-4000:]}"
+
+
+def _serve() -> None:
+    """Python has one fork server; that of another test module (a sweep's) may have imported nothing."""
+    if forkserver._forkserver._preload_modules is not PRELOAD:
+        forkserver._forkserver._stop()
+        forkserver._forkserver._preload_modules = PRELOAD
 
 
 def _run(argv: list[str], environment: dict[str, str], log: str) -> None:

@@ -67,7 +67,7 @@ class Runs:
             *f"--trainer.callbacks.step 7 --trainer.callbacks.how {how}".split(),
         ]
         codes = forked.command(run + stop, self.folder / "log")
-        assert codes == [{"kill": -9, "terminate": 0, "raise": 1}[how]]
+        assert codes == [{"kill": -9, "terminate": 143, "raise": 1}[how]]
         assert checkpoint(folder)["global_step"] == (6 if how == "kill" else 7)
         assert max(trace(folder)["train/loss"]) >= (5 if how == "kill" else 6)
         forked.succeed([*run, "--ckpt_path", "last"], self.folder / "log")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ logs: {logs}
 configs: [configs/llama/base.yaml, configs/llama/debug.yaml]
 args:
   trainer: {{max_steps: 24, val_check_interval: 12, accelerator: cpu}}
-  last.every_n_train_steps: 4
-start: {{args: {{trainer.max_steps: 8}}}}
+  {saves}
+start: {{args: {{trainer.max_steps: 8, last.enabled: true}}}}
 grid:
   arm:
     ste: {{configs: configs/llama/ste.yaml}}
@@ -29,9 +30,9 @@ grid:
 """
 
 
-def begin(folder: Path, name: str) -> subprocess.Popen:
+def begin(folder: Path, name: str, saves: str = "last.every_n_train_steps: 4") -> subprocess.Popen:
     study = folder / f"{name}.yaml"
-    study.write_text(STUDY.format(name=name, logs=folder))
+    study.write_text(STUDY.format(name=name, logs=folder, saves=saves))
     code = "from stableqat.cli import entry; entry()"
     return subprocess.Popen([sys.executable, "-c", code, "sweep", str(study)], cwd=ROOT)
 
@@ -72,3 +73,18 @@ def test_two_sweeps_at_once_run_each_point_once(undisturbed):
         assert log.read_text().count("$ stableqat") == 1
     records = [json.loads(file.read_text()) for file in (folder / "shared").glob("*/sweep.json")]
     assert [record["status"] for record in records] == ["done"] * 5
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_was_told_to_stop_is_not_done_even_without_checkpoints(undisturbed):
+    """Lightning ends it in order, and there is nothing to go on from: it begins anew."""
+    folder, expected = undisturbed
+    stopped = begin(folder, "stopped", "last.enabled: false")
+    while not list((folder / "stopped").glob("ste-*/events*")):
+        time.sleep(0.05)
+    stopped.terminate()
+    assert stopped.wait() == 128 + signal.SIGTERM
+    records = [json.loads(file.read_text())["status"] for file in (folder / "stopped").glob("*/sweep.json")]
+    assert "cut" in records
+    assert begin(folder, "stopped", "last.enabled: false").wait() == 0
+    assert table(folder / "stopped") == expected

@@ -40,3 +40,15 @@ def test_two_processes_from_one_command(strategy, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr
     assert read_run(tmp_path / "vit" / "run").last("hp/steps") == 2
+
+
+def test_what_one_process_finds_wrong_ends_all_with_one_line(tmp_path):
+    """The first prepares the data while the others wait."""
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": ')
+    command = [Path(sys.executable).with_name("stableqat"), "fit", "-c", "configs/llama/base.yaml"]
+    command += ["-c", "configs/llama/ddp.yaml", "--data.source", tmp_path, "--trainer.accelerator", "cpu"]
+    command += f"--trainer.devices 2 --trainer.logger.save_dir {tmp_path}".split()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert sum(line.startswith("stableqat:") for line in done.stderr.splitlines()) == 1

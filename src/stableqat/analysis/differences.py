@@ -87,7 +87,7 @@ def read_plan(folder: Path) -> Plan:
     try:
         tree = OmegaConf.load(path)
         content = tree.get("compare") if isinstance(tree, DictConfig) else None
-        plan = OmegaConf.to_container(content, resolve=True) if OmegaConf.is_config(content) else content
+        plan: Any = OmegaConf.to_container(content, resolve=True) if OmegaConf.is_config(content) else content
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} can't be read: {str(error).splitlines()[0]}: correct the file") from error
     if not isinstance(plan, dict | None):

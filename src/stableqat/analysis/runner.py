@@ -104,7 +104,8 @@ class Job:
         found = Record.read(folder)
         if found is None and folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} was not made by a sweep: move it away, or rename the study")
-        saved = self.point.verb == "fit" and (folder / "checkpoints" / "last.ckpt").exists()
+        names = ("last.ckpt", "previous.ckpt")
+        saved = self.point.verb == "fit" and any((folder / "checkpoints" / n).exists() for n in names)
         same = found is None or found.settings == settings
         self.changed = found is not None and not same and (found.status in FINAL or saved)
         self.resume = saved and same

@@ -1,16 +1,24 @@
-"""Callbacks: divergence guard, quantizer monitor, gradient mismatch, checkpoints, the record of a run."""
+"""Callbacks: divergence guard, quantizer monitor, mismatch, checkpoints, interruption, record, throughput."""
 
 from stableqat.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from stableqat.callbacks.divergence import DivergenceGuard
+from stableqat.callbacks.evaluate import Evaluate
+from stableqat.callbacks.interruption import Interruption
 from stableqat.callbacks.mismatch import GradientMismatch
 from stableqat.callbacks.monitor import QuantizerMonitor
+from stableqat.callbacks.prepare import PrepareQAT
 from stableqat.callbacks.record import RunRecord
+from stableqat.callbacks.throughput import Throughput
 
 __all__ = [
     "BestCheckpoint",
     "DivergenceGuard",
+    "Evaluate",
     "GradientMismatch",
+    "Interruption",
     "LastCheckpoint",
+    "PrepareQAT",
     "QuantizerMonitor",
     "RunRecord",
+    "Throughput",
 ]

@@ -1,19 +1,64 @@
-"""Two checkpoints a run: the best by validation loss, and the last, to resume from.
+"""Checkpoints of a run: the best by validation loss, the last, to resume from, and the one before the last.
 
-Both are written to a temporary name and moved (Lightning's atomic save), and neither while
-the divergence guard is suspicious: a good checkpoint is never overwritten by a bad one.
+Each is written beside its place (`*.partial`), brought to the disk and moved, so that it is whole or not
+there; none is written while the divergence guard is suspicious. The last one becomes `previous.ckpt` when the
+next takes its place: if it turns out to be damaged, `--ckpt_path last` goes on from there. The price is disk
+space: three checkpoints a run, four while one is written.
 """
 
+import logging
+import os
+import shutil
+from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.callbacks.divergence import DivergenceGuard
+from stableqat.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+
+
+class NotWrittenError(UserError):
+    """A checkpoint that the disk did not take."""
+
+
+class StreamedCheckpointIO(TorchCheckpointIO):
+    """Writes a file as it is serialised, and to the end.
+
+    Lightning's own makes a copy in memory, another in the folder for temporary files, and copies that one
+    over the old checkpoint where it lies on another file system: cut there, neither is whole.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Save to a path that nothing is lost at."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _GuardedCheckpoint(ModelCheckpoint):
     enabled: bool
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = StreamedCheckpointIO()
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
+            _tidy(Path(self.dirpath) / f"{self.filename}.ckpt")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if not _suspicious(trainer):
@@ -30,8 +75,14 @@ class _GuardedCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if not _suspicious(trainer):
+        # what one process of several meets, the others do not save together with it
+        alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
+        if isinstance(exception, NotWrittenError) or not alone or _suspicious(trainer):
+            return
+        try:
             super().on_exception(trainer, pl_module, exception)
+        except NotWrittenError as error:  # the exception itself is what must be told
+            logger.warning("%s", error)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not _suspicious(trainer):
@@ -40,8 +91,42 @@ class _GuardedCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         # a gradient that is not finite poisons the weights under a loss that still is
         healthy = all(guard.check_parameters(trainer, trainer.lightning_module) for guard in _guards(trainer))
-        if healthy and self.enabled:
-            super()._save_checkpoint(trainer, filepath)
+        if not healthy or not self.enabled:
+            return
+        path, partial = Path(filepath), Path(filepath + PARTIAL)
+        if trainer.is_global_zero:
+            _remove(partial)
+        problem = trainer.strategy.broadcast(self._write(trainer, partial))
+        if problem is None and trainer.is_global_zero:
+            problem = _on_disk(self._put, trainer, partial, path)
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            if trainer.is_global_zero:
+                _remove(partial)
+            raise NotWrittenError(
+                f"{path}: step {trainer.global_step} could not be saved ({problem}); the checkpoints before "
+                "it are as they were: make room, and resume with --ckpt_path last"
+            )
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for each in trainer.loggers:
+                each.after_save_checkpoint(proxy(self))
+
+    def _write(self, trainer: L.Trainer, partial: Path) -> str | None:
+        problem = _on_disk(trainer.save_checkpoint, partial, self.save_weights_only)
+        if problem is not None:
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
+        return problem
+
+    def _put(self, trainer: L.Trainer, partial: Path, path: Path) -> None:
+        """Move a whole checkpoint to its place; a folder cannot take that of another at once."""
+        if path.is_dir():
+            path.rename(_aside(path))
+            partial.rename(path)
+            _remove(_aside(path))
+        else:
+            partial.replace(path)
 
 
 class BestCheckpoint(_GuardedCheckpoint):
@@ -65,7 +150,9 @@ class BestCheckpoint(_GuardedCheckpoint):
 
 
 class LastCheckpoint(_GuardedCheckpoint):
-    """Keep `checkpoints/last.ckpt`: after every validation, at the end, and on an exception.
+    """Keep `checkpoints/last.ckpt`: after every validation, at the end, and when the run is interrupted.
+
+    The one before it stays as `checkpoints/previous.ckpt`.
 
     Args:
         every_n_train_steps: Save after this many steps instead of after validations.
@@ -87,6 +174,65 @@ class LastCheckpoint(_GuardedCheckpoint):
         super().on_train_end(trainer, pl_module)
         if not _suspicious(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _put(self, trainer: L.Trainer, partial: Path, path: Path) -> None:
+        """Keep the last checkpoint as the previous one, unless nobody knows that it is whole."""
+        known = [Path(each).resolve() for each in (self._last_checkpoint_saved, trainer.ckpt_path) if each]
+        if path.exists() and path.resolve() in known:
+            previous = path.with_name("previous.ckpt")
+            _remove(previous)
+            if path.is_dir():
+                path.rename(previous)
+            else:
+                _link(path, previous)
+        super()._put(trainer, partial, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def _tidy(path: Path) -> None:
+    """Remove what a killed run left half done at a checkpoint's place."""
+    if _aside(path).exists() and not path.exists():
+        _aside(path).rename(path)
+    for left in (Path(f"{path}{PARTIAL}"), _aside(path)):
+        _remove(left)
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give a file a second name; where there are no links it loses its first one, until the next has it."""
+    try:
+        os.link(path, other)
+    except OSError:
+        path.rename(other)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _on_disk(action: Any, *args: Any) -> str | None:
+    """What the operating system had against an action; torch reports that in words of its own."""
+    try:
+        action(*args)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        return cause.strerror or type(cause).__name__
+    return None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    if isinstance(error, CheckpointException):  # of several processes
+        return next((found for e, _ in error.failures.values() if (found := _os_error(e))), None)
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _guards(trainer: L.Trainer) -> list[DivergenceGuard]:

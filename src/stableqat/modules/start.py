@@ -1,20 +1,23 @@
 """Start from anything: resolve `init_from` and load its full-precision weights.
 
-Accepted, in this order: a run folder of this suite (its last checkpoint), a checkpoint file of
-this suite, then whatever the family reads itself: a local model folder or file, a hub name.
-Of a checkpoint that was trained with quantizers the latent weights are taken, and said so.
-Files are read with `weights_only`: nothing in them is executed.
+Accepted, in this order: a run folder of this suite (its last checkpoint), a checkpoint of this suite, one
+file or sharded, then whatever the family reads itself: a local model folder or file, a hub name. Of a
+checkpoint that was trained with quantizers the latent weights are taken, and said so. Files are read with
+`weights_only`: nothing in them is executed.
 """
 
 import logging
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
 
 from stableqat.errors import UserError
+from stableqat.modules.sharded import REST, damaged_parts, is_sharded, read_whole
 
 if TYPE_CHECKING:
     from stableqat.modules.base import QATModule
@@ -59,23 +62,23 @@ def check_start(module: "QATModule", source: str) -> None:
         return
     with torch.device("meta"):
         model = module.build_model()
+    check_sums(checkpoint)
     compare_weights(model, _latent(read_checkpoint(checkpoint)["state_dict"]), source)
 
 
 def find_checkpoint(source: str) -> Path | None:
-    """The checkpoint file behind a run folder or path; None if `source` is not of this suite.
+    """The checkpoint, a file or a folder of shards, behind a run folder or path; None if it is not ours.
 
     Raises:
         UserError: If a run folder has no checkpoint.
     """
     path = Path(source)
-    if path.is_file() and path.suffix == ".ckpt":
+    if (path.is_file() and path.suffix == ".ckpt") or is_sharded(path):
         return path
     if path.is_dir() and ((path / "config.yaml").is_file() or (path / "checkpoints").is_dir()):
-        last = path / "checkpoints" / "last.ckpt"
-        if not last.exists():
-            raise UserError(f"{source}: the run holds no checkpoints/last.ckpt; let it train first")
-        return last
+        if found := last_checkpoints(path):
+            return found[0]
+        raise UserError(f"{source}: the run holds no checkpoints/last.ckpt; let it train first")
     if path.suffix == ".ckpt":
         raise UserError(
             f"init_from: there is no checkpoint {source}; name a run folder, a checkpoint or a model"
@@ -83,15 +86,79 @@ def find_checkpoint(source: str) -> Path | None:
     return None
 
 
+def last_checkpoints(run: Path) -> list[Path]:
+    """The last checkpoint of a run's folder and the one before it, as far as they exist."""
+    names = ("last.ckpt", "previous.ckpt")
+    return [path for name in names if (path := run / "checkpoints" / name).exists()]
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this suite, tensors and plain values only.
+    """Read a checkpoint of this suite, tensors and plain values only; of a sharded one not the optimizer.
 
     Raises:
         UserError: If the file is cut short, or holds something else.
     """
+    if is_sharded(path):
+        checkpoint = read_rest(path)
+        with _reading(path):
+            checkpoint.update(read_whole(path, only="state_dict"))
+    else:
+        with _reading(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict)")
+    return checkpoint
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds beside weights and optimizers.
+
+    Raises:
+        UserError: As `read_checkpoint`.
+    """
+    with _reading(folder):
+        return torch.load(folder / REST, map_location="cpu", weights_only=True)
+
+
+def read_consolidated(folder: Path) -> dict[str, Any]:
+    """A sharded checkpoint as the one file would have it.
+
+    Raises:
+        UserError: As `read_checkpoint`.
+    """
+    checkpoint = read_rest(folder)
+    with _reading(folder):
+        whole = read_whole(folder)
+    checkpoint["state_dict"] = whole.pop("state_dict")
+    checkpoint["optimizer_states"] = [{"state": {}, **whole[key]} for key in sorted(whole)]
+    return checkpoint
+
+
+def check_sums(path: Path) -> None:
+    """Compare a checkpoint with the checksums in it, which torch does not: it reads all, a second a gigabyte.
+
+    Raises:
+        UserError: If they differ.
+    """
+    with _reading(path):
+        if is_sharded(path):
+            bad = next(damaged_parts(path), REST if _first_bad(path / REST) else None)
+        else:
+            bad = _first_bad(path)
+    if bad is not None:
+        raise UserError(f"{path}: damaged ({bad} is not what was written); take another one")
+
+
+def _first_bad(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, BadZipFile, OSError, ValueError) as error:
+        yield
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path}: not a readable checkpoint (cut short or damaged); take another one"
         ) from error
@@ -99,9 +166,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise UserError(f"{path}: holds more than tensors and plain values; refused") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict)")
-    return checkpoint
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

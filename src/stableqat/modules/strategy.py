@@ -4,11 +4,15 @@ Lightning's own defaults make the GPUs of a node a tensor-parallel group. Here a
 are one data-parallel group; `QATModule.configure_model` shards the model block by block.
 """
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Optimizer
+
+from stableqat.modules.sharded import REST, is_sharded, load_shards
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -39,3 +43,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         whole = not self._save_distributed_checkpoint
         options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
         return get_optimizer_state_dict(self.model, optimizer, options=options)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Resume from one file, or from the shards of any number of processes, without unpickling either."""
+        path = Path(self.broadcast(checkpoint_path))
+        if not is_sharded(path):
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None
+        load_shards(path, self.model, self.optimizers)
+        return torch.load(path / REST, map_location="cpu", weights_only=True)

@@ -1,0 +1,129 @@
+"""Evaluate during training as `stableqat evaluate` does afterwards, without the training noticing.
+
+Perplexity on further texts and tasks of lm-evaluation-harness, after each validation or every n steps. Modes
+and random generators are put back: a run's losses are bit for bit those of the run without it. The price is
+time; `limit` keeps tasks short.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from stableqat.evaluate.perplexity import Windows
+
+
+class Evaluate(L.Callback):
+    """Log `eval/*` of a language model while it trains; off unless `data` or `tasks` is given.
+
+    Args:
+        data: Texts: files, folders, tokenized sets or hub names. Test or validation split, or all of it.
+        tasks: Tasks of lm-evaluation-harness, piqa,boolq for example; default stands for its usual eight.
+        tasks_path: Folder with task files of your own (YAML). Python that they name is run.
+        every_n_steps: Optimizer steps from one evaluation to the next; 0 evaluates after each validation.
+        stride: See `stableqat evaluate`; null takes blocks that do not overlap.
+        limit: First documents of each task only; null takes all.
+        batch_size: Blocks or requests a forward and process.
+    """
+
+    def __init__(
+        self,
+        data: list[str] | None = None,
+        tasks: str | None = None,
+        tasks_path: str | None = None,
+        every_n_steps: int = 0,
+        stride: int | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        if every_n_steps < 0 or batch_size < 1:
+            raise UserError("evaluate: every_n_steps must be 0 or more, batch_size at least 1")
+        self.data = data or []
+        self.tasks = tasks
+        self.tasks_path = tasks_path
+        self.every_n_steps = every_n_steps
+        self.stride = stride
+        self.limit = limit
+        self.batch_size = batch_size
+        self._tokenizer: Any = None
+        self._texts: dict[str, Windows] = {}
+        self._tasks: dict[str, Any] = {}
+        self._seen_step = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read texts and tasks, so that what is missing ends a run before it begins.
+
+        Raises:
+            UserError: If data or tasks are not to be had, or the model predicts no tokens.
+        """
+        if not self.data and self.tasks is None:
+            return
+        from stableqat.evaluate.harness import load_tasks, task_names
+        from stableqat.evaluate.perplexity import blocks, strided
+        from stableqat.evaluate.processes import Share
+        from stableqat.evaluate.subject import label
+        from stableqat.evaluate.text import read_text
+
+        datamodule = getattr(trainer, "datamodule", None)
+        self._tokenizer = getattr(datamodule, "tokenizer", None)
+        if self._tokenizer is None:
+            raise UserError(
+                "evaluate: is for language models with a text data module; leave data and tasks out"
+            )
+        size = datamodule.block_size  # type: ignore[union-attr]
+        with Share(trainer.global_rank, trainer.world_size).first_alone():
+            for source in self.data:
+                rows = read_text(source, self._tokenizer, block_size=size).rows
+                self._texts[label(source)] = (
+                    blocks(rows, size) if self.stride is None else strided(rows, size, self.stride)
+                )
+            if self.tasks is not None:
+                self._tasks = load_tasks(task_names(self.tasks), self.tasks_path)
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Evaluate where an optimizer step has ended and it is time."""
+        step, self._seen_step = self._seen_step, trainer.global_step
+        if (
+            self.every_n_steps
+            and step != trainer.global_step
+            and not trainer.global_step % self.every_n_steps
+        ):
+            self._evaluate(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate after a validation."""
+        if not self.every_n_steps and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._texts and not self._tasks:
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        from stableqat.evaluate.harness import run_tasks, scores
+        from stableqat.evaluate.perplexity import perplexity
+        from stableqat.evaluate.processes import Share
+        from stableqat.evaluate.report import figures
+        from stableqat.evaluate.undisturbed import undisturbed
+
+        model: Any = pl_module.model
+        # a sharded model computes on all processes together
+        sharded = isinstance(model, FSDPModule)
+        share = Share() if sharded else Share(trainer.global_rank, trainer.world_size)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "share": share}
+        record: dict[str, Any] = {}
+        with trainer.precision_plugin.forward_context(), undisturbed(model), torch.no_grad():
+            record["perplexity"] = {
+                name: perplexity(model, windows, device=pl_module.device, **options)
+                for name, windows in self._texts.items()
+            }
+            if self._tasks:
+                results = run_tasks(model, self._tokenizer, self._tasks, limit=self.limit, **options)
+                record["tasks"] = {} if results is None else scores(results)
+        values = {f"eval/{name}": value for name, value, _ in figures(record)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)

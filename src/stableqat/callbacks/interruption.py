@@ -1,0 +1,88 @@
+"""SIGTERM and SIGUSR1, from a scheduler that wants its machines back, end a run in order.
+
+The step in hand is finished, a checkpoint written, and the command ends with exit code 143. Lightning's own
+handlers communicate between processes at whatever moment a signal comes, which breaks a step that is
+communicating as well, and under SLURM they save in the middle of a step, into the working folder. Here a
+handler only takes a note; the processes compare notes where a step ends, so that all stop at the same one.
+A validation that was due or begun is made anew when the run resumes; Lightning would leave it out.
+"""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning as L
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Interruption(L.Callback):
+    """Stop all processes of a run at the same step once one of them is told to.
+
+    In its last validation a run goes on to its end, and after an epoch to the first step of the next.
+    """
+
+    def __init__(self) -> None:
+        self._unvalidated = False
+        self._noted = False
+        self._seen_step = 0
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen."""
+        self._listen()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen; Lightning sets what was before when the run ends. Make up for a lost validation."""
+        self._listen()
+        if self._unvalidated:
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped = trainer.global_step - 1  # the step it is logged at
+            loop.val_loop.restarting = False
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Compare notes where a step has ended: gradients that are being accumulated are not saved."""
+        fit = trainer.fit_loop
+        assert fit._data_fetcher is not None
+        self._unvalidated = fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
+        step, self._seen_step = self._seen_step, trainer.global_step
+        if step != trainer.global_step:
+            self._compare(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Compare notes: a validation may take longer than a scheduler waits."""
+        if not trainer.sanity_checking:
+            self._compare(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """It is done, and the checkpoint to come says so."""
+        self._unvalidated = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether a validation is still to be made."""
+        return {"unvalidated": self._unvalidated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._unvalidated = state_dict["unvalidated"]
+
+    def _listen(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = True
+
+    def _compare(self, trainer: L.Trainer) -> None:
+        # between epochs Lightning's counters are not what it resumes from; the next step is soon done
+        if (
+            trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            or trainer.global_step == trainer.max_steps
+        ):
+            return
+        if trainer.strategy.reduce_boolean_decision(self._noted, all=False):
+            # Lightning ends the run at its next opportunity
+            trainer._signal_connector.received_sigterm = True

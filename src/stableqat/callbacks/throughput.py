@@ -1,0 +1,159 @@
+"""How fast a run trains, how much of that its GPUs could do, and whether it waits for data.
+
+Model FLOPs utilisation (MFU, Chowdhery et al. 2022, arXiv 2204.02311) is the model's arithmetic over what the
+device could do in the same time. The model's arithmetic is three times that of the unquantized model's
+forward, its matrix products and the whole square of attention, counted once on the meta device; what
+quantizers, recomputation and optimizers add is no progress and not counted. Nothing here waits for the
+device: steps are timed from log entry to log entry, without validations, checkpoints and the first step.
+"""
+
+import re
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import measure_flops
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# Dense 16-bit matrix products, FLOP/s, from NVIDIA's data sheets, by the device's name. Lightning's table
+# gives some devices twice that, which only sparse matrices reach.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+class Throughput(L.Callback):
+    """Log `perf/tokens_per_s` (or `perf/images_per_s`) and `perf/step_ms`, and on GPUs what follows.
+
+    Tokens and images are those of all processes. `perf/loader_wait` is the share of time spent waiting for
+    the data loader, `perf/peak_memory_gb` the most that PyTorch has allocated on the first GPU, and
+    `perf/mfu` the model FLOPs utilisation, under 16-bit autocast on a device whose peak is known.
+
+    Args:
+        enabled: False measures nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._flops_of_row: float | None = None
+        self._since: float | None = None
+        self._fetching = 0.0
+        self._seen_step = 0
+        self._warm = False
+        self._clear()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock with the first batch."""
+        self.enabled = self.enabled and bool(trainer.loggers)
+        self._since, self._warm, self._seen_step = None, False, trainer.global_step
+        self._clear()
+        loop = trainer.fit_loop.epoch_loop
+        kind = type(loop)
+
+        def before() -> None:
+            self._before_fetch()
+            kind._on_before_fetch(loop)
+
+        def after() -> None:
+            kind._on_after_fetch(loop)
+            self._after_fetch()
+
+        vars(loop).update(_on_before_fetch=before, _on_after_fetch=after)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock until the next batch is fetched."""
+        self._since = None
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """As in validation."""
+        self._since = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a batch, and log where the trainer does."""
+        if not self.enabled:
+            return
+        stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
+        now = time.perf_counter()
+        assert self._since is not None
+        self._seconds += now - self._since
+        self._since = now
+        self._rows += len(_inputs(batch))
+        self._items += _items(batch)[1]
+        self._steps += stepped
+        if stepped and not self._warm:
+            self._warm = True
+            self._clear()
+        elif stepped and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                self._log(trainer, pl_module, batch)
+            self._clear()
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor]) -> None:
+        metrics = {
+            f"perf/{_items(batch)[0]}_per_s": self._items * trainer.world_size / self._seconds,
+            "perf/step_ms": 1000 * self._seconds / self._steps,
+            "perf/loader_wait": self._waited / self._seconds,
+        }
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        if peak := peak_flops(device, str(trainer.precision)):
+            if self._flops_of_row is None:
+                self._flops_of_row = training_flops(pl_module, batch)
+                self._since = None  # a second that training did not take
+            metrics["perf/mfu"] = self._flops_of_row * self._rows / self._seconds / peak
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _clear(self) -> None:
+        self._seconds = self._waited = 0.0
+        self._rows = self._items = self._steps = 0
+
+    def _before_fetch(self) -> None:
+        self._fetching = time.perf_counter()
+        if self._since is None:
+            self._since = self._fetching
+
+    def _after_fetch(self) -> None:
+        self._waited += time.perf_counter() - self._fetching
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that a device could reach in 16-bit matrix products; None if unknown, or others are used."""
+    if device.type != "cuda" or not precision.startswith(("16", "bf16")):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
+
+
+def training_flops(pl_module: L.LightningModule, batch: dict[str, Tensor]) -> float:
+    """Arithmetic of forward and backward for one row of a batch, by the unquantized model."""
+    inputs = _inputs(batch)
+    with torch.random.fork_rng([]), torch.device("meta"), torch.no_grad():
+        model = pl_module.build_model()  # type: ignore[operator]
+        # transformers would look at the values of a row that is not fake
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            row = torch.empty((1, *inputs.shape[1:]), dtype=inputs.dtype)
+            return 3.0 * measure_flops(model, lambda: model(row))
+
+
+def _inputs(batch: dict[str, Tensor]) -> Tensor:
+    return batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
+
+
+def _items(batch: dict[str, Tensor]) -> tuple[str, int]:
+    inputs = _inputs(batch)
+    return ("tokens", inputs.numel()) if "input_ids" in batch else ("images", len(inputs))

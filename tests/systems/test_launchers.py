@@ -1,0 +1,100 @@
+"""torchrun and SLURM start the processes, tell them to stop, and start them again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stableqat.analysis.events import read_run
+
+BIN = Path(sys.executable).parent
+DEBUG = [
+    *["-c", "configs/llama/debug.yaml", "-c", "configs/llama/ste.yaml", "--trainer.accelerator", "cpu"],
+    *["--trainer.val_check_interval", "50", "--last.every_n_train_steps", "5"],
+]
+
+
+def launch(command: list, log: Path, **options) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.Popen(
+        command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment, **options
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 150
+    while not path.exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow  # each process imports everything
+@pytest.mark.timeout(600)
+def test_torchrun(tmp_path):
+    run, log = tmp_path / "llama" / "run", tmp_path / "log"
+    argv = ["fit", "-c", "configs/llama/base.yaml", "-c", "configs/llama/fsdp.yaml", *DEBUG]
+    argv += f"--trainer.devices 2 --trainer.logger.save_dir {tmp_path} --trainer.logger.version run".split()
+    command = [
+        BIN / "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--no-python",
+        BIN / "stableqat",
+        *argv,
+    ]
+    process = launch([*command, "--trainer.max_steps", "100000"], log)
+    wait_for(run / "checkpoints" / "last.ckpt", process, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert log.read_text().count("told to stop at step") == 1
+    step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    done = launch([*command, "--trainer.max_steps", str(step + 3), "--ckpt_path", "last"], log)
+    assert done.wait(200) == 0, log.read_text()
+    assert read_run(run).last("hp/steps") == step + 3
+
+
+FAKES = {
+    "srun": """#!/bin/bash
+shift
+export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+echo $$ > task
+exec "$@"
+""",
+    "scontrol": """#!/bin/bash
+echo "$@" >> scontrol.log
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_slurm_script(tmp_path):
+    """As far as can be told without SLURM: the job is told, saves, asks to be queued again, goes on."""
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "configs").symlink_to(Path("configs").absolute())
+    job = {"JOB_ID": "77", "JOB_NAME": "train", "JOB_NUM_NODES": "1", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
+    environment = {f"SLURM_{key}": value for key, value in job.items()}
+    environment |= {"SLURM_JOB_NODELIST": "localhost", "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
+    script, log = ["bash", "configs/llama/slurm.sh", *DEBUG, "--trainer.max_steps"], tmp_path / "log"
+    checkpoint = tmp_path / "lightning_logs" / "llama" / "train-77" / "checkpoints" / "last.ckpt"
+
+    process = launch([*script, "100000"], log, cwd=tmp_path, env=environment)
+    wait_for(checkpoint, process, log)
+    os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)
+    assert process.wait(60) == 143
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+    assert not list(tmp_path.glob("hpc_ckpt*"))  # Lightning's own way
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    again = launch([*script, str(step + 3)], log, cwd=tmp_path, env=environment)
+    assert again.wait(200) == 0, log.read_text()
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == step + 3
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
