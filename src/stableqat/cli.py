@@ -8,11 +8,13 @@ shows the traceback); a fault of the program keeps its traceback.
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from inspect import signature
+from keyword import iskeyword
 from typing import Any, get_args, get_origin
 
 from stableqat.errors import UserError
@@ -28,6 +30,10 @@ TOOL_VERBS = {
     "compare": ("stableqat.analysis.compare", "tables, pictures and a report from the event files of runs"),
     "publish": ("stableqat.analysis.publish", "copy studies for publication, their event files thinned"),
     "bench": ("stableqat.bench.bench", "time and memory of the methods beside full precision"),
+    "consolidate": ("stableqat.consolidate", "make one file of a sharded checkpoint"),
+    "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),
+    "export": ("stableqat.export.export", "packed weights for other runtimes, proven equal to the model"),
+    "evaluate": ("stableqat.evaluate.evaluate", "perplexity, accuracy and harness tasks of any model"),
     "data sample": ("stableqat.data.sample", "draw documents from a corpus, local or on the hub"),
     "data tokenize": ("stableqat.data.tokenize", "turn documents into rows of tokens on disk"),
 }
@@ -43,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if it is done (a diverged run is), 1 if points of a study failed, 2 after a user's mistake.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # what torch says of torchao, which transformers imports where it is installed
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
@@ -106,7 +114,8 @@ def _tool(verb: str, arguments: list[str]) -> int:
         pass
 
     home, description = TOOL_VERBS[verb]
-    function = getattr(import_module(home), verb.split()[-1])
+    name = verb.split()[-1]
+    function = getattr(import_module(home), f"{name}_" if iskeyword(name) else name)
     parser = ToolParser(prog=f"stableqat {verb}", description=description)
     parameters, texts = signature(function).parameters, _described(function)
     for name, parameter in parameters.items():
@@ -116,10 +125,15 @@ def _tool(verb: str, arguments: list[str]) -> int:
                 listed["default"] = list(parameter.default)
                 name = f"--{name}"
             parser.add_argument(name, help=texts[parameter.name], **listed)
+        elif iskeyword(word := name.removesuffix("_")):  # a flag that Python cannot call so
+            told = {"type": parameter.annotation, "help": texts[name], "required": True}
+            parser.add_argument(f"--{word}", **told)
         else:
             others: set[str | int] = {other for other in parameters if other != name}
-            parser.add_function_arguments(function, as_group=False, skip=others)
-    return function(**parser.parse_args(arguments))
+            positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD  # if it has no default
+            parser.add_function_arguments(function, as_group=False, as_positional=positional, skip=others)
+    values = vars(parser.parse_args(arguments))
+    return function(**{f"{key}_" if iskeyword(key) else key: value for key, value in values.items()})
 
 
 def _described(function: Callable[..., int]) -> dict[str, str | None]:

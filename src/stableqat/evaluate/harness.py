@@ -1,0 +1,142 @@
+"""Tasks of lm-evaluation-harness, through the installed `lm_eval`.
+
+Tasks are loaded once, whatever the number of models. A folder of task files (YAML, data in local json, for
+example) works without a network; where its tasks are all that is asked for, the harness's thousands of own
+files are not searched.
+"""
+
+import logging
+import random
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from stableqat.errors import UserError
+from stableqat.evaluate.processes import Share
+from stableqat.evaluate.quiet import quiet
+
+DEFAULT = ("piqa", "winogrande", "arc_challenge", "hellaswag", "arc_easy", "sciq", "openbookqa", "boolq")
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
+
+
+def task_names(tasks: str) -> list[str]:
+    """Names between commas; `default` stands for the eight of `DEFAULT`.
+
+    Raises:
+        UserError: If a name is empty or `lm_eval` is not installed.
+    """
+    names = [
+        each for name in tasks.split(",") for each in (DEFAULT if name == "default" else (name.strip(),))
+    ]
+    if not all(names):
+        raise UserError(f"tasks: {tasks} has an empty name; write --tasks piqa,boolq")
+    if missing := [name for name in ("lm_eval", "accelerate") if find_spec(name) is None]:
+        raise UserError(f"tasks: need {' and '.join(missing)}; pip install 'stableqat[eval]'")
+    return list(dict.fromkeys(names))
+
+
+def load_tasks(names: list[str], tasks_path: str | None) -> dict[str, Any]:
+    """Load tasks and their data.
+
+    Args:
+        names: Names of tasks, groups or tags, or paths of task files.
+        tasks_path: Folder of further task files.
+
+    Returns:
+        Tasks and groups as the harness evaluates them.
+
+    Raises:
+        UserError: If a task is unknown, or its data is not to be had.
+    """
+    if tasks_path is not None and not Path(tasks_path).is_dir():
+        raise UserError(f"tasks_path: there is no folder {tasks_path}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its news
+    with quiet():
+        from lm_eval.tasks import TaskManager
+
+        local = TaskManager(include_path=tasks_path, include_defaults=False)
+        own = all(name in local.all_tasks or Path(name).is_file() for name in names)
+        manager = local if own else TaskManager(include_path=tasks_path)
+        return manager.load([each for name in names for each in _load(manager, name)])
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    if name not in manager.all_tasks and not Path(name).is_file():
+        raise UserError(
+            f"tasks: {name} is no task of lm_eval or of --tasks_path; `lm-eval ls tasks` lists what there is"
+        )
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # of the data's library, the hub's client, the parsers of YAML and templates
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise UserError(
+            f"tasks: {name} cannot be loaded: {reason}; data of the hub is downloaded once where there is a "
+            "network and read from its cache then (HF_HUB_OFFLINE=1), local tasks go with --tasks_path"
+        ) from error
+    return [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: dict[str, Any],
+    *,
+    batch_size: int,
+    share: Share,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, Any] | None:
+    """Evaluate a live model; seeds every generator, see `undisturbed`.
+
+    The harness's `simple_evaluate` would also ask pip and the driver about the machine, for ten seconds.
+
+    Args:
+        model: Causal language model of transformers, in evaluation mode, where it is to run.
+        tokenizer: Its tokenizer.
+        tasks: What `load_tasks` returned.
+        batch_size: Requests a forward.
+        share: This process's share of the requests.
+        limit: Documents of a task, the first ones; None takes all.
+        num_fewshot: Examples before each question, of tasks that take any; None is each task's own number.
+
+    Returns:
+        The harness's results, with `samples`; None on all processes but the first.
+    """
+    with quiet():
+        import numpy as np
+        import torch
+        from lm_eval.evaluator import evaluate
+
+        from stableqat.evaluate.live import LiveLM
+
+        for task in tasks["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own is None or (own and num_fewshot is not None):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            task.set_fewshot_seed(seed=SEEDS["fewshot"])
+        random.seed(SEEDS["random"])
+        np.random.seed(SEEDS["numpy"])
+        torch.manual_seed(SEEDS["torch"])
+        return evaluate(LiveLM(model, tokenizer, batch_size, share), tasks, limit=limit)
+
+
+def scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By task or group: each metric with its standard error, number of documents, examples and version."""
+    told: dict[str, dict[str, Any]] = {}
+    for task, values in results["results"].items():
+        metrics = {}
+        for key, value in values.items():
+            metric, _, name = key.partition(",")
+            if isinstance(value, int | float) and name and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{name}")
+                stderr = float(error) if isinstance(error, int | float) else None
+                metrics[metric if name == "none" else key] = {"value": float(value), "stderr": stderr}
+        told[task] = {
+            "metrics": metrics,
+            "documents": results.get("n-samples", {}).get(task, {}).get("effective"),
+            "num_fewshot": results.get("n-shot", {}).get(task),
+            "version": results.get("versions", {}).get(task),
+        }
+    return told

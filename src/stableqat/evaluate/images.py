@@ -1,0 +1,95 @@
+"""Top-1, top-5 and the confusion matrix of a vision transformer on any image source.
+
+Images go through evaluation's resize and centre crop. A source without validation and test splits holds out
+a share of each class, as in training.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from stableqat.data import ImageDataModule
+from stableqat.data.order import EvaluationOrder
+from stableqat.errors import UserError
+from stableqat.evaluate.processes import Share
+from stableqat.modules.evaluation import MeanLoss
+
+
+@torch.no_grad()
+def classify(
+    model: nn.Module,
+    datamodule: ImageDataModule,
+    *,
+    split: str | None,
+    batch_size: int,
+    device: torch.device,
+    share: Share,
+) -> dict[str, Any]:
+    """Classify a split.
+
+    Args:
+        model: Vision transformer of timm, in evaluation mode.
+        datamodule: Its images.
+        split: Split to take; None takes test or, where there is none, validation.
+        batch_size: Images a forward.
+        device: Where the model is.
+        share: This process's share of the images.
+
+    Returns:
+        `top1`, `top5`, `loss` in nats, number of `images`, the `split`, names of `classes`, and `confusion`:
+        a row a true class, a column a predicted one.
+
+    Raises:
+        UserError: If images or classes do not fit the model, or there is no such split.
+    """
+    _check(model, datamodule)
+    splits = datamodule.splits
+    found = split or ("test" if "test" in splits else "validation")
+    if found not in splits:
+        raise UserError(f"split: the images have no {found} (they have {', '.join(splits)})")
+    rows, classes = splits[found], datamodule.num_classes
+    metrics = {
+        "top1": MulticlassAccuracy(classes, average="micro", ignore_index=-100),
+        "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes), ignore_index=-100),
+        "confusion": MulticlassConfusionMatrix(classes, ignore_index=-100),
+    }
+    loss = MeanLoss().to(device)
+    for metric in metrics.values():
+        metric.to(device)
+    for keys in EvaluationOrder(len(rows), batch_size, rank=share.rank, world_size=share.count):
+        batch = rows[keys]
+        images, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
+        logits = model(images).float()
+        losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        loss.update(losses.double().sum(), (labels != -100).sum(), 0)
+        for metric in metrics.values():
+            metric.update(logits, labels)
+    values = {name: metric.compute() for name, metric in metrics.items()}
+    return {
+        "top1": values["top1"].item(),
+        "top5": values["top5"].item(),
+        "loss": loss.compute()["loss"].item(),
+        "images": int(values["confusion"].sum()),
+        "split": found,
+        "classes": datamodule.class_names,
+        "confusion": values["confusion"].tolist(),
+    }
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Height in pixels and channels that a model takes."""
+    return int(model.patch_embed.img_size[0]), int(model.patch_embed.proj.in_channels)
+
+
+def _check(model: Any, datamodule: ImageDataModule) -> None:
+    taken, given = image_size(model), (datamodule.image_size, datamodule.in_chans)
+    if taken != given:
+        raise UserError(
+            f"data: images of {given[0]} pixels and {given[1]} channels, the model takes {taken[0]} and "
+            f"{taken[1]}"
+        )
+    if datamodule.num_classes != model.num_classes:
+        raise UserError(f"data: {datamodule.num_classes} classes, the model has {model.num_classes}")

@@ -1,0 +1,190 @@
+"""The figures of one model: it is moved to its device, its quantized weights computed once, and asked."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stableqat.data import ImageDataModule, TextDataModule
+from stableqat.data.tokenizer import tokenizer_hash
+from stableqat.errors import UserError
+from stableqat.evaluate import text
+from stableqat.evaluate.harness import run_tasks, scores
+from stableqat.evaluate.images import classify, image_size
+from stableqat.evaluate.perplexity import blocks, perplexity, strided
+from stableqat.evaluate.processes import Share
+from stableqat.evaluate.quiet import quiet
+from stableqat.evaluate.subject import Subject, is_run, label
+from stableqat.evaluate.undisturbed import undisturbed
+from stableqat.trained import data_of, find_trained
+
+MOST_TOKENS = 2048  # of a block, where neither a user nor a run says
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each model is asked; see `stableqat.evaluate.evaluate.evaluate`.
+
+    Attributes:
+        data: Sources of text or images, runs among them.
+        home: Run whose data settings count where nothing else is said.
+        tasks: Tasks as the harness loaded them.
+        bf16: Compute under autocast.
+    """
+
+    data: list[str]
+    home: str | None
+    data_name: str | None
+    text_column: str
+    split: text.Split | None
+    documents: text.Join
+    block_size: int | None
+    stride: int | None
+    tasks: dict[str, Any]
+    num_fewshot: int | None
+    limit: int | None
+    tokenizer: str | None
+    batch_size: int
+    bf16: bool
+
+
+def measure(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
+    """Evaluate one model.
+
+    Args:
+        subject: The model.
+        plan: What it is asked.
+        share: This process's share of the work.
+        device: Where to compute.
+
+    Returns:
+        What it is, and its figures: `perplexity` by text, `tasks`, or `images` by source.
+
+    Raises:
+        UserError: If data, tokenizer and model do not fit.
+    """
+    if not plan.data and not plan.tasks:
+        raise UserError(
+            f"{subject.source}: nothing to evaluate on; name data with --data or tasks with --tasks"
+        )
+    checkpoint = None if subject.checkpoint is None else str(subject.checkpoint)
+    record: dict[str, Any] = {
+        "source": subject.source,
+        "about": subject.about,
+        "checkpoint": checkpoint,
+        "step": subject.step,
+        "run": None if subject.run is None else str(subject.run),
+    }
+    subject.model.to(device)
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16))
+        stack.enter_context(undisturbed(subject.model))
+        if subject.is_language_model:
+            return record | _language(subject, plan, share, device)
+        if plan.tasks:
+            raise UserError(f"tasks: are for language models, and {subject.source} classifies images")
+        return record | {"images": _images(subject, plan, share, device)}
+
+
+def _language(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
+    tokenizer = subject.tokenizer(plan.tokenizer)
+    found: dict[str, Any] = {"perplexity": {}}
+    for source in plan.data:
+        block_size = _block_size(subject, plan)
+        with share.first_alone():
+            name, read = _text(source, plan, tokenizer, block_size)
+        windows = (
+            blocks(read.rows, block_size)
+            if plan.stride is None
+            else strided(read.rows, block_size, plan.stride)
+        )
+        told = perplexity(subject.model, windows, batch_size=plan.batch_size, device=device, share=share)
+        found["perplexity"][name] = {**told, "data": source, "split": read.split, "documents": read.documents}
+    if plan.tasks:
+        results = run_tasks(
+            subject.model,
+            tokenizer,
+            plan.tasks,
+            batch_size=plan.batch_size,
+            share=share,
+            limit=plan.limit,
+            num_fewshot=plan.num_fewshot,
+        )
+        if results is not None:
+            found["tasks"] = scores(results)
+    return found
+
+
+def _block_size(subject: Subject, plan: Plan) -> int:
+    limit = int(subject.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    size = plan.block_size
+    if size is None:
+        home = None if plan.home is None else data_of(find_trained(plan.home))[0]
+        size = getattr(home, "block_size", min(MOST_TOKENS, limit))
+    if size > limit:
+        raise UserError(f"block_size: {size} tokens are more than {subject.source} takes ({limit}); lower it")
+    return size
+
+
+def _text(source: str, plan: Plan, tokenizer: Any, block_size: int) -> tuple[str, text.Text]:
+    """A source's rows and its short name."""
+    if is_run(source):
+        datamodule = _of_run(source, TextDataModule, block_size=block_size)
+        if tokenizer_hash(datamodule.tokenizer) != tokenizer_hash(tokenizer):
+            raise UserError(
+                f"data: {source} has another tokenizer than the model, so its perplexity would say nothing; "
+                "name a text with --data"
+            )
+        read = text.run_text(datamodule, plan.split)
+        return read.split, read
+    read = text.read_text(
+        source,
+        tokenizer,
+        block_size=block_size,
+        name=plan.data_name,
+        text_column=plan.text_column,
+        split=plan.split,
+        documents=plan.documents,
+    )
+    return label(source), read
+
+
+def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for source in plan.data:
+        name, datamodule = label(source), None
+        if is_run(source):
+            datamodule = _of_run(source, ImageDataModule, augment=False)
+            name = plan.split or "validation"
+        elif plan.home is not None:
+            changes = {"source": source, "name": plan.data_name, "image_column": None, "label_column": None}
+            datamodule = _of_run(plan.home, ImageDataModule, augment=False, **changes)
+        else:
+            size = image_size(subject.model)[0]
+            datamodule = ImageDataModule(source, name=plan.data_name, image_size=size, augment=False)
+        with share.first_alone():
+            datamodule.prepare_data()
+        split = "validation" if plan.split is None and is_run(source) else plan.split
+        found[name] = classify(
+            subject.model,
+            datamodule,
+            split=split,
+            batch_size=plan.batch_size,
+            device=device,
+            share=share,
+        ) | {"data": source}
+    return found
+
+
+def _of_run(run: str, kind: type, **changes: Any) -> Any:
+    datamodule, why_not = data_of(find_trained(run), **changes)
+    if datamodule is None:
+        raise UserError(f"data: {run}: {why_not}; name data with --data")
+    if not isinstance(datamodule, kind):
+        what = "images" if isinstance(datamodule, ImageDataModule) else "text"
+        raise UserError(
+            f"data: {run}'s is {what}, which the model does not take; name other data with --data"
+        )
+    return datamodule

@@ -1,0 +1,44 @@
+"""Evaluate a model in the midst of something else, and leave no trace.
+
+The harness seeds every generator and leaves the model in evaluation mode; a training that goes on afterwards
+must not be able to tell.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from stableqat.surgery import hold_weights, release_weights
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, quantized weights computed once; outside modes and generators as they were.
+
+    Args:
+        model: Enter in the autocast region that its forwards run in.
+    """
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    model.eval()
+    release_weights(model)
+    hold_weights(model)
+    try:
+        yield
+    finally:
+        release_weights(model)
+        for module, training in modes.items():
+            module.training = training
+        if isinstance(model, FSDPModule):
+            model.reshard()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,247 @@
+"""`stableqat export`: packed weights of a run for another runtime, proven equal to what was trained.
+
+Scales are rounded to the file's type inside the model and the model is evaluated again; the file is written
+under a temporary name and read back with the format's own reader. Only if every weight equals the
+model's, bit for bit, does the file get its name.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stableqat.data.output import tell
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stableqat.export.packed import PackedModel, PackedWeight
+    from stableqat.export.source import Source
+
+REPORT = "export.json"
+LIBRARIES = {  # what a format needs beside this package, all in the extra `export`
+    "hf": [],
+    "compressed-tensors": ["compressed-tensors"],
+    "gguf": ["gguf"],
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "torchao": ["torchao"],
+}
+
+
+def export(
+    source: str,
+    *,
+    format: Literal["hf", "compressed-tensors", "gguf", "onnx", "torchao"],
+    out: str,
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp32",
+    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16",
+    embedding_bits: Literal[4, 8] | None = None,
+    tokenizer: str | None = None,
+    template: str | None = None,
+) -> int:
+    """Writes the packed weights of a trained model, and proves them equal to it.
+
+    Args:
+        source: Run folder, of which the best checkpoint is taken, or a checkpoint.
+        format: hf (plain safetensors for transformers or timm), compressed-tensors (transformers, vLLM), gguf
+            (llama.cpp), onnx (onnxruntime) or torchao.
+        out: New folder for the files.
+        dtype: Type of what is not quantized: norms, biases and, unless embedding_bits is given, embeddings.
+        scale_dtype: Type that scales are rounded to, in the model, before it is evaluated and written.
+        embedding_bits: Round token embedding and head to this many bits, too; what that costs is said.
+        tokenizer: Tokenizer to put beside a language model; if not given, the run's.
+        template: For gguf, a file that llama.cpp's converter made of the model's hf export: its metadata is
+            kept, its tensors are replaced.
+
+    Returns:
+        0 when the files are written and equal the model.
+    """
+    folder = Path(out).expanduser()
+    if folder.exists():
+        raise UserError(f"out: {out} exists already; name a new folder")
+    _check_libraries(format)
+    if template is not None and format != "gguf":
+        raise UserError(f"template: only gguf takes one, not {format}; leave it out")
+    # torch is heavy; help does without it
+    from stableqat.export.packed import DTYPES, PackedModel, evaluate, pack, quantize_embeddings
+    from stableqat.export.source import load_source
+
+    found = load_source(source, tokenizer)
+    _, trained = evaluate(found.module, found.batch)
+    losses = {"trained": trained}
+    if embedding_bits is not None:
+        quantize_embeddings(found.module, embedding_bits)
+        losses["embeddings_quantized"] = evaluate(found.module, found.batch)[1]
+    layers = pack(found.module, DTYPES[dtype], DTYPES[scale_dtype])
+    logits, losses["file"] = evaluate(found.module, found.batch)
+    given = None if template is None else Path(template).expanduser()
+    packed = PackedModel(found.module, layers, DTYPES[dtype], DTYPES[scale_dtype], found.batch, given)
+    writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
+    writer.check(packed)
+    part = _part(folder)
+    try:
+        _write(writer, found, packed, part)
+        differences = _compare(writer.read(packed, part), packed, logits)
+        report: dict[str, Any] = {
+            "format": format,
+            "source": str(found.checkpoint),
+            "step": found.step,
+            "val_loss": found.val_loss,
+            "dtype": dtype,
+            "scale_dtype": scale_dtype,
+            **_sizes(packed, part),
+            **differences,
+            "batch": found.batch_of,
+            "loss": losses,
+            "notes": writer.notes(packed) if hasattr(writer, "notes") else [],
+            "versions": _versions(format),
+        }
+        _describe(found, packed, report, part)
+        report["sha256"] = {p.relative_to(part).as_posix(): _sha256(p) for p in _files(part)}
+        for file in _files(part):
+            file.chmod(0o644)  # safetensors makes them private
+        (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"out: {out} cannot be written ({error.strerror or error}); nothing is left"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    _tell(report, found, folder)
+    return 0
+
+
+def _check_libraries(format: str) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in LIBRARIES[format] if find_spec(name.replace("-", "_")) is None]:
+        raise UserError(f"format: {format} needs {', '.join(missing)}; pip install 'stableqat[export]'")
+
+
+def _part(folder: Path) -> Path:
+    try:
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        part.mkdir(parents=True)
+        return part
+    except OSError as error:
+        raise UserError(f"out: {folder} cannot be written ({error.strerror}); name another folder") from error
+
+
+def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        if found.tokenizer is not None and packed.family != "vit":
+            found.tokenizer.save_pretrained(part)
+            for end in ("bos_token_id", "eos_token_id"):  # a config of keys alone has another model's
+                setattr(packed.model.config, end, getattr(found.tokenizer, end))
+        writer.write(packed, part)
+    except SafetensorError as error:  # its writer knows no other
+        raise OSError(str(error)) from error
+
+
+def _compare(
+    read: tuple[dict[str, "Tensor"], "Tensor"], packed: "PackedModel", logits: "Tensor"
+) -> dict[str, float]:
+    """Weights must be equal; logits may differ by the order of sums in another runtime."""
+    import torch
+
+    weights, theirs = read
+    assert weights.keys() == packed.layers.keys()
+    worst = 0.0
+    for name, weight in packed.layers.items():
+        expected, got = weight.dequantize(), weights[name]
+        assert got.shape == expected.shape, f"{name}: {tuple(got.shape)} read back"
+        if not torch.equal(got.float(), expected):
+            worst = max(worst, (got.float() - expected).abs().max().item())
+    if worst:
+        raise RuntimeError(f"the file read back differs from the model by {worst}; nothing is left of it")
+    difference = (theirs.float() - logits).abs().max().item()
+    return {"max_weight_difference": worst, "max_logit_difference": difference}
+
+
+def _sizes(packed: "PackedModel", part: Path) -> dict[str, Any]:
+    quantized = sum(weight.codes.numel() for weight in packed.layers.values())
+    scales = sum(weight.scale.numel() for weight in packed.layers.values())
+    rest = packed.rest()
+    left = sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
+    # the tokenizer and configurations are there for any format
+    written = sum(p.stat().st_size for p in _files(part) if p.suffix in (".safetensors", ".gguf", ".onnx"))
+    return {
+        "bytes": written,
+        "bytes_bf16": 2 * (quantized + sum(tensor.numel() for tensor in rest.values())),
+        "bytes_left": left,
+        "weights_packed": quantized,
+        "scales": scales,
+        "bits_a_weight": round(8 * (written - left) / quantized, 3),
+        "layers_packed": len(packed.layers),
+        "layers_left": sorted(name.removesuffix(".weight") for name, t in rest.items() if t.ndim >= 2),
+        "grids": sorted({_grid(weight) for weight in packed.layers.values()}),
+    }
+
+
+def _grid(weight: "PackedWeight") -> str:
+    scales = "row" if weight.scale.shape[1] == 1 else f"{weight.group_size} weights"
+    return f"{weight.bits}-bit {weight.grid}, a scale each {scales}"
+
+
+def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], part: Path) -> None:
+    """The model card."""
+    settings = found.module.describe()
+    facts: dict[str, Any] = {
+        "architecture": packed.family,
+        "quantized": "; ".join(report["grids"]),
+        **{key: settings[key] for key in ("method", "mask", "scale_init") if key in settings},
+        "steps": found.step,
+        "validation loss of the run": found.val_loss,
+        "loss on the comparison batch": f"{report['loss']['file']:.4f} ({found.batch_of})",
+        "bits a packed weight": report["bits_a_weight"],
+    }
+    lines = [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
+    library = "timm" if packed.family == "vit" else "transformers"
+    head = ["---", f"library_name: {library}", "tags: [quantization-aware-training]", "---", ""]
+    title = [f"# {packed.family}, {'; '.join(report['grids'])}", "", f"Format: {report['format']}.", ""]
+    table = ["| | |", "| --- | --- |", *lines, ""]
+    (part / "README.md").write_text("\n".join([*head, *title, *table]))
+
+
+def _versions(format: str) -> dict[str, str]:
+    return {
+        name: version(name) for name in ["stableqat", "torch", "transformers", "timm", *LIBRARIES[format]]
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tell(report: dict[str, Any], found: "Source", folder: Path) -> None:
+    left = ", ".join(report["layers_left"]) or "none"
+    share = report["bytes"] / report["bytes_bf16"]
+    tell(f"{folder}: {report['format']} of {found.checkpoint} (step {found.step})")
+    tell(
+        f"  {report['bytes']:,} bytes, {share:.2f} of bfloat16's {report['bytes_bf16']:,}; "
+        f"{report['bits_a_weight']} bits a packed weight"
+    )
+    tell(f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}")
+    for line in report["notes"]:
+        tell(f"  {line}")
+    tell(
+        f"  read back: weights differ by {report['max_weight_difference']:g}, logits by "
+        f"{report['max_logit_difference']:.1e}"
+    )
+    told = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
+    tell(f"  loss on {report['batch']}: {told}")
+    if found.tokenizer is None and "input_ids" in found.batch:
+        tell("  no tokenizer is beside it: name one with --tokenizer")

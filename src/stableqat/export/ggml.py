@@ -1,0 +1,133 @@
+"""Blocks of ggml types that hold a quantizer's codes exactly.
+
+A block is a run of 32 or 256 weights with its own fp16 scale `d`; what a row or group shares is repeated in
+each. ggml's own quantizers would fit new scales and change most values; here codes are put where its
+dequantizers find them. K-types have small integer scales of 16 or 32 weights besides: they are 1, and their
+minimum, in units of half a scale, places the half-integer grids.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stableqat.export.packed import PackedWeight
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A ggml type as a home for some grids.
+
+    Attributes:
+        type: Name of the ggml type.
+        block: Weights that share `d`; divides rows and groups.
+        fits: Whether a weight's grid has a place in it.
+        blocks: Bytes of each block, `(blocks, bytes)`, from codes `(blocks, block)` and scales `(blocks, 1)`.
+    """
+
+    type: str
+    block: int
+    fits: Callable[[PackedWeight], bool]
+    blocks: Callable[[Array, Array], Array]
+    integers: bool = False  # takes half-integer grids as odd integers
+
+    def holds(self, weight: PackedWeight) -> bool:
+        """Whether a weight fits, its rows and groups being whole blocks."""
+        return self.fits(weight) and weight.group_size % self.block == 0
+
+    def pack(self, weight: PackedWeight) -> Array:
+        """The bytes of a weight, `(out, bytes of a row)`."""
+        weight = weight.integers() if self.integers else weight
+        rows, inputs = weight.codes.shape
+        codes = weight.codes.numpy().reshape(-1, self.block)
+        scales = weight.scale_of_blocks(self.block).numpy().reshape(-1, 1)
+        assert codes.size == rows * inputs
+        return np.ascontiguousarray(self.blocks(codes, scales).reshape(rows, -1))
+
+
+def encoding(weight: PackedWeight) -> Encoding | None:
+    """The smallest type that holds a weight exactly; None if rows or groups are no multiples of 32."""
+    return next((each for each in ENCODINGS if each.holds(weight)), None)
+
+
+def _half(scale: Array) -> Array:
+    return scale.astype(np.float16).view(np.uint8)
+
+
+def _fields(values: Array, bits: int, run: int) -> Array:
+    """Unsigned values in bytes, the next `run` of them in the next higher bits of the same bytes."""
+    parts = values.astype(np.uint8).reshape(len(values), -1, 8 // bits, run)
+    shifts = (np.arange(8 // bits, dtype=np.uint8) * bits).reshape(1, 1, -1, 1)
+    return np.bitwise_or.reduce(parts << shifts, axis=2).reshape(len(values), -1)
+
+
+def _constant(count: int, *values: int) -> Array:
+    return np.tile(np.array(values, dtype=np.uint8), (count, 1))
+
+
+def _tq2_0(codes: Array, scale: Array) -> Array:
+    """`d * (u - 1)`."""
+    return np.hstack([_fields(codes + 1, 2, 32), _half(scale)])
+
+
+def _tq2_0_negated(codes: Array, scale: Array) -> Array:
+    """The same with `d = -s`, so that u = 3 is the code -2."""
+    return np.hstack([_fields(1 - codes, 2, 32), _half(-scale)])
+
+
+def _q2_k(codes: Array, scale: Array) -> Array:
+    """`d * u - dmin * 3`, dmin half of d."""
+    scales = _constant(len(codes), *[1 | 3 << 4] * 16)
+    return np.hstack([scales, _fields(codes + 2, 2, 32), _half(scale), _half(scale / 2)])
+
+
+def _q3_k(codes: Array, scale: Array) -> Array:
+    """`d * (33 - 32) * (u - 4)`, the third bits apart, sixteen six-bit scales in twelve bytes."""
+    codes = codes + 4
+    scales = _constant(len(codes), *[0x11] * 8, *[0xAA] * 4)
+    return np.hstack([_fields(codes >> 2, 1, 32), _fields(codes & 3, 2, 32), scales, _half(scale)])
+
+
+def _q4_k(codes: Array, scale: Array) -> Array:
+    """`d * u - dmin * 15`, dmin half of d."""
+    scales = _constant(len(codes), *[1] * 4, *[15] * 4, *[1 | 15 << 4] * 4)
+    return np.hstack([_half(scale), _half(scale / 2), scales, _fields(codes + 8, 4, 32)])
+
+
+def _q4_0(codes: Array, scale: Array) -> Array:
+    """`d * (u - 8)`."""
+    return np.hstack([_half(scale), _fields(codes + 8, 4, 16)])
+
+
+def _q5_0(codes: Array, scale: Array) -> Array:
+    """`d * (u - 16)`, the fifth bits apart."""
+    codes = codes + 16
+    fifth = np.packbits((codes >> 4).astype(np.uint8), axis=1, bitorder="little")
+    return np.hstack([_half(scale), fifth, _fields(codes & 15, 4, 16)])
+
+
+def _q8_0(codes: Array, scale: Array) -> Array:
+    """`d * q`."""
+    return np.hstack([_half(scale), codes.view(np.uint8)])
+
+
+def _is(grid: str, bits: int) -> Callable[[PackedWeight], bool]:
+    return lambda weight: (weight.grid, weight.bits) == (grid, bits)
+
+
+def _up_to(bits: int) -> Callable[[PackedWeight], bool]:
+    return lambda weight: weight.bits + (weight.zero_point != 0) <= bits
+
+
+ENCODINGS = (  # smallest first
+    Encoding("TQ2_0", 256, _is("ternary", 2), _tq2_0),
+    Encoding("TQ2_0", 256, _is("integer", 2), _tq2_0_negated),
+    Encoding("Q2_K", 256, _is("stretched", 2), _q2_k),
+    Encoding("Q3_K", 256, _is("integer", 3), _q3_k),
+    Encoding("Q4_K", 256, _is("stretched", 4), _q4_k),
+    Encoding("Q4_0", 32, _up_to(4), _q4_0, integers=True),
+    Encoding("Q5_0", 32, _up_to(5), _q5_0, integers=True),
+    Encoding("Q8_0", 32, _up_to(8), _q8_0, integers=True),
+)

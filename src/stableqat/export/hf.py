@@ -1,0 +1,110 @@
+"""Baked weights in safetensors that plain transformers or timm load: no packing, but it runs everywhere.
+
+Quantized weights are stored as the values that they stand for. `--dtype bf16` halves the file where those
+values fit bfloat16's eight bits of precision, which few do; what would be rounded is refused.
+"""
+
+import json
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stableqat.errors import UserError
+from stableqat.export.packed import PackedModel
+
+
+def check(packed: PackedModel) -> None:
+    """Refuse values that the file's type would round.
+
+    Raises:
+        UserError: Naming the layer.
+    """
+    for name, weight in packed.layers.items():
+        value = weight.dequantize()
+        if not torch.equal(value.to(packed.dtype).float(), value):
+            raise UserError(
+                f"hf: {name} has values that {packed.dtype} would round; take --dtype fp32, or "
+                "compressed-tensors, which keeps codes and scales apart"
+            )
+
+
+def write(packed: PackedModel, folder: Path) -> None:
+    """Write weights and configuration."""
+    state = packed.baked()
+    save(packed, folder, {k: v.to(packed.dtype) if v.is_floating_point() else v for k, v in state.items()})
+
+
+def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """The packed layers' weights and the batch's logits, as transformers or timm load them."""
+    if packed.family == "vit":
+        import timm
+
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        with torch.no_grad():
+            logits = model(packed.input)
+    else:
+        model, logits = load_language_model(packed, folder)
+    return {name: model.get_submodule(name).weight.detach() for name in packed.layers}, logits
+
+
+def save(
+    packed: PackedModel, folder: Path, state: dict[str, Tensor], quantization: dict[str, Any] | None = None
+) -> None:
+    """Write a state dict and the configuration that its loader wants.
+
+    Args:
+        packed: The model.
+        folder: Existing folder.
+        state: Tensors by name.
+        quantization: The `quantization_config` of a packed format.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    save_config(packed, folder, quantization)
+
+
+def save_config(packed: PackedModel, folder: Path, quantization: dict[str, Any] | None) -> None:
+    """Write `config.json` alone."""
+    if packed.family == "vit":
+        config = _timm_config(packed)
+    else:
+        config = packed.model.config.to_dict()
+        config["architectures"] = [type(packed.model).__name__]
+        config["dtype"] = str(packed.dtype).removeprefix("torch.")
+        config["use_cache"] = True
+        if quantization is not None:
+            config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_language_model(packed: PackedModel, folder: Path, **options: Any) -> tuple[Any, Tensor]:
+    """What plain `from_pretrained` makes of a folder, computing in float32, and its logits."""
+    from transformers import AutoModelForCausalLM
+
+    with redirect_stderr(StringIO()):  # progress bars of two libraries
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        with torch.no_grad():
+            return model, model(input_ids=packed.input, use_cache=False).logits
+
+
+def _timm_config(packed: PackedModel) -> dict[str, Any]:
+    model: Any = packed.model
+    module: Any = packed.module
+    size = list(model.patch_embed.img_size)
+    return {
+        "architecture": module.model_name,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": {**module.model_args, "num_classes": model.num_classes},
+        "pretrained_cfg": {
+            "input_size": [model.patch_embed.proj.in_channels, *size],
+            "num_classes": model.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }

@@ -1,0 +1,178 @@
+"""ONNX with MatMulNBits: onnxruntime multiplies with 2, 4 and 8-bit codes as they are.
+
+The operator computes `scale * (code - zero_point)` with codes that start at 0, a scale a block of inputs and,
+at 2 and 4 bits, a zero point that may be a half: `2^(b-1) - 1/2` is the half-integer grid. 3-bit codes
+lie in 4 bits. Scales have the type of the activations, so a float32 model repeats them as float32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stableqat.errors import UserError
+from stableqat.export.packed import PackedModel, PackedWeight
+
+FILE = "model.onnx"
+BLOCKS = (256, 128, 64, 32, 16)  # inputs that may share a scale
+
+
+def check(packed: PackedModel) -> None:
+    """Refuse what the operator has no place for.
+
+    Raises:
+        UserError: Naming the layer.
+    """
+    if packed.dtype != torch.float32:
+        raise UserError("onnx: the graph computes in float32; leave --dtype at fp32, or take hf")
+    for name, weight in packed.layers.items():
+        if isinstance(packed.model.get_submodule(name), nn.Embedding):
+            raise UserError(
+                f"onnx: MatMulNBits has no look-up ({name}); take gguf or torchao, or leave embeddings alone"
+            )
+        if weight.zero_point and packed.scale_dtype == torch.float32:
+            raise UserError(
+                "onnx: onnxruntime multiplies the scale with code and zero point apart, which float32 scales "
+                "do not survive on half-integer grids; take --scale_dtype fp16 or bf16, or torchao"
+            )
+        if weight.zero_point and weight.bits > 4:
+            raise UserError(
+                f"onnx: {name} has the {weight.bits}-bit {weight.grid} grid, and half-integer zero points "
+                "end at 4 bits; take torchao"
+            )
+        if weight.scale.shape[1] > 1 and weight.group_size not in BLOCKS:
+            raise UserError(
+                f"onnx: {name} has a scale each {weight.group_size} weights, MatMulNBits one each "
+                f"{', '.join(map(str, BLOCKS))}; take compressed-tensors or hf"
+            )
+
+
+def write(packed: PackedModel, folder: Path) -> None:
+    """Trace the model with an operator for each packed layer."""
+    import onnx
+
+    model: Any = packed.plain()
+    for name, weight in packed.layers.items():
+        model.set_submodule(name, MatMulNBits(weight, model.get_submodule(name).bias))
+    is_text = "input_ids" in packed.batch
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    shapes = {0: batch, 1: length} if is_text else {0: batch}
+    program: Any = torch.onnx.export(
+        _Logits(model).eval() if is_text else model,
+        (packed.input[:2],),
+        input_names=["input_ids" if is_text else "pixel_values"],
+        output_names=["logits"],
+        dynamic_shapes=(shapes,),
+        opset_version=21,
+        dynamo=True,
+        verbose=False,
+    )
+    graph = program.model_proto
+    for node in graph.graph.node:  # where in the source it came from: most of a small file
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    large = graph.ByteSize() > 1 << 30  # protobuf ends at two gigabytes
+    onnx.save(graph, str(folder / FILE), save_as_external_data=large, location=f"{FILE}.data")
+
+
+def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights as onnxruntime's operator multiplies with them, row by row of an identity, and its logits."""
+    import onnx
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: packed.input.numpy()})
+    graph = onnx.load(str(folder / FILE)).graph
+    constants = {each.name: each for each in graph.initializer}
+    weights = {}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            name = node.input[1].removesuffix(".codes")
+            name = name.removeprefix(f"{_Logits.PREFIX}.") if "input_ids" in packed.batch else name
+            weights[name] = torch.from_numpy(_multiplied_by_identity(node, constants))
+    return weights, torch.from_numpy(logits)
+
+
+class MatMulNBits(nn.Module):
+    """A linear layer that exports as the operator; it computes nothing in torch.
+
+    Args:
+        weight: What it holds.
+        bias: Added afterwards.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        rows, inputs = weight.codes.shape
+        self.bits = {1: 2, 2: 2, 3: 4, 4: 4}.get(weight.bits, 8)
+        # for one scale a row the longest block that is not mostly padding
+        fitting = [b for b in BLOCKS if b < 2 * inputs] or [16]
+        self.block = fitting[0] if weight.scale.shape[1] == 1 else weight.group_size
+        lowest = -(2 ** (self.bits - 1)) if weight.zero_point == 0 else -(2 ** (weight.bits - 1))
+        blocks, per_byte = -(-inputs // self.block), 8 // self.bits
+        stored = torch.zeros(rows, blocks * self.block, dtype=torch.uint8)
+        stored[:, :inputs] = (weight.codes.to(torch.int16) - lowest).to(torch.uint8)
+        shifts = torch.arange(per_byte, dtype=torch.uint8) * self.bits
+        parts = stored.view(rows, blocks, -1, per_byte) << shifts
+        scale = weight.scale_of_blocks(self.block)
+        zero = None if weight.zero_point == 0 else torch.full_like(scale, weight.zero_point - lowest)
+        self.register_buffer("codes", parts.sum(-1, dtype=torch.uint8))
+        self.register_buffer("scale", scale.flatten())
+        self.register_buffer("zero_point", None if zero is None else zero.flatten())
+        self.shape, self.bias = (rows, inputs), bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in) -> (..., out)`."""
+        buffers: list[Any] = [x for x in (self.codes, self.scale, self.zero_point) if x is not None]
+        rows, inputs = self.shape
+        product = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (input, *buffers),
+            {"K": inputs, "N": rows, "bits": self.bits, "block_size": self.block, "accuracy_level": 1},
+            dtype=input.dtype,
+            shape=(*input.shape[:-1], rows),
+            version=1,
+        )
+        return product if self.bias is None else product + self.bias
+
+
+class _Logits(nn.Module):
+    """A language model as a function of its tokens."""
+
+    PREFIX = "model"  # of the names of its parameters
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def _multiplied_by_identity(node: Any, constants: dict[str, Any]) -> np.ndarray:
+    """The transposed product of an operator with the identity is its weight, each sum having one term."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    alone = helper.make_node(
+        "MatMulNBits",
+        ["x", *node.input[1:]],
+        ["y"],
+        domain=node.domain,
+        **{each.name: helper.get_attribute_value(each) for each in node.attribute},
+    )
+    inputs = next(each.i for each in node.attribute if each.name == "K")
+    graph = helper.make_graph(
+        [alone],
+        "weight",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [inputs, inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [inputs, None])],
+        [constants[name] for name in node.input[1:] if name],
+    )
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (product,) = session.run(None, {"x": np.eye(inputs, dtype=np.float32)})
+    return np.ascontiguousarray(product.T)

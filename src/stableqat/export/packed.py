@@ -1,0 +1,257 @@
+"""The one form between a trained model and every file format: codes, scales, zero point, bits.
+
+A file keeps scales in a shorter type than training does. Rounding them after the last evaluation would ship
+a model that nobody measured, so `pack` rounds them inside the model, whose forward then is what the file
+must equal. The codes stay those of training: QAT leaves many weights so near a threshold that a scale
+rounded by 0.05% would send them to another level. Half-integer grids fit symmetric integer formats one
+bit wider: `s * (q + 1/2) = s/2 * (2q + 1)`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stableqat import ops
+from stableqat.errors import UserError
+from stableqat.modules import QATModule
+from stableqat.modules.tied import QuantEmbedding
+from stableqat.quantizers import STE
+from stableqat.surgery import QuantLinear, quantized_layers
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantized weight, `scale * (codes - zero_point)`.
+
+    Attributes:
+        codes: int8, `(out, in)`.
+        scale: float32 holding values of the file's type, `(out, groups)`.
+        zero_point: 0, or -0.5 on half-integer grids.
+        bits: Storage width of a code.
+        grid: Name of the grid.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: float
+    bits: int
+    grid: str
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; all of a row without groups."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """The weight in float32, bit for bit that of the forward."""
+        return ops.dequantize_codes(self.codes, self.scale, self.zero_point, torch.float32)
+
+    def integers(self) -> "PackedWeight":
+        """The same values on an integer grid, one bit wider if this one is half-integer."""
+        if self.zero_point == 0:
+            return self
+        wide = self.codes.to(torch.int16) * 2 + 1
+        assert self.bits < 8, "checked before packing"
+        return replace(
+            self, codes=wide.to(torch.int8), scale=self.scale / 2, zero_point=0.0, bits=self.bits + 1
+        )
+
+    def scale_of_blocks(self, size: int) -> Tensor:
+        """The scale of each run of `size` inputs, `(out, ceil(in / size))`; runs do not cross groups."""
+        blocks, groups = -(-self.codes.shape[1] // size), self.scale.shape[1]
+        assert groups == 1 or self.group_size % size == 0
+        return self.scale.repeat_interleave(blocks // groups, dim=1)
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """What a format writes.
+
+    Attributes:
+        module: The trained model, with the file's scales in its forward.
+        layers: Packed weights by layer name; the embedding's stands under the embedding, tied or not.
+        dtype: Type of the parameters that are not packed.
+        scale_dtype: Type of the scales.
+        batch: Inputs on which the file is compared with the model.
+        template: A GGUF of upstream's converter whose metadata is kept, or None.
+    """
+
+    module: QATModule
+    layers: dict[str, PackedWeight]
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    batch: dict[str, Tensor]
+    template: Path | None = None
+
+    @property
+    def model(self) -> Any:
+        """The transformers or timm model inside."""
+        return self.module.model
+
+    @property
+    def family(self) -> str:
+        """llama, qwen3 or vit."""
+        config = getattr(self.model, "config", None)
+        return "vit" if config is None else config.model_type
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head share their weight."""
+        return self.family != "vit" and bool(self.model.config.tie_word_embeddings)
+
+    @property
+    def input(self) -> Tensor:
+        """The batch's token ids or images."""
+        return self.batch["input_ids" if "input_ids" in self.batch else "pixel_values"]
+
+    def rest(self) -> dict[str, Tensor]:
+        """Parameters and buffers that are not packed, in their type, a tied head left out."""
+        state = self.model.state_dict()
+        left = {k: v for k, v in state.items() if ".weight_quantizer." not in k}
+        left = {k: v for k, v in left.items() if k.removesuffix(".weight") not in self.layers}
+        if self.tied:
+            left.pop("lm_head.weight")
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in left.items()}
+
+    def baked(self) -> dict[str, Tensor]:
+        """All weights as plain float32 tensors."""
+        packed = {f"{name}.weight": weight.dequantize() for name, weight in self.layers.items()}
+        return {k: v.float() if v.is_floating_point() else v for k, v in self.rest().items()} | packed
+
+    def plain(self) -> nn.Module:
+        """A model of its own with the baked weights: plain layers, no quantizers, no hooks."""
+        with torch.random.fork_rng([]):
+            model = self.module.build_model().eval()
+        model.load_state_dict(self.baked(), strict=False)  # a tied head comes with the embedding
+        return model
+
+
+def quantize_embeddings(module: QATModule, bits: int) -> None:
+    """Quantize embedding and head by rounding, each row with the scale of least squared error.
+
+    Args:
+        module: A language model whose head and embedding are not quantized.
+        bits: Width, 4 or 8.
+
+    Raises:
+        UserError: If the model has no embedding, or trained it quantized.
+    """
+    model: Any = module.model
+    if not hasattr(model, "get_output_embeddings"):
+        raise UserError("embedding_bits: a vision transformer has no token embedding; leave it out")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(head, QuantLinear):
+        raise UserError("embedding_bits: the head was trained quantized and is packed as it is; leave it out")
+    tied = head.weight is embedding.weight
+    head = QuantLinear.from_linear(head, STE(head.weight, bits=bits))
+    model.set_output_embeddings(head)
+    # an untied embedding gets a quantizer of its own, in a layer that is only looked up
+    own = head if tied else QuantLinear.from_linear(_as_linear(embedding), STE(embedding.weight, bits=bits))
+    quantized = QuantEmbedding.from_embedding(embedding, own)
+    model.set_input_embeddings(quantized)
+
+
+def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, PackedWeight]:
+    """Round scales and left parameters to a file's types inside a model, and read its codes.
+
+    Args:
+        module: Changed in place.
+        dtype: Type of the parameters that are not packed.
+        scale_dtype: Type of the scales.
+
+    Returns:
+        Packed weights by layer name.
+
+    Raises:
+        UserError: If nothing is quantized, or a weight or scale is not finite or outside the type's range.
+    """
+    model: Any = module.model
+    layers = _layers(model)
+    if not layers:
+        raise UserError("no layer is quantized: this was trained in full precision; export a quantized run")
+    for name, layer in layers.items():
+        if layer.input_quantizer is not None:
+            raise UserError(f"layer {name} quantizes its input, which no format here holds")
+        _snap(name, layer, scale_dtype)
+    latent = {id(layer.weight) for layer in layers.values()}
+    own = {id(p) for layer in layers.values() for p in layer.weight_quantizer.parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise UserError(f"{name} holds NaN or infinity: the run diverged; take an earlier checkpoint")
+            if id(parameter) not in latent | own:
+                parameter.copy_(parameter.to(dtype))
+                if not torch.isfinite(parameter).all():
+                    raise UserError(f"{name} is beyond the range of {_short(dtype)}; take --dtype bf16")
+    return {name: _pack(layer) for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def evaluate(module: QATModule, batch: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    """Logits of a batch and its mean loss in nats."""
+    module.eval()
+    labels = batch["labels"]
+    if "input_ids" in batch:
+        logits = module(batch["input_ids"]).float()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    else:
+        logits = module(batch["pixel_values"]).float()
+        loss = F.cross_entropy(logits, labels, ignore_index=-100)
+    return logits, loss.item()
+
+
+def _layers(model: Any) -> dict[str, QuantLinear]:
+    """Quantized layers by the name that a file has for their weight."""
+    layers = quantized_layers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantEmbedding):
+            (head,) = module._head
+            layers = {n: layer for n, layer in layers.items() if layer is not head} | {name: head}
+    return layers
+
+
+@torch.no_grad()
+def _snap(name: str, layer: QuantLinear, dtype: torch.dtype) -> None:
+    quantizer = layer.weight_quantizer
+    scale = quantizer.effective_scale()
+    if not (torch.isfinite(scale).all() and torch.isfinite(layer.weight).all()):
+        raise UserError(f"layer {name} holds NaN or infinity: the run diverged; take an earlier checkpoint")
+    halves = 1 if quantizer.grid.zero_point == 0 else 2  # s/2 must be in the file, too
+    lowest, highest = torch.finfo(dtype).smallest_normal * halves, torch.finfo(dtype).max
+    if scale.min() < lowest or scale.max() > highest:
+        wrong = scale.min() if scale.min() < lowest else scale.max()
+        raise UserError(
+            f"layer {name}: a scale of {wrong:.2e} lies outside {_short(dtype)}'s normal range "
+            f"({lowest:.1e} to {highest:.1e}); take --scale_dtype bf16, in a format other than gguf"
+        )
+    trained = quantizer.quantize(layer.weight)
+    snapped = scale.to(dtype).float()
+    quantizer.scale.copy_(snapped)
+    quantizer.scale_floor.copy_(torch.minimum(quantizer.scale_floor, snapped))  # or it would lift them again
+    layer.weight.copy_(replace(trained, scale=snapped).dequantize())  # on its level, whatever the scale
+    assert torch.equal(quantizer.quantize(layer.weight).codes, trained.codes)
+
+
+def _pack(layer: QuantLinear) -> PackedWeight:
+    grid = layer.weight_quantizer.grid
+    made = layer.weight_quantizer.quantize(layer.weight)
+    scale = made.scale.expand(layer.out_features, -1).contiguous()  # one for the whole tensor: a row each
+    return PackedWeight(made.codes, scale, float(made.zero_point), made.bits, grid.name)
+
+
+def _as_linear(embedding: nn.Embedding) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
+    linear.weight = embedding.weight
+    return linear
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next(short for short, each in DTYPES.items() if each is dtype)

@@ -1,0 +1,103 @@
+"""What is exported: a run folder or a checkpoint, the data it was validated on, its tokenizer.
+
+A run gives its best checkpoint, a checkpoint itself. The data and the tokenizer come from the run's
+`config.yaml`; without it, or where that data is gone, the comparison uses a fixed random batch, and says so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
+from stableqat.errors import UserError
+from stableqat.modules import QATModule
+from stableqat.modules.start import check_sums, read_checkpoint
+from stableqat.trained import data_of, find_trained, load_trained
+
+ROWS = 16  # of the batch on which file and model are compared
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model and what belongs to it.
+
+    Attributes:
+        module: In evaluation mode, on the CPU.
+        checkpoint: File that it came from.
+        step: Optimizer steps that it was trained for.
+        batch: Rows of its validation data, or random ones.
+        batch_of: Where the batch comes from, in words.
+        tokenizer: Of a language model, if it is to be had.
+        val_loss: The run's last validation loss, None if it had none.
+    """
+
+    module: QATModule
+    checkpoint: Path
+    step: int
+    batch: dict[str, Tensor]
+    batch_of: str
+    tokenizer: Any
+    val_loss: float | None
+
+
+def load_source(source: str, tokenizer: str | None) -> Source:
+    """Load what is to be exported.
+
+    Args:
+        source: Run folder or checkpoint.
+        tokenizer: Tokenizer to go with it; None takes the run's.
+
+    Raises:
+        UserError: If there is no such run, or its checkpoint is damaged or of something else.
+    """
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    path = find_trained(source)
+    check_sums(path)
+    read = read_checkpoint(path)
+    module = load_trained(path, read)
+    datamodule, why_not = data_of(path)
+    batch, batch_of = None, why_not
+    found: Any = None
+    if datamodule is not None:
+        try:
+            batch = _validation_rows(datamodule)
+            batch_of = "validation data of the run"
+            found = getattr(datamodule, "tokenizer", None)
+        except (UserError, OSError) as error:
+            batch_of = f"the run's data is not to be had ({error})"
+    if batch is None:
+        batch, batch_of = _random_rows(module), f"random rows: {batch_of}"
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer)
+    val_loss = read.get("callbacks", {}).get("RunRecord", {}).get("hp/val_loss")
+    return Source(module, path, int(read.get("global_step", 0)), batch, batch_of, found, val_loss)
+
+
+def _validation_rows(datamodule: Any) -> dict[str, Tensor]:
+    datamodule.prepare_data()
+    datamodule.setup("validate")
+    rows: dict[str, list[Tensor]] = {}
+    count = 0
+    for batch in datamodule.val_dataloader():
+        for key, value in batch.items():
+            rows.setdefault(key, []).append(value)
+        count += len(batch["labels"])
+        if count >= ROWS:
+            break
+    return {key: torch.cat(values)[:ROWS] for key, values in rows.items()}
+
+
+def _random_rows(module: QATModule) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    model: Any = module.model
+    if hasattr(model, "config"):
+        length = min(64, model.config.max_position_embeddings)
+        ids = torch.randint(model.config.vocab_size, (4, length), generator=generator)
+        return {"input_ids": ids, "labels": ids}
+    size = model.patch_embed.img_size
+    images = torch.randn(4, model.patch_embed.proj.in_channels, *size, generator=generator)
+    return {"pixel_values": images, "labels": torch.randint(model.num_classes, (4,), generator=generator)}

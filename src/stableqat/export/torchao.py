@@ -1,0 +1,88 @@
+"""torchao's Intx weights in safetensors: any grid natively, half-integer zero points included.
+
+torchao's tensor keeps a byte a code, whatever their bits, so that the file is no smaller than int8; its use
+is torch's own: `torch.export`, ExecuTorch, `from_pretrained`. Scale and zero point stand a row or a group.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stableqat.errors import UserError
+from stableqat.export import hf
+from stableqat.export.packed import PackedModel, PackedWeight
+
+FILE = "model.safetensors"
+
+
+def check(packed: PackedModel) -> None:
+    """Refuse vision transformers; of the others the format holds every grid, width and granularity.
+
+    Raises:
+        UserError: For a vision transformer.
+    """
+    if packed.family == "vit":
+        raise UserError(
+            "torchao: transformers loads its language models, nothing loads timm's vision transformers; take "
+            "onnx (packed) or hf (baked)"
+        )
+
+
+def write(packed: PackedModel, folder: Path) -> None:
+    """Write torchao's tensors, flattened as torchao does it, and the configuration."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    state: dict[str, Any] = {name: tensor.contiguous() for name, tensor in packed.rest().items()}
+    state |= {f"{name}.weight": _tensor(weight) for name, weight in packed.layers.items()}
+    tensors, metadata = flatten_tensor_state_dict(state)
+    save_file(tensors, folder / FILE, metadata={**metadata, "format": "pt"})
+    hf.save_config(packed, folder, _quantization(packed))
+
+
+def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights as torchao dequantizes them, and the logits of the model that holds them."""
+    model, logits = hf.load_language_model(packed, folder)
+    read = {name: model.get_submodule(name).weight for name in packed.layers}
+    return {name: weight.dequantize().detach() for name, weight in read.items()}, logits
+
+
+def notes(packed: PackedModel) -> list[str]:
+    """What the report says beside the figures."""
+    return ["torchao keeps a byte a code; for a small file take gguf, onnx or compressed-tensors"]
+
+
+def _tensor(weight: PackedWeight) -> Tensor:
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    scale = weight.scale  # values are computed in its type: float32 rounds nothing
+    return IntxUnpackedToInt8Tensor(
+        qdata=weight.codes,
+        scale=scale,
+        zero_point=torch.full_like(scale, weight.zero_point),
+        target_dtype=getattr(torch, f"int{weight.bits}"),
+        block_size=(1, weight.group_size),
+        dtype=torch.float32,
+        activation_quantization=None,
+    )
+
+
+def _quantization(packed: PackedModel) -> dict[str, Any]:
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from transformers import TorchAoConfig
+
+    weight = next(iter(packed.layers.values()))
+    granularity = PerAxis(0) if weight.scale.shape[1] == 1 else PerGroup(weight.group_size)
+    scheme = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{weight.bits}"), granularity=granularity)
+    embeddings = any(name.endswith("embed_tokens") for name in packed.layers)
+    linears = [n for n, m in packed.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    config = TorchAoConfig(
+        quant_type=scheme,
+        modules_to_not_convert=[n for n in linears if n not in packed.layers],
+        include_input_output_embeddings=embeddings,
+    )
+    return json.loads(config.to_json_string(use_diff=False))

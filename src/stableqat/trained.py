@@ -1,0 +1,124 @@
+"""A trained model from where it was left: its checkpoint, its data, what it started from.
+
+A run gives its best checkpoint, a checkpoint itself. What a checkpoint does not hold, the data and the start,
+comes from the `config.yaml` of the run's folder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from stableqat import data, modules
+from stableqat.errors import UserError
+from stableqat.modules import QATModule
+from stableqat.modules.start import find_checkpoint
+
+# of a run's settings what only training needs
+TRAINING = {"compile_model": False, "activation_checkpointing": False, "lean_loss": False, "teacher": None}
+
+
+def find_trained(source: str) -> Path:
+    """The checkpoint file of a run folder, its best one, or of a path.
+
+    Raises:
+        UserError: If there is none, or it is sharded.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"{source}: there is no such run or checkpoint")
+    best = path / "checkpoints" / "best.ckpt"
+    found = best if best.is_file() else find_checkpoint(str(path))
+    if found is None:
+        raise UserError(f"{source}: neither a run folder nor a checkpoint (.ckpt) of this suite")
+    if found.is_dir():
+        raise UserError(f"{found} is sharded; make one file of it first: stableqat consolidate")
+    return found
+
+
+def load_trained(path: Path, read: dict[str, Any]) -> QATModule:
+    """The module of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        path: Checkpoint file.
+        read: What `read_checkpoint` made of it.
+
+    Raises:
+        UserError: If it is damaged, or of something else.
+    """
+    cls, hyper_parameters = _family(path, read)
+    unused = {key: value for key, value in TRAINING.items() if key in hyper_parameters}
+    try:
+        module = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True, **unused)
+    except (RuntimeError, KeyError, TypeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: damaged, or written by another version: {first}") from error
+    return module.eval()
+
+
+def load_untrained(path: Path, read: dict[str, Any], start: str, *, quantized: bool) -> QATModule:
+    """What a run started from: full precision, or rounded to nearest as before its first step.
+
+    Args:
+        path: Checkpoint file of the run.
+        read: What `read_checkpoint` made of it.
+        start: The run's `init_from`.
+        quantized: Whether the run's quantizers are set on the start's weights.
+
+    Raises:
+        UserError: If the start is not to be had.
+    """
+    from lightning.pytorch.cli import instantiate_module
+
+    cls, hyper_parameters = _family(path, read)
+    settings = {key: TRAINING.get(key, value) for key, value in hyper_parameters.items()}
+    settings.pop("_instantiator", None)
+    module = instantiate_module(
+        cls, {**settings, "init_from": start} | ({} if quantized else {"quantizer": None})
+    )
+    module.configure_model()
+    return module.eval()
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in."""
+    run = checkpoint.absolute().parent.parent
+    return run if (run / "config.yaml").is_file() else None
+
+
+def start_of(checkpoint: Path) -> str | None:
+    """The `init_from` of the run that a checkpoint lies in."""
+    return (_settings(checkpoint, "model").get("init_args") or {}).get("init_from")
+
+
+def data_of(checkpoint: Path, **changes: Any) -> tuple[Any, str]:
+    """The data module that a run's configuration names, or None and why there is none.
+
+    Args:
+        checkpoint: Checkpoint of the run.
+        changes: Arguments of the data module that replace the run's.
+    """
+    if run_of(checkpoint) is None:
+        return None, "the checkpoint lies in no run folder"
+    settings = _settings(checkpoint, "data")
+    cls = getattr(data, str(settings.get("class_path", "")).rpartition(".")[2], None)
+    if cls is None:
+        return None, "the run's data is none of this suite's"
+    try:
+        return cls(**{**(settings.get("init_args") or {}), "num_workers": 0, **changes}), ""
+    except (UserError, TypeError) as error:
+        return None, f"the run's data is not to be had ({error})"
+
+
+def _family(path: Path, read: dict[str, Any]) -> tuple[type[QATModule], dict[str, Any]]:
+    hyper_parameters = read.get("hyper_parameters", {})
+    name = str(hyper_parameters.get("_class_path", ""))
+    cls = getattr(modules, name.rpartition(".")[2], None)
+    if not (isinstance(cls, type) and issubclass(cls, QATModule)):
+        raise UserError(f"{path}: holds {name or 'no training system'}, which is none of this suite's")
+    return cls, hyper_parameters
+
+
+def _settings(checkpoint: Path, part: str) -> dict[str, Any]:
+    import yaml
+
+    run = run_of(checkpoint)
+    return {} if run is None else yaml.safe_load((run / "config.yaml").read_text()).get(part) or {}

@@ -1,0 +1,121 @@
+"""A full-precision run, a 2-bit run that started from it, and a task of the harness in local files."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+# read once, when the libraries are imported
+os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+WORDS = ["grid", "scale", "level", "bits", "round", "clamp", "weight", "latent", "threshold", "step", "rate"]
+TASK = """\
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+metadata: {version: 3}
+"""
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.3,
+}
+
+
+def fit(folder, version, quantizer, init_from, **more):
+    from stableqat.cli import main
+
+    logger = {"save_dir": str(folder / "logs"), "name": "", "version": version, "default_hp_metric": False}
+    text = {"source": str(folder / "text.jsonl"), "block_size": 16, "batch_size": 4, "vocab_size": 300}
+    settings = {
+        "model": {
+            "class_path": "stableqat.modules.LlamaModule",
+            "init_args": {"config": LLAMA, "quantizer": quantizer, "init_from": init_from},
+        },
+        "data": {
+            "class_path": "stableqat.data.TextDataModule",
+            "init_args": text | {"cache_dir": str(folder / "cache")},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 4,
+            "val_check_interval": 4,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
+        },
+    }
+    (folder / f"{version}.yaml").write_text(yaml.safe_dump(settings))
+    assert main([more.get("verb", "fit"), "-c", str(folder / f"{version}.yaml")]) == 0
+    return folder / "logs" / version
+
+
+@pytest.fixture(scope="package")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    documents = [" ".join(WORDS[(n * 5 + k * (n % 7 + 1)) % 11] for k in range(30)) for n in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (folder / "further.txt").write_text(" ".join(documents[:9]))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def start(place):
+    return fit(place, "start", None, None)
+
+
+@pytest.fixture(scope="package")
+def run(place, start):
+    quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
+    return fit(place, "run", quantizer, str(start))
+
+
+@pytest.fixture(scope="package")
+def rounded(place, start):
+    """The run that a user makes for PTQ figures."""
+    quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
+    return fit(place, "rounded", quantizer, str(start), verb="validate")
+
+
+@pytest.fixture(scope="package")
+def exported(place, run):
+    from stableqat.cli import main
+
+    assert (
+        main(["export", str(run), "--format", "hf", "--scale_dtype", "fp32", "--out", str(place / "hf")]) == 0
+    )
+    return place / "hf"
+
+
+@pytest.fixture(scope="package")
+def tasks(tmp_path_factory):
+    """A folder with the task `words`."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {
+            "question": f"{WORDS[i % 11]} {WORDS[(3 * i + 1) % 11]}",
+            "choices": [
+                " ".join(WORDS[(i + k * 3 + j) % 11] for j in range(1 + (i + k) % 3)) for k in range(4)
+            ],
+            "label": i * 7 % 4,
+        }
+        for i in range(12)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "words.yaml").write_text(TASK % (folder / "data.jsonl"))
+    return folder

@@ -1,0 +1,121 @@
+"""Accuracies and confusion of vision transformers, of runs and of exported folders."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stableqat.analysis.events import read_run
+from stableqat.cli import main
+from stableqat.data.embedded import embedded_digits
+from stableqat.data.image import held_out
+
+VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A run of a few steps on the embedded digits."""
+    folder = tmp_path_factory.mktemp("vit")
+    logger = {"save_dir": str(folder), "name": "", "version": "run", "default_hp_metric": False}
+    settings = {
+        "model": {
+            "class_path": "stableqat.modules.ViTModule",
+            "init_args": {
+                "model_name": "vit_tiny_patch16_224",
+                "num_classes": 10,
+                "model_args": VIT,
+                "quantizer": {"class_path": "stableqat.quantizers.STE", "init_args": {"bits": 2}},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}},
+            },
+        },
+        "data": {"class_path": "stableqat.data.ImageDataModule", "init_args": {"batch_size": 64}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 20,
+            "val_check_interval": 20,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
+        },
+    }
+    (folder / "vit.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "-c", str(folder / "vit.yaml")]) == 0
+    return folder / "run"
+
+
+def call(*arguments):
+    return main(["evaluate", *map(str, arguments), "--device", "cpu", "--batch_size", "50"])
+
+
+def test_a_run_and_its_export(vit, tmp_path, capsys):
+    run = shutil.copytree(vit, tmp_path / "run")
+    options = ["--format", "hf", "--scale_dtype", "fp32", "--out", str(tmp_path / "hf")]
+    assert main(["export", str(run), *options]) == 0
+    out = tmp_path / "results.json"
+    assert call(run, tmp_path / "hf", "--out", out) == 0
+    live, folder = (record["images"]["validation"] for record in json.loads(out.read_text())["sources"])
+    assert live == folder
+    logged = read_run(vit)
+    for what in ("top1", "top5", "loss"):
+        assert live[what] == pytest.approx(logged.last(f"val/{what}"), rel=1e-5), what
+    assert 0.1 < live["top1"] < live["top5"] <= 1
+    confusion = np.array(live["confusion"])
+    labels = embedded_digits()[1]
+    labels = labels[held_out(labels, 0.2)]
+    assert confusion.sum(1).tolist() == np.bincount(labels).tolist()  # a row a true class
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(live["top1"])
+    assert live["images"] == len(labels)
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.size[0] > picture.size[1] > 100
+    assert read_run(run, ("eval/",)).last("eval/top1/validation") == pytest.approx(live["top1"])
+    assert f"{live['top1']:.4f}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """An image folder, a folder a class."""
+    for label in range(2):
+        (tmp_path / "images" / f"class{label}").mkdir(parents=True)
+        for number in range(10):
+            image = Image.fromarray(np.full((8, 8, 3), 10 * number + 100 * label, np.uint8))
+            image.save(tmp_path / "images" / f"class{label}" / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_an_image_folder(folders, tmp_path, capsys):
+    import timm
+    from safetensors.torch import save_model
+
+    arguments = {**VIT, "in_chans": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, **arguments)
+    (tmp_path / "model").mkdir()
+    save_model(model, str(tmp_path / "model" / "model.safetensors"))
+    pretrained = {"input_size": [3, 8, 8], "num_classes": 2, "first_conv": "patch_embed.proj"}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 2, "model_args": arguments}
+    config["pretrained_cfg"] = {**pretrained, "classifier": "head"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for split, count in (("validation", 2), ("train", 18)):
+        out = tmp_path / f"{split}.json"
+        assert call(tmp_path / "model", "--data", folders, "--split", split, "--out", out) == 0
+        told = json.loads(out.read_text())["sources"][0]["images"]["images"]
+        assert told["images"] == count
+        assert told["classes"] == ["class0", "class1"]
+    assert "top1/images" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
+    def refused(*arguments):
+        assert call(*arguments) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    line = refused(vit, "--data", folders)
+    assert "data: images of 224 pixels and 3 channels, the model takes 8 and 1" in line
+    assert "the images have no test (they have train, validation)" in refused(vit, "--split", "test")
+    pytest.importorskip("lm_eval")
+    (tmp_path / "one.yaml").write_text("task: one\n")
+    assert "tasks: one cannot be loaded" in refused(vit, "--tasks", "one", "--tasks_path", tmp_path)

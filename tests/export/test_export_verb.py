@@ -1,0 +1,262 @@
+"""The verb: from a run or checkpoint to a folder that holds files, or to one line and nothing."""
+
+import hashlib
+import json
+import resource
+import shutil
+
+import pytest
+import tiny_packed as models
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import tiny
+from stableqat.cli import main
+
+
+def checkpoint(folder, family="llama", **options):
+    """A checkpoint of a module as `models` makes them, after two steps of training."""
+    module = models.module(family, **options)
+    data = tiny.loader("vit" if family == "vit" else "llama", count=8, batch_size=4)
+    trainer = tiny.trainer(max_steps=2)
+    trainer.fit(module.train(), data)
+    path = folder / f"{family}.ckpt"
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Call the verb, expect exit code 2 and nothing on disk, return the line."""
+
+    def call(source, *options, format="compressed-tensors"):
+        out = tmp_path / "out"
+        code = main(["export", str(source), "--format", format, "--out", str(out / "model"), *options])
+        assert code == 2
+        assert not out.exists() or not list(out.iterdir())
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("stableqat: ")
+        return error
+
+    return call
+
+
+def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "deep" / "model"
+    assert main(["export", str(trained), "--format", "compressed-tensors", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    report = json.loads((out / "export.json").read_text())
+    assert report["max_weight_difference"] == 0
+    assert report["max_logit_difference"] < 1e-5
+    assert report["bytes"] == (out / "model.safetensors").stat().st_size
+    assert report["layers_packed"] == 7
+    assert report["layers_left"] == ["model.embed_tokens"]
+    assert report["step"] == 2
+    # 2 bits a code, 16 a row, and names and shapes, which weigh in a file as small as this
+    assert 2 < report["bits_a_weight"] < 4
+    assert abs(report["loss"]["file"] - report["loss"]["trained"]) < 1e-3
+    for name, digest in report["sha256"].items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+    assert {"model.safetensors", "config.json", "README.md"} <= set(report["sha256"])
+    assert "weights differ by 0" in told
+    assert "no tokenizer is beside it" in told
+    assert "random rows: the checkpoint lies in no run folder" in told
+    assert "2-bit integer" in (out / "README.md").read_text()
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder: its configuration, with a text, and its best checkpoint."""
+    words = ["grid", "scale", "level", "bits", "round", "clamp", "weight"]
+    documents = [" ".join(words[(n * 5 + k * (n % 3 + 1)) % 7] for k in range(40)) for n in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    settings = {"source": str(tmp_path / "text.jsonl"), "block_size": 16, "batch_size": 2, "vocab_size": 300}
+    settings["cache_dir"] = str(tmp_path / "cache")
+    data = {"class_path": "stableqat.data.TextDataModule", "init_args": settings}
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    checkpoint(tmp_path, config={"vocab_size": 300}).rename(folder / "checkpoints" / "best.ckpt")
+    return folder
+
+
+def test_a_run_brings_its_data_and_tokenizer(run, tmp_path, capsys):
+    assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "model")]) == 0
+    assert "loss on validation data of the run" in capsys.readouterr().out
+    report = json.loads((tmp_path / "model" / "export.json").read_text())
+    assert report["source"].endswith("best.ckpt")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("grid scale level", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.float32
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_a_gguf_holds_the_tokenizer(run, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    out = tmp_path / "model"
+    assert main(["export", str(run), "--format", "gguf", "--out", str(out)]) == 0
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
+    ours = AutoTokenizer.from_pretrained(out)
+    assert theirs("scale the grid: 4 bits!").input_ids == ours("scale the grid: 4 bits!").input_ids
+    reader = gguf.GGUFReader(out / "model.gguf")
+    assert len(reader.get_field("tokenizer.ggml.tokens").contents()) == 300
+    assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == ours.eos_token_id
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embeddings_at_export(trained, bits, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    out = tmp_path / "model"
+    options = ["--format", "gguf", "--embedding_bits", str(bits), "--out", str(out)]
+    assert main(["export", str(trained), *options]) == 0
+    report = json.loads((out / "export.json").read_text())
+    assert report["layers_left"] == []
+    assert report["layers_packed"] == 8
+    assert report["loss"]["embeddings_quantized"] != report["loss"]["trained"]
+    assert report["loss"]["file"] == pytest.approx(report["loss"]["embeddings_quantized"], abs=1e-3)
+    assert f"{bits}-bit integer" in capsys.readouterr().out
+
+
+def test_an_untied_embedding_and_its_head(tmp_path):
+    source = checkpoint(tmp_path, "qwen3")
+    out = tmp_path / "model"
+    assert main(["export", str(source), "--format", "hf", "--embedding_bits", "4", "--out", str(out)]) == 0
+    state = load_file(out / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert all(len(row.unique()) <= 16 for row in state[name])
+
+
+def test_an_existing_folder_stays(trained, tmp_path, capsys):
+    (tmp_path / "kept").mkdir()
+    assert main(["export", str(trained), "--format", "hf", "--out", str(tmp_path / "kept")]) == 2
+    assert "exists already; name a new folder" in capsys.readouterr().err
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_missing_source(refused, tmp_path):
+    assert "there is no such run or checkpoint" in refused(tmp_path / "nothing.ckpt")
+    (tmp_path / "empty").mkdir()
+    assert "neither a run folder nor a checkpoint" in refused(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_checkpoint_that_is_cut_short(trained, tmp_path, refused, keep):
+    whole = trained.read_bytes()
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(whole[: int(len(whole) * keep)])
+    assert "cut short or damaged" in refused(cut)
+
+
+def test_a_checkpoint_with_another_byte(trained, tmp_path, refused):
+    content = bytearray(trained.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    assert "damaged" in refused(tmp_path / "flipped.ckpt")
+
+
+def changed(trained, folder, change):
+    read = torch.load(trained, weights_only=True)
+    change(read["state_dict"])
+    torch.save(read, folder / "changed.ckpt")
+    return folder / "changed.ckpt"
+
+
+def named(state, end):
+    return next(name for name in state if name.endswith(end))
+
+
+def test_a_checkpoint_without_a_scale(trained, tmp_path, refused):
+    source = changed(
+        trained, tmp_path, lambda state: state.pop(named(state, "up_proj.weight_quantizer.scale"))
+    )
+    line = refused(source)
+    assert "damaged, or written by another version" in line
+    assert "up_proj.weight_quantizer.scale" in line
+
+
+@pytest.mark.parametrize("what", ["up_proj.weight", "up_proj.weight_quantizer.scale", "norm.weight"])
+def test_a_diverged_run(trained, tmp_path, refused, what):
+    source = changed(trained, tmp_path, lambda state: state[named(state, what)].fill_(torch.nan))
+    assert "holds NaN or infinity: the run diverged" in refused(source)
+
+
+def test_a_scale_below_half_precision(trained, tmp_path, refused):
+    def shrink(state):
+        for end in ("scale", "scale_floor"):
+            state[named(state, f"up_proj.weight_quantizer.{end}")].fill_(3e-5)
+
+    source = changed(trained, tmp_path, shrink)
+    line = refused(source, format="gguf")
+    assert "up_proj: a scale of 3.00e-05 lies outside fp16's normal range" in line
+    assert "--scale_dtype bf16" in line
+    out = tmp_path / "bf16"
+    options = ["--format", "compressed-tensors", "--scale_dtype", "bf16", "--out", str(out)]
+    assert main(["export", str(source), *options]) == 0
+
+
+def test_full_precision(tmp_path, refused):
+    module = tiny.configured("llama", "fp")
+    trainer = tiny.trainer(max_steps=1)
+    trainer.fit(module, tiny.loader("llama"))
+    trainer.save_checkpoint(tmp_path / "fp.ckpt")
+    assert "trained in full precision; export a quantized run" in refused(tmp_path / "fp.ckpt")
+
+
+def test_wrong_shapes_for_a_format(tmp_path, refused):
+    source = checkpoint(tmp_path, config={"intermediate_size": 72})
+    line = refused(source, format="gguf")
+    assert "down_proj: its rows of 72 weights are no multiple of 32; take compressed-tensors" in line
+
+
+def test_options_that_do_not_belong(trained, refused, tmp_path):
+    assert "only gguf takes one" in refused(trained, "--template", "x.gguf")
+    assert "cannot be read as GGUF" in refused(trained, "--template", str(trained), format="gguf")
+    vit = checkpoint(tmp_path, "vit")
+    line = refused(vit, "--embedding_bits", "4", format="hf")
+    assert "a vision transformer has no token embedding" in line
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert "no such tokenizer file" in refused(trained, "--tokenizer", "nowhere.json", format="hf")
+
+
+@pytest.mark.parametrize("format", ["hf", "compressed-tensors", "gguf", "torchao"])
+def test_a_full_disk(trained, refused, format):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        line = refused(trained, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in line
+    assert "nothing is left" in line
+
+
+def test_a_file_that_differs_is_not_left(trained, tmp_path, monkeypatch):
+    from stableqat.export import hf
+
+    read = hf.read
+
+    def one_bit_off(packed, folder):
+        weights, logits = read(packed, folder)
+        weight = next(iter(weights.values())).clone()
+        weights |= {next(iter(weights)): weight}
+        weight[0, 0] = torch.nextafter(weight[0, 0], weight[0, 0] + 1)
+        return weights, logits
+
+    monkeypatch.setattr(hf, "read", one_bit_off)
+    with pytest.raises(RuntimeError, match="differs from the model"):
+        main(["export", str(trained), "--format", "hf", "--out", str(tmp_path / "model")])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,217 @@
+"""Format x grid x family: what a format's own reader makes of the file equals the model, or is refused."""
+
+from importlib import import_module
+
+import pytest
+import tiny_packed as models
+import torch
+
+from stableqat.errors import UserError
+from stableqat.export import ggml
+from stableqat.export.export import LIBRARIES
+
+LANGUAGE, FAMILIES = ("llama", "qwen3"), ("llama", "qwen3", "vit")
+SUPPORTED = {
+    "hf": FAMILIES,
+    "compressed-tensors": LANGUAGE,
+    "gguf": LANGUAGE,
+    "onnx": FAMILIES,
+    "torchao": LANGUAGE,
+}
+NEAREST = {"compressed-tensors": "take onnx", "gguf": "take onnx", "torchao": "take onnx"}
+
+
+def writer(format):
+    for library in LIBRARIES[format]:
+        pytest.importorskip(library.replace("-", "_"))
+    return import_module(f"stableqat.export.{format.replace('-', '_')}")
+
+
+def assert_equal(format, model, logits, folder, tolerance=2e-5):
+    """Write, read back with the format's own reader, compare bit for bit."""
+    into = writer(format)
+    into.check(model)
+    into.write(model, folder)
+    weights, theirs = into.read(model, folder)
+    assert weights.keys() == model.layers.keys()
+    for name, weight in model.layers.items():
+        trained = model.model.get_submodule(name)
+        own = trained.weight_quantizer(trained.weight) if hasattr(trained, "weight_quantizer") else None
+        assert torch.equal(weights[name].float(), weight.dequantize()), name
+        assert own is None or torch.equal(own, weight.dequantize()), name
+    assert (theirs - logits).abs().max() <= tolerance
+    return theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grid", models.GRIDS)
+@pytest.mark.parametrize("format", [format for format in SUPPORTED if format != "onnx"])
+def test_a_file_equals_the_model_or_is_refused(format, grid, family, tmp_path):
+    model, logits = models.packed(family, grid)
+    if family not in SUPPORTED[format]:
+        with pytest.raises(UserError, match=NEAREST[format]):
+            writer(format).check(model)
+        return
+    assert_equal(format, model, logits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "more"),
+    [
+        ("llama", {}, []),
+        ("qwen3", {"scale_dtype": torch.bfloat16}, []),
+        ("vit", {"config": {"depth": 3}}, [{"bits": 8}, {"bits": 1}, {"bits": 3, "group_size": 16},
+                                           {"bits": 4, "grid": "stretched", "group_size": 16}]),
+    ],
+    ids=FAMILIES,
+)  # fmt: skip
+def test_every_grid_in_one_onnx_file(family, options, more, tmp_path):
+    """One file a family: tracing takes seconds."""
+    model, logits = models.packed(family, None, quantizer=models.every_grid(*more), **options)
+    assert {(w.grid, w.bits) for w in model.layers.values()} >= {
+        (settings.get("grid", "ternary"), settings.get("bits", 2)) for settings in models.GRIDS.values()
+    }
+    assert_equal("onnx", model, logits, tmp_path)
+
+
+@pytest.mark.parametrize("grid", models.GRIDS)
+@pytest.mark.parametrize("options", [{"group_size": 32}, {"per_channel": False}], ids=["groups", "tensor"])
+@pytest.mark.parametrize("format", [format for format in SUPPORTED if format != "onnx"])
+def test_groups_and_whole_tensors(format, options, grid, tmp_path):
+    model, logits = models.packed("llama", grid, quantizer=options)
+    assert_equal(format, model, logits, tmp_path)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", ["hf", "compressed-tensors", "torchao"])
+def test_other_types_of_scales(format, scale_dtype, tmp_path):
+    model, logits = models.packed("llama", "stretched-3", scale_dtype=scale_dtype)
+    assert_equal(format, model, logits, tmp_path)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gguf", "torchao"])
+def test_what_is_left_in_bfloat16(format, tmp_path):
+    model, logits = models.packed("qwen3", "integer-2", dtype=torch.bfloat16)
+    assert_equal(format, model, logits, tmp_path)
+    embedding = model.model.get_input_embeddings().weight
+    assert torch.equal(embedding, embedding.bfloat16().float())
+
+
+KINDS = {
+    "integer-2": "TQ2_0",
+    "integer-3": "Q3_K",
+    "integer-4": "Q4_0",
+    "stretched-2": "Q2_K",
+    "stretched-3": "Q4_0",
+    "stretched-4": "Q4_K",
+    "ternary": "TQ2_0",
+}
+
+
+@pytest.mark.parametrize("grid", KINDS)
+def test_rows_of_256_take_the_small_ggml_types(grid, tmp_path):
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    model, logits = models.packed("llama", grid, config=wide)
+    assert {ggml.encoding(weight).type for weight in model.layers.values()} == {KINDS[grid]}
+    assert_equal("gguf", model, logits, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_wider_integers(bits, tmp_path):
+    model, logits = models.packed("llama", "integer-2", quantizer={"bits": bits})
+    for format in ("gguf", "compressed-tensors", "torchao"):
+        (tmp_path / format).mkdir()
+        assert_equal(format, model, logits, tmp_path / format)
+
+
+def test_binary(tmp_path):
+    model, logits = models.packed("llama", "integer-2", quantizer={"bits": 1, "grid": None})
+    for format in ("gguf", "compressed-tensors", "torchao", "hf"):
+        (tmp_path / format).mkdir()
+        assert_equal(format, model, logits, tmp_path / format)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "reason"),
+    [
+        (
+            "hf",
+            {"dtype": torch.bfloat16, "grid": "integer-4"},
+            "would round; take --dtype fp32, or compressed",
+        ),
+        ("compressed-tensors", {"quantizer": {"bits": 8, "grid": "stretched"}}, "9-bit.*take torchao"),
+        ("gguf", {"quantizer": {"bits": 8, "grid": "stretched"}}, "8-bit stretched grid; take compressed"),
+        ("gguf", {"config": {"intermediate_size": 72}}, "72 weights are no multiple of 32; take compressed"),
+        ("gguf", {"quantizer": {"group_size": 16}}, "groups of 16 weights are no multiple of 32; take compr"),
+        (
+            "gguf",
+            {"scale_dtype": torch.bfloat16},
+            "scale in fp16; leave --scale_dtype at fp16, or take compr",
+        ),
+        ("onnx", {"quantizer": {"bits": 5, "grid": "stretched"}}, "end at 4 bits; take torchao"),
+        ("onnx", {"quantizer": {"group_size": 8}}, "a scale each 8 weights.*take compressed-tensors"),
+        ("onnx", {"grid": "stretched-2", "scale_dtype": torch.float32}, "do not survive.*or torchao"),
+        ("onnx", {"dtype": torch.bfloat16}, "computes in float32.*take hf"),
+        ("onnx", {"skip": []}, "MatMulNBits has no look-up.*take gguf"),
+        ("compressed-tensors", {"skip": []}, "cannot load a packed embedding.*take gguf"),
+    ],
+)
+def test_what_a_format_has_no_place_for(format, options, reason):
+    grid = options.pop("grid", "integer-2")
+    model, _ = models.packed("llama", grid, **options)
+    with pytest.raises(UserError, match=reason):
+        writer(format).check(model)
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf", "torchao"])
+def test_a_tied_embedding_that_was_trained_quantized(format, tmp_path):
+    model, logits = models.packed("llama", "stretched-4", skip=[])
+    assert "model.embed_tokens" in model.layers
+    assert "lm_head" not in model.layers
+    assert_equal(format, model, logits, tmp_path)
+
+
+def test_snapping_keeps_the_codes_and_moves_weights_by_rounding_alone():
+    before = models.module("llama", quantizer=models.GRIDS["stretched-2"])
+    layer = before.model.model.layers[0].mlp.up_proj
+    codes = layer.weight_quantizer.quantize(layer.weight).codes
+    value = layer.weight_quantizer(layer.weight).detach()
+    model, _ = models.packed("llama", "stretched-2", scale_dtype=torch.bfloat16)
+    weight = model.layers["model.layers.0.mlp.up_proj"]
+    assert torch.equal(weight.codes, codes)
+    assert torch.equal(weight.scale, weight.scale.bfloat16().float())
+    assert 0 < ((weight.dequantize() - value) / value).abs().max() <= 2**-8
+
+
+def test_a_gguf_template_keeps_metadata_and_unknown_tensors(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model, logits = models.packed("llama", "integer-2")
+    into = writer("gguf")
+    (tmp_path / "first").mkdir()
+    into.write(model, tmp_path / "first")
+    template = tmp_path / "template.gguf"
+    made = gguf.GGUFWriter(template, "llama")
+    first = gguf.GGUFReader(tmp_path / "first" / into.FILE)
+    for field in first.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            made.add_key_value(field.name, field.contents(), field.types[0])
+    made.add_array("stableqat.words", ["one", "two"])
+    for tensor in first.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        made.add_tensor(tensor.name, values.copy())
+    made.add_tensor("rope_freqs.weight", torch.ones(8).numpy())
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.write_tensors_to_file()
+    made.close()
+    model, logits = models.packed("llama", "integer-2", template=template)
+    (tmp_path / "second").mkdir()
+    assert_equal("gguf", model, logits, tmp_path / "second")
+    second = gguf.GGUFReader(tmp_path / "second" / into.FILE)
+    assert second.get_field("stableqat.words").contents() == ["one", "two"]
+    assert {tensor.name for tensor in second.tensors} == {t.name for t in first.tensors} | {
+        "rope_freqs.weight"
+    }
+    other, _ = models.packed("qwen3", "integer-2", template=template)
+    with pytest.raises(UserError, match="of the architecture llama, not qwen3"):
+        into.check(other)

@@ -1,0 +1,66 @@
+"""Tiny models of the three families, quantized, for the tests of exported files."""
+
+from functools import partial
+from itertools import cycle
+
+import torch
+
+import tiny
+from stableqat.export.packed import PackedModel, evaluate, pack
+from stableqat.modules import LlamaModule, ViTModule
+from stableqat.quantizers import STE
+
+GRIDS = {
+    **{
+        f"{grid}-{bits}": {"grid": grid, "bits": bits}
+        for grid in ("integer", "stretched")
+        for bits in (2, 3, 4)
+    },
+    "ternary": {"levels": 3},
+}
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+LLAMA = tiny.LLAMA | SHAPE | {"num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LLAMA,
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+}
+VIT = tiny.VIT | {"depth": 1}
+
+
+def every_grid(*more):
+    """A factory that takes the next grid for each layer."""
+    options = cycle([*GRIDS.values(), *more])
+    return lambda weight: STE(weight, **next(options))
+
+
+def module(family, **options):
+    """A trained module's stand-in: scales moved away from where they were set."""
+    torch.manual_seed(0)
+    quantizer = options.pop("quantizer", {})
+    if not callable(quantizer):
+        quantizer = partial(STE, **{"bits": 2} | quantizer)
+    if family == "vit":
+        args = VIT | options.pop("config", {})
+        made = ViTModule(
+            model_name="vit_tiny_patch16_224", num_classes=10, model_args=args, quantizer=quantizer, **options
+        )
+    else:
+        config = CONFIGS[family] | options.pop("config", {})
+        made = LlamaModule(config=config, quantizer=quantizer, **options)
+    made.configure_model()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith(".scale"):
+                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    return made.eval()
+
+
+def packed(family, grid, dtype=torch.float32, scale_dtype=torch.float16, template=None, **options):
+    """A packed model, and the logits of the module it was made of."""
+    if grid is not None:
+        options["quantizer"] = GRIDS[grid] | options.get("quantizer", {})
+    made = module(family, **options)
+    batch = tiny.batch("vit" if family == "vit" else "llama", 4)
+    layers = pack(made, dtype, scale_dtype)
+    logits, _ = evaluate(made, batch)
+    return PackedModel(made, layers, dtype, scale_dtype, batch, template), logits
