@@ -27,7 +27,7 @@ ALLOWED = {
     "export": {"data", "modules", "quantizers", "ops", "surgery", "trained"},
     "trained": {"data", "modules"},
     "evaluate": {"data", "modules", "surgery", "trained"},
-    "bench": {"modules", "surgery", "quantizers", "ops", "analysis"},
+    "bench": {"export", "modules", "surgery", "quantizers", "ops", "analysis"},
     "run": {"callbacks", "checks", "data", "modules", "parsing"},
     "checks": {"modules", "callbacks"},
     "consolidate": {"modules"},

@@ -15,13 +15,26 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from stableqat.errors import UserError
 
-_PACKAGES = ("stableqat", "torch", "triton", "transformers", "timm", "lightning", "torchao")
+if TYPE_CHECKING:
+    from stableqat.bench.architecture import Architecture
+
+_PACKAGES = (
+    "stableqat",
+    "torch",
+    "triton",
+    "transformers",
+    "timm",
+    "lightning",
+    "torchao",
+    "onnxruntime",
+    "gemlite",
+)
 
 
 def bench(
@@ -38,6 +51,7 @@ def bench(
     seeds: int = 3,
     device: str | None = None,
     kernels: bool = True,
+    decode: Sequence[int] = (),
     out: str | None = None,
 ) -> int:
     """Measures time and memory of quantization-aware training beside the same model in full precision.
@@ -58,21 +72,25 @@ def bench(
         seeds: Number of different inputs, used in turn.
         device: cuda or cpu; a GPU if there is one.
         kernels: On a GPU, also measure fake quantization alone as a share of a copy's bandwidth.
+        decode: Measure decoding at these bits instead, one stream (batch 1) after a prompt of `tokens`, 128
+            if not given, with the low-bit engines that are installed, beside bfloat16.
         out: New JSON file; table (.md) and picture (.png) are written beside it. If not given, a file in the
             folder bench, named after the model, shape, precision and device.
 
     Returns:
         0; a rival that fails, or an arm that does not fit into memory, is a row that says so.
     """
-    command = _command(dict(locals()))
+    given = dict(locals())
+    command = _command(given)
     for key, number in {"batch": batch, "rounds": rounds, "seeds": seeds}.items():
         if number < 1:
             raise UserError(f"{key}: must be at least 1, not {number}")
     from stableqat.bench.architecture import read_architecture
 
     architecture = read_architecture(model)
-    import torch
-
+    if decode:
+        _refuse_training_options(given)
+        return _bench_decode(command, architecture, decode, tokens, rounds, _device(device), out)
     from stableqat.bench.arms import build_arms, method_factories, rival_factories
     from stableqat.bench.kernels import measure_kernels
     from stableqat.bench.measure import measure
@@ -89,7 +107,7 @@ def bench(
         architecture, batch=batch, tokens=tokens, precision=precision, device=where, seeds=seeds
     )
     shape = f"{batch}x{workload.tokens}" if workload.tokens else f"{batch}"
-    name = torch.cuda.get_device_name(where) if on_gpu else _processor()
+    name = _device_name(where)
     target = _target(out, f"{architecture.name}-{shape}-{precision}-{name if on_gpu else 'cpu'}")
 
     tell = _teller()
@@ -98,10 +116,7 @@ def bench(
     arms = build_arms(untouched, workload.module.skip, factories, rivals)
     tell(f"{len(arms)} arms of {architecture.name} on {name}: {', '.join(arm.name for arm in arms)}")
     result: dict[str, Any] = {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": name if on_gpu else f"{name}, {torch.get_num_threads()} thread(s)",
-        "versions": _versions(torch.version.cuda),
+        **_circumstances(command, where),
         "settings": {
             "model": architecture.name,
             "batch": batch,
@@ -126,6 +141,60 @@ def bench(
         _write_json(target, result)
     _publish(target, result)
     return 0
+
+
+def _bench_decode(
+    command: str,
+    architecture: "Architecture",
+    widths: Sequence[int],
+    tokens: int | None,
+    rounds: int,
+    where: Any,
+    out: str | None,
+) -> int:
+    from stableqat.bench.decode import markdown, measure_decode
+
+    device = _device_name(where) if where.type == "cuda" else "cpu"
+    bits = "-".join(map(str, widths))
+    target = _target(out, f"{architecture.name}-decode-{bits}-bits-{device}")
+    measured = measure_decode(architecture, widths, tokens, rounds, where, _teller())
+    result = {**_circumstances(command, where), **measured}
+    _write_json(target, result)
+    text = markdown(result)
+    _replace(target.with_suffix(".md"), lambda part: part.write_text(text))
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(text)
+    console.print(f"written: {target}, {target.with_suffix('.md').name}")
+    return 0
+
+
+def _refuse_training_options(given: dict[str, Any]) -> None:
+    if given["batch"] != 1:
+        raise UserError(f"batch: --decode measures one stream; take 1, not {given['batch']}")
+    defaults = inspect.signature(bench).parameters
+    for key in ("methods", "bits", "rival", "modes", "precision", "seeds", "kernels"):
+        value, default = given[key], defaults[key].default
+        if (tuple(value) if isinstance(value, list) else value) != default:
+            raise UserError(f"{key}: is of training steps; leave it out with --decode")
+
+
+def _circumstances(command: str, where: Any) -> dict[str, Any]:
+    """Command, date, device and versions."""
+    import torch
+
+    name = _device_name(where)
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": name if where.type == "cuda" else f"{name}, {torch.get_num_threads()} thread(s)",
+        "versions": _versions(torch.version.cuda),
+    }
+
+
+def _device_name(where: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else _processor()
 
 
 def _publish(target: Path, result: dict[str, Any]) -> None:

@@ -1,0 +1,243 @@
+"""Latency and memory of one stream of decoded tokens, at low bits beside bfloat16.
+
+Weights are random: codes of the integer grid with a scale a row, the same for every engine. Each engine's
+logits are compared with those of the dequantized model, computed in float32 without a cache; one that is
+off is not timed. Rounds go over all arms in turn. Embedding and head stay as they are, and so does what
+else the surgery skips. On a GPU this has not been run yet.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableqat.bench import engines
+from stableqat.bench.architecture import Architecture
+from stableqat.bench.arms import reason
+from stableqat.bench.engines import BITS, OnnxRunner, Runner, TinyGemm, TorchRunner, WrongResultError
+from stableqat.bench.report import header
+from stableqat.errors import UserError
+from stableqat.export.packed import PackedModel, PackedWeight, pack
+from stableqat.modules import LlamaModule
+from stableqat.quantizers import STE
+
+BASELINE = "torch bf16"
+NEW_TOKENS = 32
+NOTES = (
+    "Medians over rounds (smallest-largest), ratios taken within a round. A round is {new} tokens, greedily"
+    " on from a prompt of {prompt} that is in the cache already; batch 1. Weights: what the engine is given,"
+    " embedding and head in its own float type; what it packs again inside is not seen. Logits off: largest"
+    " difference to the dequantized model in float32 over the largest logit. MB = 10^6 bytes."
+)
+_PROMPT = 128
+_CHECKED = 8  # tokens that logits are compared after
+_INSTALL = {"onnxruntime": "stableqat[export]", "gemlite": "gemlite"}
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.2}  # by what is multiplied with the weights
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A width on an engine.
+
+    Attributes:
+        name: Its row.
+        engine: Who multiplies.
+        bits: Width of the weights; None if they are not quantized.
+        activations: Type of what is multiplied with them.
+        build: Makes it of a model in float32, its packed weights and the cache's length.
+    """
+
+    name: str
+    engine: str
+    bits: int | None
+    activations: str
+    build: Callable[[Any, dict[str, PackedWeight], int], Runner]
+
+
+def measure_decode(
+    architecture: Architecture,
+    widths: Sequence[int],
+    prompt: int | None,
+    rounds: int,
+    device: torch.device,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Build, check and time every engine of this machine at every width that it has.
+
+    Args:
+        architecture: A language model.
+        widths: Bits of the quantized weights.
+        prompt: Tokens before the first that is timed; None takes 128.
+        rounds: Timed rounds.
+        device: CPU or GPU.
+        tell: Hears of the progress.
+
+    Returns:
+        `settings`, `decode` (results by arm) and `left_out` (what no engine could do, a line each).
+
+    Raises:
+        UserError: If no engine here has a width, or the model decodes no text.
+    """
+    module = architecture.module()
+    if not isinstance(module, LlamaModule):
+        raise UserError(f"decode: {architecture.name} is no language model; leave --decode out")
+    limit = module.config.max_position_embeddings - NEW_TOKENS
+    prompt = min(_PROMPT, limit) if prompt is None else prompt
+    if not _CHECKED <= prompt <= limit:
+        raise UserError(
+            f"tokens: {architecture.name} takes a prompt of {_CHECKED} to {limit} tokens, as {NEW_TOKENS} "
+            f"are decoded after it; not {prompt}"
+        )
+    arms, left_out = _arms(widths, device)
+    for line in left_out:
+        tell(line)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(module.config.vocab_size, (prompt,), generator=generator).tolist()
+    results: dict[str, dict[str, Any]] = {}
+    runners: dict[str, Runner] = {}
+    for bits in dict.fromkeys(arm.bits for arm in arms):
+        packed = _packed(architecture, bits)
+        want = _logits(packed, tokens[:_CHECKED])
+        for arm in (each for each in arms if each.bits == bits):
+            results[arm.name] = record = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            try:
+                runner = arm.build(packed.plain(), packed.layers, prompt + NEW_TOKENS)
+                record |= {"weight_bytes": runner.weight_bytes, "gpu_bytes": None}
+                _check(arm, runner.prompt(tokens[:_CHECKED]), want, record)
+                runner.prompt(tokens)
+                runner.decode(NEW_TOKENS)
+                if device.type == "cuda":
+                    gc.collect()
+                    record["gpu_bytes"] = torch.cuda.memory_allocated(device) - before
+                runners[arm.name] = runner
+            except Exception as error:  # whatever an engine raises is its row's result
+                record["failed"] = reason(error)
+            tell(f"{arm.name}: {record.get('failed', 'is warm')}")
+        del packed
+    names = list(runners)
+    for name in names:
+        results[name]["ms"] = []
+    for number in range(rounds):
+        turn = number % max(len(names), 1)
+        for name in [*names[turn:], *names[:turn]]:
+            results[name]["ms"].append(runners[name].decode(NEW_TOKENS))
+    settings = {"model": architecture.name, "prompt": prompt, "new_tokens": NEW_TOKENS, "rounds": rounds}
+    return {"settings": settings, "seeds": [0], "decode": results, "left_out": left_out}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result in Markdown, from the JSON alone."""
+    settings, arms = result["settings"], result["decode"]
+    lines = [
+        f"# {settings['model']}, decoding of one stream",
+        "",
+        *(f"- {line}" for line in header(result)),
+        "",
+    ]
+    columns = ["arm", "ms a token", "ratio to bf16", "ratio to unquantized, same engine", "tokens/s"]
+    columns += ["weights MB", "GPU MB held", "logits off"]
+    lines += [f"| {' | '.join(columns)} |", "|" + " --- |" + " ---: |" * (len(columns) - 1)]
+    lines += [f"| {' | '.join(_cells(name, arms))} |" for name in arms]
+    failed = [f"{name} failed: {record['failed']}" for name, record in arms.items() if "failed" in record]
+    if remarks := [*failed, *result["left_out"]]:
+        lines += ["", *(f"- {remark}" for remark in remarks)]
+    return "\n".join([*lines, "", NOTES.format(new=settings["new_tokens"], prompt=settings["prompt"])]) + "\n"
+
+
+def _cells(name: str, arms: dict[str, Any]) -> Iterator[str]:
+    record = arms[name]
+    times = record.get("ms")
+    home = "onnxruntime" if record["engine"] == "onnxruntime" else "torch"  # of layers left as they are
+    own = next(each for each in arms.values() if each["bits"] is None and each["engine"] == home)
+    yield f"{name} (failed)" if "failed" in record else name
+    yield _spread(times, 3)
+    for base in (arms[BASELINE], own):
+        yield _spread([a / b for a, b in zip(times or [], base.get("ms") or [], strict=False)], 2)
+    yield f"{1e3 / median(times):,.1f}" if times else "-"
+    for size in (record.get("weight_bytes"), record.get("gpu_bytes")):
+        yield f"{size / 1e6:,.2f}" if size is not None else "-"
+    yield f"{record['difference']:.1e}" if "difference" in record else "-"
+
+
+def _spread(values: list[float] | None, digits: int) -> str:
+    if not values:
+        return "-"
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def _arms(widths: Sequence[int], device: torch.device) -> tuple[list[Arm], list[str]]:
+    """What can run here, and a line for each thing that cannot."""
+    names = ("tinygemm", "gemlite") if device.type == "cuda" else ("onnxruntime", "tinygemm")
+    if impossible := [width for width in widths if not any(width in BITS[name] for name in names)]:
+        have = "; ".join(f"{name} {', '.join(map(str, BITS[name]))}" for name in names)
+        raise UserError(f"decode: no engine on the {device.type} runs {impossible[0]} bits; there are {have}")
+    missing = [name for name in names if name in _INSTALL and find_spec(name) is None]
+    left_out = [f"{name} is not installed: pip install {_INSTALL[name]}" for name in missing]
+    arms = [Arm(BASELINE, "torch", None, "bfloat16", partial(_torch, device=device))]
+    if "onnxruntime" in names and "onnxruntime" not in missing:
+        arms.append(Arm("onnxruntime fp32", "onnxruntime", None, "float32", _onnx))
+    for width in dict.fromkeys(widths):
+        for name in (each for each in names if each not in missing):
+            if width not in BITS[name]:
+                left_out.append(f"{name} does not run {width} bits, only {', '.join(map(str, BITS[name]))}")
+            elif name == "onnxruntime":
+                arms.append(Arm(f"{name} {width} bits", name, width, "float32", _onnx))
+                rounded = partial(_onnx, int8_activations=True)
+                arms.append(Arm(f"{name} {width} bits, int8 activations", name, width, "int8", rounded))
+            else:
+                make = TinyGemm if name == "tinygemm" else engines.gemlite_linear
+                build = partial(_torch, device=device, make=make)
+                arms.append(Arm(f"{name} {width} bits", name, width, "bfloat16", build))
+    return arms, left_out
+
+
+def _torch(
+    model: Any, packed: dict[str, PackedWeight], length: int, device: torch.device, make: Any = None
+) -> Runner:
+    model = model.to(torch.bfloat16)
+    if make is not None:
+        model = engines.swap_layers(model, packed, make, device)
+    return TorchRunner(model.to(device), length)
+
+
+def _onnx(
+    model: Any, packed: dict[str, PackedWeight], length: int, *, int8_activations: bool = False
+) -> Runner:
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        return OnnxRunner(model, length, packed, int8_activations=int8_activations)
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+
+
+def _packed(architecture: Architecture, bits: int | None) -> PackedModel:
+    """The random model, packed at a width; with nothing packed if it has none."""
+    extra = {} if bits is None else {"quantizer": partial(STE, bits=bits)}
+    module = replace(architecture, init_args=architecture.init_args | extra).module()
+    torch.manual_seed(0)
+    module.configure_model()
+    layers = {} if bits is None else pack(module, torch.float32, torch.bfloat16)
+    return PackedModel(module, layers, torch.float32, torch.bfloat16, {})
+
+
+@torch.inference_mode()
+def _logits(packed: PackedModel, tokens: list[int]) -> Tensor:
+    model: Any = packed.plain()
+    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[:, -1]
+
+
+def _check(arm: Arm, logits: Tensor, want: Tensor, record: dict[str, Any]) -> None:
+    difference = ((logits - want).abs().max() / want.abs().max()).item()
+    record["difference"] = difference
+    if not difference <= _TOLERANCE[arm.activations]:  # NaN is wrong, too
+        raise WrongResultError(f"logits are off by {difference:.1e} of the largest")

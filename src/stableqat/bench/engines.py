@@ -1,0 +1,359 @@
+"""Engines that decode one token at a time: torch, tinygemm, GemLite, onnxruntime.
+
+All of them run one `Step`: a token, its position and a cache of fixed length go in, logits come out. A
+low-bit engine holds the codes of a `PackedWeight` as they are, so its layers must compute what the
+dequantized weight does; one that does not raises and is not timed. tinygemm is the int4 kernel of
+torchao, which torch itself ships; it has a CPU twin. The CUDA parts (graph capture, tinygemm's CUDA
+kernel, GemLite) are written to the libraries' interfaces and have not been run yet.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stableqat.export.onnx import MatMulNBits
+from stableqat.export.packed import PackedWeight
+
+BITS = {"onnxruntime": (2, 4, 8), "tinygemm": (4,), "gemlite": (2, 4, 8)}  # codes stored at that width
+_GROUPS = (256, 128, 64, 32)  # of tinygemm
+_INT8_BLOCKS = (128, 64, 32)  # of onnxruntime
+_LAYER_TOLERANCE = 0.02  # of the largest output: bfloat16 keeps 8 bits
+
+
+class WrongResultError(Exception):
+    """An engine computes something else than the weight that it was given."""
+
+
+class Runner(Protocol):
+    """A model on an engine."""
+
+    weight_bytes: int
+
+    def prompt(self, tokens: Sequence[int]) -> Tensor:
+        """Fill the cache token by token; the last logits in float32."""
+
+    def decode(self, tokens: int) -> float:
+        """Milliseconds a token, greedily on from the prompt."""
+
+
+class Step(nn.Module):
+    """A language model as a function of one token.
+
+    Args:
+        model: A transformers model for causal language modelling.
+        in_place: Write into the given cache; otherwise into a new one.
+    """
+
+    def __init__(self, model: nn.Module, *, in_place: bool) -> None:
+        super().__init__()
+        self.model, self.in_place = model, in_place
+
+    def forward(self, token: Tensor, position: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        """Logits `(1, vocabulary)` and the cache: keys and values, layer by layer."""
+        past = _Cache(list(cache), position, self.in_place)
+        seen = torch.arange(cache[0].shape[2], device=token.device) <= position
+        output = self.model(
+            input_ids=token,
+            position_ids=position[None],
+            attention_mask=seen[None, None, None],
+            past_key_values=past,
+            use_cache=True,
+        )
+        return output.logits[:, -1], *past.entries
+
+
+class _Cache:
+    """What an attention layer asks of a cache, on plain tensors that a graph can take."""
+
+    def __init__(self, entries: list[Tensor], position: Tensor, in_place: bool) -> None:
+        self.entries, self.position = entries, position
+        self.write = Tensor.index_copy_ if in_place else Tensor.index_copy
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> list[Tensor]:
+        for place, new in ((2 * layer, keys), (2 * layer + 1, values)):
+            self.entries[place] = self.write(self.entries[place], 2, self.position, new)
+        return self.entries[2 * layer : 2 * layer + 2]
+
+
+class TorchRunner:
+    """A model in torch: eager on a CPU, compiled and as one CUDA graph on a GPU.
+
+    Args:
+        model: On its device; its layers may be those of a low-bit engine.
+        length: Tokens that the cache holds.
+    """
+
+    def __init__(self, model: Any, length: int) -> None:
+        self.weight_bytes = _bytes(model)
+        self.step: Callable[..., tuple[Tensor, ...]] = Step(model, in_place=True).eval()
+        self.device = next(model.parameters()).device
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.cache = _empty_cache(model, length)
+        self.start = (self.token.clone(), self.position.clone())
+        with torch.inference_mode():
+            self.advance = self._captured() if self.device.type == "cuda" else self._advance
+
+    @torch.inference_mode()
+    def prompt(self, tokens: Sequence[int]) -> Tensor:
+        """See `Runner.prompt`."""
+        self.position.zero_()
+        for token in tokens:
+            self.token.fill_(token)
+            logits = self.advance()
+        self.start = (self.token.clone(), self.position.clone())
+        return logits.float().cpu()
+
+    @torch.inference_mode()
+    def decode(self, tokens: int) -> float:
+        """See `Runner.decode`."""
+        for state, start in zip((self.token, self.position), self.start, strict=True):
+            state.copy_(start)
+        self._wait()
+        began = time.perf_counter()
+        for _ in range(tokens):
+            self.advance()
+        self._wait()
+        return (time.perf_counter() - began) / tokens * 1e3
+
+    def _advance(self) -> Tensor:
+        logits, *_ = self.step(self.token, self.position, *self.cache)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.position.add_(1)
+        return logits
+
+    def _captured(self) -> Callable[[], Tensor]:
+        self.step = torch.compile(self.step, dynamic=False)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and lets Triton tune
+                self.position.zero_()
+                self._advance()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.position.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._advance()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class OnnxRunner:
+    """A model in onnxruntime on the CPU, float32 between the layers, as many threads as torch has.
+
+    Args:
+        model: A float32 model, changed in place.
+        length: Tokens that the cache holds.
+        packed: Weights that the operator MatMulNBits multiplies with, by layer name.
+        int8_activations: Let the operator round its input to int8, block by block: faster, no longer exact.
+            Blocks are shorter then, for at 2 bits longer ones have no such kernel.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        length: int,
+        packed: Mapping[str, PackedWeight] | None = None,
+        *,
+        int8_activations: bool = False,
+    ) -> None:
+        import onnx_ir
+        import onnxruntime
+
+        for name, weight in (packed or {}).items():
+            weight = _in_short_blocks(weight) if int8_activations else weight
+            model.set_submodule(name, MatMulNBits(weight, model.get_submodule(name).bias))
+        self.cache = [_value(tensor) for tensor in _empty_cache(model, length)]
+        example = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        program: Any = torch.onnx.export(
+            Step(model, in_place=False).eval(),
+            (*example, *_empty_cache(model, length)),
+            input_names=["token", "position", *(f"past.{i}" for i in range(len(self.cache)))],
+            output_names=["logits", *(f"present.{i}" for i in range(len(self.cache)))],
+            opset_version=21,
+            dynamo=True,
+            verbose=False,
+        )
+        nodes = [node for node in program.model.graph if node.op_type == "MatMulNBits"]
+        assert len(nodes) == len(packed or {})
+        for node in nodes:
+            level = onnx_ir.AttrInt64("accuracy_level", 4 if int8_activations else 1)
+            node.attributes["accuracy_level"] = level
+        held = program.model.graph.initializers.values()
+        self.weight_bytes = sum(each.const_value.nbytes for each in held)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "step.onnx")
+            program.save(file, external_data=True)  # protobuf ends at two gigabytes
+            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self.names = [each.name for each in self.session.get_inputs()]
+        self.outputs = [each.name for each in self.session.get_outputs()]
+        self.start = (0, 0)
+
+    def prompt(self, tokens: Sequence[int]) -> Tensor:
+        """See `Runner.prompt`."""
+        for position, token in enumerate(tokens):
+            logits, self.cache = self._advance(token, position, self.cache)
+        self.start = (int(logits.argmax()), len(tokens))
+        return torch.from_numpy(logits)
+
+    def decode(self, tokens: int) -> float:
+        """See `Runner.decode`."""
+        (token, position), cache = self.start, self.cache
+        began = time.perf_counter()
+        for place in range(position, position + tokens):
+            logits, cache = self._advance(token, place, cache)
+            token = int(logits.argmax())
+        return (time.perf_counter() - began) / tokens * 1e3
+
+    def _advance(self, token: int, position: int, cache: list[Any]) -> tuple[Any, list[Any]]:
+        place = [_value(torch.tensor([[token]])), _value(torch.tensor([position]))]
+        inputs = dict(zip(self.names, [*place, *cache], strict=True))
+        logits, *cache = self.session.run_with_ort_values(self.outputs, inputs)
+        return logits.numpy(), cache
+
+
+class TinyGemm(nn.Module):
+    """A linear layer on torch's int4 kernel, weights `scale * (code - 8) + zero` with bfloat16 scales.
+
+    Args:
+        weight: A 4-bit weight.
+        bias: Added afterwards.
+        device: Where it runs; the kernels of CPU and GPU pack differently.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, device: torch.device) -> None:
+        super().__init__()
+        rows, inputs = weight.codes.shape
+        self.on_gpu = device.type == "cuda"
+        fitting = [size for size in _GROUPS if weight.group_size % size == 0]
+        multiple = 128 if self.on_gpu else 32
+        if not fitting or inputs % multiple or rows % 16:
+            raise ValueError(f"tinygemm wants inputs in {multiple}s and rows in 16s, not {rows} x {inputs}")
+        self.group, self.rows = fitting[0], rows
+        codes = (weight.codes.to(torch.int32) + 8).to(device)
+        scale = weight.scale_of_blocks(self.group)
+        pairs = torch.stack([scale, -scale * weight.zero_point], dim=-1).to(torch.bfloat16)
+        if self.on_gpu:
+            halves = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+            packed = torch.ops.aten._convert_weight_to_int4pack(halves.contiguous(), 8)
+        else:
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.register_buffer("codes", packed)
+        self.register_buffer("scale_and_zero", pairs.transpose(0, 1).contiguous().to(device))
+        self.bias = None if bias is None else bias.to(device, torch.bfloat16)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in) -> (..., out)`."""
+        multiply = torch.ops.aten._weight_int4pack_mm
+        if not self.on_gpu:
+            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        product = multiply(input.flatten(0, -2), self.codes, self.group, self.scale_and_zero)
+        product = product.unflatten(0, input.shape[:-1])
+        return product if self.bias is None else product + self.bias
+
+
+def gemlite_linear(weight: PackedWeight, bias: Tensor | None, device: torch.device) -> nn.Module:
+    """A linear layer on GemLite's Triton kernels, `(code - zero) * scale` with a scale a row or a group.
+
+    Args:
+        weight: A weight of 2, 4 or 8 bits.
+        bias: Added afterwards.
+        device: A GPU.
+    """
+    from gemlite import DType, GemLiteLinear
+
+    rows, inputs = weight.codes.shape
+    lowest = -(2 ** (weight.bits - 1))
+    codes = (weight.codes.to(torch.int16) - lowest).to(device, torch.uint8)
+    scale = weight.scale.to(device, torch.bfloat16)
+    linear = GemLiteLinear(
+        weight.bits,
+        group_size=weight.group_size,
+        in_features=inputs,
+        out_features=rows,
+        input_dtype=DType.BF16,
+        output_dtype=DType.BF16,
+    )
+    zero = torch.full_like(scale, weight.zero_point - lowest)
+    own_bias = None if bias is None else bias.to(device, torch.bfloat16)
+    linear.pack(codes.contiguous(), scale, zero, own_bias, fma_mode=False)
+    return linear
+
+
+def swap_layers(
+    model: Any,
+    packed: Mapping[str, PackedWeight],
+    make: Callable[[PackedWeight, Tensor | None, torch.device], nn.Module],
+    device: torch.device,
+) -> Any:
+    """Put an engine's layers into a bfloat16 model, each checked against its dequantized weight.
+
+    Args:
+        model: Changed in place and moved to the device.
+        packed: Weights by layer name.
+        make: Builds the engine's layer from weight, bias and device.
+        device: Where it runs.
+
+    Raises:
+        WrongResultError: If a layer computes something else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in packed.items():
+        bias = model.get_submodule(name).bias
+        layer = make(weight, bias, device)
+        input = torch.randn(1, weight.codes.shape[1], generator=generator).to(torch.bfloat16)
+        with torch.inference_mode():
+            mine = layer(input.to(device)).float().cpu()
+            right = F.linear(input.float(), weight.dequantize(), None if bias is None else bias.float())
+        error = ((mine - right).abs().max() / right.abs().max()).item()
+        if not error <= _LAYER_TOLERANCE:  # NaN is wrong, too
+            raise WrongResultError(f"{name} is off by {error:.1%} of its largest output")
+        model.set_submodule(name, layer)
+    return model.to(device)
+
+
+def _in_short_blocks(weight: PackedWeight) -> PackedWeight:
+    fitting = [size for size in _INT8_BLOCKS if weight.group_size % size == 0]
+    if not fitting:
+        raise ValueError(f"inputs in groups of {weight.group_size} are no multiple of {_INT8_BLOCKS[-1]}")
+    return replace(weight, scale=weight.scale_of_blocks(fitting[0]))
+
+
+def _empty_cache(model: Any, length: int) -> list[Tensor]:
+    config, like = model.config, next(model.parameters())
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, heads, length, width)
+    return [
+        torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2 * len(model.model.layers))
+    ]
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]  # what is tied comes once
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _value(tensor: Tensor) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.detach().cpu().numpy())

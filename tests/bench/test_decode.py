@@ -1,0 +1,249 @@
+"""Decoding on low-bit engines: what they compute, what is refused, what is written."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from stableqat.bench import decode, engines
+from stableqat.bench.architecture import read_architecture
+from stableqat.bench.decode import markdown
+from stableqat.bench.engines import (
+    OnnxRunner,
+    Step,
+    TinyGemm,
+    TorchRunner,
+    WrongResultError,
+    swap_layers,
+)
+from stableqat.cli import main
+from stableqat.export.packed import PackedModel, PackedWeight, pack
+from stableqat.quantizers import STE
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # caches have other heads than queries
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "wide": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1},
+}
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+CPU = torch.device("cpu")
+COMMAND = (
+    "stableqat bench --model {} --batch 1 --tokens 8 --rounds 2 --device cpu --decode 4 2 --out done.json"
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decode")
+    for name, change in FAMILIES.items():
+        module = {"class_path": "stableqat.modules.LlamaModule", "init_args": {"config": CONFIG | change}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"model": module}))
+    return folder
+
+
+def packed_model(home, bits, family="llama"):
+    architecture = read_architecture(str(home / f"{family}.yaml"))
+    quantizer = {"quantizer": partial(STE, bits=bits)}
+    module = replace(architecture, init_args=architecture.init_args | quantizer).module()
+    torch.manual_seed(0)
+    module.configure_model()
+    layers = pack(module, torch.float32, torch.bfloat16)
+    return PackedModel(module, layers, torch.float32, torch.bfloat16, {})
+
+
+@torch.no_grad()
+def greedy(model, tokens, number):
+    """Logits after the prompt, and the tokens after it, with no cache at all."""
+    tokens = list(tokens)
+    first = model(input_ids=torch.tensor([tokens])).logits[:, -1]
+    for _ in range(number):
+        tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return first, tokens[-number:]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_torch_decodes_what_the_model_without_a_cache_does(home, family):
+    model = packed_model(home, 4, family).plain()
+    want, then = greedy(model, TOKENS, 6)
+    runner = TorchRunner(model, 16)
+    torch.testing.assert_close(runner.prompt(TOKENS), want, atol=1e-4, rtol=1e-4)
+    assert int(runner.start[0]) == then[0]
+    for _ in range(2):  # each round starts at the prompt again
+        runner.decode(5)
+        assert (int(runner.token), int(runner.position)) == (then[5], len(TOKENS) + 5)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_onnxruntime_decodes_what_the_dequantized_model_does(home, bits):
+    packed = packed_model(home, bits)
+    want, then = greedy(packed.plain(), TOKENS, 3)
+    plain, runner = OnnxRunner(packed.plain(), 16), OnnxRunner(packed.plain(), 16, packed.layers)
+    torch.testing.assert_close(runner.prompt(TOKENS), want, atol=1e-4, rtol=1e-4)
+    assert runner.start == (then[0], len(TOKENS))
+    saved = sum(weight.codes.numel() * (4 - bits / 8) for weight in packed.layers.values())
+    blocks = sum(weight.codes.shape[0] * 4 for weight in packed.layers.values())
+    # 64 inputs a row are one block, 128 another; scales are float32; tables of positions stay
+    assert plain.weight_bytes - runner.weight_bytes == pytest.approx(saved - blocks, rel=0.02)
+
+
+def test_int8_activations_are_near_and_not_equal(home):
+    packed = packed_model(home, 2, "wide")
+    want, _ = greedy(packed.plain(), TOKENS, 1)
+    logits = OnnxRunner(packed.plain(), 16, packed.layers, int8_activations=True).prompt(TOKENS)
+    off = ((logits - want).abs().max() / want.abs().max()).item()
+    assert 1e-4 < off < 0.2  # equal would mean that blocks are too long for the kernel, and that it is slow
+
+
+@pytest.mark.parametrize("zero_point", [0.0, -0.5])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_tinygemm_multiplies_with_every_grid(zero_point, groups):
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (48, 256), dtype=torch.int8)
+    scale = (0.1 + torch.rand(48, groups)).to(torch.bfloat16).float()
+    weight = PackedWeight(codes, scale, zero_point, 4, "any")
+    bias, input = torch.randn(48), torch.randn(1, 3, 256).bfloat16()
+    want = input.float() @ weight.dequantize().T + bias
+    made = TinyGemm(weight, bias, CPU)(input)
+    assert made.shape == (1, 3, 48)
+    assert (made.float() - want).abs().max() < 0.01 * want.abs().max()
+
+
+class DocumentedGemLite(torch.nn.Module):
+    """GemLite as its README has it, `(W_q - zeros) * scales`; its kernels need a GPU."""
+
+    def __init__(self, W_nbits, group_size, in_features, out_features, input_dtype, output_dtype):
+        super().__init__()
+        assert (input_dtype, output_dtype) == ("BF16", "BF16")
+        self.top, self.shape = 2**W_nbits - 1, (out_features, in_features // group_size, group_size)
+
+    def pack(self, W_q, scales, zeros, bias, fma_mode):
+        assert W_q.dtype == torch.uint8
+        assert W_q.max() == self.top
+        steps = W_q.view(self.shape).float() - zeros.float()[..., None]
+        self.weight, self.bias = (steps * scales.float()[..., None]).flatten(1), bias
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T + self.bias
+
+
+@pytest.mark.parametrize("zero_point", [0.0, -0.5])
+@pytest.mark.parametrize(("bits", "groups"), [(2, 1), (2, 4), (4, 1)])
+def test_gemlite_is_given_every_grid(zero_point, bits, groups, monkeypatch):
+    gemlite = SimpleNamespace(DType=SimpleNamespace(BF16="BF16"), GemLiteLinear=DocumentedGemLite)
+    monkeypatch.setitem(sys.modules, "gemlite", gemlite)
+    torch.manual_seed(0)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (48, 256), dtype=torch.int8)
+    scale = (0.1 + torch.rand(48, groups)).to(torch.bfloat16).float()
+    weight = PackedWeight(codes, scale, zero_point, bits, "any")
+    made = engines.gemlite_linear(weight, torch.zeros(48), CPU)
+    assert torch.equal(made.weight, weight.dequantize())
+
+
+def test_an_engine_that_is_wrong_is_not_timed(home):
+    packed = packed_model(home, 4)
+
+    def shifted(weight, bias, device):
+        return TinyGemm(replace(weight, zero_point=-0.5), bias, device)
+
+    with pytest.raises(WrongResultError, match=r"model.layers.0.* is off by"):
+        swap_layers(packed.plain().bfloat16(), packed.layers, shifted, CPU)
+
+
+@pytest.fixture(scope="module")
+def done(home):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(engines.TinyGemm, "forward", lambda self, input: input.new_zeros(1, self.rows))
+        assert main(shlex.split(COMMAND.format("llama.yaml"))[1:]) == 0
+    return json.loads((home / "done.json").read_text())
+
+
+def test_the_command_tells_who_ran_what(done):
+    arms = done["decode"]
+    ran = {
+        (record["engine"], record["bits"], record["activations"])
+        for record in arms.values()
+        if "ms" in record
+    }
+    assert ran == {
+        ("torch", None, "bfloat16"),
+        ("onnxruntime", None, "float32"),
+        *(("onnxruntime", bits, activations) for bits in (4, 2) for activations in ("float32", "int8")),
+    }
+    for record in arms.values():
+        if "ms" in record:
+            assert len(record["ms"]) == 2
+            assert min(record["ms"]) > 0
+    assert arms["onnxruntime 2 bits"]["weight_bytes"] < arms["onnxruntime 4 bits"]["weight_bytes"]
+    assert arms["onnxruntime 2 bits"]["difference"] < 1e-4
+    assert done["left_out"] == ["tinygemm does not run 2 bits, only 4"]
+    assert "--decode 4 2" in done["command"]
+    assert "onnxruntime" in done["versions"]
+
+
+def test_a_failed_engine_is_a_row_without_times(done, home):
+    assert "WrongResultError" in done["decode"]["tinygemm 4 bits"]["failed"]
+    text = (home / "done.md").read_text()
+    assert text == markdown(done)
+    row = next(line for line in text.splitlines() if line.startswith("| tinygemm 4 bits (failed)"))
+    assert set(row.split("|")[2:-1]) == {" - "}
+    assert "\n- tinygemm does not run 2 bits, only 4\n" in text
+    assert "1.00 (1.00-1.00)" in next(x for x in text.splitlines() if x.startswith("| torch bf16"))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("--decode 3", "no engine on the cpu runs 3 bits; there are onnxruntime 2, 4, 8; tinygemm 4"),
+        ("--batch 2", "--decode measures one stream; take 1, not 2"),
+        ("--methods STE", "methods: is of training steps"),
+        ("--precision bf16-true", "precision: is of training steps"),
+        ("--tokens 33", "takes a prompt of 8 to 32 tokens"),
+        ("--tokens 2", "takes a prompt of 8 to 32 tokens"),
+        ("--out done.txt", "must end in .json"),
+    ],
+)
+def test_what_is_refused(home, change, line, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    command = f"{COMMAND.format('llama.yaml')} {change}".replace("--out done.json", "--out other.json", 1)
+    assert main(shlex.split(command)[1:]) == 2
+    assert line in capsys.readouterr().err
+    assert not (home / "other.json").exists()
+
+
+def test_a_vision_transformer_decodes_nothing(at, capsys):
+    assert main(shlex.split("bench --model tiny-vit --batch 1 --decode 4 --device cpu --out vit.json")) == 2
+    assert "tiny-vit is no language model" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_missing_is_told(monkeypatch):
+    monkeypatch.setattr(decode, "find_spec", lambda name: None)
+    arms, left_out = decode._arms([4, 2], torch.device("cuda"))
+    assert [arm.name for arm in arms] == ["torch bf16", "tinygemm 4 bits"]
+    assert left_out[0] == "gemlite is not installed: pip install gemlite"
+
+
+def test_a_cache_that_may_not_be_written_is_left_alone(home):
+    model = packed_model(home, 4).plain()
+    cache = [torch.zeros(1, 2, 4, 16) for _ in range(4)]
+    arguments = (torch.tensor([[1]]), torch.tensor([2]), *cache)
+    _, *new = Step(model, in_place=False)(*arguments)
+    assert not any(entry.any() for entry in cache)
+    assert all(entry[:, :, 2].any() and not entry[:, :, 3].any() for entry in new)
