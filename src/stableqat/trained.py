@@ -10,7 +10,7 @@ from typing import Any
 from stableqat import data, modules
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
-from stableqat.modules.start import find_checkpoint
+from stableqat.modules.start import check_sums, find_checkpoint, read_checkpoint
 
 # of a run's settings what only training needs
 TRAINING = {"compile_model": False, "activation_checkpointing": False, "lean_loss": False, "teacher": None}
@@ -34,16 +34,18 @@ def find_trained(source: str) -> Path:
     return found
 
 
-def load_trained(path: Path, read: dict[str, Any]) -> QATModule:
-    """The module of a checkpoint, in evaluation mode, on the CPU.
+def open_trained(source: str) -> tuple[Path, dict[str, Any], QATModule]:
+    """The checkpoint of a source, what is in it, and its module, in evaluation mode, on the CPU.
 
     Args:
-        path: Checkpoint file.
-        read: What `read_checkpoint` made of it.
+        source: Run folder or checkpoint.
 
     Raises:
-        UserError: If it is damaged, or of something else.
+        UserError: As `find_trained`, or if it is damaged, or of something else.
     """
+    path = find_trained(source)
+    check_sums(path)
+    read = read_checkpoint(path)
     cls, hyper_parameters = _family(path, read)
     unused = {key: value for key, value in TRAINING.items() if key in hyper_parameters}
     try:
@@ -51,7 +53,7 @@ def load_trained(path: Path, read: dict[str, Any]) -> QATModule:
     except (RuntimeError, KeyError, TypeError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: damaged, or written by another version: {first}") from error
-    return module.eval()
+    return path, read, module.eval()
 
 
 def load_untrained(path: Path, read: dict[str, Any], start: str, *, quantized: bool) -> QATModule:

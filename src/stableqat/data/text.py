@@ -243,15 +243,20 @@ class TextDataModule(DataModule):
 
     def describe(self) -> dict[str, Any]:
         """Return what a run takes of the data, for its record."""
-        step, described = self._tokens_a_step(), super().describe()
+        step, described = math.prod(self._step().values()), super().describe()
         tokens = int(getattr(self.trainer, "estimated_stepping_batches", 0)) * step
         if self.tokens is not None and not self.repeat:
             tokens = min(tokens, self.tokens)  # the last step may be a short one
         return {**described, "tokens_per_step": step, "training_tokens": tokens}
 
-    def _tokens_a_step(self) -> int:
-        accumulated = getattr(self.trainer, "accumulate_grad_batches", 1)
-        return self.batch_size * self.block_size * self._share()["world_size"] * accumulated
+    def _step(self) -> dict[str, int]:
+        """What the tokens of a step are the product of."""
+        return {
+            "batch_size": self.batch_size,
+            "block_size": self.block_size,
+            "processes": self._share()["world_size"],
+            "accumulate_grad_batches": getattr(self.trainer, "accumulate_grad_batches", 1),
+        }
 
     def train_dataloader(self) -> TrainingLoader:
         """Return the loader of the training stream, if the run takes the tokens that it declares.
@@ -259,13 +264,13 @@ class TextDataModule(DataModule):
         Raises:
             UserError: another number of tokens a step, or more in all than the budget; see `DataModule`, too.
         """
-        step, processes = self._tokens_a_step(), self._share()["world_size"]
-        accumulated = getattr(self.trainer, "accumulate_grad_batches", 1)
+        factors = self._step()
+        step = math.prod(factors.values())
         if self.tokens_per_step not in (None, step):
             raise UserError(
-                f"tokens_per_step {self.tokens_per_step} is declared, and a step takes {step}: batch_size "
-                f"{self.batch_size} x block_size {self.block_size} x {processes} processes x "
-                f"accumulate_grad_batches {accumulated}; change one of them"
+                f"tokens_per_step {self.tokens_per_step} is declared, and a step takes {step}: "
+                "batch_size {batch_size} x block_size {block_size} x {processes} processes x "
+                "accumulate_grad_batches {accumulate_grad_batches}; change one of them".format(**factors)
             )
         steps = getattr(self.trainer, "max_steps", -1)
         if self.tokens is not None and not self.repeat and steps * step > self.tokens:

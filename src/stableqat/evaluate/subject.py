@@ -19,8 +19,8 @@ from stableqat.errors import UserError
 from stableqat.evaluate.quiet import quiet
 from stableqat.modules import QATModule
 from stableqat.modules.architecture import first_line, pretrained_config
-from stableqat.modules.start import check_sums, find_checkpoint, read_checkpoint
-from stableqat.trained import data_of, find_trained, load_trained, load_untrained, run_of, start_of
+from stableqat.modules.start import find_checkpoint
+from stableqat.trained import data_of, load_untrained, open_trained, run_of, start_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +89,7 @@ def subjects(source: str, baselines: bool) -> Iterator[Subject]:
     if not is_run(source):
         yield _folder(source)
         return
-    path = find_trained(source)
-    check_sums(path)
-    read = read_checkpoint(path)
-    module = load_trained(path, read)
+    path, read, module = open_trained(source)
     step = int(read.get("global_step", 0))
     yield Subject(source, _inner(module), path, step, run_of(path), _about(module))
     start = start_of(path)

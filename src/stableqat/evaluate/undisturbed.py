@@ -24,6 +24,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model: Enter in the autocast region that its forwards run in.
     """
     modes = {module: module.training for module in model.modules()}
+    # Lightning's isolate_rng would not put them back after an exception
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     model.eval()

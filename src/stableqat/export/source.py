@@ -14,8 +14,7 @@ from torch import Tensor
 from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
-from stableqat.modules.start import check_sums, read_checkpoint
-from stableqat.trained import data_of, find_trained, load_trained
+from stableqat.trained import data_of, open_trained
 
 ROWS = 16  # of the batch on which file and model are compared
 
@@ -55,10 +54,7 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer)
-    path = find_trained(source)
-    check_sums(path)
-    read = read_checkpoint(path)
-    module = load_trained(path, read)
+    path, read, module = open_trained(source)
     datamodule, why_not = data_of(path)
     batch, batch_of = None, why_not
     found: Any = None
