@@ -21,7 +21,7 @@ ALLOWED = {
     "qat": {"surgery", "quantizers"},
     "modules": {"qat", "surgery", "quantizers"},
     "data": set(),
-    "callbacks": {"evaluate", "qat", "surgery", "quantizers"},
+    "callbacks": {"evaluate", "qat", "surgery", "quantizers", "ops"},
     "analysis": {"cli"},  # a sweep's points are command lines
     "importing": {"modules", "surgery", "quantizers"},
     "export": {"data", "modules", "quantizers", "ops", "surgery", "trained"},

@@ -1,11 +1,13 @@
 """The quantizer monitor on hand-made sequences of weights, whose answers are known."""
 
-from math import log10
+from math import log2, log10
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -30,7 +32,7 @@ class Memory(DummyLogger):
     def log_metrics(self, metrics, step=None):
         quant = {key: value for key, value in metrics.items() if key.startswith("quant/")}
         if quant:
-            self.rows[step] = quant
+            self.rows.setdefault(step, {}).update(quant)
 
 
 class Play(torch.optim.Optimizer):
@@ -186,6 +188,62 @@ def test_means_over_layers():
     assert set(row) == {f"quant/{what}" for what in whats}
 
 
+def test_layers_of_all_shapes_at_once():
+    """Every layer's figures are those of its own deployed rows, whatever is beside it."""
+    torch.manual_seed(0)
+    layers = {
+        "wide": layer_of(torch.randn(70, 96)),
+        "narrow": layer_of(torch.randn(5, 36)),
+        "one_scale": layer_of(torch.randn(6, 24), per_channel=False),
+        "groups": layer_of(torch.randn(4, 64), group_size=16),
+        "stretched": layer_of(torch.randn(4, 36), grid="stretched"),
+        "three_bits": layer_of(torch.randn(7, 30), bits=3),
+        "wide_grid": layer_of(torch.randn(7, 30), bits=8),
+    }
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight_quantizer.scale.uniform_(0.3, 0.6)
+    after = {
+        name: layer.weight.detach() + 0.2 * torch.randn_like(layer.weight) for name, layer in layers.items()
+    }
+    before = {n: layer.weight_quantizer.quantize(layer.weight).codes[:64] for n, layer in layers.items()}
+    scripts = [(layers[name].weight, [None, value]) for name, value in after.items()]
+    logged = fit(Played(scripts, **layers), QuantizerMonitor(), 1)[1]
+    for name, layer in layers.items():
+        row = {key.rsplit("/", 1)[1]: v for key, v in logged.items() if f"/layers.{name}/" in key}
+        now = layer.weight_quantizer.quantize(after[name])
+        weight, codes, bits = after[name][:64], now.codes[:64], now.bits
+        flipped = (codes != before[name]).float().mean().item()
+        noise = (now.dequantize()[:64] - weight).square().sum()
+        assert flipped > 0
+        assert row["flip_rate"] == pytest.approx(0.01 * flipped, rel=1e-4)
+        assert row["snr_db"] == pytest.approx(10 * log10(weight.square().sum() / noise), abs=1e-3)
+        shares = {
+            code: (codes == code).float().mean().item() for code in range(-(2 ** (bits - 1)), 2 ** (bits - 1))
+        }
+        entropy = -sum(share * log2(share) for share in shares.values() if share)
+        assert row["level_entropy_bits"] == pytest.approx(entropy, abs=1e-4)
+        named = {key: value for key, value in row.items() if "share" in key}
+        assert named == pytest.approx(
+            {f"share_of_code_{c}": s for c, s in shares.items()} if bits < 5 else {}
+        )
+        low, high = layer.weight_quantizer.grid.bounds("range")
+        v = (after[name].reshape(*now.scale.shape, -1) / now.scale[..., None]).reshape(after[name].shape)[:64]
+        assert row["clipped"] == pytest.approx(((v < low) | (v > high)).float().mean().item())
+        assert row["scale_at_floor"] == row["scale_drift"] == 0
+
+
+def test_tensorboard_shows_every_layer(tmp_path):
+    layer = layer_of(script()[0])
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, logger=logger)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag in ("quant/flip_rate", "quant/layers.x/flip_rate"):
+        assert [(each.step, each.value) for each in events.Scalars(tag)] == [
+            (step, pytest.approx(average)) for step, average in enumerate(averages(FLIPS), start=1)
+        ]
+
+
 def test_a_sample_of_rows():
     weights = [torch.zeros(100, 2), torch.zeros(100, 2)]
     weights[1][80] = 1.0  # beyond the first 64 rows
@@ -215,7 +273,7 @@ def test_drift_is_counted_from_the_first_start_after_a_resume():
     fit(Played([(layer.weight_quantizer.scale, scales)], x=layer), monitor, 1)
     resumed = QuantizerMonitor()
     resumed.load_state_dict(monitor.state_dict())
-    assert torch.equal(monitor.state_dict()["start_scales"]["layers.x"], torch.ones(2, 1))
+    assert torch.equal(monitor.state_dict()["start_scales"]["layers.x"], torch.ones(2))
     rows = fit(Played([(layer.weight_quantizer.scale, scales[1:])], x=layer), resumed, 1)
     assert rows[1]["quant/layers.x/scale_drift"] == 2.0
 

@@ -98,7 +98,6 @@ def test_masks_matter(mask, cut):
     assert (weight.grad == 0).float().mean().item() == pytest.approx(
         cut, abs=0.005 if mask == "range" else 0.002
     )
-    assert quantizer.diagnose(weight)["clipped"].item() == pytest.approx(0.05, abs=0.005)  # whatever the mask
 
 
 def test_absmax_as_step_begins_at_code_zero_in_every_method():

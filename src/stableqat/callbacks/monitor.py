@@ -3,46 +3,123 @@
 From a fixed sample of rows (at most 64 a layer; this process's shard under FSDP2):
 `flip_rate`, the share of codes that changed in a step (EMA 0.99); `oscillation`, the share that
 flipped back against their previous direction (EMA 0.01 of new, Nagel et al. 2022,
-arXiv 2203.11086); `clipped`; `scale_drift`, mean |log2(s / s_start)|; `snr_db`, power of the weight
-over that of its quantization error; the share of each code (up to 4 bits) and their entropy in bits. It
-reads codes and scales only, so it knows no method.
+arXiv 2203.11086); `clipped`, the share of weights outside the grid's range; `scale_at_floor`, the number
+of scales that act at their floor (of all rows, as it is one of few); `scale_drift`, mean
+|log2(s / s_start)|; `snr_db`, power of the weight over that of its quantization error; the share of each
+code (up to 4 bits) and their entropy in bits. It reads codes and scales only, so it knows no method.
 """
 
-from dataclasses import dataclass
-from math import log
+from math import gcd, log
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from stableqat.quantizers.base import QuantizedWeight, local
+from stableqat import ops
+from stableqat.quantizers.base import local
 from stableqat.surgery import QuantLinear, quantized_layers
 
 MOST_BITS_BY_LEVEL = 4  # wider grids have too many levels for a line each
 
 
-@dataclass
-class _Track:
-    """The sampled codes of all layers, one behind the other: a step takes few calls, however many layers."""
+class _Watch:
+    """Layers on one grid: a step takes few calls, however many they are.
 
-    codes: Tensor
-    direction: Tensor
-    flips: Tensor
-    oscillation: Tensor
+    The sampled rows are cut into blocks of one length that each have one scale, and lie one below the other,
+    `(blocks, length)`.
+    """
 
-    @classmethod
-    def start(cls, codes: Tensor) -> "_Track":
-        zeros = torch.zeros_like(codes)
-        return cls(codes, zeros, zeros.float(), zeros.float())
+    def __init__(self, layers: dict[str, QuantLinear], rows: slice) -> None:
+        self.names, self._layers, self._rows = list(layers), list(layers.values()), rows
+        self.grid = self._layers[0].weight_quantizer.grid
+        weights, scales = self._weights(), self._scales("scale")
+        self.device = weights[0].device
+        per_scale = [w.numel() // max(s.numel(), 1) for w, s in zip(weights, scales, strict=True)]
+        self._length = max(gcd(*per_scale), 1)
+        self.scales_of_layer = [s.numel() for s in scales]
+        each = [n // self._length for n in per_scale]
+        self._blocks_of_layer = self._lengths(
+            [s * n for s, n in zip(self.scales_of_layer, each, strict=True)]
+        )
+        blocks_of_scale = [n for s, n in zip(self.scales_of_layer, each, strict=True) for _ in range(s)]
+        self._scale_of_block = torch.arange(len(blocks_of_scale), device=self.device).repeat_interleave(
+            self._lengths(blocks_of_scale)
+        )
+        _, _, self._codes = self.look()
+        self._direction = torch.zeros_like(self._codes)
+        self._flips = torch.zeros_like(self._codes, dtype=torch.float32)
+        self._oscillation = self._flips.clone()
 
-    def step(self, codes: Tensor) -> None:
+    def look(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, scales `(blocks, 1)` and codes as they are now."""
+        weight = torch.cat([w.reshape(-1, self._length) for w in self._weights()])
+        scale = self.acting_scales()[self._scale_of_block, None]
+        return weight, scale, ops.quantize_codes(weight, scale, grid=self.grid)
+
+    def acting_scales(self) -> Tensor:
+        """The scales as the forward uses them, layer after layer."""
+        return torch.maximum(torch.cat(self._scales("scale")), torch.cat(self._scales("scale_floor")))
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count the flips of a step, and return the look that was taken for it."""
+        weight, scale, codes = self.look()
         # int16, because a flip across an 8-bit grid does not fit into int8
-        direction = (codes.short() - self.codes).sign_().to(torch.int8)
-        self.flips.lerp_(direction.abs().float(), 0.01)
-        self.oscillation.lerp_((direction * self.direction < 0).float(), 0.01)
-        self.direction = torch.where(direction == 0, self.direction, direction)
-        self.codes = codes
+        direction = (codes.short() - self._codes).sign_().to(torch.int8)
+        self._flips.lerp_(direction.abs().float(), 0.01)
+        self._oscillation.lerp_((direction * self._direction < 0).float(), 0.01)
+        self._direction = torch.where(direction == 0, self._direction, direction)
+        self._codes = codes
+        return weight, scale, codes
+
+    def describe(self, weight: Tensor, scale: Tensor, codes: Tensor, start: Tensor) -> dict[str, Tensor]:
+        """What is logged, a value a layer.
+
+        Args:
+            weight: Of a look, as the next two.
+            scale: Same.
+            codes: Same.
+            start: The scales that training started with, layer after layer.
+        """
+        grid = self.grid
+        v, (low, high) = weight.float() / scale, grid.bounds("range")
+        error = ops.dequantize_codes(codes, scale, grid.zero_point, weight.dtype).float() - weight
+        levels, lowest = 2**grid.bits, -(2 ** (grid.bits - 1))
+        layer = torch.arange(len(self.names), device=self.device).repeat_interleave(self._blocks_of_layer)
+        place = codes.int().sub_(lowest).add_(layer.int()[:, None] * levels)
+        counts = torch.bincount(place.flatten(), minlength=len(self.names) * levels).view(-1, levels)
+        share = counts / counts.sum(1, keepdim=True)
+        signal, noise = (self._of_layers(x.float().square().sum(1), "sum") for x in (weight, error))
+        floored = [
+            (local(q.scale) <= local(q.scale_floor)).sum()
+            for q in (each.weight_quantizer for each in self._layers)
+        ]
+        drift = (self.acting_scales() / start).log2_().abs_()
+        occupancy = {f"share_of_code_{lowest + i}": share[:, i] for i in range(levels)}
+        return {
+            "flip_rate": self._of_layers(self._flips.mean(1)),
+            "oscillation": self._of_layers(self._oscillation.mean(1)),
+            "scale_drift": torch.segment_reduce(drift, "mean", lengths=self._lengths(self.scales_of_layer)),
+            "snr_db": 10 * torch.log10(signal / noise),
+            "level_entropy_bits": -torch.special.xlogy(share, share).sum(1) / log(2),
+            **(occupancy if grid.bits <= MOST_BITS_BY_LEVEL else {}),
+            "clipped": self._of_layers(((v < low) | (v > high)).float().mean(1)),
+            "scale_at_floor": torch.stack(floored).float(),
+        }
+
+    def _of_layers(self, of_blocks: Tensor, reduce: str = "mean") -> Tensor:
+        return torch.segment_reduce(of_blocks, reduce, lengths=self._blocks_of_layer)
+
+    def _weights(self) -> list[Tensor]:
+        return [local(layer.weight.detach())[self._rows] for layer in self._layers]
+
+    def _scales(self, name: str) -> list[Tensor]:
+        found = [local(getattr(layer.weight_quantizer, name).detach()) for layer in self._layers]
+        return [(each[self._rows] if len(each) > 1 else each).flatten() for each in found]
+
+    def _lengths(self, lengths: list[int]) -> Tensor:
+        return torch.tensor(lengths, device=self.device)
 
 
 class QuantizerMonitor(L.Callback):
@@ -59,48 +136,48 @@ class QuantizerMonitor(L.Callback):
         self.rows = slice(0, rows)
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
-        self._layers: dict[str, QuantLinear] = {}
-        self._track: _Track | None = None
+        self._watches: list[_Watch] = []
         self._start_scales: dict[str, Tensor] = {}
         self._seen_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember where codes and scales start."""
+        alike: dict[Any, dict[str, QuantLinear]] = {}
         if trainer.is_global_zero and trainer.loggers:
-            self._layers = quantized_layers(pl_module)
-        start = {name: self._quantized(layer) for name, layer in self._layers.items()}
-        for name, quantized in start.items():
-            scale = quantized.scale.clone()
-            known = self._start_scales.get(name, scale)[: len(scale)]
-            scale[: len(known)] = known  # fewer or more rows, if the run resumes in other shards
-            self._start_scales[name] = scale
-        if start:
-            self._track = _Track.start(torch.cat([q.codes.flatten() for q in start.values()]))
+            for name, layer in quantized_layers(pl_module).items():
+                alike.setdefault(layer.weight_quantizer.grid, {})[name] = layer
+        self._watches = [_Watch(layers, self.rows) for layers in alike.values()]
+        for watch in self._watches:
+            scales = watch.acting_scales().split(watch.scales_of_layer)
+            for name, now in zip(watch.names, scales, strict=True):
+                known, scale = self._start_scales.get(name, now).flatten()[: len(now)], now.clone()
+                scale[: len(known)] = known  # fewer or more rows, if the run resumes in other shards
+                self._start_scales[name] = scale
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count flips after every optimizer step, and log now and then."""
-        if self._track is None or trainer.global_step == self._seen_step:
+        if not self._watches or trainer.global_step == self._seen_step:
             return  # nothing is quantized, or a micro-batch of gradient accumulation
         self._seen_step = trainer.global_step
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        quantized = {name: self._quantized(layer) for name, layer in self._layers.items()}
-        self._track.step(torch.cat([q.codes.flatten() for q in quantized.values()]))
+        looks = [watch.step() for watch in self._watches]
         if trainer.global_step % every:
             return
-        sizes = [q.codes.numel() for q in quantized.values()]
-        flips, oscillations = self._track.flips.split(sizes), self._track.oscillation.split(sizes)
-        metrics: dict[str, Tensor] = {}
-        for number, (name, of_layer) in enumerate(quantized.items()):
-            measured = {"flip_rate": flips[number].mean(), "oscillation": oscillations[number].mean()}
-            measured |= self._describe(name, of_layer)
-            metrics.update({f"quant/{name}/{what}": value for what, value in measured.items()})
-        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-        means = _means(values)
+        values: dict[str, dict[str, float]] = {}  # by what, then layer
+        for watch, look in zip(self._watches, looks, strict=True):
+            start = torch.cat([self._start_scales[name] for name in watch.names])
+            measured = watch.describe(*look, start)
+            for what, of_layers in zip(measured, torch.stack(list(measured.values())).tolist(), strict=True):
+                values.setdefault(what, {}).update(zip(watch.names, of_layers, strict=True))
+        means = {f"quant/{what}": sum(v.values()) / len(v) for what, v in values.items()}
+        single = {f"quant/{name}/{what}": x for what, v in values.items() for name, x in v.items()}
         for logger in trainer.loggers:
-            logger.log_metrics({**means, **(values if self.per_layer else {})}, step=trainer.global_step)
+            logger.log_metrics(means, step=trainer.global_step)
+            if self.per_layer:
+                _log_many(logger, single, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The scales that training started with."""
@@ -110,30 +187,13 @@ class QuantizerMonitor(L.Callback):
         """See `state_dict`."""
         self._start_scales = state_dict["start_scales"]
 
-    def _quantized(self, layer: QuantLinear) -> QuantizedWeight:
-        return layer.weight_quantizer.quantize(layer.weight, self.rows)
 
-    @torch.no_grad()
-    def _describe(self, name: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
-        layer = self._layers[name]
-        weight = local(layer.weight)[self.rows].float()
-        error = quantized.dequantize().float() - weight
-        lowest = -(2 ** (quantized.bits - 1))
-        counts = torch.bincount((quantized.codes.int() - lowest).flatten(), minlength=2**quantized.bits)
-        share = counts / counts.sum()
-        named = quantized.bits <= MOST_BITS_BY_LEVEL
-        occupancy = {f"share_of_code_{lowest + i}": s for i, s in enumerate(share)} if named else {}
-        return {
-            "scale_drift": (quantized.scale / self._start_scales[name]).log2().abs().mean(),
-            "snr_db": 10 * torch.log10(weight.square().sum() / error.square().sum()),
-            "level_entropy_bits": -torch.special.xlogy(share, share).sum() / log(2),
-            **occupancy,
-            **layer.weight_quantizer.diagnose(layer.weight, self.rows),
-        }
+def _log_many(logger: Logger, metrics: dict[str, float], step: int) -> None:
+    """A thousand values as one event: written one by one, they would take longer than a training step."""
+    if not isinstance(logger, TensorBoardLogger):
+        logger.log_metrics(metrics, step=step)
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
-
-def _means(values: dict[str, float]) -> dict[str, float]:
-    by_what: dict[str, list[float]] = {}
-    for key, value in values.items():
-        by_what.setdefault(key.rsplit("/", 1)[1], []).append(value)
-    return {f"quant/{what}": sum(v) / len(v) for what, v in by_what.items()}
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)

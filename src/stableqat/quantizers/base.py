@@ -217,7 +217,7 @@ class Quantizer(nn.Module, ABC):
 
     def implementation(self, weight: Tensor) -> str:
         """What fake-quantizes a weight: triton or torch, see `ops.implementation`."""
-        return ops.implementation(weight, self.surrogate)
+        return ops.implementation(local(weight), self.surrogate)
 
     @property
     def fuses(self) -> bool:
@@ -225,42 +225,22 @@ class Quantizer(nn.Module, ABC):
         return type(self).forward is Quantizer.forward
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, rows: slice = slice(None)) -> QuantizedWeight:
-        """The deployed value of a weight.
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """The deployed value of a weight, of this process's shard where the parameters are sharded.
 
         Args:
             weight: Latent weight, `(out, ...)`.
-            rows: Rows to quantize, of this process's shard where the parameters are sharded.
 
         Returns:
             Codes, scale, zero point and bits; `dequantize` equals the evaluation forward bit for bit.
         """
-        weight, scale = local(weight)[rows], self.effective_scale(rows)
+        weight, scale = local(weight), self.effective_scale()
         codes = ops.quantize_codes(weight, scale, grid=self.grid)
         return QuantizedWeight(codes, scale, self.grid.zero_point, self.bits, weight.dtype)
 
-    def effective_scale(self, rows: slice = slice(None)) -> Tensor:
-        """The scale as the forward uses it, never below its floor, for `rows` of this process's shard."""
-        scale = torch.maximum(local(self.scale.detach()), local(self.scale_floor))
-        return scale[rows] if self.scale.shape[0] > 1 else scale
-
-    @torch.no_grad()
-    def diagnose(self, weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """What the monitor logs beside codes: shares that only the method can know, as scalars.
-
-        Args:
-            weight: Latent weight, `(out, ...)`.
-            rows: Rows to look at.
-
-        Returns:
-            `clipped`, the share of weights outside the grid's range, and `scale_at_floor`, the number of
-            scales that act at their floor.
-        """
-        weight, scale = local(weight)[rows], self.effective_scale(rows)
-        v = weight.reshape(*scale.shape, -1).float() / scale.unsqueeze(-1)
-        low, high = self.grid.bounds("range")
-        floored = local(self.scale) <= local(self.scale_floor)
-        return {"clipped": ((v < low) | (v > high)).float().mean(), "scale_at_floor": floored.sum().float()}
+    def effective_scale(self) -> Tensor:
+        """The scale of this process's shard as the forward uses it, never below its floor."""
+        return torch.maximum(local(self.scale.detach()), local(self.scale_floor))
 
     def describe(self) -> dict[str, str | int | float]:
         """Flat hyper-parameters that name this quantizer in a table or in TensorBoard."""
