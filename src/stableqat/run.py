@@ -15,7 +15,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -35,10 +34,11 @@ from stableqat.callbacks import (
 )
 from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.errors import UserError
-from stableqat.modules import FSDP2Strategy, QATModule
+from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
 from stableqat.modules.sharded import REST, is_sharded
 from stableqat.modules.start import check_start
+from stableqat.modules.strategy import register_strategies
 from stableqat.parsing import OneLineErrors, user_error
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,7 @@ def run(arguments: list[str]) -> int:
         UserError: With one line that says what is wrong.
     """
     _configure_logging()
-    if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register("fsdp2", FSDP2Strategy, "Fully sharded data parallelism over all processes")
+    register_strategies()
     QATCommand(arguments)
     return 0
 

@@ -25,7 +25,7 @@ class Interruption(L.Callback):
 
     def __init__(self) -> None:
         self._unvalidated = False
-        self._noted = False
+        self._noted = self._agreed = False
         self._seen_step = 0
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -35,6 +35,8 @@ class Interruption(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen; Lightning sets what was before when the run ends. Make up for a lost validation."""
         self._listen()
+        # Lightning asks the first process at every step, and the host waits for the device to answer
+        vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _nothing
         if self._unvalidated:
             loop = trainer.fit_loop.epoch_loop
             loop._batches_that_stepped = trainer.global_step - 1  # the step it is logged at
@@ -43,19 +45,24 @@ class Interruption(L.Callback):
             loop.val_loop.run()
             trainer.training = True
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        """Compare notes where the guard has waited for the device anyway."""
+        self._compare(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Compare notes where a step has ended: gradients that are being accumulated are not saved."""
+        """Stop where a step has ended: gradients that are being accumulated are not saved."""
         fit = trainer.fit_loop
         assert fit._data_fetcher is not None
         self._unvalidated = fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
         step, self._seen_step = self._seen_step, trainer.global_step
         if step != trainer.global_step:
-            self._compare(trainer)
+            self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Compare notes: a validation may take longer than a scheduler waits."""
         if not trainer.sanity_checking:
             self._compare(trainer)
+            self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """It is done, and the checkpoint to come says so."""
@@ -77,12 +84,15 @@ class Interruption(L.Callback):
         self._noted = True
 
     def _compare(self, trainer: L.Trainer) -> None:
+        self._agreed = trainer.strategy.reduce_boolean_decision(self._noted, all=False)
+
+    def _stop(self, trainer: L.Trainer) -> None:
         # between epochs Lightning's counters are not what it resumes from; the next step is soon done
-        if (
-            trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-            or trainer.global_step == trainer.max_steps
-        ):
-            return
-        if trainer.strategy.reduce_boolean_decision(self._noted, all=False):
+        between = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        if self._agreed and not between and trainer.global_step != trainer.max_steps:
             # Lightning ends the run at its next opportunity
             trainer._signal_connector.received_sigterm = True
+
+
+def _nothing() -> None:
+    """The notes say as much."""

@@ -3,8 +3,16 @@
 from stableqat.modules.base import QATModule
 from stableqat.modules.llama import LlamaModule
 from stableqat.modules.schedule import CosineWarmup
-from stableqat.modules.strategy import FSDP2Strategy
+from stableqat.modules.strategy import DDPStrategy, FSDP2Strategy
 from stableqat.modules.teacher import Distillation
 from stableqat.modules.vit import ViTModule
 
-__all__ = ["CosineWarmup", "Distillation", "FSDP2Strategy", "LlamaModule", "QATModule", "ViTModule"]
+__all__ = [
+    "CosineWarmup",
+    "DDPStrategy",
+    "Distillation",
+    "FSDP2Strategy",
+    "LlamaModule",
+    "QATModule",
+    "ViTModule",
+]

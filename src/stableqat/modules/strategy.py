@@ -1,21 +1,51 @@
-"""FSDP2 over every process: Lightning's `ModelParallelStrategy` with the sizes a user expects.
+"""Lightning's DDP and FSDP2 as a run of several processes wants them.
 
-Lightning's own defaults make the GPUs of a node a tensor-parallel group. Here all processes
-are one data-parallel group; `QATModule.configure_model` shards the model block by block.
+Lightning's FSDP2 makes the GPUs of a node a tensor-parallel group. Here all processes are one
+data-parallel group; `QATModule.configure_model` shards the model block by block.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import strategies
+from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Optimizer
 
 from stableqat.modules.sharded import REST, is_sharded, load_shards
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class _Reducing:
+    """A reduction as one collective: before each, Lightning stops the host at a barrier, in every step."""
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce a tensor over all processes, in place; anything else is given back as it is.
+
+        Args:
+            tensor: What to reduce.
+            group: Processes; None takes all.
+            reduce_op: mean, avg, sum, min, max or product, or torch's own name; None sums.
+        """
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        name = reduce_op.lower() if isinstance(reduce_op, str) else reduce_op
+        mean = name in ("mean", "avg")  # gloo has none of its own
+        if name is None or mean:
+            operation = dist.ReduceOp.SUM
+        else:
+            operation = getattr(dist.ReduceOp, name.upper()) if isinstance(name, str) else name
+        dist.all_reduce(tensor, operation, group=group)
+        return tensor.copy_(tensor / dist.get_world_size(group)) if mean else tensor
+
+
+class DDPStrategy(_Reducing, strategies.DDPStrategy):
+    """Distributed data parallelism, `--trainer.strategy ddp`; see Lightning's of this name."""
+
+
+class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
     """Fully sharded data parallelism (FSDP2), `--trainer.strategy fsdp2`.
 
     Args:
@@ -37,6 +67,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Where the model is built: on the process's device, as other strategies do.
+
+        On the CPU, Lightning's choice here, random weights would not be those of one GPU, and setting the
+        scales of a billion weights would take minutes.
+        """
+        with self.root_device, super().tensor_init_context(empty_init):
+            yield
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State by parameter name, whole on the first process unless checkpoints are sharded."""
         assert self.model is not None
@@ -54,3 +94,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.model is not None
         load_shards(path, self.model, self.optimizers)
         return torch.load(path / REST, map_location="cpu", weights_only=True)
+
+
+def register_strategies() -> None:
+    """Make `ddp` and `fsdp2` of `--trainer.strategy`, and what `auto` takes, those of this module."""
+    strategies.StrategyRegistry.register(
+        "ddp",
+        DDPStrategy,
+        "Distributed data parallelism",
+        override=True,
+        start_method="popen",
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+        bucket_cap_mb=100,
+    )
+    strategies.StrategyRegistry.register(
+        "fsdp2", FSDP2Strategy, "Fully sharded data parallelism over all processes", override=True
+    )
