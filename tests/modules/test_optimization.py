@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lightning as L
 import pytest
 import torch
 
@@ -75,6 +76,30 @@ def test_the_norm_of_the_gradient_is_logged_before_clipping():
     module.training_step(next(iter(tiny.loader("llama"))), 0).backward()
     squares = [p.grad.square().sum() for p in module.parameters() if p.grad is not None]
     assert found[0] == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-5)
+
+
+class Gradients(L.Callback):
+    """The gradients that the optimizer steps with."""
+
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        if grads:
+            self.last = torch.cat([grad.flatten() for grad in grads])
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_fused_optimizers_are_clipped_in_mixed_precision(algorithm):
+    limit, found = 1e-3, {}
+    for fused in (False, True):
+        module = tiny.configured("llama", "stableqat", optimizer=partial(torch.optim.AdamW, fused=fused))
+        gradients = Gradients()
+        options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "callbacks": [gradients]}
+        trainer = tiny.trainer(max_steps=2, precision="bf16-mixed", **options)
+        trainer.fit(module, tiny.loader("llama"), tiny.loader("llama"))
+        found[fused] = gradients.last
+    size = found[True].norm() if algorithm == "norm" else found[True].abs().max()
+    assert size == pytest.approx(limit, rel=1e-3)
+    assert torch.allclose(found[True], found[False], atol=1e-2 * limit)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

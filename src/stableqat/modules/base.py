@@ -23,17 +23,19 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 
 from stableqat.errors import UserError
 from stableqat.modules.start import load_start
 from stableqat.qat import parameter_groups
 from stableqat.quantizers import QuantizerFactory
+from stableqat.quantizers.base import local
 from stableqat.surgery import (
     SurgeryReport,
     hold_weights,
@@ -305,6 +307,36 @@ class QATModule(L.LightningModule, ABC):
         super().optimizer_step(*args, **kwargs)
         self.release_weights()
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Log the gradient's norm before clipping, where the step is logged, and clip.
+
+        As Lightning does, but for fused optimizers in mixed precision, too, and shards are taken as the plain
+        tensors that they are: on a few hundred DTensors either operation keeps the host busy for 10 ms.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and _optimizer_handles_unscaling(optimizer):
+            scaler.unscale_(optimizer)  # the fused step sees that, and does not divide again
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:  # the guard has dropped the step
+            return
+        limit, by_norm = gradient_clip_val or 0.0, gradient_clip_algorithm in (None, "norm")
+        shards = [local(grad) for grad in grads]
+        logged = self.trainer._logger_connector.should_update_logs
+        if logged or (limit and by_norm):
+            norm = _total_norm(grads)
+        if logged:
+            self.log("train/grad_norm", norm)
+        if limit and by_norm:
+            torch._foreach_mul_(shards, torch.clamp(limit / (norm + 1e-6), max=1.0))
+        elif limit:
+            torch._foreach_clamp_min_(shards, -limit)
+            torch._foreach_clamp_max_(shards, limit)
+
     # -- exact resume ---------------------------------------------------------------------------
 
     @property
@@ -351,15 +383,13 @@ class QATModule(L.LightningModule, ABC):
             named = {f"{stage}/{key}": value for key, value in values.items()}
             self.log_dict(named, prog_bar=shown, sync_dist=True)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm before clipping, where the step is logged."""
-        if not self.trainer._logger_connector.should_update_logs:
-            return
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:  # the guard has dropped the step
-            return
-        norm = nn.utils.get_total_norm(grads)
-        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    norm = nn.utils.get_total_norm([local(grad) for grad in grads])
+    if not isinstance(grads[0], DTensor):
+        return norm
+    squares = DTensor.from_local(norm.square(), grads[0].device_mesh, [Partial()])
+    return squares.full_tensor().sqrt()
 
 
 def _checkpoint(blocks: Iterable[nn.Module]) -> None:
