@@ -136,7 +136,7 @@ class DocumentedGemLite(torch.nn.Module):
     def pack(self, W_q, scales, zeros, bias, fma_mode):
         assert W_q.dtype == torch.uint8
         assert W_q.max() == self.top
-        steps = W_q.view(self.shape).float() - zeros.float()[..., None]
+        steps = W_q.view(self.shape).float() - (zeros if isinstance(zeros, int) else zeros.float()[..., None])
         self.weight, self.bias = (steps * scales.float()[..., None]).flatten(1), bias
 
     def forward(self, x):
@@ -146,7 +146,12 @@ class DocumentedGemLite(torch.nn.Module):
 @pytest.mark.parametrize("zero_point", [0.0, -0.5])
 @pytest.mark.parametrize(("bits", "groups"), [(2, 1), (2, 4), (4, 1)])
 def test_gemlite_is_given_every_grid(zero_point, bits, groups, monkeypatch):
-    gemlite = SimpleNamespace(DType=SimpleNamespace(BF16="BF16"), GemLiteLinear=DocumentedGemLite)
+    atomics = []
+    gemlite = SimpleNamespace(
+        DType=SimpleNamespace(BF16="BF16"),
+        GemLiteLinear=DocumentedGemLite,
+        set_native_atomic_bfp16=atomics.append,
+    )
     monkeypatch.setitem(sys.modules, "gemlite", gemlite)
     torch.manual_seed(0)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (48, 256), dtype=torch.int8)
@@ -154,6 +159,7 @@ def test_gemlite_is_given_every_grid(zero_point, bits, groups, monkeypatch):
     weight = PackedWeight(codes, scale, zero_point, bits, "any")
     made = engines.gemlite_linear(weight, torch.zeros(48), CPU)
     assert torch.equal(made.weight, weight.dequantize())
+    assert atomics == [False]
 
 
 def test_an_engine_that_is_wrong_is_not_timed(home):

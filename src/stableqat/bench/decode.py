@@ -3,7 +3,7 @@
 Weights are random: codes of the integer grid with a scale a row, the same for every engine. Each engine's
 logits are compared with those of the dequantized model, computed in float32 without a cache; one that is
 off is not timed. Rounds go over all arms in turn. Embedding and head stay as they are, and so does what
-else the surgery skips. On a GPU this has not been run yet.
+else the surgery skips.
 """
 
 import gc
@@ -104,20 +104,23 @@ def measure_decode(
     results: dict[str, dict[str, Any]] = {}
     runners: dict[str, Runner] = {}
     for bits in dict.fromkeys(arm.bits for arm in arms):
-        packed = _packed(architecture, bits)
-        want = _logits(packed, tokens[:_CHECKED])
+        with device:
+            packed = _packed(architecture, bits)
+            want = _logits(packed, tokens[:_CHECKED])
         for arm in (each for each in arms if each.bits == bits):
             results[arm.name] = record = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
-            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            before = _held(device)
             try:
-                runner = arm.build(packed.plain(), packed.layers, prompt + NEW_TOKENS)
+                with device:
+                    model = packed.plain()
+                runner = arm.build(model, packed.layers, prompt + NEW_TOKENS)
+                del model
                 record |= {"weight_bytes": runner.weight_bytes, "gpu_bytes": None}
                 _check(arm, runner.prompt(tokens[:_CHECKED]), want, record)
                 runner.prompt(tokens)
                 runner.decode(NEW_TOKENS)
                 if device.type == "cuda":
-                    gc.collect()
-                    record["gpu_bytes"] = torch.cuda.memory_allocated(device) - before
+                    record["gpu_bytes"] = _held(device) - before
                 runners[arm.name] = runner
             except Exception as error:  # whatever an engine raises is its row's result
                 record["failed"] = reason(error)
@@ -233,7 +236,13 @@ def _packed(architecture: Architecture, bits: int | None) -> PackedModel:
 @torch.inference_mode()
 def _logits(packed: PackedModel, tokens: list[int]) -> Tensor:
     model: Any = packed.plain()
-    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[:, -1]
+    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[:, -1].cpu()
+
+
+def _held(device: torch.device) -> int:
+    """Bytes on a GPU that something still refers to."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _check(arm: Arm, logits: Tensor, want: Tensor, record: dict[str, Any]) -> None:
