@@ -252,6 +252,11 @@ def test_a_finished_run_ends_with_its_last_state(tmp_path):
     assert same(saved(tmp_path, "last.ckpt")["state_dict"], module.weights())
 
 
+def told(caplog) -> list[str]:
+    """What the guard said; others may speak, too, at a level that an earlier test has left."""
+    return [record.getMessage() for record in caplog.records if record.name.endswith("divergence")]
+
+
 def test_a_scale_that_is_not_finite_is_named(tmp_path, caplog):
     def poison(module, batch):
         module.net[0].weight_quantizer.scale.data[1] = torch.nan
@@ -261,9 +266,7 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="stableqat.callbacks.divergence"):
         fit(Scripted([1.0, 1.0, poison, 1.0]), tmp_path, guard)
     assert guard.diverged
-    assert caplog.messages == [
-        "diverged at step 2: the loss is nan; not finite: net.0.weight_quantizer.scale"
-    ]
+    assert told(caplog) == ["diverged at step 2: the loss is nan; not finite: net.0.weight_quantizer.scale"]
 
 
 def test_a_weight_that_is_not_finite_is_found_without_the_loss(tmp_path, caplog):
@@ -276,7 +279,7 @@ def test_a_weight_that_is_not_finite_is_found_without_the_loss(tmp_path, caplog)
         trainer = fit(module, tmp_path, guard)
     assert guard.diverged
     assert trainer.global_step == 4
-    assert caplog.messages == ["diverged at step 4: a parameter is not finite; not finite: idle"]
+    assert told(caplog) == ["diverged at step 4: a parameter is not finite; not finite: idle"]
 
 
 def test_a_resumed_run_is_judged_like_the_uninterrupted_one(tmp_path):
