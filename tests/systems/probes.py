@@ -87,3 +87,35 @@ class Cut(L.Callback):
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+class Collectives(L.Callback):
+    """Counts what Python asks of other processes in each step; gradients go by themselves.
+
+    Args:
+        path: File that the first process saves a list of counts to, one a step.
+    """
+
+    NAMES = ("all_reduce", "broadcast", "barrier", "all_gather", "broadcast_object_list")
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.counts: list[dict[str, int]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name in self.NAMES:
+            setattr(torch.distributed, name, self._counting(name, getattr(torch.distributed, name)))
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.counts.append({})
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save(self.counts, self.path)
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.counts[-1][name] = self.counts[-1].get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return counted

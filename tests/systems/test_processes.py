@@ -98,6 +98,19 @@ def test_gradients_are_clipped_to_the_norm_of_all_processes(strategy, runs):
     assert len(run["clipped_norms"]) > STEPS // 2
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_step_waits_for_other_processes_where_the_guard_asks_them(strategy, tmp_path):
+    """Its loss and whether to stop; the loss once more where it is logged. No barrier, no broadcast."""
+    flags = {"trainer__max_steps": 6, "trainer__log_every_n_steps": 3, "trainer__val_check_interval": 100}
+    argv = arguments("llama", tmp_path, "run", strategy, **flags)
+    argv += ["--trainer.callbacks+=probes.Collectives", "--trainer.callbacks.path", str(tmp_path / "counts")]
+    forked.succeed(argv, tmp_path / "log", 2)
+    counts = torch.load(tmp_path / "counts", weights_only=True)
+    assert len(counts) == 6
+    assert [counts[step] for step in (0, 1, 3, 4)] == [{"all_reduce": 2}] * 4
+    assert counts[2] == {"all_reduce": 3}
+
+
 @pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("start", "then"), [("fsdp2", "auto"), ("auto", "fsdp2")])
 def test_any_strategy_resumes_what_another_saved(family, start, then, runs):

@@ -373,8 +373,11 @@ class QATModule(L.LightningModule, ABC):
         return {**method, **multipliers, "seed": self.seed}
 
     def log_training_loss(self, loss: Tensor) -> None:
-        """Log `train/loss` and show it in the progress bar."""
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        """Log `train/loss`, and show this process's own in the progress bar between log entries."""
+        loss = loss.detach()
+        if self.trainer._logger_connector.should_update_logs:
+            loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        self.log("train/loss", loss, prog_bar=True)
 
     def log_evaluation(self, stage: str, metrics: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
         """Log an evaluation, and the losses of its halves outside the progress bar."""

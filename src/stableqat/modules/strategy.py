@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import strategies
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stableqat.modules.sharded import REST, is_sharded, load_shards
@@ -43,6 +46,12 @@ class _Reducing:
 
 class DDPStrategy(_Reducing, strategies.DDPStrategy):
     """Distributed data parallelism, `--trainer.strategy ddp`; see Lightning's of this name."""
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        # buffers that no step changes need not be sent before each
+        changing = any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
+        self._ddp_kwargs.setdefault("broadcast_buffers", changing)
+        return super()._setup_model(model)
 
 
 class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
