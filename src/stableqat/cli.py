@@ -39,6 +39,10 @@ TOOL_VERBS = {
 }
 
 
+# what torch says of torchao, which transformers imports where it is installed
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb.
 
@@ -49,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if it is done (a diverged run is), 1 if points of a study failed, 2 after a user's mistake.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # what torch says of torchao, which transformers imports where it is installed
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:

@@ -3,10 +3,10 @@
 It needs one process, no GPU, and memory for one copy of what the checkpoint holds, optimizer included.
 """
 
-import os
 from pathlib import Path
 
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 
 def consolidate(checkpoint: str, *, out: str | None = None) -> int:
@@ -20,11 +20,9 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
         0.
 
     Raises:
-        UserError: If the folder is no sharded checkpoint or is damaged, or the file exists.
+        UserError: If the folder is no sharded checkpoint or damaged, or the file exists or can't be written.
     """
-    import torch
-    from rich.console import Console
-
+    from stableqat.callbacks.checkpoint import PARTIAL, StreamedCheckpointIO, on_disk
     from stableqat.modules.sharded import is_sharded
     from stableqat.modules.start import check_sums, read_consolidated
 
@@ -37,17 +35,13 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
     if target.exists():
         raise UserError(f"out: {target} exists; choose another name, or remove it")
     check_sums(folder)
-    part = target.with_name(f"{target.name}.partial")
+    whole, partial = read_consolidated(folder), Path(f"{target}{PARTIAL}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            torch.save(read_consolidated(folder), file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
+        problem = on_disk(StreamedCheckpointIO().save_checkpoint, whole, partial)
+        problem = problem or on_disk(partial.replace, target)
     finally:
-        part.unlink(missing_ok=True)
-    Console(markup=False, highlight=False, soft_wrap=True).print(
-        f"{target}: {target.stat().st_size / 1e9:.2f} GB"
-    )
+        partial.unlink(missing_ok=True)
+    if problem is not None:
+        raise UserError(f"out: {target} could not be written ({problem}); make room, or name another place")
+    terminal().print(f"{target}: {target.stat().st_size / 1e9:.2f} GB")
     return 0

@@ -5,16 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": True,
-}
+import tiny
+
+LLAMA = tiny.LLAMA | {"max_position_embeddings": 32}
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 12, "depth": 1, "num_heads": 1}
 RIVALS = '''
 """Linear layers of other people."""

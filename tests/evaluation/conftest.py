@@ -1,39 +1,18 @@
 """A full-precision run, a 2-bit run that started from it, and a task of the harness in local files."""
 
-import json
 import os
 
 import pytest
 import yaml
 
+import tiny
+import words
+
 # read once, when the libraries are imported
 os.environ.setdefault("DATASETS_VERBOSITY", "critical")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-WORDS = ["grid", "scale", "level", "bits", "round", "clamp", "weight", "latent", "threshold", "step", "rate"]
-TASK = """\
-task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-metadata: {version: 3}
-"""
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.3,
-}
+LLAMA = tiny.LLAMA | {"vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.3}
 
 
 def fit(folder, version, quantizer, init_from, **more):
@@ -68,9 +47,8 @@ def fit(folder, version, quantizer, init_from, **more):
 @pytest.fixture(scope="package")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
-    documents = [" ".join(WORDS[(n * 5 + k * (n % 7 + 1)) % 11] for k in range(30)) for n in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    (folder / "further.txt").write_text(" ".join(documents[:9]))
+    words.write_text(folder / "text.jsonl")
+    (folder / "further.txt").write_text(" ".join(words.DOCUMENTS[:9]))
     return folder
 
 
@@ -105,17 +83,4 @@ def exported(place, run):
 @pytest.fixture(scope="package")
 def tasks(tmp_path_factory):
     """A folder with the task `words`."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {
-            "question": f"{WORDS[i % 11]} {WORDS[(3 * i + 1) % 11]}",
-            "choices": [
-                " ".join(WORDS[(i + k * 3 + j) % 11] for j in range(1 + (i + k) % 3)) for k in range(4)
-            ],
-            "label": i * 7 % 4,
-        }
-        for i in range(12)
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "words.yaml").write_text(TASK % (folder / "data.jsonl"))
-    return folder
+    return words.write_task(tmp_path_factory.mktemp("tasks"))

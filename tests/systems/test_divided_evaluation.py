@@ -6,28 +6,10 @@ import forked
 import pytest
 import yaml
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
-TASK = """\
-task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-WORDS = ["grid", "scale", "level", "bits", "round", "clamp", "weight", "step", "rate"]
+import tiny
+import words
+
+LLAMA = tiny.LLAMA | {"vocab_size": 300, "num_hidden_layers": 1, "max_position_embeddings": 64}
 
 
 def as_torchrun(argv, environment, log):
@@ -60,16 +42,9 @@ def fit(folder, family, model, data, **more):
 
 
 def language(folder):
-    texts = [" ".join(WORDS[(n * 5 + k * (n % 7 + 1)) % 9] for k in range(30)) for n in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    # nine documents, so that one process has a request more than the other
-    rows = [
-        {"question": text[:9], "choices": [text[9:15], text[9:20], WORDS[n]], "label": n % 3}
-        for n, text in enumerate(texts[:9])
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "words.yaml").write_text(TASK % (folder / "data.jsonl"))
-    data = {"class": "TextDataModule", "source": str(folder / "text.jsonl"), "block_size": 16}
+    text = words.write_text(folder / "text.jsonl")
+    words.write_task(folder, questions=9)  # so that one process has a request more than the other
+    data = {"class": "TextDataModule", "source": str(text), "block_size": 17}
     data |= {"batch_size": 4, "vocab_size": 300, "cache_dir": str(folder / "cache")}
     quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
     return fit(folder, "LlamaModule", {"config": LLAMA, "quantizer": quantizer}, data)

@@ -1,5 +1,7 @@
 """Sharded checkpoints: they resume on any number of processes, and become the one file bit for bit."""
 
+import errno
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -170,6 +172,17 @@ def test_nothing_in_the_index_is_executed(runs, tmp_path):
     with pytest.raises(UserError, match="refused"):
         check_sums(broken)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_leaves_no_file(runs, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "one.ckpt"
+    assert main(["consolidate", str(runs.done("sharded")), "--out", str(out)]) == 2
+    assert f"{out} could not be written (No space left on device)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_done_is_said_in_one_line(runs, consolidated, capsys):

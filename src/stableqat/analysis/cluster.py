@@ -23,11 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from stableqat.analysis.pool import PATIENCE
 from stableqat.analysis.study import Study, check_keys, load_yaml
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
     from submitit import AutoExecutor, Job
@@ -104,7 +103,7 @@ def submit_sweep(studies: Sequence[Study], arguments: Sequence[str], left: int, 
     Returns:
         0, at once.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = terminal()
     if not left:
         console.print("all points are done: nothing to submit")
         return 0

@@ -11,13 +11,13 @@ import tempfile
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from stableqat.analysis.arms import Comparison, usable
 from stableqat.analysis.events import COMPARED, Run, find_runs, read_run
 from stableqat.analysis.tables import as_json, comma_separated, markdown, notes, rows, text_tables
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 __all__ = ["compare", "markdown", "notes", "read_comparisons", "rows"]
 
@@ -60,7 +60,7 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
             f"{target} can't be written ({error.strerror}): give another folder as --out"
         ) from error
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = terminal()
     for comparison in comparisons:
         if console.is_terminal:
             for title, lines in text_tables(comparison):

@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from stableqat.analysis.arms import Arm, Comparison
 from stableqat.analysis.compare import read_comparisons
 from stableqat.analysis.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
 from stableqat.analysis.study import short
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -47,7 +46,7 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
     if points < 2:
         raise UserError(f"points: {points} must be 2 or more")
     target = Path(out)
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = terminal()
     for folder in map(Path, folders):
         if (target / folder.name).exists():
             raise UserError(f"{target / folder.name} exists already: move it away, or give another --out")

@@ -33,6 +33,7 @@ from stableqat.errors import UserError
 
 # What makes a run slow to start. Importing must start no thread and no parallel region (fork-safe).
 PRELOAD = (
+    "stableqat.cli",  # quiets what others say when they are imported
     "torch",
     "torch.utils.tensorboard",
     "lightning.pytorch.cli",

@@ -17,9 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
     from stableqat.bench.architecture import Architecture
@@ -162,7 +161,7 @@ def _bench_decode(
     _write_json(target, result)
     text = markdown(result)
     _replace(target.with_suffix(".md"), lambda part: part.write_text(text))
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = terminal()
     console.print(text)
     console.print(f"written: {target}, {target.with_suffix('.md').name}")
     return 0
@@ -205,7 +204,7 @@ def _publish(target: Path, result: dict[str, Any]) -> None:
     text = report.markdown(result)
     _replace(target.with_suffix(".md"), lambda part: part.write_text(text))
     _replace(target.with_suffix(".png"), lambda part: draw(result, part))
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = terminal()
     if console.is_terminal:
         for piece in report.terminal(result):
             console.print(piece, soft_wrap=isinstance(piece, str))
@@ -289,7 +288,7 @@ def _target(out: str | None, name: str) -> Path:
 
 def _teller() -> Callable[[str], None]:
     """Says on stderr how far the run is."""
-    console, began = Console(stderr=True, markup=False, highlight=False, soft_wrap=True), time.monotonic()
+    console, began = terminal(stderr=True), time.monotonic()
     return lambda text: console.print(f"{time.monotonic() - began:6.1f} s  {text}")
 
 

@@ -98,7 +98,7 @@ class _GuardedCheckpoint(ModelCheckpoint):
             _remove(partial)
         problem = trainer.strategy.broadcast(self._write(trainer, partial))
         if problem is None and trainer.is_global_zero:
-            problem = _on_disk(self._put, trainer, partial, path)
+            problem = on_disk(self._put, trainer, partial, path)
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             if trainer.is_global_zero:
@@ -114,7 +114,7 @@ class _GuardedCheckpoint(ModelCheckpoint):
                 each.after_save_checkpoint(proxy(self))
 
     def _write(self, trainer: L.Trainer, partial: Path) -> str | None:
-        problem = _on_disk(trainer.save_checkpoint, partial, self.save_weights_only)
+        problem = on_disk(trainer.save_checkpoint, partial, self.save_weights_only)
         if problem is not None:
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
         return problem
@@ -215,7 +215,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _on_disk(action: Any, *args: Any) -> str | None:
+def on_disk(action: Any, *args: Any) -> str | None:
     """What the operating system had against an action; torch reports that in words of its own."""
     try:
         action(*args)

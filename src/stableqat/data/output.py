@@ -31,13 +31,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and "kind" in manifest else None
 
 
-def tell(line: str) -> None:
-    """Write a line of a verb's outcome to the terminal."""
-    from rich.console import Console
-
-    Console(markup=False, highlight=False, soft_wrap=True).print(line)
-
-
 class Output:
     """An output folder in the making; as a context, it is this process's alone.
 

@@ -29,8 +29,9 @@ from stableqat.data.corpus import (
     read,
     text_of,
 )
-from stableqat.data.output import Output, Shards, tell
+from stableqat.data.output import Output, Shards
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 #: English text, byte-level BPE: a little less than tokenizers of 32k entries and more need.
 CHARACTERS_PER_TOKEN = 4
@@ -122,7 +123,7 @@ def sample(
     request |= {"name": name, "revision": revision, "text_column": text_column}
     with Output(out, "sample", request) as output:
         if output.done:
-            tell(f"{out} holds this sample already")
+            terminal().print(f"{out} holds this sample already")
             return 0
         try:
             corpus = _corpus(output, source, formats, name, revision)
@@ -157,8 +158,8 @@ def sample(
             }
         )
     for split, about in splits.items():
-        tell(f"{split}: {about['documents']} documents, about {about['estimated_tokens']} tokens")
-    tell(f"written to {out}; next: stableqat data tokenize --input {out}")
+        terminal().print(f"{split}: {about['documents']} documents, about {about['estimated_tokens']} tokens")
+    terminal().print(f"written to {out}; next: stableqat data tokenize --input {out}")
     return 0
 
 

@@ -25,7 +25,7 @@ from stableqat.data.corpus import (
     text_of,
 )
 from stableqat.data.encode import Batch, HeldOut, Work, encode_all
-from stableqat.data.output import Output, Shards, read_manifest, tell
+from stableqat.data.output import Output, Shards, read_manifest
 from stableqat.data.prepared import KIND
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
@@ -36,6 +36,7 @@ from stableqat.data.tokenizer import (
     train_bpe,
 )
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +105,7 @@ def tokenize(
     }
     with Output(out, KIND, request) as output:
         if output.done:
-            tell(f"{out} holds this set already")
+            terminal().print(f"{out} holds this set already")
             return 0
         try:
             held_out = _held_out(corpus.splits, column, None if own else validation_fraction)
@@ -138,8 +139,12 @@ def tokenize(
             }
         )
     for split, about in splits.items():
-        tell(f"{split}: {about['documents']} documents, {about['rows']} rows, {about['tokens']} tokens")
-    tell(f"written to {out}; next: stableqat fit ... --data.source {out} --data.block_size {block_size}")
+        terminal().print(
+            f"{split}: {about['documents']} documents, {about['rows']} rows, {about['tokens']} tokens"
+        )
+    terminal().print(
+        f"written to {out}; next: stableqat fit ... --data.source {out} --data.block_size {block_size}"
+    )
     return 0
 
 

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stableqat.data.output import tell
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,19 +229,21 @@ def _sha256(path: Path) -> str:
 def _tell(report: dict[str, Any], found: "Source", folder: Path) -> None:
     left = ", ".join(report["layers_left"]) or "none"
     share = report["bytes"] / report["bytes_bf16"]
-    tell(f"{folder}: {report['format']} of {found.checkpoint} (step {found.step})")
-    tell(
+    terminal().print(f"{folder}: {report['format']} of {found.checkpoint} (step {found.step})")
+    terminal().print(
         f"  {report['bytes']:,} bytes, {share:.2f} of bfloat16's {report['bytes_bf16']:,}; "
         f"{report['bits_a_weight']} bits a packed weight"
     )
-    tell(f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}")
+    terminal().print(
+        f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}"
+    )
     for line in report["notes"]:
-        tell(f"  {line}")
-    tell(
+        terminal().print(f"  {line}")
+    terminal().print(
         f"  read back: weights differ by {report['max_weight_difference']:g}, logits by "
         f"{report['max_logit_difference']:.1e}"
     )
     told = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
-    tell(f"  loss on {report['batch']}: {told}")
+    terminal().print(f"  loss on {report['batch']}: {told}")
     if found.tokenizer is None and "input_ids" in found.batch:
-        tell("  no tokenizer is beside it: name one with --tokenizer")
+        terminal().print("  no tokenizer is beside it: name one with --tokenizer")

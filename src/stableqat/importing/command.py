@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from stableqat.errors import UserError
+from stableqat.terminal import terminal
 
 
 def import_(
@@ -58,7 +57,7 @@ def import_(
         raise UserError(f"out: {run} cannot be written: {' '.join(str(error).split())}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    say = Console(markup=False, highlight=False, soft_wrap=True).print
+    say = terminal().print
     say(f"{run}: {moved}")
     say(f"stableqat validate -c {run}/config.yaml --ckpt_path last")
     return 0

@@ -1,0 +1,17 @@
+"""The terminal, as the verbs write to it."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def terminal(*, stderr: bool = False) -> "Console":
+    """A console that prints lines as they are: unwrapped, brackets and numbers included.
+
+    Args:
+        stderr: For progress; results go to stdout.
+    """
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
