@@ -40,7 +40,8 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
         problem = on_disk(StreamedCheckpointIO().save_checkpoint, whole, partial)
         problem = problem or on_disk(partial.replace, target)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
     if problem is not None:
         raise UserError(f"out: {target} could not be written ({problem}); make room, or name another place")
     terminal().print(f"{target}: {target.stat().st_size / 1e9:.2f} GB")

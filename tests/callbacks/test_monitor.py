@@ -167,6 +167,16 @@ def test_drift_of_the_scales():
     assert rows[1]["quant/layers.x/scale_drift"] == pytest.approx((1 + 0 + 1 + 2) / 4)
 
 
+def test_every_layer_drifts_by_itself():
+    layers = {name: layer_of([[0.5]] * rows) for name, rows in (("x", 1), ("y", 3), ("z", 2))}
+    scripts = [
+        (layer.weight_quantizer.scale, [None, torch.full((len(layer.weight), 1), 2.0**power)])
+        for power, layer in enumerate(layers.values(), start=1)
+    ]
+    row = fit(Played(scripts, **layers), QuantizerMonitor(), 1)[1]
+    assert [row[f"quant/layers.{name}/scale_drift"] for name in layers] == [1, 2, 3]
+
+
 def test_scales_at_their_floor_are_counted():
     layer = layer_of([[0.5], [0.5], [0.5], [0.5]])
     scales = [[[1.0]] * 4, [[-3.0], [1.0], [0.0], [1e-5]], [[1.0]] * 4]
@@ -235,10 +245,10 @@ def test_layers_of_all_shapes_at_once():
 
 def test_tensorboard_shows_every_layer(tmp_path):
     layer = layer_of(script()[0])
-    logger = TensorBoardLogger(tmp_path, name="", version="")
+    logger = TensorBoardLogger(tmp_path, name="", version="", prefix="my")
     fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, logger=logger)
     events = EventAccumulator(str(tmp_path)).Reload()
-    for tag in ("quant/flip_rate", "quant/layers.x/flip_rate"):
+    for tag in ("my-quant/flip_rate", "my-quant/layers.x/flip_rate"):
         assert [(each.step, each.value) for each in events.Scalars(tag)] == [
             (step, pytest.approx(average)) for step, average in enumerate(averages(FLIPS), start=1)
         ]
@@ -271,9 +281,10 @@ def test_drift_is_counted_from_the_first_start_after_a_resume():
     layer = layer_of(script()[0])
     monitor = QuantizerMonitor()
     fit(Played([(layer.weight_quantizer.scale, scales)], x=layer), monitor, 1)
+    started = monitor.state_dict()["start_scales"]["layers.x"]
+    assert torch.equal(started, torch.ones(2))
     resumed = QuantizerMonitor()
-    resumed.load_state_dict(monitor.state_dict())
-    assert torch.equal(monitor.state_dict()["start_scales"]["layers.x"], torch.ones(2))
+    resumed.load_state_dict({"start_scales": {"layers.x": started[:, None]}})  # as earlier versions saved it
     rows = fit(Played([(layer.weight_quantizer.scale, scales[1:])], x=layer), resumed, 1)
     assert rows[1]["quant/layers.x/scale_drift"] == 2.0
 

@@ -5,8 +5,10 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 import tiny
+from stableqat.callbacks import DivergenceGuard
 from stableqat.errors import UserError
 from stableqat.modules import CosineWarmup, LlamaModule
 
@@ -87,19 +89,42 @@ class Gradients(L.Callback):
             self.last = torch.cat([grad.flatten() for grad in grads])
 
 
+def mixed(precision: str) -> dict:
+    """Lightning has float16 for GPUs alone; the loss scaler works on a CPU, too."""
+    if precision == "bf16-mixed":
+        return {"precision": precision}
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_fused_optimizers_are_clipped_in_mixed_precision(algorithm):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_fused_optimizers_are_clipped_in_mixed_precision(precision, algorithm):
     limit, found = 1e-3, {}
     for fused in (False, True):
         module = tiny.configured("llama", "stableqat", optimizer=partial(torch.optim.AdamW, fused=fused))
         gradients = Gradients()
         options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "callbacks": [gradients]}
-        trainer = tiny.trainer(max_steps=2, precision="bf16-mixed", **options)
+        trainer = tiny.trainer(max_steps=2, **mixed(precision), **options)
         trainer.fit(module, tiny.loader("llama"), tiny.loader("llama"))
         found[fused] = gradients.last
     size = found[True].norm() if algorithm == "norm" else found[True].abs().max()
     assert size == pytest.approx(limit, rel=1e-3)
     assert torch.allclose(found[True], found[False], atol=1e-2 * limit)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_scaler_sees_the_step_that_the_guard_drops(fused):
+    class Nan(LlamaModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * torch.nan
+
+    module = Nan(config=tiny.LLAMA, optimizer=partial(torch.optim.AdamW, fused=fused))
+    module.configure_model()
+    before, guard = [p.clone() for p in module.parameters()], DivergenceGuard()
+    trainer = tiny.trainer(max_steps=3, gradient_clip_val=1.0, callbacks=[guard], **mixed("16-mixed"))
+    trainer.fit(module, tiny.loader("llama"), tiny.loader("llama"))
+    assert guard.diverged
+    assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

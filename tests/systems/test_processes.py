@@ -99,16 +99,16 @@ def test_gradients_are_clipped_to_the_norm_of_all_processes(strategy, runs):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_step_waits_for_other_processes_where_the_guard_asks_them(strategy, tmp_path):
-    """Its loss and whether to stop; the loss once more where it is logged. No barrier, no broadcast."""
-    flags = {"trainer__max_steps": 6, "trainer__log_every_n_steps": 3, "trainer__val_check_interval": 100}
+def test_what_a_step_asks_of_other_processes(strategy, tmp_path):
+    """The loss for the log and for the guard, and whether to stop. No barrier, no broadcast.
+
+    Gradients, and under FSDP2 their norm, go by other ways, which are not counted.
+    """
+    flags = {"trainer__max_steps": 4, "trainer__val_check_interval": 100}
     argv = arguments("llama", tmp_path, "run", strategy, **flags)
     argv += ["--trainer.callbacks+=probes.Collectives", "--trainer.callbacks.path", str(tmp_path / "counts")]
     forked.succeed(argv, tmp_path / "log", 2)
-    counts = torch.load(tmp_path / "counts", weights_only=True)
-    assert len(counts) == 6
-    assert [counts[step] for step in (0, 1, 3, 4)] == [{"all_reduce": 2}] * 4
-    assert counts[2] == {"all_reduce": 3}
+    assert torch.load(tmp_path / "counts", weights_only=True)[:3] == [{"all_reduce": 3}] * 3
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])

@@ -39,7 +39,6 @@ PRELOAD = (
     "lightning.pytorch.cli",
     "transformers.models.llama.modeling_llama",
     "timm",
-    "stableqat.cli",
     "stableqat.modules",
     "stableqat.data",
 )

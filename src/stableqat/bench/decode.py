@@ -109,19 +109,8 @@ def measure_decode(
             want = _logits(packed, tokens[:_CHECKED])
         for arm in (each for each in arms if each.bits == bits):
             results[arm.name] = record = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
-            before = _held(device)
             try:
-                with device:
-                    model = packed.plain()
-                runner = arm.build(model, packed.layers, prompt + NEW_TOKENS)
-                del model
-                record |= {"weight_bytes": runner.weight_bytes, "gpu_bytes": None}
-                _check(arm, runner.prompt(tokens[:_CHECKED]), want, record)
-                runner.prompt(tokens)
-                runner.decode(NEW_TOKENS)
-                if device.type == "cuda":
-                    record["gpu_bytes"] = _held(device) - before
-                runners[arm.name] = runner
+                runners[arm.name] = _warm(arm, packed, tokens, want, device, record)
             except Exception as error:  # whatever an engine raises is its row's result
                 record["failed"] = reason(error)
             tell(f"{arm.name}: {record.get('failed', 'is warm')}")
@@ -237,6 +226,29 @@ def _packed(architecture: Architecture, bits: int | None) -> PackedModel:
 def _logits(packed: PackedModel, tokens: list[int]) -> Tensor:
     model: Any = packed.plain()
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[:, -1].cpu()
+
+
+def _warm(
+    arm: Arm,
+    packed: PackedModel,
+    tokens: list[int],
+    want: Tensor,
+    device: torch.device,
+    record: dict[str, Any],
+) -> Runner:
+    """Build and check an engine; of one that fails nothing stays to count as the next one's memory."""
+    before = _held(device)
+    with device:
+        model = packed.plain()
+    runner = arm.build(model, packed.layers, len(tokens) + NEW_TOKENS)
+    del model
+    record |= {"weight_bytes": runner.weight_bytes, "gpu_bytes": None}
+    _check(arm, runner.prompt(tokens[:_CHECKED]), want, record)
+    runner.prompt(tokens)
+    runner.decode(NEW_TOKENS)
+    if device.type == "cuda":
+        record["gpu_bytes"] = _held(device) - before
+    return runner
 
 
 def _held(device: torch.device) -> int:

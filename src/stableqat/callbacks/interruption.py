@@ -87,9 +87,10 @@ class Interruption(L.Callback):
         self._agreed = trainer.strategy.reduce_boolean_decision(self._noted, all=False)
 
     def _stop(self, trainer: L.Trainer) -> None:
+        agreed = self._agreed or (self._noted and trainer.world_size == 1)  # alone, there is no need to wait
         # between epochs Lightning's counters are not what it resumes from; the next step is soon done
         between = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-        if self._agreed and not between and trainer.global_step != trainer.max_steps:
+        if agreed and not between and trainer.global_step != trainer.max_steps:
             # Lightning ends the run at its next opportunity
             trainer._signal_connector.received_sigterm = True
 

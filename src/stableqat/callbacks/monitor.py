@@ -3,10 +3,10 @@
 From a fixed sample of rows (at most 64 a layer; this process's shard under FSDP2):
 `flip_rate`, the share of codes that changed in a step (EMA 0.99); `oscillation`, the share that
 flipped back against their previous direction (EMA 0.01 of new, Nagel et al. 2022,
-arXiv 2203.11086); `clipped`, the share of weights outside the grid's range; `scale_at_floor`, the number
-of scales that act at their floor (of all rows, as it is one of few); `scale_drift`, mean
-|log2(s / s_start)|; `snr_db`, power of the weight over that of its quantization error; the share of each
-code (up to 4 bits) and their entropy in bits. It reads codes and scales only, so it knows no method.
+arXiv 2203.11086); `clipped`, the share of weights outside the grid's range; `scale_at_floor`, how many of
+all the layer's scales act at their floor; `scale_drift`, mean |log2(s / s_start)|; `snr_db`, power of the
+weight over that of its quantization error; the share of each code (up to 4 bits) and their entropy in bits.
+It reads codes and scales only, so it knows no method.
 """
 
 from math import gcd, log
@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.logger import _add_prefix
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
@@ -116,7 +117,7 @@ class _Watch:
 
     def _scales(self, name: str) -> list[Tensor]:
         found = [local(getattr(layer.weight_quantizer, name).detach()) for layer in self._layers]
-        return [(each[self._rows] if len(each) > 1 else each).flatten() for each in found]
+        return [each[self._rows].flatten() for each in found]
 
     def _lengths(self, lengths: list[int]) -> Tensor:
         return torch.tensor(lengths, device=self.device)
@@ -126,7 +127,7 @@ class QuantizerMonitor(L.Callback):
     """Log `quant/<layer>/<what>` and the mean over layers, `quant/<what>`.
 
     Args:
-        rows: Rows sampled a layer, spread over the layer's first rows.
+        rows: Rows sampled a layer, its first ones.
         every_n_steps: Steps between log entries; None takes the trainer's `log_every_n_steps`. Flips are
             counted every step.
         per_layer: Log every layer beside the means.
@@ -175,9 +176,7 @@ class QuantizerMonitor(L.Callback):
         means = {f"quant/{what}": sum(v.values()) / len(v) for what, v in values.items()}
         single = {f"quant/{name}/{what}": x for what, v in values.items() for name, x in v.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(means, step=trainer.global_step)
-            if self.per_layer:
-                _log_many(logger, single, trainer.global_step)
+            _log(logger, means, single if self.per_layer else {}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The scales that training started with."""
@@ -188,12 +187,15 @@ class QuantizerMonitor(L.Callback):
         self._start_scales = state_dict["start_scales"]
 
 
-def _log_many(logger: Logger, metrics: dict[str, float], step: int) -> None:
-    """A thousand values as one event: written one by one, they would take longer than a training step."""
+def _log(logger: Logger, means: dict[str, float], single: dict[str, float], step: int) -> None:
+    """Log means, and a thousand single values as one event: one by one they would take longer than a step."""
     if not isinstance(logger, TensorBoardLogger):
-        logger.log_metrics(metrics, step=step)
+        logger.log_metrics({**means, **single}, step=step)
         return
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
+    logger.log_metrics(means, step=step)
+    tags = _add_prefix(single, logger._prefix, logger.LOGGER_JOIN_CHAR)
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()]
+    if values:
+        logger.experiment._get_file_writer().add_summary(Summary(value=values), step)

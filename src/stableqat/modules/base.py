@@ -318,12 +318,12 @@ class QATModule(L.LightningModule, ABC):
         As Lightning does, but for fused optimizers in mixed precision, too, and shards are taken as the plain
         tensors that they are: on a few hundred DTensors either operation keeps the host busy for 10 ms.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and _optimizer_handles_unscaling(optimizer):
-            scaler.unscale_(optimizer)  # the fused step sees that, and does not divide again
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:  # the guard has dropped the step
             return
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and _optimizer_handles_unscaling(optimizer):
+            scaler.unscale_(optimizer)  # the fused step sees that, and does not divide again
         limit, by_norm = gradient_clip_val or 0.0, gradient_clip_algorithm in (None, "norm")
         shards = [local(grad) for grad in grads]
         logged = self.trainer._logger_connector.should_update_logs
@@ -373,11 +373,8 @@ class QATModule(L.LightningModule, ABC):
         return {**method, **multipliers, "seed": self.seed}
 
     def log_training_loss(self, loss: Tensor) -> None:
-        """Log `train/loss`, and show this process's own in the progress bar between log entries."""
-        loss = loss.detach()
-        if self.trainer._logger_connector.should_update_logs:
-            loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
-        self.log("train/loss", loss, prog_bar=True)
+        """Log `train/loss` and show it in the progress bar."""
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
 
     def log_evaluation(self, stage: str, metrics: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
         """Log an evaluation, and the losses of its halves outside the progress bar."""

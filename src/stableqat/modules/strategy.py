@@ -5,7 +5,8 @@ data-parallel group; `QATModule.configure_model` shards the model block by block
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from lightning.pytorch import strategies
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -45,12 +45,17 @@ class _Reducing:
 
 
 class DDPStrategy(_Reducing, strategies.DDPStrategy):
-    """Distributed data parallelism, `--trainer.strategy ddp`; see Lightning's of this name."""
+    """Distributed data parallelism, `--trainer.strategy ddp`; see Lightning's of this name.
+
+    Buffers are not sent before each step if none is part of the state dict: they are constants then.
+    """
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # buffers that no step changes need not be sent before each
-        changing = any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
-        self._ddp_kwargs.setdefault("broadcast_buffers", changing)
+        # where torch has the second, the first is deprecated
+        names = {"broadcast_buffers", "forward_sync_buffers"}
+        name = max(names & signature(DistributedDataParallel).parameters.keys())
+        if not names & self._ddp_kwargs.keys() and not _saved_buffers(model):
+            self._ddp_kwargs[name] = False
         return super()._setup_model(model)
 
 
@@ -60,11 +65,18 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: Each rank writes its shard into a folder; False gathers one file.
         process_group_backend: nccl or gloo; None chooses by the device.
+        build_on_cpu: Build the model on the CPU. Else each process builds the whole float32 model on its
+            device before it keeps its shard: faster by minutes at a billion weights, with the random weights
+            of one GPU; but it must fit.
     """
 
     def __init__(
-        self, save_distributed_checkpoint: bool = False, process_group_backend: str | None = None
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        build_on_cpu: bool = False,
     ) -> None:
+        self._build_on_cpu = build_on_cpu
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -78,12 +90,9 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Where the model is built: on the process's device, as other strategies do.
-
-        On the CPU, Lightning's choice here, random weights would not be those of one GPU, and setting the
-        scales of a billion weights would take minutes.
-        """
-        with self.root_device, super().tensor_init_context(empty_init):
+        """Where the model is built: on the process's device, as under other strategies, or on the CPU."""
+        device = nullcontext() if self._build_on_cpu else self.root_device
+        with device, super().tensor_init_context(empty_init):
             yield
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -103,6 +112,10 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
         assert self.model is not None
         load_shards(path, self.model, self.optimizers)
         return torch.load(path / REST, map_location="cpu", weights_only=True)
+
+
+def _saved_buffers(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_buffers()} & model.state_dict().keys()
 
 
 def register_strategies() -> None:
