@@ -3,8 +3,9 @@
 The step in hand is finished, a checkpoint written, and the command ends with exit code 143. Lightning's own
 handlers communicate between processes at whatever moment a signal comes, which breaks a step that is
 communicating as well, and under SLURM they save in the middle of a step, into the working folder. Here a
-handler only takes a note; the processes compare notes where a step ends, so that all stop at the same one.
-A validation that was due or begun is made anew when the run resumes; Lightning would leave it out.
+handler only takes a note; processes compare their notes before a step changes weights, and all stop after
+the same one. A validation that was due or begun is made anew when the run resumes; Lightning would leave it
+out.
 """
 
 import signal
