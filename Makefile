@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/stableqat compare lightning_logs/demo-llama lightning_logs/demo-vit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests

@@ -28,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*isinstance.treespec, LeafSpec.*")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a worker that got one last would keep the others waiting."""
+    items.sort(key=lambda item: "systems" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _no_seed_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
