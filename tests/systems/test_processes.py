@@ -98,6 +98,20 @@ def test_gradients_are_clipped_to_the_norm_of_all_processes(strategy, runs):
     assert len(run["clipped_norms"]) > STEPS // 2
 
 
+def test_the_quantizers_of_shards_are_monitored(runs):
+    """The first process's rows: other rows than one process samples, but alike."""
+    logged = {}
+    for strategy in ("auto", "fsdp2"):
+        runs.probed("llama", strategy)
+        scalars = read_run(runs.folder / "llama" / f"{strategy}-32-true", ("quant/",)).scalars
+        logged[strategy] = {tag: series[STEPS - 1] for tag, series in scalars.items() if STEPS - 1 in series}
+    one, shards = logged["auto"], logged["fsdp2"]
+    assert one.keys() == shards.keys() >= {"quant/flip_rate", "quant/snr_db", "quant/scale_drift"}
+    assert shards["quant/snr_db"] == pytest.approx(one["quant/snr_db"], abs=0.5)
+    assert shards["quant/scale_drift"] == pytest.approx(one["quant/scale_drift"], rel=0.5)
+    assert all(value == value for value in shards.values())
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_what_a_step_asks_of_other_processes(strategy, tmp_path):
     """The loss for the log and for the guard, and whether to stop. No barrier, no broadcast.
