@@ -40,6 +40,7 @@ from stableqat.modules.sharded import REST, is_sharded
 from stableqat.modules.start import check_start
 from stableqat.modules.strategy import register_strategies
 from stableqat.parsing import OneLineErrors, user_error
+from stableqat.whole import whole
 
 logger = logging.getLogger(__name__)
 
@@ -213,9 +214,8 @@ class QATCommand(LightningCLI):
         predictions = self.trainer.predict(**kwargs)
         path = Path(self.trainer.log_dir or ".") / f"predictions-{self.trainer.global_rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        torch.save(predictions, temporary)
-        temporary.replace(path)
+        with whole(path) as part:
+            torch.save(predictions, part)
         logger.info("predictions saved: %s", path)
 
 

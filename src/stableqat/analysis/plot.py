@@ -5,7 +5,6 @@ readers; more arms than colours are told apart by markers and dashes. What is in
 """
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stableqat.analysis import panels
 from stableqat.analysis.arms import Comparison, diverged
 from stableqat.analysis.panels import Panel, Style
+from stableqat.whole import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,9 +65,8 @@ def draw_all(comparisons: list[Comparison], folder: Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             path = folder / f"{name}.png"
-            part = folder / f".{path.name}.part"
-            figure.savefig(part, format="png", dpi=130)
-            os.replace(part, path)
+            with whole(path) as part:
+                figure.savefig(part, format="png", dpi=130)
             paths.append(path)
     return paths
 

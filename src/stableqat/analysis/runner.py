@@ -30,6 +30,7 @@ from typing import Any
 from stableqat.analysis.claim import Claim
 from stableqat.analysis.study import Point
 from stableqat.errors import UserError
+from stableqat.whole import whole
 
 # What makes a run slow to start. Importing must start no thread and no parallel region (fork-safe).
 PRELOAD = (
@@ -77,9 +78,8 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Replaces the record in one move."""
-        part = folder / ".sweep.json.part"
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        os.replace(part, folder / "sweep.json")
+        with whole(folder / "sweep.json") as part:
+            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from stableqat.analysis.runner import FINAL, PRELOAD, Job, Main, Record, run_sta
 from stableqat.analysis.slots import Slots, visible_gpus
 from stableqat.analysis.study import Point, Study, read_study
 from stableqat.errors import UserError
+from stableqat.whole import whole
 
 
 def sweep(
@@ -98,11 +99,10 @@ def run_studies(
 
 def _keep(study: Study) -> None:
     """Put the study file beside the runs: what they were meant to test stays with them."""
-    part = study.folder / f".study.yaml.{os.getpid()}.part"
     try:
         study.folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(study.text)
-        os.replace(part, study.folder / "study.yaml")
+        with whole(study.folder / "study.yaml") as part:
+            part.write_text(study.text)
     except OSError as error:
         raise UserError(
             f"{study.folder} can't be written ({error.strerror}): set another folder as logs"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
+from stableqat.whole import whole
 
 if TYPE_CHECKING:
     from stableqat.bench.architecture import Architecture
@@ -160,7 +161,8 @@ def _bench_decode(
     result = {**_circumstances(command, where), **measured}
     _write_json(target, result)
     text = markdown(result)
-    _replace(target.with_suffix(".md"), lambda part: part.write_text(text))
+    with whole(target.with_suffix(".md")) as part:
+        part.write_text(text)
     console = terminal()
     console.print(text)
     console.print(f"written: {target}, {target.with_suffix('.md').name}")
@@ -202,8 +204,10 @@ def _publish(target: Path, result: dict[str, Any]) -> None:
     from stableqat.bench.plot import draw
 
     text = report.markdown(result)
-    _replace(target.with_suffix(".md"), lambda part: part.write_text(text))
-    _replace(target.with_suffix(".png"), lambda part: draw(result, part))
+    with whole(target.with_suffix(".md")) as part:
+        part.write_text(text)
+    with whole(target.with_suffix(".png")) as part:
+        draw(result, part)
     console = terminal()
     if console.is_terminal:
         for piece in report.terminal(result):
@@ -293,10 +297,5 @@ def _teller() -> Callable[[str], None]:
 
 
 def _write_json(target: Path, result: dict[str, Any]) -> None:
-    _replace(target, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    with whole(target) as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")

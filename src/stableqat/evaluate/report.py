@@ -14,6 +14,7 @@ from typing import Any
 
 from stableqat.errors import UserError
 from stableqat.evaluate.subject import label
+from stableqat.whole import whole
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ def publish(records: list[dict[str, Any]], settings: dict[str, Any], file: Path 
         if file is not None:
             names = [*LIBRARIES, "lm_eval"] if settings["tasks"] else LIBRARIES
             versions = {name: version(name) for name in names}
-            _write(file, {"sources": records, "settings": settings, "versions": versions})
+            results = {"sources": records, "settings": settings, "versions": versions}
+            with whole(file) as part:
+                part.write_text(json.dumps(results, indent=2, default=str) + "\n")
             console.print(f"{file}", soft_wrap=True)
             if any("images" in record for record in records):
                 _draw(records, file.with_suffix(".png"))
@@ -95,15 +98,6 @@ def _cell(figure: tuple[float, float | None] | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
 
 
-def _write(file: Path, results: dict[str, Any]) -> None:
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_text(json.dumps(results, indent=2, default=str) + "\n")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _draw(records: list[dict[str, Any]], file: Path) -> None:
     """Confusion matrices, each row as shares of its class."""
     import numpy as np
@@ -122,9 +116,8 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
             axis.set_xticks(range(len(classes)), classes, rotation=90)
             axis.set_yticks(range(len(classes)), classes)
     figure.colorbar(image, ax=list(axes), shrink=0.8)
-    part = file.with_name(f".{file.name}")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(file)
+    with whole(file) as part:
+        figure.savefig(part, format="png", dpi=120)
 
 
 def _log(run: Path, record: dict[str, Any]) -> None:

@@ -228,22 +228,20 @@ def _sha256(path: Path) -> str:
 
 def _tell(report: dict[str, Any], found: "Source", folder: Path) -> None:
     left = ", ".join(report["layers_left"]) or "none"
-    share = report["bytes"] / report["bytes_bf16"]
-    terminal().print(f"{folder}: {report['format']} of {found.checkpoint} (step {found.step})")
-    terminal().print(
+    share, say = report["bytes"] / report["bytes_bf16"], terminal().print
+    say(f"{folder}: {report['format']} of {found.checkpoint} (step {found.step})")
+    say(
         f"  {report['bytes']:,} bytes, {share:.2f} of bfloat16's {report['bytes_bf16']:,}; "
         f"{report['bits_a_weight']} bits a packed weight"
     )
-    terminal().print(
-        f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}"
-    )
+    say(f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}")
     for line in report["notes"]:
-        terminal().print(f"  {line}")
-    terminal().print(
+        say(f"  {line}")
+    say(
         f"  read back: weights differ by {report['max_weight_difference']:g}, logits by "
         f"{report['max_logit_difference']:.1e}"
     )
     told = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
-    terminal().print(f"  loss on {report['batch']}: {told}")
+    say(f"  loss on {report['batch']}: {told}")
     if found.tokenizer is None and "input_ids" in found.batch:
-        terminal().print("  no tokenizer is beside it: name one with --tokenizer")
+        say("  no tokenizer is beside it: name one with --tokenizer")
