@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -59,7 +58,6 @@ class DivergenceGuard(L.Callback):
         loss = trainer.strategy.reduce(torch.stack(self._micro_losses).sum(), reduce_op="mean").item()
         self._micro_losses.clear()
         if not isfinite(loss):
-            _show_to_scaler(trainer, optimizer)
             pl_module.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
             self._stop(trainer, pl_module, f"the loss is {loss}")
             return
@@ -119,13 +117,6 @@ class DivergenceGuard(L.Callback):
         names = _non_finite(pl_module)
         blame = f"; not finite: {', '.join(names)}" if names else ""
         logger.warning("diverged at step %d: %s%s", trainer.global_step, reason, blame)
-
-
-def _show_to_scaler(trainer: L.Trainer, optimizer: Optimizer) -> None:
-    """A loss scaler must see every step's gradients, and would look at a fused optimizer's in its step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and _optimizer_handles_unscaling(optimizer):
-        scaler.unscale_(optimizer)
 
 
 @torch.no_grad()

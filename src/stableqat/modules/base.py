@@ -23,7 +23,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
@@ -243,6 +242,8 @@ class QATModule(L.LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, from the parameters that exist after surgery."""
         optimizer = self.optimizer(self.parameter_groups())
+        # a fused one would undo a loss scale inside its step: too late for clipping and for the guard
+        vars(optimizer)["_step_supports_amp_scaling"] = False
         multipliers = {"weights": self.weight_lr_multiplier, "scales": self.scale_lr_multiplier}
         for group in optimizer.param_groups:
             group["lr"] *= multipliers.get(group["name"], 1.0)
@@ -315,15 +316,12 @@ class QATModule(L.LightningModule, ABC):
     ) -> None:
         """Log the gradient's norm before clipping, where the step is logged, and clip.
 
-        As Lightning does, but for fused optimizers in mixed precision, too, and shards are taken as the plain
-        tensors that they are: on a few hundred DTensors either operation keeps the host busy for 10 ms.
+        As Lightning does, but shards are taken as the plain tensors that they are: on a few hundred DTensors
+        either operation keeps the host busy for 10 ms.
         """
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:  # the guard has dropped the step
             return
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and _optimizer_handles_unscaling(optimizer):
-            scaler.unscale_(optimizer)  # the fused step sees that, and does not divide again
         limit, by_norm = gradient_clip_val or 0.0, gradient_clip_algorithm in (None, "norm")
         shards = [local(grad) for grad in grads]
         logged = self.trainer._logger_connector.should_update_logs
