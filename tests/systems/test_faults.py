@@ -129,6 +129,14 @@ def test_twenty_kills(place):
         place.assert_undisturbed(each)
 
 
+def test_a_resume_from_the_last_step_of_an_epoch(place):
+    stop = ["--trainer.callbacks+=probes.Cut", "--trainer.callbacks.step", str(EPOCH + 1)]
+    assert place.run("epoch", *stop) == [-signal.SIGKILL]
+    assert checkpoint(place.at("epoch"))["global_step"] == EPOCH
+    place.resume("epoch")
+    place.assert_undisturbed("epoch")
+
+
 SIGNALS = {
     "SIGTERM": {"step": 7},
     "SIGUSR1": {"step": 7, "number": int(signal.SIGUSR1)},
