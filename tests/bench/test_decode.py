@@ -1,8 +1,10 @@
 """Decoding on low-bit engines: what they compute, what is refused, what is written."""
 
+import gc
 import json
 import shlex
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -195,8 +197,8 @@ def test_the_command_tells_who_ran_what(done):
     }
     for record in arms.values():
         if "ms" in record:
-            assert len(record["ms"]) == 2
-            assert min(record["ms"]) > 0
+            assert len(record["ms"]) == len(record["bf16_ms"]) == 2
+            assert min(record["ms"] + record["bf16_ms"]) > 0
     assert arms["onnxruntime 2 bits"]["weight_bytes"] < arms["onnxruntime 4 bits"]["weight_bytes"]
     assert arms["onnxruntime 2 bits"]["difference"] < 1e-4
     assert done["left_out"] == ["tinygemm does not run 2 bits, only 4"]
@@ -211,7 +213,32 @@ def test_a_failed_engine_is_a_row_without_times(done, home):
     row = next(line for line in text.splitlines() if line.startswith("| tinygemm 4 bits (failed)"))
     assert set(row.split("|")[2:-1]) == {" - "}
     assert "\n- tinygemm does not run 2 bits, only 4\n" in text
-    assert "1.00 (1.00-1.00)" in next(x for x in text.splitlines() if x.startswith("| torch bf16"))
+
+
+def test_ratios_are_those_of_a_round(done):
+    done = json.loads(json.dumps(done))
+    arms = done["decode"]
+    arms["onnxruntime fp32"] |= {"ms": [2.0, 6.0], "bf16_ms": [4.0, 8.0]}
+    arms["onnxruntime 4 bits"] |= {"ms": [1.0, 5.0], "bf16_ms": [4.0, 10.0]}
+    row = next(x for x in markdown(done).splitlines() if x.startswith("| onnxruntime 4 bits |"))
+    assert "| 3.000 (1.000-5.000) | 0.38 (0.25-0.50) | 0.60 (0.40-0.80) |" in row
+
+
+def test_two_models_at_a_time_are_held(home, monkeypatch):
+    """Bfloat16's and the one that takes turns with it."""
+    living, most = weakref.WeakSet(), []
+    real = decode._warm
+
+    def warm(*arguments):
+        gc.collect()
+        most.append(len(living))
+        runner = real(*arguments)
+        living.add(runner)
+        return runner
+
+    monkeypatch.setattr(decode, "_warm", warm)
+    decode.measure_decode(read_architecture(str(home / "llama.yaml")), [4, 2], 8, 1, CPU, print)
+    assert most == [0, *[1] * 6]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 Weights are random: codes of the integer grid with a scale a row, the same for every engine. Each engine's
 logits are compared with those of the dequantized model, computed in float32 without a cache; one that is
-off is not timed. Rounds go over all arms in turn. Embedding and head stay as they are, and so does what
-else the surgery skips.
+off is not timed. Each engine takes turns with bfloat16 and is then dropped: two models at a time are in
+memory. Embedding and head stay as they are, and so does what else the surgery skips.
 """
 
 import gc
@@ -31,8 +31,9 @@ from stableqat.quantizers import STE
 BASELINE = "torch bf16"
 NEW_TOKENS = 32
 NOTES = (
-    "Medians over rounds (smallest-largest), ratios taken within a round. A round is {new} tokens, greedily"
-    " on from a prompt of {prompt} that is in the cache already; batch 1. Weights: what the engine is given,"
+    "Medians over rounds (smallest-largest). Ratios are to bfloat16's time of the same round; bfloat16's own"
+    " shows what chance does. A round is {new} tokens, greedily on from a prompt of {prompt} that is in the"
+    " cache already; batch 1. Weights: what the engine is given,"
     " embedding and head in its own float type; what it packs again inside is not seen. Logits off: largest"
     " difference to the dequantized model in float32 over the largest logit. MB = 10^6 bytes."
 )
@@ -97,31 +98,30 @@ def measure_decode(
             f"are decoded after it; not {prompt}"
         )
     arms, left_out = _arms(widths, device)
-    for line in left_out:
+    for line in [*left_out, f"{len(arms)} arms: {'; '.join(arm.name for arm in arms)}"]:
         tell(line)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(module.config.vocab_size, (prompt,), generator=generator).tolist()
     results: dict[str, dict[str, Any]] = {}
-    runners: dict[str, Runner] = {}
+    baseline: Runner | None = None
     for bits in dict.fromkeys(arm.bits for arm in arms):
         with device:
             packed = _packed(architecture, bits)
             want = _logits(packed, tokens[:_CHECKED])
         for arm in (each for each in arms if each.bits == bits):
-            results[arm.name] = record = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
+            record: dict[str, Any] = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
+            results[arm.name] = record
+            runner = None  # the one before may go
             try:
-                runners[arm.name] = _warm(arm, packed, tokens, want, device, record)
+                runner = _warm(arm, packed, tokens, want, device, record)
+                baseline = baseline or runner
+                record |= _take_turns(runner, baseline, rounds)
             except Exception as error:  # whatever an engine raises is its row's result
+                if baseline is None:
+                    raise
                 record["failed"] = reason(error)
-            tell(f"{arm.name}: {record.get('failed', 'is warm')}")
+            tell(f"{arm.name}: {record.get('failed') or _spread(record['ms'], 3) + ' ms a token'}")
         del packed
-    names = list(runners)
-    for name in names:
-        results[name]["ms"] = []
-    for number in range(rounds):
-        turn = number % max(len(names), 1)
-        for name in [*names[turn:], *names[:turn]]:
-            results[name]["ms"].append(runners[name].decode(NEW_TOKENS))
     settings = {"model": architecture.name, "prompt": prompt, "new_tokens": NEW_TOKENS, "rounds": rounds}
     return {"settings": settings, "seeds": [0], "decode": results, "left_out": left_out}
 
@@ -149,15 +149,19 @@ def _cells(name: str, arms: dict[str, Any]) -> Iterator[str]:
     record = arms[name]
     times = record.get("ms")
     home = "onnxruntime" if record["engine"] == "onnxruntime" else "torch"  # of layers left as they are
-    own = next(each for each in arms.values() if each["bits"] is None and each["engine"] == home)
+    own = _ratios(next(each for each in arms.values() if each["bits"] is None and each["engine"] == home))
     yield f"{name} (failed)" if "failed" in record else name
     yield _spread(times, 3)
-    for base in (arms[BASELINE], own):
-        yield _spread([a / b for a, b in zip(times or [], base.get("ms") or [], strict=False)], 2)
+    yield _spread(_ratios(record), 2)
+    yield _spread([ratio / median(own) for ratio in _ratios(record)] if own else [], 2)
     yield f"{1e3 / median(times):,.1f}" if times else "-"
     for size in (record.get("weight_bytes"), record.get("gpu_bytes")):
         yield f"{size / 1e6:,.2f}" if size is not None else "-"
     yield f"{record['difference']:.1e}" if "difference" in record else "-"
+
+
+def _ratios(record: dict[str, Any]) -> list[float]:
+    return [mine / base for mine, base in zip(record.get("ms", []), record.get("bf16_ms", []), strict=True)]
 
 
 def _spread(values: list[float] | None, digits: int) -> str:
@@ -249,6 +253,17 @@ def _warm(
     if device.type == "cuda":
         record["gpu_bytes"] = _held(device) - before
     return runner
+
+
+def _take_turns(runner: Runner, baseline: Runner, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds a token of both; every second round the other one begins."""
+    times: dict[str, list[float]] = {"ms": [], "bf16_ms": []}
+    turns = [("ms", runner), ("bf16_ms", baseline)]
+    for _ in range(rounds):
+        for key, each in turns:
+            times[key].append(each.decode(NEW_TOKENS))
+        turns.reverse()
+    return times
 
 
 def _held(device: torch.device) -> int:

@@ -37,7 +37,7 @@ class Interruption(L.Callback):
         """Listen; Lightning sets what was before when the run ends. Make up for what a resume leaves out."""
         self._listen()
         fit = trainer.fit_loop
-        if fit.restarted_mid_epoch and fit.epoch_progress.current.processed == fit.epoch_progress.current.ready:
+        if fit.restarted_mid_epoch and trainer.current_epoch == fit.epoch_progress.current.ready:
             # saved at an epoch's last step: Lightning counts it as over, and then goes on as if in its middle
             fit.reset_restart_stage()
         # Lightning asks the first process at every step, and the host waits for the device to answer
