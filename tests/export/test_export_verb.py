@@ -72,6 +72,19 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
+def test_constants_too_large_for_one_onnx_file_lie_beside_it(trained, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("stableqat.export.onnx")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(onnx, "LARGEST", 10_000)
+    out = tmp_path / "model"
+    assert main(["export", str(trained), "--format", "onnx", "--out", str(out)]) == 0
+    report = json.loads((out / "export.json").read_text())
+    assert {"model.onnx", "model.onnx.data"} <= set(report["sha256"])
+    sizes = [(out / name).stat().st_size for name in ("model.onnx", "model.onnx.data")]
+    assert report["bytes"] == sum(sizes)
+    assert sizes[1] > 10_000
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run's folder: its configuration, with a text, and its best checkpoint."""

@@ -172,7 +172,8 @@ def _sizes(packed: "PackedModel", part: Path) -> dict[str, Any]:
     rest = packed.rest()
     left = sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
     # the tokenizer and configurations are there for any format
-    written = sum(p.stat().st_size for p in _files(part) if p.suffix in (".safetensors", ".gguf", ".onnx"))
+    holding = (".safetensors", ".gguf", ".onnx", ".data")
+    written = sum(p.stat().st_size for p in _files(part) if p.suffix in holding)
     return {
         "bytes": written,
         "bytes_bf16": 2 * (quantized + sum(tensor.numel() for tensor in rest.values())),

@@ -16,6 +16,7 @@ from stableqat.errors import UserError
 from stableqat.export.packed import PackedModel, PackedWeight
 
 FILE = "model.onnx"
+LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf ends at two gigabytes
 BLOCKS = (256, 128, 64, 32, 16)  # inputs that may share a scale
 
 
@@ -51,8 +52,6 @@ def check(packed: PackedModel) -> None:
 
 def write(packed: PackedModel, folder: Path) -> None:
     """Trace the model with an operator for each packed layer."""
-    import onnx
-
     model: Any = packed.plain()
     for name, weight in packed.layers.items():
         model.set_submodule(name, MatMulNBits(weight, model.get_submodule(name).bias))
@@ -69,12 +68,12 @@ def write(packed: PackedModel, folder: Path) -> None:
         dynamo=True,
         verbose=False,
     )
-    graph = program.model_proto
-    for node in graph.graph.node:  # where in the source it came from: most of a small file
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    large = graph.ByteSize() > 1 << 30  # protobuf ends at two gigabytes
-    onnx.save(graph, str(folder / FILE), save_as_external_data=large, location=f"{FILE}.data")
+    graph = program.model.graph
+    for node in graph:  # where in the source it came from: most of a small file
+        node.metadata_props.clear()
+        node.doc_string = None
+    held = sum(each.const_value.nbytes for each in graph.initializers.values())
+    program.save(folder / FILE, external_data=held > LARGEST)
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
