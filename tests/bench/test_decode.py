@@ -225,20 +225,24 @@ def test_ratios_are_those_of_a_round(done):
 
 
 def test_two_models_at_a_time_are_held(home, monkeypatch):
-    """Bfloat16's and the one that takes turns with it."""
-    living, most = weakref.WeakSet(), []
-    real = decode._warm
+    """Bfloat16's, while the next is built and takes turns with it."""
+    living, held = weakref.WeakSet(), []
 
-    def warm(*arguments):
-        gc.collect()
-        most.append(len(living))
-        runner = real(*arguments)
-        living.add(runner)
-        return runner
+    def counted(real):
+        def call(*arguments):
+            gc.collect()
+            held.append(len(living))
+            made = real(*arguments)
+            if hasattr(made, "decode"):
+                living.add(made)
+            return made
 
-    monkeypatch.setattr(decode, "_warm", warm)
+        return call
+
+    monkeypatch.setattr(decode, "_packed", counted(decode._packed))
+    monkeypatch.setattr(decode, "_warm", counted(decode._warm))
     decode.measure_decode(read_architecture(str(home / "llama.yaml")), [4, 2], 8, 1, CPU, print)
-    assert most == [0, *[1] * 6]
+    assert held == [0, 0, *[1] * 8]  # before each of three models and seven engines
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def measure_decode(
         for arm in (each for each in arms if each.bits == bits):
             record: dict[str, Any] = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
             results[arm.name] = record
-            runner = None  # the one before may go
+            runner: Runner | None = None
             try:
                 runner = _warm(arm, packed, tokens, want, device, record)
                 baseline = baseline or runner
@@ -120,6 +120,8 @@ def measure_decode(
                 if baseline is None:
                     raise
                 record["failed"] = reason(error)
+            finally:
+                runner = None  # before the next model is built
             tell(f"{arm.name}: {record.get('failed') or _spread(record['ms'], 3) + ' ms a token'}")
         del packed
     settings = {"model": architecture.name, "prompt": prompt, "new_tokens": NEW_TOKENS, "rounds": rounds}
