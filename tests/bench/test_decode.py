@@ -100,8 +100,9 @@ def test_onnxruntime_decodes_what_the_dequantized_model_does(home, bits):
     torch.testing.assert_close(runner.prompt(TOKENS), want, atol=1e-4, rtol=1e-4)
     assert runner.start == (then[0], len(TOKENS))
     saved = sum(weight.codes.numel() * (4 - bits / 8) for weight in packed.layers.values())
-    blocks = sum(weight.codes.shape[0] * 4 for weight in packed.layers.values())
-    # 64 inputs a row are one block, 128 another; scales are float32; tables of positions stay
+    each = 8 if bits == 2 else 4  # a scale, and at 2 bits a zero point, both float32
+    blocks = sum(weight.codes.shape[0] * each for weight in packed.layers.values())
+    # 64 inputs a row are one block, 128 another; tables of positions stay
     assert plain.weight_bytes - runner.weight_bytes == pytest.approx(saved - blocks, rel=0.02)
 
 
@@ -241,7 +242,7 @@ def test_two_models_at_a_time_are_held(home, monkeypatch):
 
     monkeypatch.setattr(decode, "_packed", counted(decode._packed))
     monkeypatch.setattr(decode, "_warm", counted(decode._warm))
-    decode.measure_decode(read_architecture(str(home / "llama.yaml")), [4, 2], 8, 1, CPU, print)
+    decode.measure_decode(read_architecture(str(home / "llama.yaml")), [4, 2], "integer", 8, 1, CPU, print)
     assert held == [0, 0, *[1] * 8]  # before each of three models and seven engines
 
 
@@ -263,6 +264,25 @@ def test_what_is_refused(home, change, line, monkeypatch, capsys):
     assert main(shlex.split(command)[1:]) == 2
     assert line in capsys.readouterr().err
     assert not (home / "other.json").exists()
+
+
+def test_half_integers(home, monkeypatch):
+    monkeypatch.chdir(home)
+    command = COMMAND.format("wide.yaml").replace("4 2 --out done", "2 --grid stretched --out stretched")
+    assert main(shlex.split(command)[1:]) == 0
+    done = json.loads((home / "stretched.json").read_text())
+    assert done["settings"]["grid"] == "stretched"
+    exact, int8 = (done["decode"][f"onnxruntime 2 bits{more}"] for more in ("", ", int8 activations"))
+    assert exact["difference"] < 1e-4 < int8["difference"]
+    # odd integers, 4 bits wide, are what the int8 kernel multiplies with
+    assert int8["weight_bytes"] > exact["weight_bytes"]
+
+
+def test_training_steps_have_no_grid_of_their_own(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    command = "bench --model llama.yaml --batch 1 --device cpu --grid stretched --out other.json"
+    assert main(shlex.split(command)) == 2
+    assert "grid: is of decoding; leave it out without --decode" in capsys.readouterr().err
 
 
 def test_a_vision_transformer_decodes_nothing(at, capsys):

@@ -237,6 +237,7 @@ def test_wrong_shapes_for_a_format(tmp_path, refused):
 
 def test_options_that_do_not_belong(trained, refused, tmp_path):
     assert "only gguf takes one" in refused(trained, "--template", "x.gguf")
+    assert "only onnx has them" in refused(trained, "--int8_activations", "true")
     assert "cannot be read as GGUF" in refused(trained, "--template", str(trained), format="gguf")
     vit = checkpoint(tmp_path, "vit")
     line = refused(vit, "--embedding_bits", "4", format="hf")

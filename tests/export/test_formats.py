@@ -1,5 +1,6 @@
 """Format x grid x family: what a format's own reader makes of the file equals the model, or is refused."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from stableqat.errors import UserError
 from stableqat.export import ggml
 from stableqat.export.export import LIBRARIES
+from stableqat.export.packed import PackedWeight
+from stableqat.quantizers import STE
 
 LANGUAGE, FAMILIES = ("llama", "qwen3"), ("llama", "qwen3", "vit")
 SUPPORTED = {
@@ -61,6 +64,7 @@ def test_a_file_equals_the_model_or_is_refused(format, grid, family, tmp_path):
         ("llama", {}, []),
         ("qwen3", {"scale_dtype": torch.bfloat16}, []),
         ("vit", {"config": {"depth": 3}}, [{"bits": 8}, {"bits": 1}, {"bits": 3, "group_size": 16},
+                                           {"bits": 6, "grid": "stretched"},
                                            {"bits": 4, "grid": "stretched", "group_size": 16}]),
     ],
     ids=FAMILIES,
@@ -72,6 +76,40 @@ def test_every_grid_in_one_onnx_file(family, options, more, tmp_path):
         (settings.get("grid", "ternary"), settings.get("bits", 2)) for settings in models.GRIDS.values()
     }
     assert_equal("onnx", model, logits, tmp_path)
+
+
+def test_int8_activations_change_logits_and_no_weight(tmp_path):
+    """A runtime without a fast kernel would compute as exactly as ever."""
+    wide = {"hidden_size": 128, "intermediate_size": 128}
+    model, logits = models.packed("llama", None, quantizer=models.every_grid(), config=wide)
+    model = replace(model, int8_activations=True)
+    theirs = assert_equal("onnx", model, logits, tmp_path, tolerance=0.1 * logits.abs().max())
+    assert (theirs - logits).abs().max() > 1e-3 * logits.abs().max()
+    assert "as 4-bit odd integers" in " ".join(writer("onnx").notes(model))
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("options", [*models.GRIDS.values(), {"bits": 8}, {"bits": 6, "grid": "stretched"}])
+@pytest.mark.parametrize("group_size", [256, 48, None])
+def test_the_form_of_a_weight_in_onnx_keeps_its_values(options, int8, group_size):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 768 if group_size else 100)
+    quantizer = STE(weight, group_size=group_size, **options)
+    made = quantizer.quantize(weight)
+    scale = made.scale.detach().half().float()
+    kept = PackedWeight(made.codes, scale, float(made.zero_point), made.bits, quantizer.grid.name)
+    into = writer("onnx").MatMulNBits(kept, None, int8_activations=int8)
+    per_byte = 8 // into.bits
+    codes = torch.stack([into.codes >> (into.bits * i) & (2**into.bits - 1) for i in range(per_byte)], -1)
+    codes = codes.view(3, -1, into.block).float()
+    zero = 2 ** (into.bits - 1) if into.zero_point is None else into.zero_point.view(3, -1, 1)
+    values = ((codes - zero) * into.scale.view(3, -1, 1)).flatten(1)[:, : weight.shape[1]]
+    assert torch.equal(values, kept.dequantize())
+    assert into.block <= (128 if int8 else 256)
+    half = kept.zero_point != 0
+    assert (into.zero_point is not None) == (
+        not int8 and into.bits < 8 and (into.bits == 2 or (half and kept.bits == 4))
+    )
 
 
 @pytest.mark.parametrize("grid", models.GRIDS)
@@ -148,7 +186,7 @@ def test_binary(tmp_path):
             {"scale_dtype": torch.bfloat16},
             "scale in fp16; leave --scale_dtype at fp16, or take compr",
         ),
-        ("onnx", {"quantizer": {"bits": 5, "grid": "stretched"}}, "end at 4 bits; take torchao"),
+        ("onnx", {"quantizer": {"bits": 8, "grid": "stretched"}}, "end at 4 bits; take torchao"),
         ("onnx", {"quantizer": {"group_size": 8}}, "a scale each 8 weights.*take compressed-tensors"),
         ("onnx", {"grid": "stretched-2", "scale_dtype": torch.float32}, "do not survive.*or torchao"),
         ("onnx", {"dtype": torch.bfloat16}, "computes in float32.*take hf"),

@@ -52,6 +52,7 @@ def bench(
     device: str | None = None,
     kernels: bool = True,
     decode: Sequence[int] = (),
+    grid: Literal["integer", "stretched"] = "integer",
     out: str | None = None,
 ) -> int:
     """Measures time and memory of quantization-aware training beside the same model in full precision.
@@ -74,6 +75,7 @@ def bench(
         kernels: On a GPU, also measure fake quantization alone as a share of a copy's bandwidth.
         decode: Measure decoding at these bits instead, one stream (batch 1) after a prompt of `tokens`, 128
             if not given, with the low-bit engines that are installed, beside bfloat16.
+        grid: Grid of the decoded weights, with `decode`: half-integers (stretched) may cost an engine more.
         out: New JSON file; table (.md) and picture (.png) are written beside it. If not given, a file in the
             folder bench, named after the model, shape, precision and device.
 
@@ -90,7 +92,9 @@ def bench(
     architecture = read_architecture(model)
     if decode:
         _refuse_training_options(given)
-        return _bench_decode(command, architecture, decode, tokens, rounds, _device(device), out)
+        return _bench_decode(command, architecture, decode, grid, tokens, rounds, _device(device), out)
+    if grid != "integer":
+        raise UserError("grid: is of decoding; leave it out without --decode")
     from stableqat.bench.arms import build_arms, method_factories, rival_factories
     from stableqat.bench.kernels import measure_kernels
     from stableqat.bench.measure import measure
@@ -147,6 +151,7 @@ def _bench_decode(
     command: str,
     architecture: "Architecture",
     widths: Sequence[int],
+    grid: Literal["integer", "stretched"],
     tokens: int | None,
     rounds: int,
     where: Any,
@@ -156,8 +161,9 @@ def _bench_decode(
 
     device = _device_name(where) if where.type == "cuda" else "cpu"
     bits = "-".join(map(str, widths))
-    target = _target(out, f"{architecture.name}-decode-{bits}-bits-{device}")
-    measured = measure_decode(architecture, widths, tokens, rounds, where, _teller())
+    kind = "" if grid == "integer" else f"-{grid}"
+    target = _target(out, f"{architecture.name}-decode-{bits}-bits{kind}-{device}")
+    measured = measure_decode(architecture, widths, grid, tokens, rounds, where, _teller())
     result = {**_circumstances(command, where), **measured}
     _write_json(target, result)
     text = markdown(result)

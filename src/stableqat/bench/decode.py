@@ -1,6 +1,6 @@
 """Latency and memory of one stream of decoded tokens, at low bits beside bfloat16.
 
-Weights are random: codes of the integer grid with a scale a row, the same for every engine. Each engine's
+Weights are random: codes of one grid with a scale a row, the same for every engine. Each engine's
 logits are compared with those of the dequantized model, computed in float32 without a cache; one that is
 off is not timed. Each engine takes turns with bfloat16 and is then dropped: two models at a time are in
 memory. Embedding and head stay as they are, and so does what else the surgery skips.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class Arm:
 def measure_decode(
     architecture: Architecture,
     widths: Sequence[int],
+    grid: Literal["integer", "stretched"],
     prompt: int | None,
     rounds: int,
     device: torch.device,
@@ -76,6 +77,7 @@ def measure_decode(
     Args:
         architecture: A language model.
         widths: Bits of the quantized weights.
+        grid: Their grid.
         prompt: Tokens before the first that is timed; None takes 128.
         rounds: Timed rounds.
         device: CPU or GPU.
@@ -106,7 +108,7 @@ def measure_decode(
     baseline: Runner | None = None
     for bits in dict.fromkeys(arm.bits for arm in arms):
         with device:
-            packed = _packed(architecture, bits)
+            packed = _packed(architecture, bits, grid)
             want = _logits(packed, tokens[:_CHECKED])
         for arm in (each for each in arms if each.bits == bits):
             record: dict[str, Any] = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
@@ -124,7 +126,8 @@ def measure_decode(
                 runner = None  # before the next model is built
             tell(f"{arm.name}: {record.get('failed') or _spread(record['ms'], 3) + ' ms a token'}")
         del packed
-    settings = {"model": architecture.name, "prompt": prompt, "new_tokens": NEW_TOKENS, "rounds": rounds}
+    settings = {"model": architecture.name, "grid": grid, "prompt": prompt, "new_tokens": NEW_TOKENS}
+    settings["rounds"] = rounds
     return {"settings": settings, "seeds": [0], "decode": results, "left_out": left_out}
 
 
@@ -132,7 +135,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The result in Markdown, from the JSON alone."""
     settings, arms = result["settings"], result["decode"]
     lines = [
-        f"# {settings['model']}, decoding of one stream",
+        f"# {settings['model']}, decoding of one stream, {settings['grid']} grid",
         "",
         *(f"- {line}" for line in header(result)),
         "",
@@ -218,9 +221,11 @@ def _onnx(
         logging.getLogger("torch.onnx").setLevel(level)
 
 
-def _packed(architecture: Architecture, bits: int | None) -> PackedModel:
+def _packed(
+    architecture: Architecture, bits: int | None, grid: Literal["integer", "stretched"]
+) -> PackedModel:
     """The random model, packed at a width; with nothing packed if it has none."""
-    extra = {} if bits is None else {"quantizer": partial(STE, bits=bits)}
+    extra = {} if bits is None else {"quantizer": partial(STE, bits=bits, grid=grid)}
     module = replace(architecture, init_args=architecture.init_args | extra).module()
     torch.manual_seed(0)
     module.configure_model()

@@ -9,7 +9,6 @@ torchao, which torch itself ships; it has a CPU twin.
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,6 @@ from stableqat.export.packed import PackedWeight
 
 BITS = {"onnxruntime": (2, 4, 8), "tinygemm": (4,), "gemlite": (2, 4, 8)}  # codes stored at that width
 _GROUPS = (256, 128, 64, 32)  # of tinygemm
-_INT8_BLOCKS = (128, 64, 32)  # of onnxruntime
 _LAYER_TOLERANCE = 0.02  # of the largest output: bfloat16 keeps 8 bits
 
 
@@ -160,8 +158,7 @@ class OnnxRunner:
         model: A float32 model, changed in place.
         length: Tokens that the cache holds.
         packed: Weights that the operator MatMulNBits multiplies with, by layer name.
-        int8_activations: Let the operator round its input to int8, block by block: faster, no longer exact.
-            Blocks are shorter then, for at 2 bits longer ones have no such kernel.
+        int8_activations: See `MatMulNBits`.
     """
 
     def __init__(
@@ -172,12 +169,11 @@ class OnnxRunner:
         *,
         int8_activations: bool = False,
     ) -> None:
-        import onnx_ir
         import onnxruntime
 
         for name, weight in (packed or {}).items():
-            weight = _in_short_blocks(weight) if int8_activations else weight
-            model.set_submodule(name, MatMulNBits(weight, model.get_submodule(name).bias))
+            bias = model.get_submodule(name).bias
+            model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=int8_activations))
         self.cache = [_value(tensor) for tensor in _empty_cache(model, length)]
         example = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         program: Any = torch.onnx.export(
@@ -189,11 +185,6 @@ class OnnxRunner:
             dynamo=True,
             verbose=False,
         )
-        nodes = [node for node in program.model.graph if node.op_type == "MatMulNBits"]
-        assert len(nodes) == len(packed or {})
-        for node in nodes:
-            level = onnx_ir.AttrInt64("accuracy_level", 4 if int8_activations else 1)
-            node.attributes["accuracy_level"] = level
         held = program.model.graph.initializers.values()
         self.weight_bytes = sum(each.const_value.nbytes for each in held)
         options = onnxruntime.SessionOptions()
@@ -332,13 +323,6 @@ def swap_layers(
             raise WrongResultError(f"{name} is off by {error:.1%} of its largest output")
         model.set_submodule(name, layer)
     return model.to(device)
-
-
-def _in_short_blocks(weight: PackedWeight) -> PackedWeight:
-    fitting = [size for size in _INT8_BLOCKS if weight.group_size % size == 0]
-    if not fitting:
-        raise ValueError(f"inputs in groups of {weight.group_size} are no multiple of {_INT8_BLOCKS[-1]}")
-    return replace(weight, scale=weight.scale_of_blocks(fitting[0]))
 
 
 def _empty_cache(model: Any, length: int) -> list[Tensor]:

@@ -94,7 +94,7 @@ def header(result: dict[str, Any]) -> list[str]:
         f"`{result['command']}`",
         f"{result['device']}, {result['date']}",
         versions,
-        f"{result['settings']['rounds']} rounds, all arms in turn; inputs of seeds {seeds}; random weights",
+        f"{result['settings']['rounds']} rounds in turn; inputs of seeds {seeds}; random weights",
     ]
 
 

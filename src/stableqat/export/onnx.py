@@ -1,10 +1,17 @@
 """ONNX with MatMulNBits: onnxruntime multiplies with 2, 4 and 8-bit codes as they are.
 
-The operator computes `scale * (code - zero_point)` with codes that start at 0, a scale a block of inputs and,
-at 2 and 4 bits, a zero point that may be a half: `2^(b-1) - 1/2` is the half-integer grid. 3-bit codes
-lie in 4 bits. Scales have the type of the activations, so a float32 model repeats them as float32.
+The operator computes `scale * (code - zero_point)` with codes that start at 0 and a scale a block of inputs.
+Which kernel of onnxruntime does it depends on the form, and they differ by up to 40 times (`benchmarks.md`):
+
+- Half-integer grids become odd integers where these fit the same width (3 bits lie in 4 anyway); else their
+  zero point, `2^(b-1) - 1/2`, is given as a float.
+- At 2 bits a float zero point is given to integer grids as well: without one the kernel is 8 times slower.
+- With int8 activations there is a fast kernel for integers in short blocks alone, so all grids become those.
+
+Scales have the type of the activations, so a float32 model repeats them as float32.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +25,8 @@ from stableqat.export.packed import PackedModel, PackedWeight
 FILE = "model.onnx"
 LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf ends at two gigabytes
 BLOCKS = (256, 128, 64, 32, 16)  # inputs that may share a scale
+_INT8_BLOCK = 128  # the longest for which 2 bits have an int8 kernel
+_STORED = {1: 2, 2: 2, 3: 4, 4: 4}  # width of the codes; 8 for more bits
 
 
 def check(packed: PackedModel) -> None:
@@ -33,28 +42,43 @@ def check(packed: PackedModel) -> None:
             raise UserError(
                 f"onnx: MatMulNBits has no look-up ({name}); take gguf or torchao, or leave embeddings alone"
             )
-        if weight.zero_point and packed.scale_dtype == torch.float32:
+        if weight.zero_point and weight.bits == 8:
+            raise UserError(
+                f"onnx: {name} has the 8-bit {weight.grid} grid, and half-integer zero points end at 4 bits; "
+                "take torchao"
+            )
+        if stored_form(weight, packed.int8_activations).zero_point and packed.scale_dtype == torch.float32:
             raise UserError(
                 "onnx: onnxruntime multiplies the scale with code and zero point apart, which float32 scales "
                 "do not survive on half-integer grids; take --scale_dtype fp16 or bf16, or torchao"
             )
-        if weight.zero_point and weight.bits > 4:
-            raise UserError(
-                f"onnx: {name} has the {weight.bits}-bit {weight.grid} grid, and half-integer zero points "
-                "end at 4 bits; take torchao"
-            )
-        if weight.scale.shape[1] > 1 and weight.group_size not in BLOCKS:
+        if weight.scale.shape[1] > 1 and weight.group_size % BLOCKS[-1]:
             raise UserError(
                 f"onnx: {name} has a scale each {weight.group_size} weights, MatMulNBits one each "
-                f"{', '.join(map(str, BLOCKS))}; take compressed-tensors or hf"
+                f"{BLOCKS[-1]} or a multiple; take compressed-tensors or hf"
             )
+
+
+def notes(packed: PackedModel) -> list[str]:
+    """How each grid is stored, and what int8 activations mean."""
+    forms = [(weight, stored_form(weight, packed.int8_activations)) for weight in packed.layers.values()]
+    counts = Counter(
+        f"{weight.bits}-bit {weight.grid} grid as {_STORED.get(form.bits, 8)}-bit "
+        f"{'codes' if form is weight else 'odd integers'}"
+        for weight, form in forms
+    )
+    lines = [f"{count} layers of the {form}" for form, count in counts.items()]
+    if packed.int8_activations:
+        lines.append("onnxruntime rounds activations to int8: its logits are no longer the model's")
+    return lines
 
 
 def write(packed: PackedModel, folder: Path) -> None:
     """Trace the model with an operator for each packed layer."""
     model: Any = packed.plain()
     for name, weight in packed.layers.items():
-        model.set_submodule(name, MatMulNBits(weight, model.get_submodule(name).bias))
+        bias = model.get_submodule(name).bias
+        model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=packed.int8_activations))
     is_text = "input_ids" in packed.batch
     batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = {0: batch, 1: length} if is_text else {0: batch}
@@ -94,21 +118,28 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     return weights, torch.from_numpy(logits)
 
 
+def stored_form(weight: PackedWeight, int8_activations: bool = False) -> PackedWeight:
+    """The same values as the operator multiplies with them fastest."""
+    free = _STORED.get(weight.bits, 8) == _STORED.get(weight.bits + 1, 8)
+    return weight.integers() if free or int8_activations else weight
+
+
 class MatMulNBits(nn.Module):
     """A linear layer that exports as the operator; it computes nothing in torch.
 
     Args:
         weight: What it holds.
         bias: Added afterwards.
+        int8_activations: Let the operator round its input to int8, block by block: faster, no longer exact.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, *, int8_activations: bool = False) -> None:
         super().__init__()
+        weight = stored_form(weight, int8_activations)
         rows, inputs = weight.codes.shape
-        self.bits = {1: 2, 2: 2, 3: 4, 4: 4}.get(weight.bits, 8)
-        # for one scale a row the longest block that is not mostly padding
-        fitting = [b for b in BLOCKS if b < 2 * inputs] or [16]
-        self.block = fitting[0] if weight.scale.shape[1] == 1 else weight.group_size
+        self.bits = _STORED.get(weight.bits, 8)
+        self.accuracy_level = 4 if int8_activations else 1
+        self.block = _block(weight, _INT8_BLOCK if int8_activations else BLOCKS[0])
         lowest = -(2 ** (self.bits - 1)) if weight.zero_point == 0 else -(2 ** (weight.bits - 1))
         blocks, per_byte = -(-inputs // self.block), 8 // self.bits
         stored = torch.zeros(rows, blocks * self.block, dtype=torch.uint8)
@@ -116,7 +147,8 @@ class MatMulNBits(nn.Module):
         shifts = torch.arange(per_byte, dtype=torch.uint8) * self.bits
         parts = stored.view(rows, blocks, -1, per_byte) << shifts
         scale = weight.scale_of_blocks(self.block)
-        zero = None if weight.zero_point == 0 else torch.full_like(scale, weight.zero_point - lowest)
+        given = weight.zero_point != 0 or (self.bits == 2 and not int8_activations and _is_short(scale))
+        zero = torch.full_like(scale, weight.zero_point - lowest) if given else None
         self.register_buffer("codes", parts.sum(-1, dtype=torch.uint8))
         self.register_buffer("scale", scale.flatten())
         self.register_buffer("zero_point", None if zero is None else zero.flatten())
@@ -129,12 +161,30 @@ class MatMulNBits(nn.Module):
         product = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (input, *buffers),
-            {"K": inputs, "N": rows, "bits": self.bits, "block_size": self.block, "accuracy_level": 1},
+            {
+                "K": inputs,
+                "N": rows,
+                "bits": self.bits,
+                "block_size": self.block,
+                "accuracy_level": self.accuracy_level,
+            },
             dtype=input.dtype,
             shape=(*input.shape[:-1], rows),
             version=1,
         )
         return product if self.bias is None else product + self.bias
+
+
+def _block(weight: PackedWeight, longest: int) -> int:
+    """Inputs to a scale: at most a group, and for one scale a row not mostly padding."""
+    inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
+    fits = [b for b in BLOCKS if (b < 2 * inputs if groups == 1 else weight.group_size % b == 0)]
+    return next((b for b in fits if b <= longest), BLOCKS[-1])
+
+
+def _is_short(scale: Tensor) -> bool:
+    """Whether three times a scale is exact: scale times code less scale times zero point is, then."""
+    return torch.equal((3 * scale).double(), 3 * scale.double())
 
 
 class _Logits(nn.Module):
@@ -151,7 +201,10 @@ class _Logits(nn.Module):
 
 
 def _multiplied_by_identity(node: Any, constants: dict[str, Any]) -> np.ndarray:
-    """The transposed product of an operator with the identity is its weight, each sum having one term."""
+    """The transposed product of an operator with the identity is its weight, each sum having one term.
+
+    The codes, scales and zero points are the file's; the multiplication is with float32 in any case.
+    """
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -160,7 +213,7 @@ def _multiplied_by_identity(node: Any, constants: dict[str, Any]) -> np.ndarray:
         ["x", *node.input[1:]],
         ["y"],
         domain=node.domain,
-        **{each.name: helper.get_attribute_value(each) for each in node.attribute},
+        **{each.name: helper.get_attribute_value(each) for each in node.attribute} | {"accuracy_level": 1},
     )
     inputs = next(each.i for each in node.attribute if each.name == "K")
     graph = helper.make_graph(

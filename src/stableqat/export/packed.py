@@ -81,6 +81,7 @@ class PackedModel:
         scale_dtype: Type of the scales.
         batch: Inputs on which the file is compared with the model.
         template: A GGUF of upstream's converter whose metadata is kept, or None.
+        int8_activations: Whether an ONNX file has the runtime round activations to int8.
     """
 
     module: QATModule
@@ -89,6 +90,7 @@ class PackedModel:
     scale_dtype: torch.dtype
     batch: dict[str, Tensor]
     template: Path | None = None
+    int8_activations: bool = False
 
     @property
     def model(self) -> Any:
