@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import tiny
 from stableqat.callbacks import Throughput
 from stableqat.callbacks import throughput as seam
-from stableqat.callbacks.throughput import peak_flops, training_flops
+from stableqat.callbacks.throughput import peak_flops, training_flops, untimed
 
 SECONDS = 0.05
 
@@ -72,6 +72,29 @@ def test_it_logs_what_a_stopwatch_says(family, what):
         took = seen["perf/step_ms"][step] / 1000
         assert SECONDS < took < 5 * SECONDS
         assert seen[what][step] * took == pytest.approx(64 if family == "llama" else 4)
+
+
+class Busy(L.Callback):
+    """Does something else at either end of a step."""
+
+    def on_train_batch_start(self, trainer, *_):
+        with untimed(trainer):
+            time.sleep(5 * SECONDS)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.on_train_batch_start(trainer)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_no_training_is_left_out(order):
+    callbacks = [Throughput(), Steady(), Busy()][::order]
+    seen = fit(callbacks=callbacks)
+    for took in seen["perf/step_ms"].values():
+        assert SECONDS < took / 1000 < 5 * SECONDS
+
+
+def test_never_to_log_is_no_error():
+    assert fit(log_every_n_steps=0, max_steps=2) == {}
 
 
 def test_accumulated_micro_batches_are_one_step():

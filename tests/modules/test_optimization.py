@@ -127,6 +127,20 @@ def test_a_loss_scaler_sees_the_step_that_the_guard_drops(fused):
     assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
 
 
+def test_the_guard_judges_the_loss_and_not_what_the_scaler_makes_of_it():
+    scaler = torch.amp.GradScaler("cpu", growth_interval=5)
+    plugin, module, guard = (
+        MixedPrecision("16-mixed", "cpu", scaler),
+        tiny.configured("llama"),
+        DivergenceGuard(),
+    )
+    trainer = tiny.trainer(max_steps=40, max_epochs=-1, plugins=[plugin], callbacks=[guard, tiny.Losses()])
+    trainer.fit(module, tiny.loader("llama"), tiny.loader("llama"))
+    assert guard.initial_loss == pytest.approx(trainer.callbacks[1].values[0], rel=1e-5)
+    assert scaler.get_scale() > 2**17
+    assert not guard.diverged
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_group_moves(family):
     module = tiny.configured(family, "dsq")
@@ -175,6 +189,25 @@ def test_without_warmup_the_peak_comes_first():
 def test_a_schedule_that_cannot_be_is_refused(settings, key):
     with pytest.raises(UserError, match=key):
         CosineWarmup(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), **settings)
+
+
+TIMED = {"max_steps": -1, "max_time": {"seconds": 0.3}}
+
+
+@pytest.mark.parametrize("endless", [TIMED, {"max_steps": -1, "max_epochs": -1}], ids=["time", "epochs"])
+def test_a_schedule_needs_an_end_if_the_run_has_none(endless):
+    module = tiny.module("llama", lr_scheduler=CosineWarmup)
+    with pytest.raises(
+        UserError, match=r"^total_steps: .* set it, or trainer\.max_steps or trainer\.max_epochs$"
+    ):
+        tiny.trainer(**endless).fit(module, tiny.loader("llama"), tiny.loader("llama"))
+
+
+@pytest.mark.parametrize("scheduler", [None, partial(CosineWarmup, total_steps=5)], ids=["none", "given"])
+def test_a_run_may_end_with_its_time(scheduler):
+    trainer = tiny.trainer(**TIMED)
+    trainer.fit(tiny.module("llama", lr_scheduler=scheduler), tiny.loader("llama"), tiny.loader("llama"))
+    assert trainer.global_step
 
 
 def fit(module, steps, folder, **resume):

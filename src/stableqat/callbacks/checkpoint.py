@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.callbacks.divergence import DivergenceGuard
+from stableqat.callbacks.interruption import between_steps
 from stableqat.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,8 @@ class _GuardedCheckpoint(ModelCheckpoint):
             _tidy(Path(self.dirpath) / f"{self.filename}.ckpt")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if not _suspicious(trainer):
+        if between_steps(trainer) and not _suspicious(trainer):
             super().on_train_batch_end(trainer, *args)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _suspicious(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not _suspicious(trainer):
@@ -79,14 +76,12 @@ class _GuardedCheckpoint(ModelCheckpoint):
         alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
         if isinstance(exception, NotWrittenError) or not alone or _suspicious(trainer):
             return
+        if not between_steps(trainer):
+            return  # the gradients gathered so far would be missing: the save before has all
         try:
             super().on_exception(trainer, pl_module, exception)
         except NotWrittenError as error:  # the exception itself is what must be told
             logger.warning("%s", error)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _suspicious(trainer):
-            super().on_train_end(trainer, pl_module)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         # a gradient that is not finite poisons the weights under a loss that still is
@@ -148,6 +143,20 @@ class BestCheckpoint(_GuardedCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remember who knows what the run resumes from."""
+        super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know the best of the run's folder again, by whatever name that goes now."""
+        folder, resumed = Path(str(self.dirpath)), Path(str(self._trainer.ckpt_path))
+        if resumed.parent.resolve() == folder.resolve() and state_dict["best_model_path"]:
+            best, score = str(folder / f"{self.filename}.ckpt"), state_dict["best_model_score"]
+            state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": best}
+            state_dict |= {"kth_best_model_path": best, "best_k_models": {best: score}}
+        super().load_state_dict(state_dict)
+
 
 class LastCheckpoint(_GuardedCheckpoint):
     """Keep `checkpoints/last.ckpt`: after every validation, at the end, and when the run is interrupted.
@@ -171,7 +180,6 @@ class LastCheckpoint(_GuardedCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final state, unless the last save was at this very step, or nothing is to be saved."""
-        super().on_train_end(trainer, pl_module)
         if not _suspicious(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 

@@ -57,6 +57,8 @@ class DivergenceGuard(L.Callback):
         """Judge the step's loss before it moves anything."""
         loss = trainer.strategy.reduce(torch.stack(self._micro_losses).sum(), reduce_op="mean").item()
         self._micro_losses.clear()
+        if scaler := getattr(trainer.precision_plugin, "scaler", None):  # it was here before this callback
+            loss /= scaler.get_scale()
         if not isfinite(loss):
             pl_module.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
             self._stop(trainer, pl_module, f"the loss is {loss}")

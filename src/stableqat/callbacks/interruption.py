@@ -5,14 +5,16 @@ handlers communicate between processes at whatever moment a signal comes, which 
 communicating as well, and under SLURM they save in the middle of a step, into the working folder. Here a
 handler only takes a note; processes compare their notes before a step changes weights, and all stop after
 the same one. A validation that was due or begun is made anew when the run resumes; Lightning would leave it
-out.
+out. Validations wait for the end of a step: what is saved after one holds no half of it.
 """
 
 import signal
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loops.fit_loop import RestartStage
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 128 + signal.SIGTERM
@@ -36,14 +38,13 @@ class Interruption(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen; Lightning sets what was before when the run ends. Make up for what a resume leaves out."""
         self._listen()
-        fit = trainer.fit_loop
-        if fit.restarted_mid_epoch and trainer.current_epoch == fit.epoch_progress.current.ready:
-            # saved at an epoch's last step: Lightning counts it as over, and then goes on as if in its middle
-            fit.reset_restart_stage()
+        self._seen_step = trainer.global_step
+        _resume_epoch(trainer)
+        loop = trainer.fit_loop.epoch_loop
+        vars(loop)["_should_check_val_fx"] = partial(_validation_is_due, trainer)
         # Lightning asks the first process at every step, and the host waits for the device to answer
-        vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _nothing
+        vars(loop)["_broadcast_sigterm_tensor"] = _nothing
         if self._unvalidated:
-            loop = trainer.fit_loop.epoch_loop
             loop._batches_that_stepped = trainer.global_step - 1  # the step it is logged at
             loop.val_loop.restarting = False
             trainer.validating = True
@@ -98,6 +99,48 @@ class Interruption(L.Callback):
         if agreed and not between and trainer.global_step != trainer.max_steps:
             # Lightning ends the run at its next opportunity
             trainer._signal_connector.received_sigterm = True
+
+
+def between_steps(trainer: L.Trainer) -> bool:
+    """Whether no gradient has been gathered for a step that is still to come."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    last = current.processed == trainer.num_training_batches  # Lightning steps with what there is
+    return last or current.processed % trainer.accumulate_grad_batches == 0
+
+
+def _validation_is_due(trainer: L.Trainer, fetcher: Any) -> bool:
+    """As Lightning has it, but at the end of a step, for any of its batches."""
+    loop = trainer.fit_loop.epoch_loop
+    if loop._should_accumulate():
+        return False
+    if type(loop)._should_check_val_fx(loop, fetcher):
+        return True
+    interval = trainer.val_check_batch
+    if not loop._should_check_val_epoch() or interval is None or interval == float("inf"):
+        return False
+    done = (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx) + 1
+    before = done - 1 - loop.batch_idx % trainer.accumulate_grad_batches
+    return done // interval > before // interval
+
+
+def _resume_epoch(trainer: L.Trainer) -> None:
+    """Mend where Lightning goes on in an epoch that it has counted as over."""
+    fit = trainer.fit_loop
+    epochs = fit.epoch_progress
+    if not fit.is_resuming or trainer.current_epoch != epochs.current.ready:
+        return
+    if fit.restarted_mid_epoch:  # saved at its last step: the next one begins
+        fit.reset_restart_stage()
+    elif trainer.max_steps == -1:
+        return  # saved after it
+    elif fit.epoch_loop._num_ready_batches_reached():  # the run had ended with it
+        fit.epoch_loop.restarting = False
+    else:  # the run had ended in its middle
+        count: Any
+        for count in (epochs.total, epochs.current):
+            count.processed -= 1
+            count.completed -= 1
+        fit._restart_stage = RestartStage.RESTARTED_MID_EPOCH
 
 
 def _nothing() -> None:

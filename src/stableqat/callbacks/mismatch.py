@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from stableqat.callbacks.throughput import untimed
 from stableqat.errors import UserError
 from stableqat.surgery import quantized_layers, release_weights
 
@@ -72,7 +73,8 @@ class GradientMismatch(L.Callback):
         if not probe.scales:
             return
         first = step * self.directions  # the same directions in every run and on every rank
-        cosine, error = _cosine(*probe.slopes(range(first, first + self.directions)))
+        with untimed(trainer):
+            cosine, error = _cosine(*probe.slopes(range(first, first + self.directions)))
         if cosine.isfinite():  # there is none where a gradient is 0, or a loss overflows
             metrics = {"quant/grad_cosine": cosine.item(), "quant/grad_cosine_se": error.item()}
             for logger in trainer.loggers:

@@ -9,6 +9,8 @@ device: steps are timed from log entry to log entry, without validations, checkp
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -96,7 +98,7 @@ class Throughput(L.Callback):
         if stepped and not self._warm:
             self._warm = True
             self._clear()
-        elif stepped and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        elif stepped and _is_logged(trainer):
             if trainer.is_global_zero:
                 self._log(trainer, pl_module, batch)
             self._clear()
@@ -129,6 +131,21 @@ class Throughput(L.Callback):
 
     def _after_fetch(self) -> None:
         self._waited += time.perf_counter() - self._fetching
+
+
+@contextmanager
+def untimed(trainer: L.Trainer) -> Iterator[None]:
+    """Leave what a callback does within a step out of the times of training."""
+    began = time.perf_counter()
+    yield
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Throughput) and callback._since is not None:
+            callback._since += time.perf_counter() - began
+
+
+def _is_logged(trainer: L.Trainer) -> bool:
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

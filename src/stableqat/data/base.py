@@ -87,7 +87,7 @@ class DataModule(LightningDataModule):
             self._train_loader, self._place = None, {}
             if self.trainer is not None:
                 recount = LambdaCallback(on_train_start=lambda *_: self._recount())
-                self.trainer.callbacks.append(recount)  # type: ignore[attr-defined]
+                self.trainer.callbacks.insert(0, recount)  # type: ignore[attr-defined]  # others may save
 
     def _share(self) -> dict[str, int]:
         """Return this process's place among those that read different data (tensor-parallel ones do not)."""
@@ -182,6 +182,9 @@ class DataModule(LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         count: Any
         for count in (progress.total, progress.current):
-            more = -(-count.processed * saved // now) - count.processed
+            done = -(-count.processed * saved // now)
+            if count is progress.current and progress.is_last_batch:  # the epoch is over, whatever is left
+                done = int(self.trainer.num_training_batches)
+            more = done - count.processed
             for stage in ("ready", "started", "processed", "completed"):
                 setattr(count, stage, getattr(count, stage) + more)
