@@ -12,9 +12,13 @@
 #SBATCH --open-mode=append
 
 run=$SLURM_JOB_NAME-$SLURM_JOB_ID # the same when the job is queued again
-for checkpoint in lightning_logs/llama/"$run"/checkpoints/{last,previous}.ckpt; do
+folder=lightning_logs/llama/$run resume=
+for checkpoint in "$folder"/checkpoints/{last,previous}.ckpt; do
     [ -e "$checkpoint" ] && resume="--ckpt_path last"
 done
+if [ -z "$resume" ] && [ -e "$folder" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    mv "$folder" "$folder.restart$SLURM_RESTART_COUNT" # it was queued again before its first checkpoint
+fi
 
 trap : USR1 TERM # srun passes them on to its tasks
 srun --kill-on-bad-exit=1 stableqat fit -c configs/llama/base.yaml -c configs/llama/fsdp.yaml "$@" \

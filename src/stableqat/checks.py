@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -85,7 +86,7 @@ def check_trainer(trainer: Namespace) -> None:
         )
 
 
-def check_optimizer(model: QATModule) -> None:
+def check_optimizer(model: QATModule, trainer: L.Trainer) -> None:
     """Optimizer and scheduler are made late, by factories: try them on a parameter now."""
     try:
         optimizer = model.optimizer([torch.nn.Parameter(torch.zeros(1))])
@@ -94,7 +95,7 @@ def check_optimizer(model: QATModule) -> None:
     if model.lr_scheduler is None:
         return
     try:
-        model.lr_scheduler(optimizer)
+        model.check_schedule(model.lr_scheduler(optimizer), trainer)
     except UserError as error:
         raise UserError(f"model.lr_scheduler.{error}") from error
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:

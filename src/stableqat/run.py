@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -32,6 +31,7 @@ from stableqat.callbacks import (
     RunRecord,
     Throughput,
 )
+from stableqat.callbacks.checkpoint import StreamedCheckpointIO, on_disk
 from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
@@ -170,7 +170,7 @@ class QATCommand(LightningCLI):
         if self.trainer.log_dir is not None:
             checks.check_run_folder(self.trainer.log_dir, ckpt_path)
         if self._verb == "fit":
-            checks.check_optimizer(self.model)
+            checks.check_optimizer(self.model, self.trainer)
         if self.model.init_from is not None and ckpt_path is None:
             check_start(self.model, self.model.init_from)
         self.model.check_trainer(self.trainer)
@@ -213,9 +213,10 @@ class QATCommand(LightningCLI):
         """Predict and save the predictions in the run's folder, a file for each process."""
         predictions = self.trainer.predict(**kwargs)
         path = Path(self.trainer.log_dir or ".") / f"predictions-{self.trainer.global_rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as part:
-            torch.save(predictions, part)
+            problem = on_disk(StreamedCheckpointIO().save_checkpoint, predictions, part)
+            if problem is not None:
+                raise UserError(f"{path}: could not be written ({problem}); make room, and predict again")
         logger.info("predictions saved: %s", path)
 
 

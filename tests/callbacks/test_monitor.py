@@ -132,6 +132,13 @@ def test_flips_are_counted_in_every_step_whenever_they_are_logged():
     assert list(rows) == [5]
 
 
+@pytest.mark.parametrize(("every", "options"), [(None, {"log_every_n_steps": 0}), (0, {})])
+def test_every_0_steps_is_never(every, options):
+    layer = layer_of(script()[0])
+    played = Played([(layer.weight, script())], x=layer)
+    assert not fit(played, QuantizerMonitor(every_n_steps=every), 5, **options)
+
+
 def test_a_flip_is_an_optimizer_step_not_a_micro_batch():
     layer = layer_of(script()[0])
     rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, accumulate_grad_batches=3)

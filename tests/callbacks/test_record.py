@@ -1,8 +1,11 @@
 """The same `hp/*` for every run, so that the HParams tab joins methods, learning rates and families."""
 
+from collections.abc import Sequence
 from functools import partial
+from math import isnan
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,9 +20,9 @@ ALL = {"hp/val_loss", "hp/best_val_loss", "hp/initial_loss", "hp/diverged", "hp/
 RUNS = [("llama", "fp"), ("llama", "dsq"), ("vit", "stableqat"), ("vit", "paretoq")]
 
 
-def recorded(folder: Path, family: str, method: str, verb: str = "fit", **options):
+def recorded(folder: Path, family: str, method: str, verb: str = "fit", before: Sequence = (), **options):
     logger = TensorBoardLogger(folder, family, f"{method}-{verb}", default_hp_metric=False)
-    callbacks = [DivergenceGuard(), RunRecord()]
+    callbacks = [*before, DivergenceGuard(), RunRecord()]
     trainer = tiny.trainer(
         max_steps=4,
         logger=logger,
@@ -108,6 +111,22 @@ def test_the_learning_rate_is_the_peak_not_that_of_the_first_step(tmp_path):
     )
     assert run.hparams["lr"] == 0.25
     assert run.hparams["granularity"] == "group 16"
+
+
+class Break(L.Callback):
+    """After three steps no weight is a number."""
+
+    def on_validation_start(self, trainer, module):
+        if trainer.global_step == 3:
+            for parameter in module.parameters():
+                parameter.data.fill_(torch.nan)
+
+
+def test_a_run_that_diverges_keeps_its_best_loss(tmp_path):
+    run, _ = recorded(tmp_path, "llama", "ste", before=[Break()])
+    first, second, *broken = run.scalars["val/loss"].values()
+    assert all(map(isnan, [*broken, run.last("hp/val_loss")]))
+    assert run.last("hp/best_val_loss") == min(first, second)
 
 
 def test_a_run_that_only_validates_has_a_record_too(tmp_path):

@@ -1,10 +1,14 @@
 """Verbs, exit codes and what reaches stderr."""
 
+import resource
 import subprocess
 import sys
+from functools import wraps
 from importlib.metadata import version
 
+import lightning as L
 import pytest
+import torch
 
 from stableqat.cli import main
 from stableqat.errors import UserError
@@ -40,11 +44,33 @@ def test_a_start_is_evaluated(run, at, capsys):
 
 
 def test_predictions_are_saved(run, at):
-    import torch
-
     assert main(llama("predict", "predict", "--model.init_from", run)) == 0
     predictions = torch.load(at / "logs/llama/predict/predictions-0.pt", weights_only=True)
     assert all(each.shape[1] == 15 and each.isfinite().all() for each in predictions)
+
+
+def test_predictions_that_the_disk_does_not_take(at, capsys, monkeypatch):
+    size, limits = 10_000, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @wraps(L.Trainer.predict)  # the command line reads its signature
+    def predict(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        return [torch.zeros(size)]
+
+    monkeypatch.setattr(L.Trainer, "predict", predict)
+    try:
+        assert main(llama("predict", "full")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path = "logs/llama/full/predictions-0.pt"
+    line = f"stableqat: {path}: could not be written (File too large); make room, and predict again"
+    assert capsys.readouterr().err.splitlines() == [line]
+    assert not list((at / path).parent.iterdir())
+
+
+def test_a_run_may_log_nothing(at):
+    steps = ["--trainer.max_steps", "3", "--trainer.log_every_n_steps", "0"]
+    assert main(llama("fit", "silent", *steps)) == 0
 
 
 def test_a_checkpoint_is_evaluated_as_what_it_is(run, at, capsys):
@@ -55,8 +81,6 @@ def test_a_checkpoint_is_evaluated_as_what_it_is(run, at, capsys):
 
 
 def test_a_cut_run_is_resumed_by_the_same_command(at):
-    import torch
-
     assert main(llama("fit", "resumed")) == 0
     config = (at / "logs/llama/resumed/config.yaml").read_text()
     assert main(llama("fit", "resumed", "--ckpt_path", "last", "--trainer.max_steps", "3")) == 0

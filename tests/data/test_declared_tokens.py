@@ -66,6 +66,32 @@ def test_a_recipe_ends_with_its_budget_and_says_what_it_took(corpora: Path, tmp_
 
 
 @pytest.mark.parametrize(
+    ("changed", "steps", "tokens"),
+    [
+        ({"trainer__max_epochs": 3, "data__repeat": "true"}, 24, 3 * 8000),
+        ({"trainer__max_epochs": -1, "trainer__max_steps": 12, "data__repeat": "true"}, 12, 8000 + 4 * 1024),
+        ({"trainer__max_epochs": 3, "trainer__limit_train_batches": 40}, 9, 3 * 40 * 64),
+    ],
+    ids=["epochs", "steps", "parts of an epoch"],
+)
+def test_several_epochs_are_counted_to_the_token(
+    corpora: Path, tmp_path: Path, changed: dict[str, object], steps: int, tokens: int
+) -> None:
+    assert fit(corpora, tmp_path, trainer__logger__version="v", **changed) == 0
+    run = read_run(tmp_path / "paper" / "v")
+    assert (run.last("hp/steps"), run.hparams["training_tokens"]) == (steps, tokens)
+
+
+def test_a_run_that_ends_with_its_time_declares_no_tokens_in_all(corpora: Path, tmp_path: Path) -> None:
+    endless = {"trainer__max_epochs": -1, "trainer__max_time": "00:00:00:01", "data__repeat": "true"}
+    assert fit(corpora, tmp_path, trainer__logger__version="v", model__lr_scheduler="null", **endless) == 0
+    run = read_run(tmp_path / "paper" / "v")
+    assert run.last("hp/steps") > 0
+    assert run.hparams["tokens_per_step"] == 1024
+    assert "training_tokens" not in run.hparams
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         (
@@ -77,6 +103,16 @@ def test_a_recipe_ends_with_its_budget_and_says_what_it_took(corpora: Path, tmp_
             {"trainer__max_steps": 8},
             "tokens 8000 is declared, and trainer.max_steps 8 takes 8192: lower max_steps (-1 with "
             "max_epochs 1 ends with the budget), or set repeat: true",
+        ),
+        (
+            {"trainer__max_epochs": 3},
+            "tokens 8000 is declared, and trainer.max_epochs 3 takes 24000: lower max_epochs (1 ends with "
+            "the budget), or set repeat: true",
+        ),
+        (
+            {"trainer__max_epochs": -1, "model__lr_scheduler": "null", "trainer__max_time": "00:00:00:01"},
+            "tokens 8000 is declared, and trainer.max_epochs -1 takes more: lower max_epochs (1 ends with "
+            "the budget), or set repeat: true",
         ),
         (
             {"data__tokens_per_step": "many"},

@@ -60,6 +60,14 @@ def test_torchrun(tmp_path):
     assert read_run(run).last("hp/steps") == step + 3
 
 
+JOB = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_JOB_NODELIST": "localhost",
+}
 FAKES = {
     "srun": """#!/bin/bash
 shift
@@ -81,9 +89,7 @@ def test_slurm_script(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "configs").symlink_to(Path("configs").absolute())
-    job = {"JOB_ID": "77", "JOB_NAME": "train", "JOB_NUM_NODES": "1", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
-    environment = {f"SLURM_{key}": value for key, value in job.items()}
-    environment |= {"SLURM_JOB_NODELIST": "localhost", "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
+    environment = JOB | {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
     script, log = ["bash", "configs/llama/slurm.sh", *DEBUG, "--trainer.max_steps"], tmp_path / "log"
     checkpoint = tmp_path / "lightning_logs" / "llama" / "train-77" / "checkpoints" / "last.ckpt"
 
@@ -98,3 +104,26 @@ def test_slurm_script(tmp_path):
     assert again.wait(200) == 0, log.read_text()
     assert torch.load(checkpoint, weights_only=True)["global_step"] == step + 3
     assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+
+
+@pytest.mark.parametrize("restarts", [None, 1, 2])
+@pytest.mark.parametrize("checkpoint", [None, "last", "previous"])
+def test_a_slurm_job_begins_anew_if_it_is_queued_again_before_its_first_checkpoint(
+    tmp_path, checkpoint, restarts
+):
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "$@" > told\n')
+    (tmp_path / "srun").chmod(0o755)
+    run = tmp_path / "lightning_logs" / "llama" / "train-77"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    if checkpoint is not None:
+        (run / "checkpoints" / f"{checkpoint}.ckpt").touch()
+    environment = os.environ | JOB | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    if restarts is not None:
+        environment["SLURM_RESTART_COUNT"] = str(restarts)
+    script = Path("configs/llama/slurm.sh").absolute()
+    assert subprocess.run(["bash", script], cwd=tmp_path, env=environment).returncode == 0
+    assert ("--ckpt_path last" in (tmp_path / "told").read_text()) == (checkpoint is not None)
+    anew = checkpoint is None and restarts is not None
+    kept = run.with_name(f"train-77.restart{restarts}") if anew else run
+    assert [each.parent for each in run.parent.glob("*/config.yaml")] == [kept]

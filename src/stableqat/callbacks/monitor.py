@@ -128,8 +128,8 @@ class QuantizerMonitor(L.Callback):
 
     Args:
         rows: Rows sampled a layer, its first ones.
-        every_n_steps: Steps between log entries; None takes the trainer's `log_every_n_steps`. Flips are
-            counted every step.
+        every_n_steps: Steps between log entries, 0 for none; None takes the trainer's `log_every_n_steps`.
+            Flips are counted every step.
         per_layer: Log every layer beside the means.
     """
 
@@ -160,10 +160,10 @@ class QuantizerMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count flips after every optimizer step, and log now and then."""
-        if not self._watches or trainer.global_step == self._seen_step:
-            return  # nothing is quantized, or a micro-batch of gradient accumulation
+        every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
+        if not self._watches or not every or trainer.global_step == self._seen_step:
+            return  # nothing is quantized or logged, or a micro-batch of gradient accumulation
         self._seen_step = trainer.global_step
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         looks = [watch.step() for watch in self._watches]
         if trainer.global_step % every:
             return

@@ -4,7 +4,7 @@ TensorBoard's HParams tab joins runs by hyper-parameter and metric name, so that
 method x learning rate x seed grid shows in its parallel-coordinates view.
 """
 
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 import lightning as L
@@ -32,8 +32,8 @@ class RunRecord(L.Callback):
         """Update the record with a validation's loss."""
         if not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
             loss = trainer.callback_metrics["val/loss"].item()
-            best = self._losses["hp/best_val_loss"]
-            self._losses = {"hp/val_loss": loss, "hp/best_val_loss": best if best <= loss else loss}
+            best = min(filter(isfinite, (self._losses["hp/best_val_loss"], loss)), default=nan)
+            self._losses = {"hp/val_loss": loss, "hp/best_val_loss": best}
             self._log(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

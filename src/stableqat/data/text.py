@@ -35,6 +35,7 @@ from stableqat.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerFast
 
 #: More text than this hardly moves a BPE's merges.
@@ -55,7 +56,8 @@ class TextDataModule(DataModule):
             as its scarcest source allows.
         tokens_per_step: declared tokens of an optimizer step, of all processes and accumulated batches; a run
             that takes another number is refused. null declares nothing.
-        repeat: let a source that has fewer tokens than its share of the budget go round again.
+        repeat: let a source that has fewer tokens than its share of the budget go round again, and a run
+            take the budget more than once.
         name: configuration of a hub data set.
         tokenizer: a hub name, a folder or a tokenizer.json; null takes the one of a tokenized source, or
             trains a byte-level BPE on the train splits, taken evenly.
@@ -243,11 +245,15 @@ class TextDataModule(DataModule):
 
     def describe(self) -> dict[str, Any]:
         """Return what a run takes of the data, for its record."""
-        step, described = math.prod(self._step().values()), super().describe()
-        tokens = int(getattr(self.trainer, "estimated_stepping_batches", 0)) * step
-        if self.tokens is not None and not self.repeat:
-            tokens = min(tokens, self.tokens)  # the last step may be a short one
-        return {**described, "tokens_per_step": step, "training_tokens": tokens}
+        step, trainer = math.prod(self._step().values()), self.trainer
+        described = {**super().describe(), "tokens_per_step": step}
+        if trainer is None or (steps := trainer.estimated_stepping_batches) == math.inf:
+            return described
+        accumulated, batches = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
+        # an epoch's last step may be a short one
+        epochs, rest = divmod(int(steps), math.ceil(batches / accumulated))
+        taken = epochs * batches + rest * accumulated
+        return {**described, "training_tokens": taken * step // accumulated}
 
     def _step(self) -> dict[str, int]:
         """What the tokens of a step are the product of."""
@@ -272,13 +278,29 @@ class TextDataModule(DataModule):
                 "batch_size {batch_size} x block_size {block_size} x {processes} processes x "
                 "accumulate_grad_batches {accumulate_grad_batches}; change one of them".format(**factors)
             )
-        steps = getattr(self.trainer, "max_steps", -1)
-        if self.tokens is not None and not self.repeat and steps * step > self.tokens:
+        loader = super().train_dataloader()
+        if self.tokens is not None and not self.repeat and self.trainer is not None:
+            self._check_budget(self.tokens, self.trainer, len(loader))
+        return loader
+
+    def _check_budget(self, tokens: int, trainer: "Trainer", batches: int) -> None:
+        """Refuse a run whose steps, or else whose epochs of so many batches, take more than the budget."""
+        steps, step = trainer.max_steps, math.prod(self._step().values())
+        if steps * step > tokens:
             raise UserError(
-                f"tokens {self.tokens} is declared, and trainer.max_steps {steps} takes {steps * step}: "
+                f"tokens {tokens} is declared, and trainer.max_steps {steps} takes {steps * step}: "
                 "lower max_steps (-1 with max_epochs 1 ends with the budget), or set repeat: true"
             )
-        return super().train_dataloader()
+        epochs, limit = trainer.max_epochs, trainer.limit_train_batches
+        assert epochs is not None
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        taken = epochs * batches * step // trainer.accumulate_grad_batches
+        if steps == -1 and (epochs == -1 or taken > tokens):
+            raise UserError(
+                f"tokens {tokens} is declared, and trainer.max_epochs {epochs} takes "
+                f"{'more' if epochs == -1 else taken}: lower max_epochs (1 ends with the budget), or set "
+                "repeat: true"
+            )
 
     def load(self) -> dict[str, Rows]:
         """Return the splits as rows of tokens.

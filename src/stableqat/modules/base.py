@@ -23,6 +23,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
@@ -188,6 +189,18 @@ class QATModule(L.LightningModule, ABC):
             mixed = precision.replace("true", "mixed")
             raise UserError(f"trainer.precision: {precision} would round weights and scales; take {mixed}")
 
+    @staticmethod
+    def check_schedule(scheduler: object, trainer: L.Trainer) -> None:
+        """Refuse a schedule that ends with the run where no number of steps or epochs ends it."""
+        epochs = trainer.max_epochs
+        if epochs is None and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            epochs = -1  # what Lightning takes once it begins
+        if getattr(scheduler, "total_steps", 0) is None and epochs == trainer.max_steps == -1:
+            raise UserError(
+                "total_steps: the schedule ends with the run, and nothing says after how many steps that is; "
+                "set it, or trainer.max_steps or trainer.max_epochs"
+            )
+
     def configure_model(self) -> None:
         """Build, load, swap, initialise, shard; calling it again changes nothing."""
         if self.model is not None:
@@ -250,6 +263,7 @@ class QATModule(L.LightningModule, ABC):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
+        self.check_schedule(scheduler, self.trainer)
         if getattr(scheduler, "total_steps", 0) is None:
             vars(scheduler)["total_steps"] = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
