@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from stableqat.cli import main
+from stableqat.importing.checkpoint import read_config
 from stableqat.modules import LlamaModule
 from stableqat.quantizers import DSQ, STE, ParetoQ, StableQAT
 from stableqat.surgery import quantized_layers
@@ -250,6 +251,22 @@ def _no_handlers_of_an_earlier_run():
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
+def test_names_of_transformers_4_arrive_and_only_strange_ones_are_told(tmp_path, caplog):
+    make(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    of_old = {"rope_theta": 500.0, "rope_scaling": None, "torch_dtype": "float32"}
+    kept = {
+        key: x for key, x in json.loads(path.read_text()).items() if key not in ("rope_parameters", "dtype")
+    }
+    path.write_text(json.dumps(kept | of_old))
+    config, _ = read_config(tmp_path / "theirs")
+    assert config["rope_parameters"]["rope_theta"] == 500
+    assert not caplog.records
+    rewrite(path, quiet=True)
+    read_config(tmp_path / "theirs")
+    assert caplog.messages[0].endswith("keys that its architecture does not have are left out: ['quiet']")
+
+
 # -- refusals -----------------------------------------------------------------------------------
 
 LAYER = "model.layers.1.self_attn.k_proj"
@@ -289,6 +306,14 @@ def with_nan(tensor: Tensor) -> Tensor:
     return tensor.clone().index_fill_(0, torch.tensor([2]), torch.nan)
 
 
+def index(content: str):
+    def damage(folder: Path, state: dict[str, Tensor]) -> None:
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return damage
+
+
 DAMAGE = {
     "a clip value missing": (
         edit(lambda s: s.pop(f"{LAYER}.weight_clip_val")),
@@ -324,6 +349,13 @@ DAMAGE = {
         r"k_proj.* has shape \(16,",
     ),
     "a file cut short": (cut, r"model\.safetensors: missing, cut short or damaged"),
+    "an index cut short": (
+        index('{"weight_map": {"a": "part'),
+        r"index\.json: no index of weight files; get",
+    ),
+    "an index of something else": (index('{"weight_map": ["a"]}'), r"index\.json: no index of weight files"),
+    "an index of numbers": (index('{"weight_map": {"a": 1}}'), r"index\.json: no index of weight files"),
+    "an index of a missing file": (index('{"weight_map": {"a": "b.bin"}}'), r"b\.bin: missing, cut short"),
     "a pickle that runs code": (trap, r"pytorch_model\.bin: holds more than tensors"),
     "no weights": (lambda f, s: (f / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
     "no config": (lambda f, s: (f / "config.json").unlink(), r"has no config\.json"),

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 import stableqat
 import tiny
 from stableqat.errors import UserError
+from stableqat.modules.tied import QuantEmbedding
 from stableqat.quantizers import DSQ, STE, StableQAT
 from stableqat.surgery import quantized_layers
 
@@ -160,6 +161,21 @@ def headless() -> nn.Module:
 MISTAKES = {
     "unknown method": (llama, {"quantizer": "stabelqat", "bits": 2}, "did you mean stableqat"),
     "no bits": (llama, {}, "bits: missing"),
+    "an unknown option": (
+        llama,
+        {"quantizer": "ste", "bits": 2, "foo": 1},
+        "foo: STE has no such option; choose",
+    ),
+    "a misspelt option": (
+        llama,
+        {"quantizer": DSQ, "bit": 2},
+        "bit: DSQ has no such option; did you mean bits",
+    ),
+    "an option of another method": (
+        llama,
+        {"quantizer": partial(STE, bits=2), "amplitude": 0.1},
+        "amplitude: STE has no such option",
+    ),
     "an instance": (llama, {"quantizer": STE(torch.ones(2, 2), bits=2)}, "the class STE"),
     "a pattern that matches nothing": (llama, {"bits": 2, "skip": ["lm_haed"]}, "lm_haed matches no"),
     "nothing left": (llama, {"bits": 2, "skip": ["*"]}, "none of the model's 15 linear layers"),
@@ -187,6 +203,20 @@ def test_a_mistake_is_one_line_and_leaves_the_model_as_it_was(mistake):
 def test_nothing_to_convert_is_said():
     with pytest.raises(UserError, match="prepare it first"):
         stableqat.convert(llama())
+
+
+def test_a_tied_head_and_its_embedding_become_plain_and_stay_tied():
+    module = tiny.configured("llama", skip=[])
+    model = module.model
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    weight, expected = model.lm_head.weight, logits(model)
+    stableqat.convert(module)
+    embedding = model.get_input_embeddings()
+    assert type(embedding) is nn.Embedding
+    assert type(model.lm_head) is nn.Linear
+    assert embedding.weight is model.lm_head.weight is weight
+    assert torch.equal(logits(model), expected)
+    assert model.state_dict().keys() == llama().state_dict().keys()
 
 
 def test_half_precision_masters_are_warned_of(caplog):
@@ -270,7 +300,7 @@ class Foreign(L.LightningModule):
         self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self):
-        self.before = [p.clone() for p in self.parameters()]
+        self.before = [p.detach().clone() for p in self.parameters()]
         parameters = (
             stableqat.parameter_groups(self, lr=1e-2) if self.groups else list(self.net[4].parameters())
         )
@@ -333,6 +363,46 @@ def test_the_callback_computes_weights_once_an_evaluation(computed):
     trainer = tiny.trainer(limit_val_batches=4)
     trainer.validate(module, samples(), verbose=False)
     assert torch.equal(trainer.callback_metrics["val/loss"], loss)
+
+
+def test_two_callbacks_mix_bits():
+    narrow = stableqat.PrepareQAT("ste", bits=2, skip=["net.0", "net.4"])
+    wide = stableqat.PrepareQAT("ste", bits=4, skip=["net.2", "net.4"])
+    module = Foreign()
+    lightning(2, callbacks=[narrow, wide]).fit(module, samples())
+    bits = {name: layer.weight_quantizer.bits for name, layer in quantized_layers(module).items()}
+    assert bits == {"net.0": 4, "net.2": 2}
+    assert "configure_model" not in vars(module)
+
+
+def test_a_run_that_ended_before_it_began_leaves_the_module_as_it_was():
+    class Fails(Foreign):
+        def setup(self, stage):
+            raise OSError("no data")
+
+    module = Fails()
+    with pytest.raises(OSError, match="no data"):
+        lightning(2).fit(module, samples())
+    assert "configure_model" not in vars(module)
+    module.setup = lambda stage: None
+    lightning(2, callbacks=[stableqat.PrepareQAT("ste", skip=["net.4"], bits=4)]).fit(module, samples())
+    bits = [layer.weight_quantizer.bits for layer in quantized_layers(module).values()]
+    assert bits == [4, 4]
+
+
+def test_a_converted_module_is_evaluated_as_it_is_and_trained_anew():
+    module, trainer = Foreign(), lightning(2)
+    trainer.fit(module, samples())
+    trainer.validate(module, samples(), verbose=False)
+    loss = trainer.callback_metrics["val/loss"]
+    plain = stableqat.convert(copy.deepcopy(module))
+    stableqat.convert(module.net)
+    for converted in (module, plain):
+        trainer.validate(converted, samples(), verbose=False)
+        assert not quantized_layers(converted)
+        assert torch.equal(trainer.callback_metrics["val/loss"], loss)
+    lightning(2).fit(plain, samples())
+    assert list(quantized_layers(plain)) == ["net.0", "net.2"]
 
 
 def test_an_optimizer_without_the_scales_is_refused():

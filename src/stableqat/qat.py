@@ -7,6 +7,7 @@ of this suite are built from the same pieces.
 """
 
 import difflib
+import inspect
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 HEADS = ("lm_head", "head", "head_dist", "classifier", "score")  # as transformers and timm name them
+_CONVERTED = "_stableqat_converted"
 
 
 def prepare(
@@ -54,6 +56,7 @@ def prepare(
             would be quantized is used by another module as well. The model is then as it was.
     """
     factory = _factory(quantizer)
+    _check_options(factory, options)
     _check(model, skip)
     quantize_linears(model, partial(factory, **options) if options else factory, skip)
     layers = quantized_layers(model).values()
@@ -69,7 +72,8 @@ def convert(model: Model) -> Model:
     """Make a quantized model plain again, in place: linear layers whose weights are the deployed values.
 
     What it computes in evaluation stays the same, bit for bit; any library loads what it saves. The
-    latent weights are gone then: convert a `copy.deepcopy` to go on training.
+    latent weights are gone then: convert a `copy.deepcopy` to go on training. An embedding that shares the
+    weight of a quantized head becomes plain with it.
 
     Args:
         model: A model with quantized layers.
@@ -86,7 +90,16 @@ def convert(model: Model) -> Model:
     plain = {layer: layer.to_linear() for layer in dict.fromkeys(layer for _, layer in layers)}
     for name, layer in layers:
         model.set_submodule(name, plain[layer])
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding) and _follows_a_head(module):
+            model.set_submodule(name, _plain_embedding(module))
+    vars(model)[_CONVERTED] = True
     return model
+
+
+def was_converted(model: nn.Module) -> bool:
+    """Whether `convert` made a model, or a part of it, plain."""
+    return any(_CONVERTED in vars(module) for module in model.modules())
 
 
 def parameter_groups(
@@ -145,6 +158,37 @@ def _factory(quantizer: str | QuantizerFactory) -> QuantizerFactory:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(methods)}"
         raise UserError(f"quantizer: {quantizer} is unknown; {hint}")
     return methods[quantizer.lower()]
+
+
+def _check_options(factory: QuantizerFactory, options: dict[str, Any]) -> None:
+    """Refuse what a method does not take; what another function takes is its own matter."""
+    method = factory.func if isinstance(factory, partial) else factory
+    if not (isinstance(method, type) and issubclass(method, Quantizer)):
+        return
+    known: list[str] = []
+    for each in method.__mro__:
+        parameters = inspect.signature(each).parameters.values()
+        known += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if each is Quantizer or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    known = sorted(set(known) - {"weight", "surrogate"})  # a method brings the latter
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(known)}"
+            raise UserError(f"{option}: {method.__name__} has no such option; {hint}")
+
+
+def _follows_a_head(embedding: nn.Embedding) -> bool:
+    return any(isinstance(head, QuantLinear) for head in getattr(embedding, "_head", ()))
+
+
+def _plain_embedding(embedding: nn.Embedding) -> nn.Embedding:
+    plain = nn.Embedding(
+        embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta"
+    )
+    plain.weight = embedding.weight
+    return plain.train(embedding.training)
 
 
 def _check(model: nn.Module, skip: Sequence[str]) -> None:

@@ -4,12 +4,14 @@ A run gives its best checkpoint, a checkpoint itself. What a checkpoint does not
 comes from the `config.yaml` of the run's folder.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from stableqat import data, modules
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
+from stableqat.modules.base import state_dict_follows
 from stableqat.modules.start import check_sums, find_checkpoint, read_checkpoint
 
 # of a run's settings what only training needs
@@ -26,7 +28,7 @@ def find_trained(source: str) -> Path:
     if not path.exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
     best = path / "checkpoints" / "best.ckpt"
-    found = best if best.is_file() else find_checkpoint(str(path))
+    found = best if best.exists() else find_checkpoint(str(path))
     if found is None:
         raise UserError(f"{source}: neither a run folder nor a checkpoint (.ckpt) of this suite")
     if found.is_dir():
@@ -46,10 +48,10 @@ def open_trained(source: str) -> tuple[Path, dict[str, Any], QATModule]:
     path = find_trained(source)
     check_sums(path)
     read = read_checkpoint(path)
-    cls, hyper_parameters = _family(path, read)
-    unused = {key: value for key, value in TRAINING.items() if key in hyper_parameters}
     try:
-        module = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True, **unused)
+        with state_dict_follows():
+            module = _built(path, read)
+        module.load_state_dict(read["state_dict"])  # mapped: optimizer states stay on the disk
     except (RuntimeError, KeyError, TypeError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: damaged, or written by another version: {first}") from error
@@ -68,16 +70,8 @@ def load_untrained(path: Path, read: dict[str, Any], start: str, *, quantized: b
     Raises:
         UserError: If the start is not to be had.
     """
-    from lightning.pytorch.cli import instantiate_module
-
-    cls, hyper_parameters = _family(path, read)
-    settings = {key: TRAINING.get(key, value) for key, value in hyper_parameters.items()}
-    settings.pop("_instantiator", None)
-    module = instantiate_module(
-        cls, {**settings, "init_from": start} | ({} if quantized else {"quantizer": None})
-    )
-    module.configure_model()
-    return module.eval()
+    changes = {"init_from": start} | ({} if quantized else {"quantizer": None})
+    return _built(path, read, **changes).eval()
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -110,13 +104,28 @@ def data_of(checkpoint: Path, **changes: Any) -> tuple[Any, str]:
         return None, f"the run's data is not to be had ({error})"
 
 
-def _family(path: Path, read: dict[str, Any]) -> tuple[type[QATModule], dict[str, Any]]:
+def images_of(checkpoint: Path) -> dict[str, Any] | None:
+    """How the run that a checkpoint lies in resizes and normalises images; None if it has none."""
+    settings = _settings(checkpoint, "data")
+    if not str(settings.get("class_path")).endswith("ImageDataModule"):
+        return None
+    return data.ImageDataModule.evaluation_settings(settings.get("init_args") or {})
+
+
+def _built(path: Path, read: dict[str, Any], **changes: Any) -> QATModule:
+    """The module of a checkpoint, from its hyper-parameters but for what only training needs."""
+    from lightning.pytorch.cli import instantiate_module
+
     hyper_parameters = read.get("hyper_parameters", {})
     name = str(hyper_parameters.get("_class_path", ""))
     cls = getattr(modules, name.rpartition(".")[2], None)
     if not (isinstance(cls, type) and issubclass(cls, QATModule)):
         raise UserError(f"{path}: holds {name or 'no training system'}, which is none of this suite's")
-    return cls, hyper_parameters
+    kept = {key: value for key, value in hyper_parameters.items() if key in inspect.signature(cls).parameters}
+    unused = {key: value for key, value in TRAINING.items() if key in kept}
+    module: QATModule = instantiate_module(cls, kept | unused | changes)
+    module.configure_model()
+    return module
 
 
 def _settings(checkpoint: Path, part: str) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 import resource
 import shutil
 
 import pytest
+import timm
 import tiny_packed as models
 import torch
 import yaml
@@ -13,6 +15,10 @@ from safetensors.torch import load_file
 
 import tiny
 from stableqat.cli import main
+from stableqat.data.embedded import DIGITS_MEAN, DIGITS_STD
+from stableqat.export import source
+from stableqat.quantizers import STE
+from stableqat.trained import open_trained
 
 
 def checkpoint(folder, family="llama", **options):
@@ -258,19 +264,101 @@ def test_a_full_disk(trained, refused, format):
     assert "nothing is left" in line
 
 
-def test_a_file_that_differs_is_not_left(trained, tmp_path, monkeypatch):
+NAME = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda w, _: w[NAME][0, 0].add_(1e-7), f"{NAME} of the file differs from the model's by up to 1"),
+        (lambda w, _: w[NAME][0, 0].fill_(torch.nan), f"{NAME} of the file differs .* by up to nan"),
+        (lambda _, logits: logits[0, 0, 0].add_(0.01), "logits of the file differ .* by up to 1.0e-02"),
+        (lambda _, logits: logits[0, 0, 0].fill_(torch.nan), "logits of the file differ .* by up to nan"),
+    ],
+    ids=["a weight", "a weight NaN", "a logit", "a logit NaN"],
+)
+def test_a_file_that_differs_is_not_left(change, line, trained, refused, monkeypatch):
     from stableqat.export import hf
 
     read = hf.read
 
-    def one_bit_off(packed, folder):
+    def off(packed, folder):
         weights, logits = read(packed, folder)
-        weight = next(iter(weights.values())).clone()
-        weights |= {next(iter(weights)): weight}
-        weight[0, 0] = torch.nextafter(weight[0, 0], weight[0, 0] + 1)
+        weights = {name: weight.clone() for name, weight in weights.items()}
+        change(weights, logits)
         return weights, logits
 
-    monkeypatch.setattr(hf, "read", one_bit_off)
-    with pytest.raises(RuntimeError, match="differs from the model"):
-        main(["export", str(trained), "--format", "hf", "--out", str(tmp_path / "model")])
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(hf, "read", off)
+    told = refused(trained, format="hf")
+    assert re.search(f"hf: {line}", told)
+    assert "nothing is left of it, take another format" in told
+
+
+def test_what_arguments_decide_is_refused_before_anything_is_computed(trained, refused, monkeypatch):
+    from stableqat.export import packed
+
+    monkeypatch.setattr(packed, "evaluate", None)
+    assert "leave --scale_dtype at fp16" in refused(trained, "--scale_dtype", "bf16", format="gguf")
+    pytest.importorskip("onnx")
+    assert "leave --dtype at fp32" in refused(trained, "--dtype", "bf16", format="onnx")
+
+
+@pytest.mark.parametrize(("limit", "shape"), [(3 * 16 * 300, (3, 16)), (7 * 300, (1, 7))])
+def test_large_logits_take_fewer_rows_and_then_fewer_tokens(limit, shape, run, monkeypatch):
+    assert source.load_source(str(run), None).batch["input_ids"].shape == (5, 16)
+    monkeypatch.setattr(source, "LOGITS", limit)
+    batch = source.load_source(str(run), None).batch
+    assert batch["input_ids"].shape == batch["labels"].shape == shape
+
+
+def test_a_run_of_images_brings_its_normalisation(tmp_path):
+    """Also where its data is gone; without a run timm's own values of the architecture stay."""
+    folder, timms = tmp_path / "run" / "checkpoints", {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+    folder.mkdir(parents=True)
+    checkpoint(tmp_path, "vit").rename(folder / "best.ckpt")
+    gone = {"source": str(tmp_path / "gone"), "mean": [0.1, 0.2, 0.3], "crop_pct": 0.5}
+    for number, (given, expected) in enumerate(
+        [
+            (None, timms),
+            (gone, {"mean": gone["mean"], "std": [0.229, 0.224, 0.225], "crop_pct": 0.5}),
+            ({}, {"mean": [DIGITS_MEAN], "std": [DIGITS_STD], "crop_pct": 1.0}),
+        ]
+    ):
+        if given is not None:
+            data = {"class_path": "stableqat.data.ImageDataModule", "init_args": given}
+            (folder.parent / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+        out = tmp_path / str(number)
+        assert main(["export", str(folder / "best.ckpt"), "--format", "hf", "--out", str(out)]) == 0
+        model = timm.create_model(f"local-dir:{out}", pretrained=True)
+        resolved = timm.data.resolve_model_data_config(model)
+        for found in (model.pretrained_cfg, resolved):
+            found = {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}
+            assert {**expected, "interpolation": "bicubic"}.items() <= found.items()
+
+
+def test_a_checkpoint_is_mapped_once_and_nothing_is_computed_in_vain(trained, monkeypatch):
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: read.append(k["mmap"]) or load(*a, **k))
+    monkeypatch.setattr(STE, "initialize", None)
+    _, found, module = open_trained(str(trained))
+    assert read == [True]
+    assert module.state_dict().keys() == found["state_dict"].keys()
+    assert all(torch.equal(value, found["state_dict"][key]) for key, value in module.state_dict().items())
+    assert not module.training
+
+
+def test_settings_that_only_training_needs_or_that_are_gone_are_left_out(trained, tmp_path):
+    read = torch.load(trained, weights_only=True)
+    read["hyper_parameters"] |= {"compile_model": True, "activation_checkpointing": True, "of_old": 1}
+    torch.save(read, tmp_path / "settings.ckpt")
+    _, _, module = open_trained(str(tmp_path / "settings.ckpt"))
+    assert not module.compile_model
+    assert not module.activation_checkpointing
+
+
+def test_a_sharded_best_checkpoint_is_the_one_that_is_named(run, refused):
+    folder = run / "checkpoints"
+    (folder / "best.ckpt").rename(folder / "last.ckpt")
+    (folder / "best.ckpt").mkdir()
+    line = refused(run)
+    assert "best.ckpt is sharded; make one file of it first" in line

@@ -52,6 +52,8 @@ def module(family, **options):
         for name, parameter in made.named_parameters():
             if name.endswith(".scale"):
                 parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+            elif parameter.ndim == 1:  # norms and biases, which begin as ones and zeros
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return made.eval()
 
 

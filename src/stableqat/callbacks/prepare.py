@@ -11,7 +11,7 @@ import lightning as L
 from torch.distributed.tensor import DTensor
 
 from stableqat.errors import UserError
-from stableqat.qat import HEADS, prepare
+from stableqat.qat import HEADS, prepare, was_converted
 from stableqat.quantizers import Quantizer, QuantizerFactory
 from stableqat.surgery import hold_weights, quantized_layers, release_weights
 
@@ -34,14 +34,17 @@ class PrepareQAT(L.Callback):
         self.quantizer, self.skip, self.options = quantizer, skip, options
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have the module prepared as soon as it is built; one that is prepared stays as it is."""
-        if quantized_layers(pl_module):
+        """Have the module prepared as soon as it is built; one that is prepared stays as it is.
+
+        So does one that was converted, except to be trained anew.
+        """
+        if quantized_layers(pl_module) or (stage != "fit" and was_converted(pl_module)):
             return
         configure = pl_module.configure_model
 
         def configure_and_prepare() -> None:
-            vars(pl_module).pop("configure_model")  # once; from here on the module's own
-            configure()
+            vars(pl_module).pop("configure_model", None)  # once; from here on the module's own
+            configure()  # or that of a callback before this one
             if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
                 raise UserError(
                     "PrepareQAT: configure_model shards the model; call stableqat.prepare there, before "
@@ -50,6 +53,12 @@ class PrepareQAT(L.Callback):
             prepare(pl_module, self.quantizer, self.skip, **self.options)
 
         vars(pl_module)["configure_model"] = configure_and_prepare
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """If the module was not built, leave it as it was."""
+        vars(pl_module).pop("configure_model", None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse an optimizer without the scales: they would silently stay as they are."""

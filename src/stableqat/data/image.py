@@ -5,6 +5,7 @@ random choice is drawn from (seed, epoch, image), so the same run sees the same 
 and wherever it resumes. Where a source has no validation split, every k-th image of each class is held out.
 """
 
+import inspect
 import io
 import logging
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from stableqat.data.base import DataModule, Rows
-from stableqat.data.embedded import DIGITS_SIZE, DigitsTransform, embedded_digits
+from stableqat.data.embedded import DIGITS_MEAN, DIGITS_SIZE, DIGITS_STD, DigitsTransform, embedded_digits
 from stableqat.data.order import PAD, Key, sample_rng
 from stableqat.data.source import IMAGE_FORMATS, load_splits, local_files
 from stableqat.errors import UserError
@@ -207,6 +208,20 @@ class ImageDataModule(DataModule):
             "auto_augment": auto_augment,
             "re_prob": re_prob,
         }
+
+    @classmethod
+    def evaluation_settings(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return how evaluation images are resized and normalised, as timm's `pretrained_cfg` has it.
+
+        Args:
+            arguments: those of a data module, whose data may be gone.
+        """
+        known = inspect.signature(cls).parameters
+        keys = ("mean", "std", "interpolation", "crop_pct")
+        settings = {key: arguments.get(key, known[key].default) for key in keys}
+        if arguments.get("source") is None:  # the digits are never resized
+            settings |= {"mean": (DIGITS_MEAN,), "std": (DIGITS_STD,), "crop_pct": 1.0}
+        return settings
 
     def _transform(self, training: bool) -> Callable[[Any], torch.Tensor]:
         """Return timm's transform for training or evaluation."""

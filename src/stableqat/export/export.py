@@ -1,14 +1,15 @@
 """`stableqat export`: packed weights of a run for another runtime, proven equal to what was trained.
 
 Scales are rounded to the file's type inside the model and the model is evaluated again; the file is written
-under a temporary name and read back with the format's own reader. Only if every weight equals the
-model's, bit for bit, does the file get its name.
+under a temporary name and read back with the format's own reader. Only if every packed weight equals
+the model's, bit for bit, and what the reader computes is what the model computes, does the file get its name.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from stableqat.export.source import Source
 
 REPORT = "export.json"
+LOGITS_DIFFER = 1e-3  # of the largest: the order of sums makes 1e-6, a lost bias or another rotation far more
 LIBRARIES = {  # what a format needs beside this package, all in the extra `export`
     "hf": [],
     "compressed-tensors": ["compressed-tensors"],
@@ -77,22 +79,23 @@ def export(
     from stableqat.export.source import load_source
 
     found = load_source(source, tokenizer)
+    types = DTYPES[dtype], DTYPES[scale_dtype]
+    given = None if template is None else Path(template).expanduser()
+    packed = PackedModel(found.module, {}, *types, found.batch, given, int8_activations, found.images)
+    writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
+    writer.check(packed)  # before anything is computed, what does not depend on the layers
     _, trained = evaluate(found.module, found.batch)
     losses = {"trained": trained}
     if embedding_bits is not None:
         quantize_embeddings(found.module, embedding_bits)
         losses["embeddings_quantized"] = evaluate(found.module, found.batch)[1]
-    layers = pack(found.module, DTYPES[dtype], DTYPES[scale_dtype])
-    logits, losses["file"] = evaluate(found.module, found.batch)
-    given = None if template is None else Path(template).expanduser()
-    types = DTYPES[dtype], DTYPES[scale_dtype]
-    packed = PackedModel(found.module, layers, *types, found.batch, given, int8_activations)
-    writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
+    packed = replace(packed, layers=pack(found.module, *types))
     writer.check(packed)
+    logits, losses["file"] = evaluate(found.module, found.batch)
     part = _part(folder)
     try:
         _write(writer, found, packed, part)
-        differences = _compare(writer.read(packed, part), packed, logits)
+        differences = _compare(format, writer.read(packed, part), packed, logits)
         report: dict[str, Any] = {
             "format": format,
             "source": str(found.checkpoint),
@@ -153,23 +156,30 @@ def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> N
 
 
 def _compare(
-    read: tuple[dict[str, "Tensor"], "Tensor"], packed: "PackedModel", logits: "Tensor"
+    format: str, read: tuple[dict[str, "Tensor"], "Tensor"], packed: "PackedModel", logits: "Tensor"
 ) -> dict[str, float]:
-    """Weights must be equal; logits may differ by the order of sums in another runtime."""
+    """Packed weights must be equal; logits, which hang on all others, may differ by the order of sums."""
     import torch
 
     weights, theirs = read
     assert weights.keys() == packed.layers.keys()
-    worst = 0.0
     for name, weight in packed.layers.items():
         expected, got = weight.dequantize(), weights[name]
         assert got.shape == expected.shape, f"{name}: {tuple(got.shape)} read back"
         if not torch.equal(got.float(), expected):
-            worst = max(worst, (got.float() - expected).abs().max().item())
-    if worst:
-        raise RuntimeError(f"the file read back differs from the model by {worst}; nothing is left of it")
-    difference = (theirs.float() - logits).abs().max().item()
-    return {"max_weight_difference": worst, "max_logit_difference": difference}
+            by = (got.float() - expected).abs().max()
+            raise UserError(
+                f"{format}: {name} of the file differs from the model's by up to {by:.1e}; nothing is left "
+                "of it, take another format"
+            )
+    difference, largest = (theirs.float() - logits).abs().max().item(), logits.abs().max().item()
+    # that int8 activations change them is said beside the file
+    if not (packed.int8_activations or difference <= LOGITS_DIFFER * largest):
+        raise UserError(
+            f"{format}: logits of the file differ from the model's by up to {difference:.1e}, the largest is "
+            f"{largest:.1e}; nothing is left of it, take another format"
+        )
+    return {"max_weight_difference": 0.0, "max_logit_difference": difference}
 
 
 def _sizes(packed: "PackedModel", part: Path) -> dict[str, Any]:

@@ -20,6 +20,17 @@ from stableqat.export import ggml, hf
 from stableqat.export.packed import PackedModel, PackedWeight
 
 FILE = "model.gguf"
+_READ = (  # of a configuration, by transformers' reader
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 
 
 def check(packed: PackedModel) -> None:
@@ -90,9 +101,7 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
         order = _row_order(packed, name)
         values = values if order is None else values[np.argsort(order)]
         weights[name] = torch.from_numpy(values.copy())
-    # transformers takes all of Llama's configuration from the file, of Qwen3's not the head's size
-    options = {} if packed.family == "llama" else {"config": copy.deepcopy(packed.model.config)}
-    _, logits = hf.load_language_model(packed, folder, gguf_file=FILE, **options)
+    _, logits = hf.load_language_model(packed, folder, gguf_file=FILE, config=_config(packed, folder))
     return weights, logits
 
 
@@ -108,6 +117,18 @@ def notes(packed: PackedModel) -> list[str]:
             "rows or groups that are no multiple of 256 weights take 32-weight blocks, which are wider"
         )
     return lines
+
+
+def _config(packed: PackedModel, folder: Path) -> Any:
+    """What transformers reads comes from the file, so that a wrong value shows, the rest from the model."""
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(folder, gguf_file=FILE)
+    config = copy.deepcopy(packed.model.config)
+    for key in _READ + (("head_dim",) if packed.family == "llama" else ()):
+        setattr(config, key, getattr(found, key))
+    config.rope_parameters["rope_theta"] = found.rope_parameters["rope_theta"]
+    return config
 
 
 def _ggml_name(packed: PackedModel, name: str) -> str:
@@ -144,7 +165,7 @@ def _add_packed(writer: Any, packed: PackedModel, name: str, weight: PackedWeigh
 def _add_left(writer: Any, packed: PackedModel, name: str, tensor: Tensor) -> None:
     import gguf
 
-    if (order := _row_order(packed, name.removesuffix(".weight"))) is not None:
+    if (order := _row_order(packed, name.rpartition(".")[0])) is not None:  # of weights and biases
         tensor = tensor[torch.from_numpy(order)]
     name = _ggml_name(packed, name)
     if tensor.ndim == 1:  # ggml wants norms and biases so

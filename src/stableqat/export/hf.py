@@ -96,6 +96,7 @@ def _timm_config(packed: PackedModel) -> dict[str, Any]:
     model: Any = packed.model
     module: Any = packed.module
     size = list(model.patch_embed.img_size)
+    own = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     return {
         "architecture": module.model_name,
         "num_classes": model.num_classes,
@@ -106,5 +107,6 @@ def _timm_config(packed: PackedModel) -> dict[str, Any]:
             "num_classes": model.num_classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
+            **(own if packed.images is None else packed.images),
         },
     }

@@ -84,7 +84,7 @@ def write(packed: PackedModel, folder: Path) -> None:
     shapes = {0: batch, 1: length} if is_text else {0: batch}
     program: Any = torch.onnx.export(
         _Logits(model).eval() if is_text else model,
-        (packed.input[:2],),
+        (packed.input[:1].repeat_interleave(2, dim=0),),  # a batch of one would be traced as a constant
         input_names=["input_ids" if is_text else "pixel_values"],
         output_names=["logits"],
         dynamic_shapes=(shapes,),

@@ -82,6 +82,7 @@ class PackedModel:
         batch: Inputs on which the file is compared with the model.
         template: A GGUF of upstream's converter whose metadata is kept, or None.
         int8_activations: Whether an ONNX file has the runtime round activations to int8.
+        images: How images are resized and normalised, as timm's `pretrained_cfg`; None takes timm's own.
     """
 
     module: QATModule
@@ -91,6 +92,7 @@ class PackedModel:
     batch: dict[str, Tensor]
     template: Path | None = None
     int8_activations: bool = False
+    images: dict[str, Any] | None = None
 
     @property
     def model(self) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor
 from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
-from stableqat.trained import data_of, open_trained
+from stableqat.trained import data_of, images_of, open_trained
 
 ROWS = 16  # of the batch on which file and model are compared
+LOGITS = 2**28  # that it may have: a gigabyte, of which there are a few copies
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Source:
         batch_of: Where the batch comes from, in words.
         tokenizer: Of a language model, if it is to be had.
         val_loss: The run's last validation loss, None if it had none.
+        images: How the run resizes and normalises images, as timm's `pretrained_cfg`; None if unknown.
     """
 
     module: QATModule
@@ -40,6 +42,7 @@ class Source:
     batch_of: str
     tokenizer: Any
     val_loss: float | None
+    images: dict[str, Any] | None
 
 
 def load_source(source: str, tokenizer: str | None) -> Source:
@@ -70,7 +73,18 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
     val_loss = read.get("callbacks", {}).get("RunRecord", {}).get("hp/val_loss")
-    return Source(module, path, int(read.get("global_step", 0)), batch, batch_of, found, val_loss)
+    step, batch = int(read.get("global_step", 0)), _bounded(batch, module)
+    return Source(module, path, step, batch, batch_of, found, val_loss, images_of(path))
+
+
+def _bounded(batch: dict[str, Tensor], module: QATModule) -> dict[str, Tensor]:
+    """As many rows as have no more logits than `LOGITS`; of one that has more, its first tokens."""
+    if "input_ids" not in batch:
+        return batch
+    model: Any = module.model
+    tokens = min(batch["input_ids"].shape[1], LOGITS // model.config.vocab_size)
+    rows = max(1, LOGITS // (tokens * model.config.vocab_size))
+    return {key: value[:rows, :tokens] for key, value in batch.items()}
 
 
 def _validation_rows(datamodule: Any) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _EXTRAS = ("w_bits", "sine_soft_q", "efficient")  # settings of the released layers
+_RENAMED = ("rope_scaling", "rope_theta", "torch_dtype")  # by transformers 5, which reads them all the same
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,7 +38,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     keys = {k: v for k, v in config.to_dict().items() if k in known}
     resolve_config(keys, None)  # refuses what is no language model of ours
     named = json.loads((folder / "config.json").read_text())
-    if strange := sorted(named.keys() - known.keys() - set(_EXTRAS) - set(config.attribute_map)):
+    if strange := sorted(named.keys() - known.keys() - {*_EXTRAS, *_RENAMED, *config.attribute_map}):
         logger.warning("%s: keys that its architecture does not have are left out: %s", folder, strange)
     return keys, {k: named[k] for k in _EXTRAS if k in named}
 
@@ -56,10 +57,18 @@ def read_state(folder: Path) -> dict[str, Tensor]:
             return _read(folder / name)
         if (index := folder / f"{name}.index.json").is_file():
             state: dict[str, Tensor] = {}
-            for part in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-                state |= _read(folder / part)
+            for part in _parts(index):
+                state |= _read(part)
             return state
     raise UserError(f"checkpoint: {folder} has neither {' nor '.join(_FILES)}")
+
+
+def _parts(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [index.parent / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: no index of weight files; get the file again") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
