@@ -44,6 +44,11 @@ def fit(folder, version, quantizer, init_from, **more):
     return folder / "logs" / version
 
 
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
 @pytest.fixture(scope="package")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")

@@ -1,6 +1,7 @@
 """Evaluation in the midst of training leaves no trace in it."""
 
 import random
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -86,8 +87,30 @@ def test_a_training_cannot_tell(every, options, steps, place, tasks, tmp_path):
     assert len(set(scalars["eval/loss/further.txt"].values())) == len(steps)
 
 
+def test_texts_of_the_same_name(place, tmp_path):
+    for folder, text in (("one", "grid scale " * 20), ("two", "step rate " * 20)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(text)
+    texts = [str(tmp_path / folder / "text.txt") for folder in ("one", "two")]
+    scalars = train(place, tmp_path, Evaluate(data=texts, every_n_steps=6))[4]
+    assert scalars["eval/loss/one/text.txt"][6] != scalars["eval/loss/two/text.txt"][6]
+
+
 def test_off_unless_asked(place, tmp_path):
     assert train(place, tmp_path, Evaluate())[4] == {}
+
+
+def test_fewer_documents_than_processes(tasks, monkeypatch):
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    data = SimpleNamespace(tokenizer=object(), block_size=16)
+    trainer = SimpleNamespace(datamodule=data, global_rank=0, world_size=5, global_step=0)
+    module = SimpleNamespace(model=SimpleNamespace())
+    evaluate = Evaluate(tasks="words", tasks_path=str(tasks), limit=4)
+    with pytest.raises(UserError, match=r"words gives 4 documents \(limit; it has 12\) to 5 processes"):
+        evaluate.on_fit_start(trainer, module)
+    # of a sharded model all processes evaluate the same
+    monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", SimpleNamespace)
+    evaluate.on_fit_start(trainer, module)
 
 
 def test_what_is_missing_ends_the_run_before_it_begins(place, tasks, tmp_path):
@@ -97,8 +120,9 @@ def test_what_is_missing_ends_the_run_before_it_begins(place, tasks, tmp_path):
     (tmp_path / "tasks" / "word.yaml").write_text("task: word\n")
     with pytest.raises(UserError, match="word cannot be loaded"):
         train(place, tmp_path, Evaluate(tasks="word", tasks_path=str(tmp_path / "tasks")))
-    with pytest.raises(UserError, match="every_n_steps"):
-        Evaluate(every_n_steps=-1)
+    for wrong in ({"every_n_steps": -1}, {"limit": 0}):
+        with pytest.raises(UserError, match="every_n_steps must be 0 or more, batch_size and limit at least"):
+            Evaluate(**wrong)
     with pytest.raises(UserError, match="is for language models"):
         tiny.trainer(callbacks=[Evaluate(data=["x"])], limit_val_batches=1).fit(
             tiny.module("vit"), tiny.loader("vit"), tiny.loader("vit")

@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 
 from stableqat.analysis.events import find_runs, read_run
 from stableqat.cli import main
+from stableqat.data.tokenizer import train_bpe
+from stableqat.evaluate.subject import labels
 
 
 def call(*arguments):
@@ -100,6 +105,49 @@ def test_texts_of_any_kind(run, place, tmp_path):
     assert two["train"]["tokens"] > two["further.txt"]["tokens"] > 0
 
 
+def test_sources_of_the_same_name(run, tmp_path, capsys):
+    runs = [shutil.copytree(run, tmp_path / folder / "run") for folder in ("a", "b")]
+    texts = [tmp_path / folder / "text.txt" for folder in ("a", "b")]
+    texts[0].write_text("grid scale " * 20)
+    texts[1].write_text("step rate " * 20)
+    told = results(tmp_path, *runs, "--data", *texts, *runs, run)
+    for record in told["sources"]:
+        data = {name: each["data"] for name, each in record["perplexity"].items()}
+        assert data == {
+            "a/text.txt": str(texts[0]),
+            "b/text.txt": str(texts[1]),
+            str(runs[0]): str(runs[0]),
+            str(runs[1]): str(runs[1]),
+            str(run): str(run),
+        }
+        assert record["perplexity"]["a/text.txt"]["loss"] != record["perplexity"]["b/text.txt"]["loss"]
+    assert {"a/run", "b/run"} <= set(capsys.readouterr().out.split())
+
+
+def test_labels(run):
+    assert labels(["wiki/test.jsonl", "c4/test.jsonl", "c4/train.jsonl"]) == {
+        "wiki/test.jsonl": "wiki/test.jsonl",
+        "c4/test.jsonl": "c4/test.jsonl",
+        "c4/train.jsonl": "train.jsonl",
+    }
+    assert labels(["my_text/"]) == {"my_text/": "my_text"}
+    assert list(labels(["a/x/t", "b/x/t", "a/y/t", "a/t/", ".", "x/t"]).values()) == [
+        "a/x/t",
+        "b/x/t",
+        "y/t",
+        "a/t",
+        ".",
+        "x/t",
+    ]
+    checkpoint = str(run / "checkpoints" / "best.ckpt")
+    assert labels([str(run), "text"], of_run="train") == {str(run): "train", "text": "text"}
+    assert labels([str(run), checkpoint, "train"], of_run="train") == {
+        str(run): "run/train",
+        checkpoint: "best.ckpt/train",
+        "train": "train",
+    }
+
+
 def test_half_precision_products(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     single = results(tmp_path, copy)["sources"][0]["perplexity"]["validation"]["loss"]
@@ -127,24 +175,117 @@ def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
     there, known = capsys.readouterr().err.strip().splitlines()
     assert "device: there is no cuda:99, PyTorch sees" in there
     assert "device: abacus is none that PyTorch knows" in known
-    assert "there is no checkpoint" in refused(tmp_path / "nothing.ckpt")
+    assert refused(gone := tmp_path / "nothing.ckpt").endswith(f"{gone}: there is no such run or checkpoint")
     assert refused(tmp_path / "nothing" / "there").endswith("hub name you have access to")
 
 
-def test_another_tokenizer(run, exported, place, refused):
-    from stableqat.data.tokenizer import train_bpe
+@pytest.fixture
+def other(exported, tmp_path):
+    """The exported model with another tokenizer."""
+    folder = shutil.copytree(exported, tmp_path / "other")
+    train_bpe(["other text"], 280).save_pretrained(folder)
+    return folder
 
-    train_bpe(["other text"], 280).save_pretrained(place / "other")
-    line = refused(exported, "--data", run, "--tokenizer", place / "other")
-    assert "has another tokenizer than the model" in line
+
+def test_another_tokenizer(run, other, tasks, tmp_path, refused, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert f"{copy} has another tokenizer than {other}" in refused(other, "--data", copy)
+    assert f"{copy} has another tokenizer than {other}" in refused(copy, other)
+    pytest.importorskip("lm_eval")
+    options = ["--tasks", "words", "--tasks_path", tasks, "--limit", 4]
+    assert "has another tokenizer" in refused(copy, other, "--data", copy, *options)
+    capsys.readouterr()
+    told = results(tmp_path, other, copy, *options)
+    left, home = told["sources"]
+    assert left["perplexity"] == {}
+    assert f"{copy} has another tokenizer than" in left["left_out"]
+    assert left["tasks"]["words"]["documents"] == home["tasks"]["words"]["documents"] == 4
+    assert home["perplexity"].keys() == {"validation"}
+    assert f"no perplexity of {other}: data: {copy} has another" in capsys.readouterr().out
 
 
-def test_a_run_whose_data_is_gone(run, place, tmp_path, refused, capsys):
+def test_rows_that_are_too_long_for_one_model(run, exported, tasks, tmp_path, refused):
+    pytest.importorskip("lm_eval")
+    short = shutil.copytree(exported, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 15}
+    (short / "config.json").write_text(json.dumps(config))
+    options = ["--tasks", "words", "--tasks_path", tasks, "--limit", 4]
+    copy = shutil.copytree(run, tmp_path / "run")
+    home, left = results(tmp_path, copy, short, *options)["sources"]
+    assert f"16 tokens are more than {short} takes (15)" in left["left_out"]
+    assert left["tasks"].keys() == home["tasks"].keys() == {"words"}
+    assert f"16 tokens are more than {short}" in refused(copy, short, *options, "--block_size", 16)
+
+
+def test_mistakes_come_before_the_work(run, exported, tasks, tmp_path, refused, capsys, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    out = tmp_path / "results.json"
+    assert refused(copy, tmp_path / "no" / "where", "--out", out).endswith("hub name you have access to")
+    bare = shutil.copytree(exported, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    assert "tokenizer" in refused(copy, bare, "--out", out)
+    odd = tmp_path / "odd.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"_class_path": "elsewhere.Module"}}, odd)
+    assert "none of this suite's" in refused(copy, odd, "--out", out)
+    lost = shutil.copytree(run, tmp_path / "lost")
+    config = yaml.safe_load((lost / "config.yaml").read_text())
+    config["model"]["init_args"]["init_from"] = str(tmp_path / "start.ckpt")
+    (lost / "config.yaml").write_text(yaml.safe_dump(config))
+    line = refused(copy, lost, "--baselines", "true", "--out", out)
+    assert f"baselines: what {lost} started from is not to be had (there is no checkpoint" in line
+    pytest.importorskip("lm_eval")
+    from stableqat.evaluate import processes
+    from stableqat.evaluate.processes import Share
+
+    class Many(Share):
+        def first_alone(self):
+            return nullcontext()
+
+    monkeypatch.setattr(processes, "processes", lambda _: nullcontext((Many(0, 13), torch.device("cpu"))))
+    assert "words gives 12 documents to 13" in refused(copy, "--tasks", "words", "--tasks_path", tasks)
+    assert not capsys.readouterr().out
+    assert not out.exists()
+    assert read_run(copy, ("eval/",)).scalars == {}
+
+
+def test_what_is_measured_is_kept(run, exported, tmp_path, refused, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    damaged = shutil.copytree(exported, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    out = tmp_path / "results.json"
+    assert call(copy, exported, damaged, "--out", out) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"stableqat: {damaged}: transformers cannot load it")
+    one, two = json.loads(out.read_text())["sources"]
+    assert (one["source"], two["source"]) == (str(copy), str(exported))
+    loss = one["perplexity"]["validation"]["loss"]
+    assert read_run(copy, ("eval/",)).scalars["eval/loss/validation"] == {4: pytest.approx(loss)}
+    assert len([p for p in copy.glob("events*") if p.name.endswith(".evaluate")]) == 1
+    assert f"{loss:.4f}" in told.out
+    assert str(out) in told.out
+
+
+def test_a_run_of_its_best_checkpoint(run, tmp_path, refused):
+    copy = shutil.copytree(run, tmp_path / "run")
+    for name in ("last.ckpt", "previous.ckpt"):
+        (copy / "checkpoints" / name).unlink(missing_ok=True)
+    (record,) = results(tmp_path, copy, "--data", copy)["sources"]
+    assert record["checkpoint"] == str(copy / "checkpoints" / "best.ckpt")
+    assert record["perplexity"].keys() == {"validation"}
+    (copy / "checkpoints" / "best.ckpt").unlink()
+    assert f"{copy}: the run holds no checkpoints/last.ckpt" in refused(copy)
+
+
+def test_a_run_whose_data_is_gone(run, place, tasks, tmp_path, refused, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace(str(place / "text.jsonl"), str(tmp_path / "gone.jsonl")))
     assert "has no tokenizer (the run's data is not to be had (no such data file" in refused(copy)
     tokenizer = next((place / "cache" / "tokenizers").iterdir())
     assert "name data with --data" in refused(copy, "--tokenizer", tokenizer)
+    if find_spec("lm_eval") is not None:
+        assert call(copy, "--tokenizer", tokenizer, "--tasks", "words", "--tasks_path", tasks) == 0
+        assert f"no perplexity of {copy}: data: {copy}: the run's data is not" in capsys.readouterr().out
     assert call(copy, "--tokenizer", tokenizer, "--data", place / "further.txt", "--block_size", 16) == 0
     assert "perplexity/further.txt" in capsys.readouterr().out

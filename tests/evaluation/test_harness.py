@@ -2,16 +2,20 @@
 
 import json
 import random
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 
+import words
 from stableqat.errors import UserError
 from stableqat.evaluate import harness
-from stableqat.evaluate.harness import DEFAULT, load_tasks, run_tasks, scores, task_names
-from stableqat.evaluate.processes import Share
-from stableqat.evaluate.subject import subjects
+from stableqat.evaluate.harness import DEFAULT, check_documents, load_tasks, run_tasks, scores, task_names
+from stableqat.evaluate.processes import Share, processes
+from stableqat.evaluate.report import figures
+from stableqat.evaluate.subject import find
 from stableqat.evaluate.undisturbed import undisturbed
 
 pytest.importorskip("lm_eval")
@@ -28,6 +32,11 @@ def answers(results):
     ]
 
 
+def load(source):
+    (loader,) = find(str(source)).loaders
+    return loader()
+
+
 @pytest.fixture(scope="module")
 def loaded(tasks):
     return load_tasks(["words"], str(tasks))
@@ -36,8 +45,8 @@ def loaded(tasks):
 def test_every_sample_of_live_and_exported(run, exported, loaded):
     told, given = [], []
     for source in (run, run / "checkpoints" / "best.ckpt", exported):
-        (subject,) = subjects(str(source), False)
-        tokenizer = subject.tokenizer(None)
+        subject = load(source)
+        tokenizer = subject.tokenizer
         modes = [module.training for module in subject.model.modules()]
         before = generators()
         for held in (True, False) if source == run else (True,):
@@ -57,8 +66,8 @@ def test_every_sample_of_live_and_exported(run, exported, loaded):
 
 
 def test_loglikelihoods_are_those_of_the_model(run, loaded):
-    (subject,) = subjects(str(run), False)
-    tokenizer = subject.tokenizer(None)
+    subject = load(run)
+    tokenizer = subject.tokenizer
     results = run_tasks(subject.model, tokenizer, loaded, batch_size=5, share=Share())
     sample = results["samples"]["words"][3]
     doc = sample["doc"]
@@ -71,8 +80,8 @@ def test_loglikelihoods_are_those_of_the_model(run, loaded):
 
 
 def test_products_in_half_precision_are_summed_in_single(run, loaded):
-    (subject,) = subjects(str(run), False)
-    tokenizer = subject.tokenizer(None)
+    subject = load(run)
+    tokenizer = subject.tokenizer
     values = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled), undisturbed(subject.model):
@@ -82,6 +91,57 @@ def test_products_in_half_precision_are_summed_in_single(run, loaded):
     assert values[0] == pytest.approx(values[1], rel=0.05)
     # bfloat16's eight bits would leave every one of them as it is
     assert any(torch.tensor(value).bfloat16().item() != value for value in values[1])
+
+
+def test_a_mean_counts_each_task_once(run, tmp_path):
+    words.write_task(tmp_path)
+    for name in ("first", "second", "alone"):  # each takes other documents
+        task = (tmp_path / "words.yaml").read_text().replace("task: words", f"task: {name}")
+        task += f"process_docs: !function docs.{name}\n"
+        (tmp_path / f"{name}.yaml").write_text(task)
+    take = "{} = lambda docs: docs.select(range({}, {}))\n"
+    (tmp_path / "docs.py").write_text(
+        take.format("first", 0, 5) + take.format("second", 5, 8) + take.format("alone", 0, 12)
+    )
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "inner.yaml").write_text("group: inner\ntask: [second]\n")
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [first, inner]\n" + mean)
+    subject = load(run)
+
+    def told(*names):
+        loaded = load_tasks(list(names), str(tmp_path))
+        results = run_tasks(subject.model, subject.tokenizer, loaded, batch_size=8, share=Share())
+        tasks = scores(results)
+        values = {name: value for name, value, _ in figures({"tasks": tasks})}
+        return {name: tasks[name]["group"] for name in tasks}, values
+
+    groups, values = told("both", "alone")
+    assert groups == {"first": "both", "second": "both", "inner": "both", "both": None, "alone": None}
+    assert len({values[f"{name}/acc"] for name in ("first", "second", "both", "alone")}) == 4
+    assert values["mean/acc"] == pytest.approx((values["both/acc"] + values["alone/acc"]) / 2)
+    groups, values = told("inner", "alone")  # a group without figures of its own
+    assert set(groups.values()) == {None}
+    assert values["mean/acc"] == pytest.approx((values["second/acc"] + values["alone/acc"]) / 2)
+
+
+def test_fewer_documents_than_processes(loaded):
+    check_documents(loaded, None, Share(0, 12))
+    check_documents(loaded, 4, Share(0, 4))
+    with pytest.raises(UserError, match="tasks: words gives 12 documents to 13 processes, and each needs"):
+        check_documents(loaded, 99, Share(12, 13))
+    with pytest.raises(UserError, match=r"words gives 3 documents \(limit; it has 12\) to 4 processes"):
+        check_documents(loaded, 3, Share(0, 4))
+
+
+def test_processes_wait_for_the_first(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    joined = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: joined.append(options))
+    with processes("cpu") as (share, _):
+        assert share == Share(1, 2)
+    assert joined[0]["timeout"] > timedelta(hours=2)
 
 
 def test_names():
@@ -135,8 +195,8 @@ def test_a_task_file_by_its_path(tasks):
 
 
 def test_weights_are_computed_once(run, loaded, computed):
-    (subject,) = subjects(str(run), False)
-    tokenizer = subject.tokenizer(None)
+    subject = load(run)
+    tokenizer = subject.tokenizer
     with undisturbed(subject.model):
         run_tasks(subject.model, tokenizer, loaded, batch_size=5, share=Share())
     assert len(computed) == 14  # seven layers a block

@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from torch.nn import functional as F
 
 from stableqat.analysis.events import read_run
 from stableqat.cli import main
@@ -82,7 +84,8 @@ def folders(tmp_path):
     for label in range(2):
         (tmp_path / "images" / f"class{label}").mkdir(parents=True)
         for number in range(10):
-            image = Image.fromarray(np.full((8, 8, 3), 10 * number + 100 * label, np.uint8))
+            rising = (np.arange(64) ** 2 // 40).reshape(8, 8, 1) + np.array([0, 10, 20])
+            image = Image.fromarray((5 * number + 60 * label + rising).astype(np.uint8))
             image.save(tmp_path / "images" / f"class{label}" / f"{number}.png")
     return tmp_path / "images"
 
@@ -96,6 +99,8 @@ def test_an_image_folder(folders, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     save_model(model, str(tmp_path / "model" / "model.safetensors"))
     pretrained = {"input_size": [3, 8, 8], "num_classes": 2, "first_conv": "patch_embed.proj"}
+    pretrained |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    pretrained |= {"interpolation": "bilinear", "crop_pct": 0.6}
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 2, "model_args": arguments}
     config["pretrained_cfg"] = {**pretrained, "classifier": "head"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
@@ -106,6 +111,25 @@ def test_an_image_folder(folders, tmp_path, capsys):
         assert told["images"] == count
         assert told["classes"] == ["class0", "class1"]
     assert "top1/images" in capsys.readouterr().out
+    other = shutil.copytree(folders, tmp_path / "other" / "images")
+    assert call(tmp_path / "model", "--data", folders, other, "--out", tmp_path / "two.json") == 0
+    two = json.loads((tmp_path / "two.json").read_text())["sources"][0]["images"]
+    assert {name: each["data"] for name, each in two.items()} == {
+        f"{tmp_path.name}/images": str(folders),
+        "other/images": str(other),
+    }
+    # `told` is of the images that training takes, prepared as timm itself does for the model
+    prepare = timm.data.create_transform((3, 8, 8), crop_pct=0.6, interpolation="bilinear",
+                                         mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))  # fmt: skip
+    losses = []
+    for label in range(2):
+        for number in range(10):
+            with Image.open(folders / f"class{label}" / f"{number}.png") as image:
+                images = prepare(image)[None]
+            with torch.no_grad():
+                losses.append(F.cross_entropy(model.eval()(images), torch.tensor([label])).item())
+    held = held_out(np.repeat([0, 1], 10), 0.1)
+    assert told["loss"] == pytest.approx(np.mean(np.array(losses)[~held]), rel=1e-5)
 
 
 def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
@@ -118,4 +142,5 @@ def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
     assert "the images have no test (they have train, validation)" in refused(vit, "--split", "test")
     pytest.importorskip("lm_eval")
     (tmp_path / "one.yaml").write_text("task: one\n")
-    assert "tasks: one cannot be loaded" in refused(vit, "--tasks", "one", "--tasks_path", tmp_path)
+    line = refused(vit, "--tasks", "one", "--tasks_path", tmp_path)
+    assert f"tasks: are for language models, and {vit} classifies images" in line

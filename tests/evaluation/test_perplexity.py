@@ -12,6 +12,7 @@ import tiny
 from stableqat.data.packed import PackedRows
 from stableqat.data.tokenizer import train_bpe
 from stableqat.errors import UserError
+from stableqat.evaluate import text
 from stableqat.evaluate.perplexity import blocks, perplexity, strided
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.text import read_text
@@ -94,42 +95,42 @@ def test_shares_add_up(model):
 
 
 def write(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
     return str(path)
 
 
-def flat(text):
-    assert isinstance(text.rows, PackedRows)
-    return text.rows.tokens(0, text.rows.num_tokens).tolist()
+def flat(read):
+    assert isinstance(read.rows, PackedRows)
+    return read.rows.tokens(0, read.rows.num_tokens).tolist()
 
 
-def test_documents(tokenizer, tmp_path):
-    texts = ["grid scale", "", "round weight clamp"]
+def test_documents(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "DOCUMENTS", 2)
+    texts = ["grid scale", "", "round weight clamp", "level", "bits bits", "step"]
     source = write(tmp_path / "text.jsonl", texts)
-    options = {"block_size": 2, "cache_dir": str(tmp_path / "cache")}
-    read = read_text(source, tokenizer, **options)
-    ids = [tokenizer.encode(text) for text in texts]
-    assert flat(read) == [*ids[0], tokenizer.eos_token_id, *ids[2], tokenizer.eos_token_id]
+    read = read_text(source, tokenizer, block_size=2)
+    a, b, c, d, e = ([*tokenizer.encode(each), tokenizer.eos_token_id] for each in texts if each)
+    assert flat(read) == a + b + c + d + e
+    assert read.rows.documents["input_ids"][:] == [a + b, c + d, e]  # two documents at once
     assert read.split == "all"
-    read = read_text(source, tokenizer, documents="blank-line", **options)
-    assert flat(read) == tokenizer.encode("grid scale\n\n\n\nround weight clamp")
+    read = read_text(source, tokenizer, block_size=2, documents="blank-line")
+    assert flat(read) == tokenizer.encode("\n\n".join(texts))
 
 
 def test_a_single_text_file(tokenizer, tmp_path):
     (tmp_path / "one.txt").write_text("grid scale\nlevel bits")
-    read = read_text(str(tmp_path / "one.txt"), tokenizer, block_size=2, cache_dir=str(tmp_path / "cache"))
+    read = read_text(str(tmp_path / "one.txt"), tokenizer, block_size=2)
     assert flat(read) == [*tokenizer.encode("grid scale\nlevel bits"), tokenizer.eos_token_id]
 
 
 def test_splits(tokenizer, tmp_path):
     for split in ("train", "validation", "test"):
         write(tmp_path / f"{split}.jsonl", [split, "grid scale"])
-    options = {"block_size": 2, "cache_dir": str(tmp_path / "cache")}
     first = {
-        split: tokenizer.decode(flat(read_text(str(tmp_path), tokenizer, split=split, **options)))
+        split: tokenizer.decode(flat(read_text(str(tmp_path), tokenizer, split=split, block_size=2)))
         for split in (None, "train", "validation", "test")
     }
-    assert {split: text.split("<|endoftext|>")[0] for split, text in first.items()} == {
+    assert {split: each.split("<|endoftext|>")[0] for split, each in first.items()} == {
         None: "test",
         "train": "train",
         "validation": "validation",
@@ -137,10 +138,10 @@ def test_splits(tokenizer, tmp_path):
     }
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(UserError, match=r"split: .* has no test \(it has train, validation\)"):
-        read_text(str(tmp_path), tokenizer, split="test", **options)
+        read_text(str(tmp_path), tokenizer, split="test", block_size=2)
 
 
 def test_too_little_text(tokenizer, tmp_path):
     source = write(tmp_path / "text.jsonl", ["grid"])
     with pytest.raises(UserError, match="no block of 512; lower block_size"):
-        read_text(source, tokenizer, block_size=512, cache_dir=str(tmp_path / "cache"))
+        read_text(source, tokenizer, block_size=512)

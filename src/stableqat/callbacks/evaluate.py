@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from stableqat.callbacks.throughput import untimed
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
     from stableqat.evaluate.perplexity import Windows
+    from stableqat.evaluate.processes import Share
 
 
 class Evaluate(L.Callback):
@@ -39,8 +41,8 @@ class Evaluate(L.Callback):
         limit: int | None = None,
         batch_size: int = 8,
     ) -> None:
-        if every_n_steps < 0 or batch_size < 1:
-            raise UserError("evaluate: every_n_steps must be 0 or more, batch_size at least 1")
+        if every_n_steps < 0 or batch_size < 1 or limit == 0:
+            raise UserError("evaluate: every_n_steps must be 0 or more, batch_size and limit at least 1")
         self.data = data or []
         self.tasks = tasks
         self.tasks_path = tasks_path
@@ -57,14 +59,15 @@ class Evaluate(L.Callback):
         """Read texts and tasks, so that what is missing ends a run before it begins.
 
         Raises:
-            UserError: If data or tasks are not to be had, or the model predicts no tokens.
+            UserError: If data or tasks are not to be had, a task has fewer documents than there are
+                processes, or the model predicts no tokens.
         """
         if not self.data and self.tasks is None:
             return
-        from stableqat.evaluate.harness import load_tasks, task_names
+        from stableqat.evaluate.harness import check_documents, load_tasks, task_names
         from stableqat.evaluate.perplexity import blocks, strided
         from stableqat.evaluate.processes import Share
-        from stableqat.evaluate.subject import label
+        from stableqat.evaluate.subject import labels
         from stableqat.evaluate.text import read_text
 
         datamodule = getattr(trainer, "datamodule", None)
@@ -75,13 +78,18 @@ class Evaluate(L.Callback):
             )
         size = datamodule.block_size  # type: ignore[union-attr]
         with Share(trainer.global_rank, trainer.world_size).first_alone():
-            for source in self.data:
+            for source, name in labels(self.data).items():
                 rows = read_text(source, self._tokenizer, block_size=size).rows
-                self._texts[label(source)] = (
+                self._texts[name] = (
                     blocks(rows, size) if self.stride is None else strided(rows, size, self.stride)
                 )
             if self.tasks is not None:
                 self._tasks = load_tasks(task_names(self.tasks), self.tasks_path)
+        if self._tasks:
+            check_documents(self._tasks, self.limit, _share(trainer, pl_module))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from here: a resumed run has evaluated what it has done."""
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -102,21 +110,16 @@ class Evaluate(L.Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._texts and not self._tasks:
             return
-        from torch.distributed.fsdp import FSDPModule
-
         from stableqat.evaluate.harness import run_tasks, scores
         from stableqat.evaluate.perplexity import perplexity
-        from stableqat.evaluate.processes import Share
         from stableqat.evaluate.report import figures
         from stableqat.evaluate.undisturbed import undisturbed
 
         model: Any = pl_module.model
-        # a sharded model computes on all processes together
-        sharded = isinstance(model, FSDPModule)
-        share = Share() if sharded else Share(trainer.global_rank, trainer.world_size)
-        options: dict[str, Any] = {"batch_size": self.batch_size, "share": share}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "share": _share(trainer, pl_module)}
         record: dict[str, Any] = {}
-        with trainer.precision_plugin.forward_context(), undisturbed(model), torch.no_grad():
+        context = trainer.precision_plugin.forward_context()
+        with untimed(trainer), context, undisturbed(model), torch.no_grad():
             record["perplexity"] = {
                 name: perplexity(model, windows, device=pl_module.device, **options)
                 for name, windows in self._texts.items()
@@ -127,3 +130,13 @@ class Evaluate(L.Callback):
         values = {f"eval/{name}": value for name, value, _ in figures(record)}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+
+
+def _share(trainer: L.Trainer, pl_module: L.LightningModule) -> "Share":
+    from torch.distributed.fsdp import FSDPModule
+
+    from stableqat.evaluate.processes import Share
+
+    # a sharded model computes on all processes together
+    sharded = isinstance(pl_module.model, FSDPModule)
+    return Share() if sharded else Share(trainer.global_rank, trainer.world_size)

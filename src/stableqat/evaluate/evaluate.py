@@ -44,7 +44,8 @@ def evaluate(
         sources: Run folders (their best checkpoints), checkpoints, exported or other transformers or timm
             folders, or hub names of language models.
         data: Texts or images to evaluate on: files, folders, tokenized sets, hub names, or runs, which stand
-            for their validation data. If not given, the validation data of the first run among the sources.
+            for their validation data. If not given, the validation data of the first run among the sources;
+            with tasks, a model that it does not fit does without.
         data_name: Configuration of a hub data set.
         text_column: Column of data that holds the text.
         split: Split of data. If not given, test, or validation; a text that has neither is taken whole, of
@@ -65,7 +66,8 @@ def evaluate(
         batch_size: Blocks, requests or images a forward and process.
         dtype: fp32, or bf16 for autocast over float32 weights.
         device: cpu, cuda or cuda:1; if not given, a GPU where there is one.
-        out: New JSON file for the results; confusion matrices are drawn beside it (.png).
+        out: New JSON file for the results, written anew after each model; confusion matrices are drawn beside
+            it (.png).
 
     Returns:
         0.
@@ -84,17 +86,27 @@ def evaluate(
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # torch is heavy; help does without it
     from stableqat.evaluate import report
-    from stableqat.evaluate.harness import load_tasks
+    from stableqat.evaluate.harness import check_documents, load_tasks
     from stableqat.evaluate.measure import Plan, measure
     from stableqat.evaluate.processes import processes
-    from stableqat.evaluate.subject import is_run, subjects
+    from stableqat.evaluate.subject import find, is_run, labels
 
     home = next((source for source in sources if is_run(source)), None)
+    asked = list(data) or ([] if home is None else [home])
     with processes(device) as (share, place):
         with share.first_alone():
+            found = [find(source, tokenizer=tokenizer, baselines=baselines) for source in sources]
+            if not asked and not names:
+                raise UserError("data: nothing to evaluate on; name data with --data or tasks with --tasks")
+            for each in found:
+                if names and each.tokenizer is None:
+                    raise UserError(f"tasks: are for language models, and {each.source} classifies images")
             loaded = load_tasks(names, tasks_path) if names else {}
+        if names:
+            check_documents(loaded, limit, share)
         plan = Plan(
-            data=list(data) or ([] if home is None else [home]),
+            data=labels(asked, of_run=split or "validation"),
+            implied=bool(names) and not data,
             home=home,
             data_name=data_name,
             text_column=text_column,
@@ -105,18 +117,24 @@ def evaluate(
             tasks=loaded,
             num_fewshot=num_fewshot,
             limit=limit,
-            tokenizer=tokenizer,
             batch_size=batch_size,
             bf16=dtype == "bf16",
         )
-        records = [
-            measure(subject, plan, share, place)
-            for source in sources
-            for subject in subjects(source, baselines)
-        ]
-        if share.rank == 0:
-            settings = _settings(plan, names, str(place), share.count)
-            report.publish(records, settings, file)
+        settings = {
+            **_settings(plan, names),
+            "tokenizer": tokenizer,
+            "device": str(place),
+            "processes": share.count,
+        }
+        records: list[dict[str, Any]] = []
+        try:
+            for load in (load for each in found for load in each.loaders):
+                records.append(measure(load(), plan, share, place))
+                if share.rank == 0:
+                    report.keep(records, settings, file)
+        finally:  # a later model may be damaged, or too large
+            if share.rank == 0 and records:
+                report.show(records, file)
     return 0
 
 
@@ -134,16 +152,9 @@ def _new(out: str) -> Path:
     return path
 
 
-def _settings(plan: "Plan", names: list[str], device: str, processes: int) -> dict[str, Any]:
+def _settings(plan: "Plan", names: list[str]) -> dict[str, Any]:
     from stableqat.evaluate.harness import SEEDS
 
-    settings = {key: value for key, value in vars(plan).items() if key not in ("home", "bf16")}
+    settings = {key: value for key, value in vars(plan).items() if key not in ("home", "implied", "bf16")}
     dtype = "bf16" if plan.bf16 else "fp32"
-    return {
-        **settings,
-        "tasks": names,
-        "seeds": SEEDS,
-        "dtype": dtype,
-        "device": device,
-        "processes": processes,
-    }
+    return {**settings, "data": list(plan.data), "tasks": names, "seeds": SEEDS, "dtype": dtype}

@@ -7,6 +7,7 @@ files are not searched.
 
 import logging
 import random
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,28 @@ def _load(manager: Any, name: str) -> list[Any]:
     return [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
 
 
+def check_documents(tasks: dict[str, Any], limit: int | None, share: Share) -> None:
+    """Refuse a task that leaves a process without a document: it would fail, and the others wait for it.
+
+    Args:
+        tasks: What `load_tasks` returned.
+        limit: Documents of a task, the first ones; None takes all.
+        share: This process's share of the requests.
+
+    Raises:
+        UserError: Naming the task.
+    """
+    for name, task in tasks["tasks"].items():
+        with quiet():
+            there = len(task.eval_docs)
+        if (documents := there if limit is None else min(there, limit)) < share.count:
+            more = "" if documents == there else f" (limit; it has {there})"
+            raise UserError(
+                f"tasks: {name} gives {documents} documents{more} to {share.count} processes, and each needs "
+                "one; start fewer processes or take more documents"
+            )
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -123,7 +146,10 @@ def run_tasks(
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task or group: each metric with its standard error, number of documents, examples and version."""
+    """By task or group: each metric with its standard error, number of documents, examples and version.
+
+    `group` is one that sums up a task or subgroup, if there is any.
+    """
     told: dict[str, dict[str, Any]] = {}
     for task, values in results["results"].items():
         metrics = {}
@@ -138,5 +164,17 @@ def scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "documents": results.get("n-samples", {}).get(task, {}).get("effective"),
             "num_fewshot": results.get("n-shot", {}).get(task),
             "version": results.get("versions", {}).get(task),
+            "group": None,
         }
+    children = results.get("group_subtasks", {})
+    for group in children:
+        if told[group]["metrics"]:  # others are but names for their members
+            for member in _members(group, children):
+                told[member]["group"] = group
     return told
+
+
+def _members(group: str, children: dict[str, list[str]]) -> Iterator[str]:
+    for child in children.get(group, []):
+        yield child
+        yield from _members(child, children)

@@ -12,14 +12,18 @@ from stableqat.errors import UserError
 from stableqat.evaluate import text
 from stableqat.evaluate.harness import run_tasks, scores
 from stableqat.evaluate.images import classify, image_size
-from stableqat.evaluate.perplexity import blocks, perplexity, strided
+from stableqat.evaluate.perplexity import Windows, blocks, perplexity, strided
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.quiet import quiet
-from stableqat.evaluate.subject import Subject, is_run, label
+from stableqat.evaluate.subject import Subject, is_run
 from stableqat.evaluate.undisturbed import undisturbed
 from stableqat.trained import data_of, find_trained
 
 MOST_TOKENS = 2048  # of a block, where neither a user nor a run says
+
+
+class Misfit(UserError):
+    """Data of a run that is not to be had, or on which the model cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,15 @@ class Plan:
     """What each model is asked; see `stableqat.evaluate.evaluate.evaluate`.
 
     Attributes:
-        data: Sources of text or images, runs among them.
+        data: Sources of text or images, runs among them, and what they are called in the results.
+        implied: Nobody asked for this data; a model that it does not fit does without.
         home: Run whose data settings count where nothing else is said.
         tasks: Tasks as the harness loaded them.
         bf16: Compute under autocast.
     """
 
-    data: list[str]
+    data: dict[str, str]
+    implied: bool
     home: str | None
     data_name: str | None
     text_column: str
@@ -44,7 +50,6 @@ class Plan:
     tasks: dict[str, Any]
     num_fewshot: int | None
     limit: int | None
-    tokenizer: str | None
     batch_size: int
     bf16: bool
 
@@ -59,15 +64,12 @@ def measure(subject: Subject, plan: Plan, share: Share, device: torch.device) ->
         device: Where to compute.
 
     Returns:
-        What it is, and its figures: `perplexity` by text, `tasks`, or `images` by source.
+        What it is, and its figures: `perplexity` by text, `tasks`, or `images` by source; `left_out` says why
+        implied data is.
 
     Raises:
         UserError: If data, tokenizer and model do not fit.
     """
-    if not plan.data and not plan.tasks:
-        raise UserError(
-            f"{subject.source}: nothing to evaluate on; name data with --data or tasks with --tasks"
-        )
     checkpoint = None if subject.checkpoint is None else str(subject.checkpoint)
     record: dict[str, Any] = {
         "source": subject.source,
@@ -81,31 +83,30 @@ def measure(subject: Subject, plan: Plan, share: Share, device: torch.device) ->
         stack.enter_context(quiet())
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16))
         stack.enter_context(undisturbed(subject.model))
-        if subject.is_language_model:
+        if subject.tokenizer is not None:
             return record | _language(subject, plan, share, device)
-        if plan.tasks:
-            raise UserError(f"tasks: are for language models, and {subject.source} classifies images")
         return record | {"images": _images(subject, plan, share, device)}
 
 
 def _language(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
-    tokenizer = subject.tokenizer(plan.tokenizer)
     found: dict[str, Any] = {"perplexity": {}}
-    for source in plan.data:
-        block_size = _block_size(subject, plan)
-        with share.first_alone():
-            name, read = _text(source, plan, tokenizer, block_size)
-        windows = (
-            blocks(read.rows, block_size)
-            if plan.stride is None
-            else strided(read.rows, block_size, plan.stride)
-        )
+    texts = {}
+    try:
+        for source in plan.data:
+            with share.first_alone():
+                texts[source] = _text(source, subject, plan)
+    except Misfit as misfit:
+        if not plan.implied:
+            raise
+        found["left_out"] = str(misfit)
+    for source, (read, windows) in texts.items():
         told = perplexity(subject.model, windows, batch_size=plan.batch_size, device=device, share=share)
-        found["perplexity"][name] = {**told, "data": source, "split": read.split, "documents": read.documents}
+        told |= {"data": source, "split": read.split, "documents": read.documents}
+        found["perplexity"][plan.data[source]] = told
     if plan.tasks:
         results = run_tasks(
             subject.model,
-            tokenizer,
+            subject.tokenizer,
             plan.tasks,
             batch_size=plan.batch_size,
             share=share,
@@ -124,50 +125,57 @@ def _block_size(subject: Subject, plan: Plan) -> int:
         home = None if plan.home is None else data_of(find_trained(plan.home))[0]
         size = getattr(home, "block_size", min(MOST_TOKENS, limit))
     if size > limit:
-        raise UserError(f"block_size: {size} tokens are more than {subject.source} takes ({limit}); lower it")
+        kind = Misfit if plan.block_size is None else UserError
+        raise kind(f"block_size: {size} tokens are more than {subject.source} takes ({limit}); lower it")
     return size
 
 
-def _text(source: str, plan: Plan, tokenizer: Any, block_size: int) -> tuple[str, text.Text]:
-    """A source's rows and its short name."""
+def _text(source: str, subject: Subject, plan: Plan) -> tuple[text.Text, Windows]:
+    block_size = _block_size(subject, plan)
     if is_run(source):
         datamodule = _of_run(source, TextDataModule, block_size=block_size)
-        if tokenizer_hash(datamodule.tokenizer) != tokenizer_hash(tokenizer):
-            raise UserError(
-                f"data: {source} has another tokenizer than the model, so its perplexity would say nothing; "
-                "name a text with --data"
+        if tokenizer_hash(datamodule.tokenizer) != tokenizer_hash(subject.tokenizer):
+            raise Misfit(
+                f"data: {source} has another tokenizer than {subject.source}, whose perplexity would say "
+                "nothing; name a text with --data"
             )
         read = text.run_text(datamodule, plan.split)
-        return read.split, read
-    read = text.read_text(
-        source,
-        tokenizer,
-        block_size=block_size,
-        name=plan.data_name,
-        text_column=plan.text_column,
-        split=plan.split,
-        documents=plan.documents,
-    )
-    return label(source), read
+    else:
+        read = text.read_text(
+            source,
+            subject.tokenizer,
+            block_size=block_size,
+            name=plan.data_name,
+            text_column=plan.text_column,
+            split=plan.split,
+            documents=plan.documents,
+        )
+    if plan.stride is None:
+        return read, blocks(read.rows, block_size)
+    return read, strided(read.rows, block_size, plan.stride)
 
 
 def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    from timm.data import resolve_data_config
+
+    datamodules = {}
     for source in plan.data:
-        name, datamodule = label(source), None
         if is_run(source):
             datamodule = _of_run(source, ImageDataModule, augment=False)
-            name = plan.split or "validation"
         elif plan.home is not None:
             changes = {"source": source, "name": plan.data_name, "image_column": None, "label_column": None}
             datamodule = _of_run(plan.home, ImageDataModule, augment=False, **changes)
         else:
-            size = image_size(subject.model)[0]
-            datamodule = ImageDataModule(source, name=plan.data_name, image_size=size, augment=False)
+            size, own = image_size(subject.model)[0], resolve_data_config(model=subject.model)
+            own = {key: own[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+            datamodule = ImageDataModule(source, name=plan.data_name, image_size=size, augment=False, **own)
         with share.first_alone():
             datamodule.prepare_data()
+        datamodules[source] = datamodule
+    found: dict[str, Any] = {}
+    for source, datamodule in datamodules.items():
         split = "validation" if plan.split is None and is_run(source) else plan.split
-        found[name] = classify(
+        found[plan.data[source]] = classify(
             subject.model,
             datamodule,
             split=split,
@@ -181,7 +189,7 @@ def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) ->
 def _of_run(run: str, kind: type, **changes: Any) -> Any:
     datamodule, why_not = data_of(find_trained(run), **changes)
     if datamodule is None:
-        raise UserError(f"data: {run}: {why_not}; name data with --data")
+        raise Misfit(f"data: {run}: {why_not}; name data with --data")
     if not isinstance(datamodule, kind):
         what = "images" if isinstance(datamodule, ImageDataModule) else "text"
         raise UserError(

@@ -8,12 +8,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from stableqat.errors import UserError
+
+# the others wait while the first process downloads tasks or encodes texts; NCCL's own 10 minutes end that
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def processes(device: str | None) -> Iterator[tuple[Share, torch.device]]:
     if count == 1:
         yield Share(), chosen
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Share(dist.get_rank(), count), chosen
     finally:

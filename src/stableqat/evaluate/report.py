@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stableqat.errors import UserError
-from stableqat.evaluate.subject import label
+from stableqat.evaluate.subject import labels
 from stableqat.whole import whole
 
 logger = logging.getLogger(__name__)
@@ -21,44 +21,56 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("stableqat", "torch", "transformers", "timm", "torchmetrics")
 
 
-def publish(records: list[dict[str, Any]], settings: dict[str, Any], file: Path | None) -> None:
-    """Print the table, write the file and the scalars.
+def keep(records: list[dict[str, Any]], settings: dict[str, Any], file: Path | None) -> None:
+    """Write the last model's scalars, and the file anew.
 
     Args:
-        records: What `measure` returned for each model.
+        records: What `measure` returned for each model so far.
         settings: How it was measured.
         file: JSON file, None for none.
 
     Raises:
-        UserError: If a file cannot be written.
+        UserError: If the file cannot be written.
     """
+    if (run := records[-1]["run"]) is not None:
+        _log(Path(run), records[-1])
+    if file is None:
+        return
+    names = [*LIBRARIES, "lm_eval"] if settings["tasks"] else LIBRARIES
+    versions = {name: version(name) for name in names}
+    results = {"sources": records, "settings": settings, "versions": versions}
+    try:
+        with whole(file) as part:
+            part.write_text(json.dumps(results, indent=2, default=str) + "\n")
+        if any("images" in record for record in records):
+            _draw(records, file.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"out: {file} cannot be written ({error.strerror or error})") from error
+
+
+def show(records: list[dict[str, Any]], file: Path | None) -> None:
+    """Print the table, what its texts are, and the file's name if it is there."""
     from rich.console import Console
 
     # a table in a file or a pipe keeps its width
     console = Console(markup=False, highlight=False, width=None if os.isatty(1) else 200)
     console.print(table(records))
-    for data, told in records[0].get("perplexity", {}).items():
+    texts = {data: told for each in reversed(records) for data, told in each.get("perplexity", {}).items()}
+    for data, told in texts.items():
         what = f"{told['split']} split, documents {told['documents']}; {told['tokens']} tokens scored"
         console.print(f"{data}: {what}, {told['how']}", soft_wrap=True)
-    try:
-        if file is not None:
-            names = [*LIBRARIES, "lm_eval"] if settings["tasks"] else LIBRARIES
-            versions = {name: version(name) for name in names}
-            results = {"sources": records, "settings": settings, "versions": versions}
-            with whole(file) as part:
-                part.write_text(json.dumps(results, indent=2, default=str) + "\n")
-            console.print(f"{file}", soft_wrap=True)
-            if any("images" in record for record in records):
-                _draw(records, file.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"out: {file} cannot be written ({error.strerror or error})") from error
     for record in records:
-        if record["run"] is not None:
-            _log(Path(record["run"]), record)
+        if "left_out" in record:
+            console.print(f"no perplexity of {record['source']}: {record['left_out']}", soft_wrap=True)
+    if file is not None and file.exists():
+        console.print(f"{file}", soft_wrap=True)
 
 
 def figures(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """A model's figures: name, value, and standard error where there is one."""
+    """A model's figures: name, value, and standard error where there is one.
+
+    `mean/acc` is that of tasks and groups, without the tasks that a group sums up already.
+    """
     for data, told in record.get("perplexity", {}).items():
         yield f"perplexity/{data}", told["perplexity"], None
         yield f"loss/{data}", told["loss"], None
@@ -69,7 +81,7 @@ def figures(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]
     for task, told in record.get("tasks", {}).items():
         for metric, score in told["metrics"].items():
             yield f"{task}/{metric}", score["value"], score["stderr"]
-            if metric == "acc":
+            if metric == "acc" and told["group"] is None:
                 accuracies.append(score["value"])
     if len(accuracies) > 1:
         yield "mean/acc", sum(accuracies) / len(accuracies), None
@@ -82,9 +94,9 @@ def table(records: list[dict[str, Any]]) -> Any:
 
     made = Table(box=SIMPLE_HEAD, padding=(0, 1))
     made.add_column("")
-    columns = []
+    columns, names = [], labels(record["source"] for record in records)
     for record in records:
-        made.add_column(f"{label(record['source'])}\n{record['about']}", justify="right", overflow="fold")
+        made.add_column(f"{names[record['source']]}\n{record['about']}", justify="right", overflow="fold")
         columns.append({name: (value, error) for name, value, error in figures(record)})
     for name in dict.fromkeys(name for column in columns for name in column):
         made.add_row(name, *(_cell(column.get(name)) for column in columns))
@@ -106,8 +118,9 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
     panels = [(each, *image) for each in records for image in each.get("images", {}).items()]
     figure = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    names = labels(record["source"] for record in records)
     for axis, (record, data, told) in zip(axes, panels, strict=True):
-        title = f"{label(record['source'])}, {record['about']}"
+        title = f"{names[record['source']]}, {record['about']}"
         confusion, classes = np.array(told["confusion"], float), told["classes"]
         shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")

@@ -6,7 +6,10 @@ published WikiText-2 figures join its rows by blank lines and encode the whole a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from stableqat.data import TextDataModule
 from stableqat.data.documents import Documents
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 Join = Literal["eos", "blank-line"]
 Split = Literal["train", "validation", "test"]
+DOCUMENTS = 4096  # encoded at once: all tokens of a text as Python's integers would take ten times the memory
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,6 @@ def read_text(
     text_column: str = "text",
     split: Split | None = None,
     documents: Join = "eos",
-    cache_dir: str | None = None,
 ) -> Text:
     """Read a source and encode it.
 
@@ -73,7 +76,6 @@ def read_text(
         text_column: Column that holds the text.
         split: Split to take; None takes test, or validation, or all of a source that has neither.
         documents: How documents are joined.
-        cache_dir: Where `datasets` keeps what it reads.
 
     Raises:
         UserError: If there is no such source, split or column, or the text fills no row.
@@ -90,7 +92,7 @@ def read_text(
         tokens, how = splits[found], "each ended by EOS"
     else:
         texts = Documents(
-            source, name=name, text_column=text_column, validation_fraction=0.05, cache_dir=cache_dir
+            source, name=name, text_column=text_column, validation_fraction=0.05, cache_dir=None
         ).splits
         found = _pick(source, split, list(texts))
         column = (text or "" for batch in texts[found].iter(1000) for text in batch[text_column])
@@ -121,15 +123,19 @@ def _documents(texts: Iterator[str], tokenizer: Any) -> "Dataset":
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer_json(tokenizer))
-    encodings = backend.encode_batch_fast([text for text in texts if text], add_special_tokens=False)
-    return _dataset([[*encoding.ids, tokenizer.eos_token_id] for encoding in encodings])
+    given, rows = (text for text in texts if text), []
+    while batch := list(islice(given, DOCUMENTS)):
+        encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+        ids = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
+        rows.append(np.array(ids, np.int32))
+    return _dataset(rows)
 
 
 def _joined(texts: Iterator[str], tokenizer: Any) -> "Dataset":
-    return _dataset([tokenizer("\n\n".join(texts), verbose=False)["input_ids"]])
+    return _dataset([np.array(tokenizer("\n\n".join(texts), verbose=False)["input_ids"], np.int32)])
 
 
-def _dataset(rows: list[list[int]]) -> "Dataset":
+def _dataset(rows: list[np.ndarray]) -> "Dataset":
     from datasets import Dataset, Features, List, Value
 
     return Dataset.from_dict({"input_ids": rows}, features=Features({"input_ids": List(Value("int32"))}))
