@@ -155,7 +155,7 @@ class OnnxRunner:
     """A model in onnxruntime on the CPU, float32 between the layers, as many threads as torch has.
 
     Args:
-        model: A float32 model, changed in place.
+        model: A float32 model, which is used up.
         length: Tokens that the cache holds.
         packed: Weights that the operator MatMulNBits multiplies with, by layer name.
         int8_activations: See `MatMulNBits`.
@@ -185,7 +185,7 @@ class OnnxRunner:
             dynamo=True,
             verbose=False,
         )
-        held = program.model.graph.initializers.values()
+        held = list(program.model.graph.initializers.values())
         self.weight_bytes = sum(each.const_value.nbytes for each in held)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -194,6 +194,8 @@ class OnnxRunner:
             file = Path(folder, "step.onnx")
             program.save(file, external_data=True)  # protobuf ends at two gigabytes
             self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        for each in held:  # the exporter keeps hold of its last graph
+            each.const_value = None
         self.names = [each.name for each in self.session.get_inputs()]
         self.outputs = [each.name for each in self.session.get_outputs()]
         self.start = (0, 0)

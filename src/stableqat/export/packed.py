@@ -133,7 +133,11 @@ class PackedModel:
         """A model of its own with the baked weights: plain layers, no quantizers, no hooks."""
         with torch.random.fork_rng([]):
             model = self.module.build_model().eval()
-        model.load_state_dict(self.baked(), strict=False)  # a tied head comes with the embedding
+        state = model.state_dict()  # a tied head comes with the embedding
+        for name, tensor in self.rest().items():
+            state[name].copy_(tensor)
+        for name, weight in self.layers.items():
+            state[f"{name}.weight"].copy_(weight.dequantize())
         return model
 
 
