@@ -243,7 +243,7 @@ def test_two_models_at_a_time_are_held(home, monkeypatch):
     monkeypatch.setattr(decode, "_packed", counted(decode._packed))
     monkeypatch.setattr(decode, "_warm", counted(decode._warm))
     decode.measure_decode(read_architecture(str(home / "llama.yaml")), [4, 2], "integer", 8, 1, CPU, print)
-    assert held == [0, 0, *[1] * 8]  # before each of three models and seven engines
+    assert held == [0, 0, *[1] * 9]  # before each of four models and seven engines
 
 
 @pytest.mark.parametrize(

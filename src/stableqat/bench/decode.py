@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
 from statistics import median
 from typing import Any, Literal
 
@@ -106,11 +107,11 @@ def measure_decode(
     tokens = torch.randint(module.config.vocab_size, (prompt,), generator=generator).tolist()
     results: dict[str, dict[str, Any]] = {}
     baseline: Runner | None = None
-    for bits in dict.fromkeys(arm.bits for arm in arms):
+    for bits, group in groupby(arms, lambda arm: arm.bits):
         with device:
             packed = _packed(architecture, bits, grid)
             want = _logits(packed, tokens[:_CHECKED])
-        for arm in (each for each in arms if each.bits == bits):
+        for arm in group:
             record: dict[str, Any] = {"engine": arm.engine, "bits": bits, "activations": arm.activations}
             results[arm.name] = record
             runner: Runner | None = None
@@ -184,8 +185,6 @@ def _arms(widths: Sequence[int], device: torch.device) -> tuple[list[Arm], list[
     missing = [name for name in names if name in _INSTALL and find_spec(name) is None]
     left_out = [f"{name} is not installed: pip install {_INSTALL[name]}" for name in missing]
     arms = [Arm(BASELINE, "torch", None, "bfloat16", partial(_torch, device=device))]
-    if "onnxruntime" in names and "onnxruntime" not in missing:
-        arms.append(Arm("onnxruntime fp32", "onnxruntime", None, "float32", _onnx))
     for width in dict.fromkeys(widths):
         for name in (each for each in names if each not in missing):
             if width not in BITS[name]:
@@ -198,6 +197,8 @@ def _arms(widths: Sequence[int], device: torch.device) -> tuple[list[Arm], list[
                 make = TinyGemm if name == "tinygemm" else engines.gemlite_linear
                 build = partial(_torch, device=device, make=make)
                 arms.append(Arm(f"{name} {width} bits", name, width, "bfloat16", build))
+    if "onnxruntime" in names and "onnxruntime" not in missing:  # the largest comes last
+        arms.append(Arm("onnxruntime fp32", "onnxruntime", None, "float32", _onnx))
     return arms, left_out
 
 
