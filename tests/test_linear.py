@@ -3,6 +3,7 @@
 import copy
 import os
 from functools import partial
+from importlib import import_module
 
 import pytest
 import timm
@@ -546,6 +547,40 @@ def test_a_block_whose_first_argument_is_a_scalar(together):
     net = Scaled().to(DEVICE)
     quantize_linears(net, TWO_BITS)
     net(torch.tensor(2.0, device=DEVICE), inputs(4, 16))
+
+
+def replicas_of(model, count=2):
+    """What `DataParallel` runs on each GPU, all of them here."""
+    module = import_module("torch.nn.parallel.replicate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_get_device_index", lambda device, _: device)
+        patch.setattr(
+            module,
+            "_broadcast_coalesced_reshape",
+            lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices],
+        )
+        return module.replicate(model, range(count))
+
+
+@each_method
+def test_a_replica_computes_with_its_own_weights(together, method):
+    """Weights of the original are on another GPU, and the group's values are another thread's."""
+    net, x = block(METHODS[method]), inputs(4, 16)
+    with torch.no_grad():
+        net.a.weight_quantizer.scale.mul_(1e-6)  # below its floor
+        net.a.weight.mul_(1e-4)
+    expected = apart(net, x)
+    hold_weights(net)
+    one, other = replicas_of(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.neg_()
+    meanwhile = []  # what the other computes in the midst of the one; they share hooks
+    net.b.register_forward_hook(lambda module, *_: meanwhile.append(other(x)) if module is one.b else None)
+    agree(measure(net, x, one), expected)
+    agree(meanwhile, expected[:1])
+    assert together == []
+    assert one.a.held_value() is None
 
 
 # -- held weights -------------------------------------------------------------------------------

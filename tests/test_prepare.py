@@ -158,6 +158,12 @@ def headless() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
 
 
+def twins() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
 MISTAKES = {
     "unknown method": (llama, {"quantizer": "stabelqat", "bits": 2}, "did you mean stableqat"),
     "no bits": (llama, {}, "bits: missing"),
@@ -181,6 +187,11 @@ MISTAKES = {
     "nothing left": (llama, {"bits": 2, "skip": ["*"]}, "none of the model's 15 linear layers"),
     "no linear layer": (headless, {"bits": 2}, "none of the model's 0"),
     "a head tied to its embedding": (llama, {"bits": 2, "skip": []}, "embed_tokens has the same weight"),
+    "two layers with one weight": (
+        twins,
+        {"bits": 2},
+        "layer 0: 1 has the same weight and would go on with its latent values; add 0 to skip",
+    ),
     "groups that do not fit every layer": (
         partial(llama, intermediate_size=48),
         {"bits": 2, "group_size": 32},

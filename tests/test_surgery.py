@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from stableqat import QuantLinear, quantize_linears
+from stableqat import QuantLinear, convert, quantize_linears
 from stableqat.errors import UserError
 from stableqat.quantizers import DSQ, STE, ParetoQ, StableQAT
 from stableqat.surgery import quantized_layers
@@ -339,11 +339,52 @@ def test_a_module_under_two_names_stays_one():
     }
 
 
-def test_two_modules_with_one_weight_keep_it():
-    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+@pytest.mark.parametrize("other", [nn.Linear(4, 4), nn.Bilinear(4, 4, 4)], ids=["quantized, too", "kept"])
+def test_a_weight_of_two_modules_is_refused_before_anything_is_computed(other):
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleDict({"up": nn.Linear(4, 4), "other": other})})
+    net["b"]["other"].weight = net["b"]["up"].weight
+    kinds = [type(m) for m in net.modules()]
+    with pytest.raises(UserError, match=r"^layer b\.up: b\.other has the same weight .*; add up to skip$"):
+        quantize_linears(net, lambda weight: pytest.fail("a quantizer was made"))
+    assert [type(m) for m in net.modules()] == kinds
+
+
+def test_skipped_modules_with_one_weight_keep_it():
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     net["b"].weight = net["a"].weight
-    quantize_linears(net, TWO_BITS)
+    report = quantize_linears(net, TWO_BITS, ["a", "b"])
+    assert report.swapped == ["c"]
     assert net["a"].weight is net["b"].weight
+
+
+def test_an_embedding_may_be_tied_where_something_makes_it_follow():
+    net = llama(tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"^layer lm_head: model\.embed_tokens has the same weight"):
+        quantize_linears(net, TWO_BITS, tied=False)
+    assert "lm_head" in quantize_linears(net, TWO_BITS).swapped
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+
+
+def test_hooks_stay_and_can_be_removed():
+    net, seen = nn.Sequential(nn.Linear(4, 4)), []
+    handles = [
+        net[0].register_forward_pre_hook(lambda module, args: seen.append(("before", module))),
+        net[0].register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(("after", module)), with_kwargs=True
+        ),
+        net[0].register_full_backward_hook(lambda module, *_: seen.append(("backward", module))),
+    ]
+    quantize_linears(net, TWO_BITS)
+    net(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert seen == [(when, net[0]) for when in ("before", "after", "backward")]
+    convert(net)
+    seen.clear()
+    net(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert seen == [(when, net[0]) for when in ("before", "after", "backward")]
+    for handle in handles:
+        handle.remove()
+    net(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert len(seen) == 3
 
 
 def test_an_optimizer_made_before_still_holds_the_weights():

@@ -58,7 +58,7 @@ def prepare(
     factory = _factory(quantizer)
     _check_options(factory, options)
     _check(model, skip)
-    quantize_linears(model, partial(factory, **options) if options else factory, skip)
+    quantize_linears(model, partial(factory, **options) if options else factory, skip, tied=False)
     layers = quantized_layers(model).values()
     if half := next((x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4), None):
         logger.warning(
@@ -192,25 +192,12 @@ def _plain_embedding(embedding: nn.Embedding) -> nn.Embedding:
 
 
 def _check(model: nn.Module, skip: Sequence[str]) -> None:
-    """Refuse before anything is swapped."""
+    """Refuse a `skip` that leaves nothing, or names what is not there."""
     linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    left = [name for name in linears if not any(matches(name, pattern) for pattern in skip)]
-    if not left:
+    if all(any(matches(name, pattern) for pattern in skip) for name in linears):
         raise UserError(
             f"skip: {', '.join(skip)} leaves none of the model's {len(linears)} linear layers to quantize"
         )
     for pattern in skip:
         if pattern not in HEADS and not any(matches(name, pattern) for name in linears):
             raise UserError(f"skip: {pattern} matches no linear layer; correct it or leave it out")
-    users: dict[int, set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), set()).add(module)
-    for name in left:
-        layer = model.get_submodule(name)
-        if type(layer) is nn.Linear and len(sharing := users[id(layer.weight)]) > 1:
-            other = next(n for n, m in model.named_modules() if m in sharing - {layer})
-            raise UserError(
-                f"layer {name}: {other} has the same weight and would go on with its latent values; add "
-                f"{name.split('.')[-1]} to skip"
-            )

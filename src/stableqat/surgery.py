@@ -2,9 +2,10 @@
 
 `QuantLinear` computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the very
 Parameters of the layer it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds
-keys of its own beside. Only `type(m) is nn.Linear` is swapped: a subclass computes something
-that is not ours to replace. Running the surgery twice changes nothing. While weights stay as they are,
-in evaluation or between the micro-steps of an accumulated gradient, `hold_weights` keeps what they become.
+keys of its own beside, and hooks of forward and backward stay. Only `type(m) is nn.Linear` is swapped: a
+subclass computes something that is not ours to replace. Running the surgery twice changes nothing. While
+weights stay as they are, in evaluation or between the micro-steps of an accumulated gradient, `hold_weights`
+keeps what they become.
 """
 
 import logging
@@ -55,7 +56,7 @@ class QuantLinear(nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, weight_quantizer: Quantizer, input_quantizer: nn.Module | None = None
     ) -> "QuantLinear":
-        """Wrap the Parameters of `linear`, without copying them.
+        """Wrap the Parameters of `linear`, without copying them, and its forward and backward hooks.
 
         Args:
             linear: The layer to replace.
@@ -70,6 +71,7 @@ class QuantLinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
         layer.recompute = layer._group = layer._held = None
+        _keep_hooks(linear, layer)
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -88,6 +90,7 @@ class QuantLinear(nn.Linear):
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         linear.weight, linear.bias = self.weight, self.bias
+        _keep_hooks(self, linear)
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -205,6 +208,8 @@ class _Group:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: compute what the layers will use."""
         self.values = None
+        if "_is_replica" in vars(module):
+            return  # of DataParallel: it has weights of its own, and all replicas share this group
         layers, first = self.layers, self.layers[0]
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
@@ -256,6 +261,7 @@ def quantize_linears(
     *,
     initialize: bool = True,
     recompute: bool | None = None,
+    tied: bool = True,
 ) -> SurgeryReport:
     """Replace the linear layers of `model` in place.
 
@@ -266,18 +272,20 @@ def quantize_linears(
         initialize: Set the scales from the weights. False leaves them unset (NaN), for a state dict
             that follows.
         recompute: See `QuantLinear`.
+        tied: Let embeddings share a quantized weight. They look up latent values until something makes them
+            follow, as the training systems of this suite do.
 
     Returns:
         Which layers were swapped, which were not, and why.
 
     Raises:
-        UserError: With the layer's name, if a quantizer refuses its weight; if `model` is itself a layer.
+        UserError: With the layer's name, if a quantizer refuses its weight, or another module uses the weight
+            as well; if `model` is itself a layer. The model is then as it was.
     """
     if isinstance(model, nn.Linear):
         raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
     report = SurgeryReport()
-    replacements: dict[int, QuantLinear] = {}
-    swaps: dict[str, QuantLinear] = {}
+    chosen: dict[str, nn.Linear] = {}
     used_patterns: set[str] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, nn.Linear):
@@ -291,17 +299,20 @@ def quantize_linears(
         elif matching:
             report.skipped[name] = f"skip: {matching[0]}"
         else:
-            if id(module) not in replacements:  # one module under two names stays one module
-                try:
-                    made = _make_quantizer(module.weight, quantizer, initialize)
-                except UserError as error:
-                    raise UserError(f"layer {name}: {error}") from error
-                replacements[id(module)] = QuantLinear.from_linear(module, made)
-                replacements[id(module)].recompute = recompute
-            swaps[name] = replacements[id(module)]
-    for name, layer in swaps.items():  # once every weight has its quantizer: all layers or none
-        model.set_submodule(name, layer)
-    report.swapped = list(swaps)
+            chosen[name] = module
+    _refuse_shared(model, chosen, tied)
+    replacements: dict[nn.Linear, QuantLinear] = {}
+    for name, linear in chosen.items():
+        if linear not in replacements:  # one module under two names stays one module
+            try:
+                made = _make_quantizer(linear.weight, quantizer, initialize)
+            except UserError as error:
+                raise UserError(f"layer {name}: {error}") from error
+            replacements[linear] = QuantLinear.from_linear(linear, made)
+            replacements[linear].recompute = recompute
+    for name, linear in chosen.items():  # once every weight has its quantizer: all layers or none
+        model.set_submodule(name, replacements[linear])
+    report.swapped = list(chosen)
     _group(model, list(replacements.values()))
     report.unmatched = [p for p in skip if p not in used_patterns]
     logger.info("%s", report)
@@ -361,6 +372,27 @@ def _group(model: nn.Module, layers: list[QuantLinear]) -> None:
             if 1 < len(within) <= MOST_IN_GROUP:
                 _Group(within).attach(module)
                 alike.difference_update(within)
+
+
+def _refuse_shared(model: nn.Module, layers: dict[str, nn.Linear], tied: bool) -> None:
+    users: dict[Tensor, set[nn.Module]] = {}
+    for module in model.modules():
+        if not (tied and isinstance(module, nn.Embedding)):
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(parameter, set()).add(module)
+    for name, layer in layers.items():
+        if others := users.get(layer.weight, set()) - {layer}:
+            other = next(n for n, m in model.named_modules() if m in others)
+            raise UserError(
+                f"layer {name}: {other} has the same weight and would go on with its latent values; add "
+                f"{name.split('.')[-1]} to skip"
+            )
+
+
+def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    # the very dicts: whoever registered a hook can still remove it
+    kept = ("_forward_", "_backward_", "_is_full_backward_")
+    vars(new).update({name: value for name, value in vars(old).items() if name.startswith(kept)})
 
 
 def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool) -> Quantizer:

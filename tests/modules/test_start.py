@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 import tiny
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
+from stableqat.modules.start import find_checkpoint
 from stableqat.quantizers import STE
 from stableqat.surgery import quantize_linears
+from stableqat.trained import find_trained
 
 FAMILIES = ["llama", "vit"]
 
@@ -131,6 +134,53 @@ def test_from_a_weight_file_of_timm(suffix, tmp_path):
         loaded = {name: value for name, value in module.model.state_dict().items() if "quantizer" not in name}
         assert all(torch.equal(value, original[name]) for name, value in loaded.items())
         assert loaded.keys() == original.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        *product(["llama/model.safetensors", "vit.safetensors", "vit.pth"], [0, 0.5, 0.99]),
+        ("llama/pytorch_model.bin", 0),
+    ],
+)
+def test_a_weight_file_cut_short_is_one_line(name, kept, tmp_path):
+    from safetensors.torch import save_file
+
+    path, family = tmp_path / name, Path(name).parts[0].split(".")[0]
+    model = tiny.module(family, "fp").build_model()
+    if family == "llama":
+        model.save_pretrained(path.parent)
+        (path.parent / "model.safetensors").rename(path)
+    else:
+        (torch.save if path.suffix == ".pth" else save_file)(model.state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    source = path.parent if family == "llama" else path
+    with pytest.raises(
+        UserError, match=rf"^init_from: .*{source.name}.* damaged.*; take another copy$"
+    ) as error:
+        tiny.configured(family, "fp", init_from=str(source))
+    assert "\n" not in str(error.value)
+
+
+def test_a_weight_file_of_another_architecture_is_not_said_to_be_damaged(tmp_path):
+    state = tiny.module("vit", "fp").build_model().state_dict()
+    torch.save({**state, "norm.bias": torch.ones(5)}, path := tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=rf"^{path}: weights of another architecture: norm\.bias has shape"):
+        tiny.configured("vit", "fp", init_from=str(path))
+
+
+def test_a_run_without_a_last_checkpoint_is_refused(tmp_path):
+    """Also where its best one would do; whoever takes that looks for it first."""
+    (tmp_path / "checkpoints").mkdir()
+    for find in (find_checkpoint, find_trained):
+        with pytest.raises(UserError, match=r"holds no checkpoints/last\.ckpt or best\.ckpt; let it train"):
+            find(str(tmp_path))
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    best.touch()
+    with pytest.raises(UserError, match=r"holds no checkpoints/last\.ckpt; name its best\.ckpt"):
+        find_checkpoint(str(tmp_path))
+    assert find_checkpoint(str(best)) == find_trained(str(tmp_path)) == best
 
 
 def test_a_pickled_model_is_not_executed(tmp_path):

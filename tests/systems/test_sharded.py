@@ -9,6 +9,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from test_kill import differing
 from test_processes import arguments
 
@@ -16,7 +17,7 @@ from stableqat.cli import main
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 from stableqat.modules.sharded import read_index
-from stableqat.modules.start import check_sums
+from stableqat.modules.start import check_sums, read_checkpoint
 
 STEPS = 6
 PROCESSES = {"auto": 1, "fsdp2": 2, "sharded": 2}
@@ -172,6 +173,27 @@ def test_nothing_in_the_index_is_executed(runs, tmp_path):
     with pytest.raises(UserError, match="refused"):
         check_sums(broken)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("entries", "refusal"),
+    [
+        ({"state_dict": {"kept": Path("a")}}, "holds more than tensors and plain values; refused"),
+        ({"model": {"weight": torch.ones(2)}}, "not a checkpoint of this suite (it has no state_dict)"),
+    ],
+    ids=["a path", "no state_dict"],
+)
+def test_a_folder_of_something_else_is_refused_in_one_line(entries, refusal, tmp_path, capsys):
+    folder = tmp_path / "last.ckpt"
+    dcp.save(entries, checkpoint_id=folder, no_dist=True)
+    torch.save({}, folder / "meta.pt")
+    with pytest.raises(UserError) as error:
+        read_checkpoint(folder)
+    assert str(error.value) == f"{folder}: {refusal}"
+    assert main(["consolidate", str(folder), "--out", str(tmp_path / "out.ckpt")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"stableqat: {error.value}"
+    assert not (tmp_path / "out.ckpt").exists()
 
 
 def test_a_full_disk_leaves_no_file(runs, tmp_path, capsys, monkeypatch):

@@ -112,6 +112,7 @@ class LlamaModule(QATModule):
 
     def load_pretrained(self, source: str) -> nn.Module:
         """See `QATModule.load_pretrained`: a transformers folder or hub name, loaded as float32."""
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         if not Path(source).exists():
@@ -125,6 +126,11 @@ class LlamaModule(QATModule):
         except (OSError, RuntimeError, ValueError) as error:
             reason = hub_refusal(source, error) or f"cannot be loaded: {first_line(error)}"
             raise UserError(f"init_from: {source} {reason}") from error
+        except (SafetensorError, EOFError) as error:
+            raise UserError(
+                f"init_from: the weights of {source} are cut short or damaged ({first_line(error)}); take "
+                "another copy"
+            ) from error
         model, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             key = next(iter([*info["missing_keys"], *info["mismatched_keys"]]))

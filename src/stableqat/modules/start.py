@@ -11,10 +11,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.errors import UserError
 from stableqat.modules.sharded import REST, damaged_parts, is_sharded, read_whole
@@ -78,7 +80,9 @@ def find_checkpoint(source: str) -> Path | None:
     if path.is_dir() and ((path / "config.yaml").is_file() or (path / "checkpoints").is_dir()):
         if found := last_checkpoints(path):
             return found[0]
-        raise UserError(f"{source}: the run holds no checkpoints/last.ckpt; let it train first")
+        if (path / "checkpoints" / "best.ckpt").exists():
+            raise UserError(f"{source}: the run holds no checkpoints/last.ckpt; name its best.ckpt itself")
+        raise UserError(f"{source}: the run holds no checkpoints/last.ckpt or best.ckpt; let it train first")
     if path.suffix == ".ckpt":
         raise UserError(
             f"init_from: there is no checkpoint {source}; name a run folder, a checkpoint or a model"
@@ -105,8 +109,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     else:
         with _reading(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict)")
+    _check_weights(path, checkpoint)
     return checkpoint
 
 
@@ -129,6 +132,7 @@ def read_consolidated(folder: Path) -> dict[str, Any]:
     checkpoint = read_rest(folder)
     with _reading(folder):
         whole = read_whole(folder)
+    _check_weights(folder, whole)
     checkpoint["state_dict"] = whole.pop("state_dict")
     checkpoint["optimizer_states"] = [{"state": {}, **whole[key]} for key in sorted(whole)]
     return checkpoint
@@ -154,18 +158,26 @@ def _first_bad(path: Path) -> str | None:
         return archive.testzip()
 
 
+def _check_weights(path: Path, checkpoint: object) -> None:
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict)")
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint (cut short or damaged); take another one"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise UserError(f"{path}: holds more than tensors and plain values; refused") from error
+    except (Exception, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # no Exception itself; it holds one a process
+            cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, RuntimeError | EOFError | zipfile.BadZipFile | OSError | ValueError | KeyError):
+            raise UserError(
+                f"{path}: not a readable checkpoint (cut short or damaged); take another one"
+            ) from error
+        if isinstance(cause, UnpicklingError):
+            raise UserError(f"{path}: holds more than tensors and plain values; refused") from error
+        raise
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

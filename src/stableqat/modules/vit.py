@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from stableqat.errors import UserError
+from stableqat.modules.architecture import first_line
 from stableqat.modules.base import QATModule
 from stableqat.modules.evaluation import MeanLoss
+from stableqat.modules.start import compare_weights
 from stableqat.quantizers import QuantizerFactory
 
 
@@ -121,12 +123,9 @@ class ViTModule(QATModule):
         """See `QATModule.load_pretrained`: a local weight file, or a timm model of the hub."""
         import timm
 
-        path = _weight_file(source)
+        if (path := _weight_file(source)) is not None:
+            return _load_file(self.build_model(), path)
         try:
-            if path is not None:
-                model = self.build_model()
-                timm.models.load_checkpoint(model, str(path), weights_only=True)
-                return model
             return timm.create_model(
                 f"hf-hub:{source}", pretrained=True, num_classes=self.num_classes, **self.model_args
             ).train()
@@ -239,11 +238,30 @@ def _weight_file(source: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def _load_file(model: nn.Module, path: Path) -> nn.Module:
+    import timm
+    from safetensors import SafetensorError
+
+    def same(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        compare_weights(model, state, str(path))
+        return state
+
+    try:
+        timm.models.load_checkpoint(model, str(path), filter_fn=same, weights_only=True)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+        reason = first_line(error).split(". ")[0]  # torch goes on with what the user might have done
+        raise UserError(
+            f"init_from: {path} is damaged, or holds more than weights ({reason}); take another copy"
+        ) from error
+    return model
+
+
 def _unreachable(source: str, error: Exception) -> UserError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
         f"init_from: {source} is neither a local start nor a timm model that can be reached; "
-        f"name a run, a checkpoint, a weight file or a hub model ({reason})"
+        f"name a run, a checkpoint, a weight file or a hub model ({first_line(error)})"
     )
 
 

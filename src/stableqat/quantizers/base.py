@@ -197,9 +197,10 @@ class Quantizer(nn.Module, ABC):
     def bundle(self, weight: Tensor) -> ops.Weight:
         """A weight with this quantizer's parameters."""
         own = self._parameters  # called for every layer in every step: without the module's search
-        scale = own.get("scale")
-        scale = self.scale if scale is None else scale
-        return ops.Weight(weight, scale, own.get("scale_floor"), None, self.surrogate_param())
+        scale, floor = own.get("scale"), own.get("scale_floor")
+        scale = self.scale if scale is None else scale  # not there: parametrized, or a replica's
+        floor = self.scale_floor if floor is None else floor
+        return ops.Weight(weight, scale, floor, None, self.surrogate_param())
 
     @property
     def kind(self) -> Hashable:
