@@ -5,16 +5,20 @@ import json
 import logging
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
-from stableqat.analysis import plot
+from stableqat.analysis import panels, plot
 from stableqat.analysis.arms import Comparison, usable
 from stableqat.analysis.compare import compare
 from stableqat.analysis.events import COMPARED, Run, read_run
+from stableqat.analysis.runner import Record
+from stableqat.analysis.study import short
 from stableqat.analysis.tables import as_json, markdown, notes, rows
 from stableqat.errors import UserError
 
@@ -24,6 +28,7 @@ PTQ = STE | {"subcommand": "validate"}
 FP = {"method": "FP", "max_steps": 10, "subcommand": "fit"}
 STABLE = STE | {"method": "StableQAT", "mask": "soft", "amplitude": 0.25}
 STRETCHED = STE | {"method": "ParetoQ", "grid": "stretched"}
+EPOCHS = STE | {"lr": 1e-3, "max_steps": -1}
 
 
 FILES = {"compare.csv", "compare.html", "compare.json", "compare.md", "compare.png"}
@@ -266,6 +271,86 @@ def test_bits_are_named_wherever_they_differ() -> None:
     assert [comparison.label(arm) for arm in comparison.fits] == ["STE 3-bit", "STE 3-bit b", "STE 4-bit"]
 
 
+def smoothed(lrs: dict[str, float]) -> list[Run]:
+    """Arms of two seeds that differ in nothing that is a hyper-parameter, as a sweep names their runs."""
+    return [
+        made(STE | {"lr": lr, "seed": seed}, loss + seed, f"{arm}-b2-lr{short(lr)}-s{seed}", initial_loss=9.0)
+        for (arm, lr), loss in zip(lrs.items(), (3.0, 5.0), strict=True)
+        for seed in (0, 1)
+    ]
+
+
+def test_arms_that_differ_in_no_hyper_parameter_are_told_apart_by_name() -> None:
+    runs = [
+        *smoothed({"ste": 1e-3, "ste-smooth": 1e-3}),
+        made(STRETCHED | {"lr": 1e-3, "method": "STE"}, 4.0),
+    ]
+    comparison = Comparison(Path("demo"), runs)
+    names = ["STE named ste-b2", "STE named ste-smooth-b2", "STE stretched"]
+    assert sorted(map(comparison.label, comparison.fits)) == names
+    plain, smooth = (next(a for a in comparison.fits if comparison.label(a) == name) for name in names[:2])
+    assert comparison.losses(plain, 1e-3) == {0: 3.0, 1: 4.0}
+    assert comparison.losses(smooth, 1e-3) == {0: 5.0, 1: 6.0}
+
+
+def test_arms_of_other_learning_rates_are_told_apart_by_what_the_sweep_set(tmp_path: Path) -> None:
+    runs = [
+        replace(run, folder=tmp_path / run.folder.name) for run in smoothed({"ste": 1e-3, "smooth": 1e-2})
+    ]
+    for run in runs:
+        lr, smoothing = run.hparams["lr"], 0.9 * run.folder.name.startswith("smooth")
+        settings = {"model.optimizer.lr": lr, "seed_everything": run.hparams["seed"], "smoothing": smoothing}
+        run.folder.mkdir()
+        Record("done", settings).write(run.folder)
+    comparison = Comparison(tmp_path, runs)
+    assert [comparison.label(arm) for arm in comparison.fits] == ["STE named smooth-b2", "STE named ste-b2"]
+    for run in runs:
+        settings = (record := Record.read(run.folder)).settings | {"smoothing": 0}  # type: ignore[union-attr]
+        replace(record, settings=settings).write(run.folder)  # type: ignore[type-var]
+    comparison = Comparison(tmp_path, runs)
+    assert [comparison.label(arm) for arm in comparison.fits] == ["STE"]  # learning rate and seed alone
+
+
+def test_a_run_that_was_made_twice_is_no_second_seed() -> None:
+    runs = [made(STE | {"lr": 1e-3}, 3.0, name) for name in ("ste-lr1e-3", "ste-lr1e-3-s0")]
+    with pytest.raises(UserError, match=r"demo/ste-lr1e-3 and demo/ste-lr1e-3-s0 share all .*: move one"):
+        Comparison(Path("demo"), runs)
+
+
+def test_ptq_of_two_methods_that_differ_in_nothing_else_is_named_by_them() -> None:
+    runs = [made(PTQ | {"method": "LSQ"}, 5.0), made(PTQ, 6.0), made(PTQ | {"grid": "stretched"}, 4.0)]
+    comparison = Comparison(Path("demo"), [*runs, made(STE | {"lr": 1e-3}, 3.0)])
+    labels = [comparison.label(arm) for arm in comparison.ptqs]
+    assert sorted(labels) == ["PTQ LSQ", "PTQ STE", "PTQ stretched"]
+
+
+def test_what_has_no_cap_is_not_averaged_over_survivors(caplog: pytest.LogCaptureFixture) -> None:
+    runs = [made(STE | {"lr": 1e-3, "seed": seed}, 3.0, initial_loss=9.0, diverged=seed) for seed in (0, 1)]
+    runs += [made(STABLE | {"lr": 1e-3, "seed": seed}, 4.0) for seed in (0, 1)]
+    for run, top1 in zip(runs, (0.5, 0.1, 0.25, 0.75), strict=True):
+        run.scalars["val/top1"] = {10: top1}
+    comparison = Comparison(Path("demo"), runs)
+    assert [row["top-1"] for row in rows(comparison)] == [None, 0.5]
+    assert "Top-1: mean over seeds at the selected lr; - where one of them diverged." in notes(comparison)
+    assert "one of them diverged" not in notes(Comparison(Path("demo"), runs[2:]))
+    drawn = Figure().subplots()
+    panels.losses(comparison, plot._styles([comparison]))[1](drawn)
+    assert [list(line.get_ydata()) for line in drawn.lines] == [[], [50.0]]
+
+
+def test_a_study_in_which_all_diverged_is_drawn(tmp_path: Path) -> None:
+    log_run(tmp_path / "demo" / "ste", STE | {"lr": 1e-3}, {"hp/diverged": {1: 1.0}})
+    assert compare([str(tmp_path / "demo")]) == 0
+    assert "| STE | diverged |" in (tmp_path / "demo" / "compare.md").read_text()
+
+
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_run(tmp_path / "demo" / "ste", STE | {"lr": 1e-3}, {"val/loss": {10: 3.0}})
+    monkeypatch.chdir(tmp_path / "demo")
+    assert compare(["."]) == 0
+    assert Path("compare.md").read_text().startswith("## demo\n")
+
+
 def test_a_loss_of_zero_is_a_loss() -> None:
     (arm,) = (comparison := Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 0.0)])).fits
     assert (comparison.selected(arm).lr, comparison.selected(arm).loss) == (1e-3, 0.0)
@@ -343,7 +428,10 @@ def test_runs_without_any_cap_give_null_and_not_nan() -> None:
         (Run(Path("demo/half"), {}, {"val/loss": {1: 3.0}}), "it logged no hyper-parameters"),
         (made(STE | {"lr": 1e-3}, None, "half", steps=5, diverged=1), None),
         (made(STE | {"lr": 1e-3}, 3.0, "half", steps=10), None),
-        (made(PTQ, 3.0, "half", steps=0), None),
+        (made(PTQ, 3.0, "half", steps=0, finished=0), None),
+        (made(EPOCHS, 3.0, "half", steps=5, finished=0), "it is unfinished: it was cut at step 5"),
+        (made(EPOCHS, 3.0, "half", steps=5, finished=1), None),
+        (made(EPOCHS, 3.0, "half", steps=5), None),  # logged by an earlier version
     ],
 )
 def test_runs_that_cannot_be_compared(run: Run, reason: str | None, caplog: pytest.LogCaptureFixture) -> None:
@@ -399,6 +487,25 @@ def test_the_last_word_on_a_step_counts(tmp_path: Path) -> None:
     assert run.hparams["lr"] == 1e-2
     assert (run.hparams["bits"], run.hparams["method"]) == (2, "STE")
     assert isinstance(run.hparams["bits"], int)
+
+
+def test_files_of_one_second_are_read_in_the_order_of_their_count(tmp_path: Path) -> None:
+    for count in (9, 10):
+        file = log_run(tmp_path / "run", STE, {"val/loss": {10: count}})
+        file.rename(file.with_name(f"events.out.tfevents.1.host.7.{count}"))
+    assert read_run(tmp_path / "run").last("val/loss") == 10
+
+
+def test_a_trained_run_that_was_validated_again_stays_what_it_is(tmp_path: Path) -> None:
+    folder, series = tmp_path / "run", {"val/loss": {5: 4.0, 10: 3.0}, "hp/diverged": {10: 0.0}}
+    log_run(folder, STE | {"lr": 1e-3}, series)
+    before = read_run(folder)
+    log_run(folder, PTQ, {"val/loss": {0: 8.0}, "hp/diverged": {0: 0.0}}, second=2)
+    assert str(read_run(folder)) == str(before)  # NaN, too
+
+    log_run(tmp_path / "ptq", PTQ, {"val/loss": {0: 8.0}})
+    log_run(tmp_path / "ptq", PTQ, {"val/loss": {0: 7.0}}, second=2)
+    assert read_run(tmp_path / "ptq").scalars["val/loss"] == {0: 7.0}  # of validations the last
 
 
 def test_a_comparison_reads_means_over_layers_and_not_the_layers(tmp_path: Path) -> None:

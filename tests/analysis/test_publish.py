@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,28 @@ def test_the_overlay_draws_all_arms_of_a_learning_rate(copy):
         for chart in category.chart:
             for pattern in chart.multiline.tag:
                 assert sum(re.search(pattern, tag) is not None for tag in tags) == 1
+
+
+def test_what_is_copied_is_the_study_and_what_can_be_read_of_it(tmp_path, monkeypatch):
+    runs = synthetic.runs(tmp_path / "logs", [synthetic.ARMS[1]], [1e-3, 1e-2], seeds=1)[2:]
+    runs += [replace(runs[0], folder=runs[0].folder.parent / "smooth-lr1e-3-s0")]  # told apart by their names
+    runs += [replace(runs[0], folder=runs[0].folder.parent / "deep" / runs[1].folder.name)]  # another study
+    runs += [replace(runs[0], hparams=runs[0].hparams | {"subcommand": "validate"})]  # in the same folder
+    for run in runs:
+        write(run)
+    cut = tmp_path / "logs" / "smooth-lr1e-3-s0" / "events.out.tfevents.1.host"
+    cut.write_bytes(b"0" * 20)
+    monkeypatch.chdir(tmp_path / "logs")
+    assert publish(["."], out="../published") == 0
+    copied = tmp_path / "published" / "logs"
+    first, second, third = (run.folder.name for run in runs[:3])
+    assert {path.name for path in copied.iterdir()} == {first, second, third, "overlay"}
+    assert len(list((copied / second).iterdir())) == 1
+    assert read_run(copied / second).scalars == read_run(runs[1].folder).scalars
+    assert read_run(copied / first).hparams == runs[0].hparams | {"named": first.removesuffix("-s0")}
+    assert read_run(copied / third).hparams["named"] == "smooth"
+    original = next(each for each in read_comparisons([Path()]) if each.folder == Path())
+    assert markdown(read_comparisons([copied])[0]).split("###")[0] == markdown(original).split("###")[0]
 
 
 def test_nothing_is_overwritten(study, copy):

@@ -273,17 +273,6 @@ def test_an_arm_at_some_learning_rates_is_compared_at_these() -> None:
     assert [(each.quantity, each.lr) for each in comparison.differences] == [("loss", 1e-2)]
 
 
-def test_repeats_of_a_seed_are_one_pair() -> None:
-    losses = {(name, 1e-3, seed): 3.0 for name in ("ste", "stable") for seed in (0, 1)}
-    twice = runs(losses, {"ste": STE, "stable": STABLE})
-    twice += runs({("stable", 1e-3, 0): 2.0}, {"stable": STABLE})
-    differences = by_key(Comparison(Path("demo"), twice))
-    assert (differences["StableQAT", "loss", 1e-3].n, differences["StableQAT", "loss", 1e-3].mean) == (
-        2,
-        -0.25,
-    )
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,5 +1,6 @@
 """Study files: which points they make, and how mistakes in them are named."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,9 @@ def test_a_mistake_is_named_with_its_file_and_nothing_is_made(text: str | None, 
         (1.0, "1"),
         (-0.5, "-0.5"),
         (0.0, "0"),
+        (math.inf, ".inf"),
+        (-math.inf, "-.inf"),
+        (math.nan, ".nan"),
         (2, "2"),
         (None, "null"),
         (True, "true"),
@@ -191,6 +195,15 @@ def test_a_mistake_is_named_with_its_file_and_nothing_is_made(text: str | None, 
 )
 def test_values_are_written_as_one_types_them(value: object, text: str) -> None:
     assert short(value) == text
+
+
+def test_what_is_no_number_is_an_argument_and_a_setting() -> None:
+    text = "grid: {arm: {a: {args: {x: .nan}}}, trainer.limit: [.inf, -.inf]}"
+    found = points(text)
+    assert list(found) == ["a-limit.inf", "a-limit-.inf"]
+    assert found["a-limit-.inf"].argv[:4] == ["fit", "--x", ".nan", "--trainer.limit=-.inf"]
+    assert found["a-limit.inf"].settings() == points(text)["a-limit.inf"].settings()
+    assert found["a-limit.inf"].settings()["trainer.limit"] == math.inf
 
 
 def test_no_digit_is_lost() -> None:

@@ -1,5 +1,6 @@
 """The sweep with stand-ins for runs: what is started, in which order, and what is left after a cut."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,10 +10,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from standin import run
 
+from stableqat.analysis.claim import Claim
+from stableqat.analysis.runner import Job
 from stableqat.analysis.slots import Slots, visible_gpus
 from stableqat.errors import UserError
 
@@ -304,6 +308,63 @@ def test_changed_points_are_run_again_only_on_demand() -> None:
     assert statuses() == {"a": "done", "b": "diverged"}
     assert (FOLDER.parent / ".replaced" / "demo" / "b.1" / "mine.txt").exists()
     assert not (FOLDER / "b" / "mine.txt").exists()
+
+
+def test_what_another_sweep_made_with_other_settings_meanwhile_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two sweeps of two versions of a study: the second begins as the first is about to."""
+    path = write({"a": "finish", "b": "finish"})
+    take, others = Claim.take, [lambda: run(write({"a": "diverge"}))]
+
+    def late(claim: Claim) -> bool:
+        if others:
+            assert others.pop()() == 0
+        return take(claim)
+
+    monkeypatch.setattr(Claim, "take", late)
+    assert run(path, workers=1) == 1
+    assert statuses() == {"a": "diverged", "b": "done"}
+    assert not (FOLDER.parent / ".replaced").exists()
+    assert "a: failed: lightning_logs/demo/a was made with other settings by another sweep meanwhile" in (
+        capfd.readouterr().out
+    )
+    write({"a": "finish", "b": "finish"})
+    assert run(path, rerun="changed") == 0
+    assert statuses() == {"a": "done", "b": "done"}
+
+
+def test_what_runs_with_other_settings_is_changed() -> None:
+    first = begin(write({"a": "hang"}))
+    try:
+        wait_for("a hangs")
+        with pytest.raises(UserError, match=r"demo/a was made with other settings \(act: hang -> finish\)"):
+            run(write({"a": "finish"}))
+    finally:
+        first.terminate()
+        first.wait(timeout=30)
+
+
+@pytest.mark.parametrize(("of", "status"), [("start", None), ("finish", "done"), ("take", None)])
+def test_a_folder_that_cannot_be_written_costs_its_own_point_alone(
+    of: str, status: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = getattr(Job, of)
+    failed = []
+
+    def full(job: Job, *args: Any, **options: Any) -> Any:
+        if job.point.name.startswith("c"):
+            failed.append(job)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(job, *args, **options)
+
+    monkeypatch.setattr(Job, of, full)
+    path = write({"a": "place", "b": "place", "c1": "finish", "c2": "finish", "c3": "finish", "d": "finish"})
+    assert run(path, workers=3) == 1
+    others = {"a": "done", "b": "done", "d": "done"}
+    assert statuses() == others | ({f"c{i}": status for i in (1, 2, 3)} if status else {})
+    assert "demo/c1: failed: [Errno 28] No space left on device" in capfd.readouterr().out
+    assert all(job.claim.take() for job in failed)  # they were given back
 
 
 def test_folders_of_others_are_left_alone() -> None:

@@ -1,6 +1,7 @@
 """The same `hp/*` for every run, so that the HParams tab joins methods, learning rates and families."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -9,14 +10,16 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import tiny
+from stableqat.analysis.arms import usable
 from stableqat.analysis.events import read_run
 from stableqat.callbacks import DivergenceGuard, RunRecord
 from stableqat.modules import CosineWarmup
 from stableqat.quantizers import StableQAT
 
-ALL = {"hp/val_loss", "hp/best_val_loss", "hp/initial_loss", "hp/diverged", "hp/steps"}
+ALL = {"hp/val_loss", "hp/best_val_loss", "hp/initial_loss", "hp/diverged", "hp/steps", "hp/finished"}
 RUNS = [("llama", "fp"), ("llama", "dsq"), ("vit", "stableqat"), ("vit", "paretoq")]
 
 
@@ -65,7 +68,7 @@ def test_every_run_logs_the_same_metrics(pair, runs):
     assert run.last("hp/val_loss") == list(losses)[-1]
     assert run.last("hp/best_val_loss") == min(losses)
     assert run.last("hp/initial_loss") == run.scalars["train/loss"][0]
-    assert (run.last("hp/diverged"), run.last("hp/steps")) == (0, 4)
+    assert (run.last("hp/diverged"), run.last("hp/steps"), run.last("hp/finished")) == (0, 4, 1)
     assert "hp_metric" not in run.scalars
 
 
@@ -135,6 +138,46 @@ def test_a_run_that_only_validates_has_a_record_too(tmp_path):
     assert run.last("hp/val_loss") == run.last("val/loss")
     assert run.hparams["subcommand"] == "validate"
     assert run.hparams["method"] == "STE"
+
+
+class Stop(L.Callback):
+    """In the second epoch the run is told to end."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        trainer._signal_connector.received_sigterm = trainer.current_epoch == 1
+
+
+@pytest.mark.parametrize(("callbacks", "finished"), [([], True), ([Stop()], False)])
+def test_a_run_of_epochs_says_whether_it_made_them(callbacks, finished, tmp_path, caplog):
+    logger = TensorBoardLogger(tmp_path, "", "", default_hp_metric=False)
+    callbacks = [*callbacks, RunRecord()]
+    length = {"max_steps": -1, "max_epochs": 3, "limit_val_batches": 1, "log_every_n_steps": 1}
+    trainer = tiny.trainer(**length, logger=logger, callbacks=callbacks)
+    with suppress(SIGTERMException):
+        trainer.fit(tiny.module("llama", "ste"), tiny.loader("llama"), tiny.loader("llama"))
+    run = read_run(tmp_path)
+    assert run.hparams["max_steps"] == -1
+    assert run.last("hp/finished") == finished
+    assert usable(run) == finished
+    assert caplog.messages[-1].endswith("is unfinished: it was cut at step 2") == (not finished)
+
+
+class Cut(L.Callback):
+    """The run is cut between its last checkpoint and its end."""
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(Path(trainer.log_dir) / "last.ckpt")
+        raise SIGTERMException
+
+
+def test_a_run_that_was_cut_with_nothing_left_to_do_is_finished_when_it_resumes(tmp_path):
+    length = {"max_steps": -1, "max_epochs": 1, "limit_val_batches": 1, "log_every_n_steps": 1}
+    for callbacks, resume in (([Cut()], None), ([], tmp_path / "last.ckpt")):
+        logger = TensorBoardLogger(tmp_path, "", "", default_hp_metric=False)
+        trainer = tiny.trainer(**length, logger=logger, callbacks=[*callbacks, RunRecord()])
+        with suppress(SIGTERMException):
+            trainer.fit(tiny.module("llama"), tiny.loader("llama"), tiny.loader("llama"), ckpt_path=resume)
+        assert usable(read_run(tmp_path)) == (resume is not None)
 
 
 def test_what_led_to_a_checkpoint_is_on_disk_with_it(tmp_path):

@@ -1,27 +1,32 @@
 """The arms of a study, and their losses over learning rates.
 
-An arm is all runs that differ in learning rate and seed only. A loss is the validation loss at the
-end of a run, in nats; a diverged run counts as the cap. The cap is the study file's `compare.cap`,
-without one the smallest loss that any quantized arm has before it learns: PTQ's on the arm's grid where
-the study measured it, otherwise that of the first training batch. LR sensitivity (Wortsman et al. 2023,
-arXiv 2309.14322) is the mean over the learning rates of min(loss, cap) - best, the worst loss the largest
-min(loss, cap); both are computed seed by seed and averaged, and since they depend on the grid of
-learning rates, only seeds count that have all of it. An arm's learning rate is selected on the even batches
-of validation and its loss reported on the odd ones, because the smallest of several noisy losses flatters.
+An arm is all runs that differ in learning rate and seed only; where hyper-parameters don't tell the arms of
+a study apart, the names of its runs do. A loss is the validation loss at the end of a run, in nats; a
+diverged run counts as the cap. The cap is the study file's `compare.cap`, without one the smallest loss that
+any quantized arm has before it learns: PTQ's on the arm's grid where the study measured it, otherwise that
+of the first training batch. LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) is the mean over the
+learning rates of min(loss, cap) - best, the worst loss the largest min(loss, cap); both are computed seed by
+seed and averaged, and since they depend on the grid of learning rates, only seeds count that have all of it.
+An arm's learning rate is selected on the even batches of validation and its loss reported on the odd ones,
+because the smallest of several noisy losses flatters.
 """
 
+import json
 import logging
 import math
+import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stableqat.analysis.differences import Difference, Plan, differences, read_plan
 from stableqat.analysis.events import Run
-from stableqat.analysis.labels import COLUMNS, departures, differing, most_common
-from stableqat.analysis.study import START
+from stableqat.analysis.labels import COLUMNS, NAMED, departures, differing, most_common
+from stableqat.analysis.runner import Record
+from stableqat.analysis.study import SHORT_AXES, START, short
+from stableqat.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +88,14 @@ class Arm:
         return [run for run in self.runs if lr is None or run.hparams["lr"] == lr]
 
     def finals(self, tag: str, lr: float | None = None) -> list[float]:
-        """Final values of a tag in the runs (of one learning rate) that did not diverge."""
-        runs = [run for run in self.at(lr) if not diverged(run)]
+        """Final values of a tag in the runs (of one learning rate); none where one of these diverged."""
+        runs = self.at(lr)
+        if any(map(diverged, runs)):
+            return []
         return [value for run in runs if (value := run.last(tag)) is not None]
 
     def mean(self, tag: str, lr: float | None = None) -> float | None:
-        """Their mean."""
+        """Their mean; that of the survivors alone would flatter."""
         values = self.finals(tag, lr)
         return statistics.fmean(values) if values else None
 
@@ -99,16 +106,16 @@ class Comparison:
     Args:
         folder: Folder of the study.
         runs: Its finished runs.
+
+    Raises:
+        UserError: Two runs of one arm share the learning rate and the seed.
     """
 
     def __init__(self, folder: Path, runs: list[Run]):
         self.folder = folder
         groups: dict[tuple[Any, ...], Arm] = {}
-        for run in runs:
-            kind = _kind(run)
-            shared = {k: v for k, v in run.hparams.items() if k not in ("lr", "seed", "subcommand")}
-            key = (kind, run.folder.name == START, *sorted((k, str(v)) for k, v in shared.items()))
-            groups.setdefault(key, Arm(kind, shared, [])).runs.append(run)
+        for run in _told_apart(runs):
+            groups.setdefault(_key(run), Arm(_kind(run), _shared(run), [])).runs.append(run)
         self.arms = list(groups.values())
         order = {"fp": 0, "ptq": 1, "fit": 2}
         self.arms = sorted(
@@ -125,6 +132,16 @@ class Comparison:
         self.fits = [arm for arm in self.arms if arm.kind == "fit"]
         self.quantized = [arm for arm in self.fits if arm.hparams.get("method") != "FP"]
         self.ptqs = [arm for arm in self.arms if arm.kind == "ptq"]
+
+    @property
+    def name(self) -> str:
+        """Name of the study's folder."""
+        return self.folder.resolve().name
+
+    def named(self, folder: Path) -> str | None:
+        """What tells a run's arm apart beside its hyper-parameters, if anything has to."""
+        runs = [run for arm in self.arms for run in arm.runs if run.folder == folder]
+        return runs[0].hparams.get(NAMED) if runs else None
 
     @cached_property
     def lrs(self) -> list[float]:
@@ -189,7 +206,7 @@ class Comparison:
         return Cell(losses, sum(map(diverged, runs))) if runs else None
 
     def losses(self, arm: Arm, lr: float, tag: str = LOSS) -> dict[Any, float]:
-        """Seed to min(loss, cap) at one learning rate; repeats of a seed are averaged."""
+        """Seed to min(loss, cap) at one learning rate; runs that don't say their seed are averaged."""
         cap = self.cap[0]
         values: dict[Any, list[float]] = {}
         for run in arm.at(lr):
@@ -245,9 +262,12 @@ class Comparison:
     def label(self, arm: Arm) -> str:
         """A short name: the method, and every hyper-parameter in which it departs from the usual."""
         if arm.kind == "fp":
-            return f"FP ({START if arm.runs[0].folder.name == START else 'validate'})"
-        name = "PTQ" if arm.kind == "ptq" else str(arm.hparams.get("method"))
-        return " ".join([name, *self._departures(arm)])
+            return f"FP ({START if arm.runs[0].folder.name == START else arm.hparams.get(NAMED, 'validate')})"
+        name, own = str(arm.hparams.get("method")), self._departures(arm)
+        if arm.kind == "ptq":
+            alike = [self._departures(other) == own for other in self.arms if other.kind == "ptq"]
+            name = "PTQ" if alike.count(True) == 1 else f"PTQ {name}"
+        return " ".join([name, *own])
 
     def _departures(self, arm: Arm) -> list[str]:
         method = arm.hparams.get("method")
@@ -283,11 +303,70 @@ def usable(run: Run) -> bool:
         reason = None
     elif run.last(LOSS) is None:
         reason = f"it logged no {LOSS}"
-    elif run.hparams.get("subcommand") != "validate" and steps is not None and steps < max_steps:
-        reason = f"it is unfinished: step {steps:.0f} of {max_steps:.0f}"
+    elif run.hparams.get("subcommand") != "validate" and steps is not None:
+        if steps < max_steps:
+            reason = f"it is unfinished: step {steps:.0f} of {max_steps:.0f}"
+        elif run.last("hp/finished") == 0:
+            reason = f"it is unfinished: it was cut at step {steps:.0f}"
     if reason:
         log.warning("%s is left out: %s", run.folder, reason)
     return reason is None
+
+
+def _told_apart(runs: list[Run]) -> list[Run]:
+    """The runs, named where hyper-parameters don't tell the arms of a study apart.
+
+    That is where two runs share the learning rate and the seed as well, or where a sweep set more than these
+    differently. The name is that of the run without them: the arm in the study file, and other axes.
+    """
+    alike: dict[Any, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(_key(run), []).append(run)
+    told: list[Run] = []
+    for group in alike.values():
+        if _twice(group) or len({settings for run in group if (settings := _settings(run))}) > 1:
+            group = [replace(run, hparams=run.hparams | {NAMED: _name(run)}) for run in group]
+            for name in {run.hparams[NAMED] for run in group}:
+                if both := _twice([run for run in group if run.hparams[NAMED] == name]):
+                    raise UserError(
+                        f"{both[0].folder} and {both[1].folder} share all hyper-parameters and the seed, so"
+                        " they are neither two arms nor two seeds: move one of them away"
+                    )
+        told += group
+    return told
+
+
+def _twice(runs: list[Run]) -> tuple[Run, Run] | None:
+    """Two runs of one learning rate and seed."""
+    found: dict[Any, Run] = {}
+    for run in runs:
+        place = run.hparams.get("lr"), run.hparams.get("seed")
+        if place[1] is not None and (other := found.setdefault(place, run)) is not run:
+            return other, run
+    return None
+
+
+def _settings(run: Run) -> str:
+    """What the sweep that made the run set beside learning rate and seed; empty where none did."""
+    record = Record.read(run.folder)
+    if record is None:
+        return ""
+    own = {SHORT_AXES["lr"], SHORT_AXES["seed"]}
+    return json.dumps(sorted(pair for pair in record.settings.items() if pair[0] not in own))
+
+
+def _name(run: Run) -> str:
+    lr, seed = (re.escape(short(run.hparams.get(key))) for key in ("lr", "seed"))
+    return re.sub(rf"-(lr{lr}|s{seed})(?=-|$)", "", run.folder.name)
+
+
+def _shared(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.hparams.items() if key not in ("lr", "seed", "subcommand")}
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    shared = sorted((key, str(value)) for key, value in _shared(run).items())
+    return (_kind(run), run.folder.name == START, *shared)
 
 
 def _final(run: Run, tag: str) -> float:

@@ -52,7 +52,7 @@ class Claim:
         return True
 
     def release(self) -> None:
-        """Give the point back."""
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        """Give the point back, if it is held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,4 +1,4 @@
-"""Curves over steps: the mean of several seeds, and fewer points of many.
+"""Curves over steps: the mean of several seeds.
 
 Seeds log at the same steps, but a run that diverges ends early. A mean that silently went on with the
 others would look better the more runs diverge, so what all runs share and what the survivors show
@@ -9,8 +9,6 @@ import math
 import statistics
 
 from stableqat.analysis.events import Run
-
-FEWEST_POINTS = 8
 
 
 def average(runs: list[Run], tag: str) -> tuple[dict[int, float], dict[int, float]]:
@@ -40,29 +38,3 @@ def average(runs: list[Run], tag: str) -> tuple[dict[int, float], dict[int, floa
 def finite(series: dict[int, float]) -> dict[int, float]:
     """The finite values of a series."""
     return {step: value for step, value in series.items() if math.isfinite(value)}
-
-
-def thinned(runs: list[Run], tag: str, points: int) -> list[dict[int, float]]:
-    """At most so many points of each run, at steps that the runs share.
-
-    Evenly spread over all steps of the runs. Each run keeps its own first and last point, too, and where it
-    ends in values that are not finite, both sides of that.
-
-    Args:
-        runs: Runs whose means shall still be computable, those of one arm.
-        tag: What to thin.
-        points: Most points to keep, at least 8.
-    """
-    assert points >= FEWEST_POINTS
-    series = [run.scalars.get(tag, {}) for run in runs]
-    steps = sorted({step for each in series for step in each})
-    if len(steps) > points:
-        spread = points - 4  # the others are for a run's own ends
-        steps = [steps[round(i * (len(steps) - 1) / (spread - 1))] for i in range(spread)]
-    return [{s: each[s] for s in sorted(_ends(each) | (set(steps) & each.keys()))} for each in series]
-
-
-def _ends(series: dict[int, float]) -> set[int]:
-    good = finite(series)
-    after = [step for step in series if not good or step > max(good)]
-    return {end(part) for part in (series, good, after) if part for end in (min, max)}

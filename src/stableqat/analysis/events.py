@@ -3,9 +3,11 @@
 An event file is a row of records: 8 bytes of length, 4 of checksum, the message, 4 of checksum. They
 are read here directly, because TensorBoard's own readers take ten to fifty times as long over the
 many per-layer scalars of a run. A resumed run has several files that overlap: where a file begins,
-what earlier files say of the same tag from that step on is dropped, so that the last word counts.
+what earlier files say of the same tag from that step on is dropped, so that the last word counts. A run
+that was validated again in its own folder remains the run that was trained there.
 """
 
+import contextlib
 import logging
 import struct
 from collections.abc import Iterator
@@ -59,13 +61,12 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
     """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.plugins.hparams.metadata import PLUGIN_NAME, SESSION_START_INFO_TAG
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
     from tensorboard.util.tensor_util import make_ndarray
 
     run = Run(folder)
     wanted = [tag.encode() for tag in (*tags, SESSION_START_INFO_TAG)]
-    for file in sorted(folder.glob("events.out.tfevents.*"), key=_age):
+    for file in _event_files(folder):
         seen: dict[str, dict[int, float]] = {}
         try:
             for message in _records(file):
@@ -73,14 +74,8 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
                     continue
                 event = Event.FromString(message)
                 for value in event.summary.value:
-                    if (
-                        value.tag == SESSION_START_INFO_TAG
-                        and value.metadata.plugin_data.plugin_name == PLUGIN_NAME
-                    ):
-                        info = HParamsPluginData.FromString(
-                            value.metadata.plugin_data.content
-                        ).session_start_info
-                        run.hparams = {key: _plain(value) for key, value in info.hparams.items()}
+                    if value.tag == SESSION_START_INFO_TAG:
+                        run.hparams = _hparams(value)
                     elif value.tag.startswith(tags) and value.HasField("simple_value"):
                         seen.setdefault(value.tag, {})[event.step] = value.simple_value
                     elif value.tag.startswith(tags) and value.HasField("tensor"):
@@ -94,14 +89,43 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
 
 
 def hparams_events(folder: Path) -> Iterator[Any]:
-    """The events of a run's folder that the HParams tab is made of, as they are."""
+    """The events of a run's folder that the HParams tab is made of, as far as they can be read."""
+    for file in _event_files(folder):
+        yield from _hparams_events(file)
+
+
+def _hparams_events(file: Path) -> Iterator[Any]:
+    from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
 
-    for file in sorted(folder.glob("events.out.tfevents.*"), key=_age):
+    with contextlib.suppress(OSError, EOFError, DecodeError):
         for message in _records(file):
             if PLUGIN_NAME.encode() in message:
                 yield Event.FromString(message)
+
+
+def _event_files(folder: Path) -> list[Path]:
+    """The event files of a run in order, without later validations of what was trained there."""
+    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+
+    files = sorted(folder.glob("events.out.tfevents.*"), key=_age)
+    if len(files) == 1:
+        return files
+    verbs = {}
+    for file in files:
+        values = (value for event in _hparams_events(file) for value in event.summary.value)
+        starts = (value for value in values if value.tag == SESSION_START_INFO_TAG)
+        verbs[file] = next((_hparams(value).get("subcommand") for value in starts), None)
+    return [file for file in files if "fit" not in verbs.values() or verbs[file] != "validate"]
+
+
+def _hparams(value: Any) -> dict[str, Any]:
+    """The hyper-parameters that a summary holds as what begins a session."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    info = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+    return {key: _plain(each) for key, each in sorted(info.hparams.items())}
 
 
 def _plain(value: Any) -> Any:
@@ -110,10 +134,11 @@ def _plain(value: Any) -> Any:
     return int(plain) if isinstance(plain, float) and plain.is_integer() else plain
 
 
-def _age(file: Path) -> tuple[int, str]:
-    """Event files in the order in which they were begun: their names say the second."""
-    second = file.name.split(".")[3]
-    return (int(second) if second.isdigit() else 0, file.name)
+def _age(file: Path) -> tuple[int, int, str]:
+    """Event files in the order in which they were begun: their names say the second, and end in a count."""
+    parts = file.name.split(".")
+    second, number = (int(part) if part.isdigit() else 0 for part in (parts[3], parts[-1]))
+    return second, number, file.name
 
 
 def _records(file: Path) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from typing import Any
 from stableqat.analysis.study import short
 
 COLUMNS = ("method", "bits", "grid", "mask")
+NAMED = "named"  # the name in the study, where hyper-parameters don't tell arms apart
 UNSET = "unset"  # a run of an earlier version, or an argument that only some arms log
 
 
@@ -23,7 +24,7 @@ def differing(arms: list[dict[str, Any]]) -> list[str]:
 def most_common(arms: list[dict[str, Any]]) -> dict[str, str]:
     """The value of each key, as text, that most arms have, of the methods that know it."""
     usual = {}
-    for key in {key for arm in arms for key in arm} - {"method"}:
+    for key in {key for arm in arms for key in arm} - {"method", NAMED}:
         methods = {arm.get("method") for arm in arms if key in arm}
         counts = Counter(_text(arm, key) for arm in arms if arm.get("method") in methods)
         (value, count), *others = counts.most_common(2)
@@ -41,6 +42,7 @@ def departures(arm: dict[str, Any], like: list[dict[str, Any]], usual: dict[str,
         usual: What need not be said.
     """
     keys = {key for other in like for key in other} - {"method"}
+    usual = usual | {NAMED: UNSET}
     texts = []
     for key in sorted(keys, key=lambda k: (COLUMNS.index(k) if k in COLUMNS else len(COLUMNS), k)):
         value = _text(arm, key)

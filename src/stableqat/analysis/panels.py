@@ -2,7 +2,7 @@
 
 A function here returns the panels of its picture, each of which draws on axes it is given; none where
 nothing was logged. Nothing that diverged is left out: in means of losses it counts as the cap, and
-crosses say where it was.
+crosses say where it was. Of top-1, which has no cap, nothing is drawn there.
 """
 
 import math
@@ -52,7 +52,7 @@ def losses(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
         axes.set_ylabel("validation top-1 (%)")
         _draw_references(axes, comparison, TOP1, math.inf)
 
-    images = any(arm.finals(TOP1) for arm in comparison.fits)
+    images = _logged(comparison, TOP1)
     return [draw_losses, *([draw_top1] if images else [])] if comparison.fits else []
 
 
@@ -160,8 +160,10 @@ def _draw_references(axes: "Axes", comparison: Comparison, tag: str, edge: float
             label=f"{comparison.label(arm)}: {value:.{3 if tag == LOSS else 1}f}",
             zorder=1,
         )
-    margin = 0.05 * (max(heights) - min(heights)) or 0.1
-    axes.set_ylim(min(heights) - margin, max(heights) + margin)
+    heights = [height for height in heights if math.isfinite(height)]
+    if heights:
+        margin = 0.05 * (max(heights) - min(heights)) or 0.1
+        axes.set_ylim(min(heights) - margin, max(heights) + margin)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7, loc="best", framealpha=0.7)
 

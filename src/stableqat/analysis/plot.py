@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 CAPTIONS = {
     "compare": "Loss at the end of training against learning rate, mean over seeds. Bands: 95% t interval"
     " from 5 seeds on, otherwise smallest to largest. A cross marks a mean with diverged runs in it, each"
-    " counted as the cap; what is worse than the upper edge stands at the edge.",
+    " counted as the cap; what is worse than the upper edge stands at the edge. Top-1 has no"
+    " point where a run diverged.",
     "curves": "Loss over training steps, a panel a learning rate, mean over seeds. A line goes on dotted, as"
     " the mean of the others, where the first of its seeds diverged; crosses mark the last finite loss of"
     " each diverged run.",
@@ -119,7 +120,7 @@ def _figure(
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False).flat
     for (comparison, drawn), part, lines in zip(studies, parts, rows, strict=True):
-        part.suptitle(comparison.folder.name, fontweight="bold")
+        part.suptitle(comparison.name, fontweight="bold")
         table = part.subplots(lines, columns, sharex="x" in share, sharey="y" in share, squeeze=False)
         grid = list(table.flat)
         for axes, draw in zip(grid, drawn, strict=False):

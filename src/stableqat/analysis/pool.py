@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 
 from stableqat.analysis.runner import ENDED, FINAL, Job, Main, start_server
 from stableqat.analysis.slots import Slots
+from stableqat.errors import UserError
 
 PATIENCE = 60.0  # seconds that runs have to write their checkpoints when the sweep is stopped
 
@@ -48,8 +49,14 @@ class Pool:
                         if job.record.status in ENDED:
                             tell(job)
                             continue
-                        job.start(self.main, self.threads)
-                        running.append(job)
+                        try:
+                            job.start(self.main, self.threads)
+                        except OSError as error:
+                            self.slots.give_back(job.place)
+                            job.give_up(error)
+                            tell(job)
+                        else:
+                            running.append(job)
                     elsewhere = [job for job in waiting if job.record.status == "elsewhere"]
                     if not running and (self.signals or not elsewhere):
                         break
@@ -65,7 +72,10 @@ class Pool:
                     for job in [j for j in running if j.process and j.process.exitcode is not None]:
                         running.remove(job)
                         self.slots.give_back(job.place)
-                        job.finish(stopped=job in asked)
+                        try:
+                            job.finish(stopped=job in asked)
+                        except (OSError, UserError) as error:
+                            job.give_up(error)
                         tell(job)
             finally:
                 for job in running:
@@ -92,9 +102,14 @@ class Pool:
             place = self.slots.take(job.gpus)
             if place is None:
                 return None
-            if job.take() and job.record.status not in ENDED:
-                job.place = place
-                return job
+            try:
+                if job.take() and job.record.status not in ENDED:
+                    job.place = place
+                    return job
+            except (OSError, UserError) as error:
+                if isinstance(error, UserError) and not any(other.process for other in self.jobs):
+                    raise  # said once, as no run ends for it
+                job.give_up(error)
             self.slots.give_back(place)
             if job.record.status in ENDED:
                 return job

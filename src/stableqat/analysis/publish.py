@@ -1,9 +1,10 @@
 """`stableqat publish`: a study's event files, small enough to give away.
 
 Each run keeps one event file with its hyper-parameters (so the HParams tab works) and its scalars, thinned;
-tags of single layers and checkpoints stay behind. `stableqat compare` says the same of the copy. A run of
-its own, `overlay`, holds means over the seeds and a custom-scalars layout that draws all arms of one
-learning rate in one chart.
+tags of single layers and checkpoints stay behind. `stableqat compare` says the same of the copy, but for what
+counts logged steps (spikes, gradient norms, means over training) where a run logged more of them than are
+kept. A run of its own, `overlay`, holds means over the seeds and a custom-scalars layout that draws all arms
+of one learning rate in one chart.
 """
 
 import math
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from stableqat.analysis.arms import Arm, Comparison
 from stableqat.analysis.compare import read_comparisons
 from stableqat.analysis.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
+from stableqat.analysis.labels import NAMED
 from stableqat.analysis.study import short
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
@@ -48,8 +50,9 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
     target = Path(out)
     console = terminal()
     for folder in map(Path, folders):
-        if (target / folder.name).exists():
-            raise UserError(f"{target / folder.name} exists already: move it away, or give another --out")
+        name = folder.resolve().name
+        if (target / name).exists():
+            raise UserError(f"{target / name} exists already: move it away, or give another --out")
         comparisons = [c for c in read_comparisons([folder]) if c.folder == folder]
         if not comparisons:
             raise UserError(
@@ -58,18 +61,19 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
         try:
             target.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".publish-", dir=target) as made:
-                copy = Path(made) / folder.name
+                copy = Path(made) / name
                 for path in find_runs(folder):
-                    _write_run(path, copy / path.name, points)
+                    if path.parent == folder:
+                        _write_run(path, copy / path.name, points, comparisons[0].named(path))
                 _write_overlay(comparisons[0], copy / OVERLAY, points)
                 if (folder / "study.yaml").exists():
                     shutil.copyfile(folder / "study.yaml", copy / "study.yaml")
-                copy.rename(target / folder.name)
+                copy.rename(target / name)
         except OSError as error:
             raise UserError(f"{target} can't be written ({error.strerror}): give another --out") from error
-        size = sum(file.stat().st_size for file in (target / folder.name).rglob("*") if file.is_file()) / 1e6
+        size = sum(file.stat().st_size for file in (target / name).rglob("*") if file.is_file()) / 1e6
         more = f", more than {MOST_MEGABYTES:g} MB: lower --points" if size > MOST_MEGABYTES else ""
-        console.print(f"published: {target / folder.name}, {size:.1f} MB{more}")
+        console.print(f"published: {target / name}, {size:.1f} MB{more}")
     return 0
 
 
@@ -88,10 +92,12 @@ def thinned(series: dict[int, float], points: int) -> dict[int, float]:
     return {step: series[step] for step in steps if step in kept}
 
 
-def _write_run(source: Path, folder: Path, points: int) -> None:
+def _write_run(source: Path, folder: Path, points: int, named: str | None) -> None:
     run = read_run(source, COMPARED)
     with _writer(folder) as write:
         for event in hparams_events(source):
+            if named is not None:
+                _add_name(event.summary, named)
             write(event.summary, event.step)
         for tag, series in run.scalars.items():
             for step, value in thinned(series, points).items():
@@ -117,6 +123,20 @@ def _write_overlay(comparison: Comparison, folder: Path, points: int) -> None:
             if charts:
                 layout.category.add(title=tag, chart=charts)
         write(_layout(layout), 0)
+
+
+def _add_name(summary: "Summary", named: str) -> None:
+    """Make the name that tells an arm apart a hyper-parameter: what it was told from stays behind."""
+    from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_STRING
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    for value in summary.value:
+        data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        if data.HasField("session_start_info"):
+            data.session_start_info.hparams[NAMED].string_value = named
+        if data.HasField("experiment"):
+            data.experiment.hparam_infos.add(name=NAMED, type=DATA_TYPE_STRING)
+        value.metadata.plugin_data.content = data.SerializeToString()
 
 
 def _layout(layout: "Layout") -> "Summary":

@@ -41,7 +41,7 @@ def write(comparisons: list[Comparison], pictures: list[Path], path: Path) -> No
         pictures: PNG files; the name of one says its caption.
         path: File to write.
     """
-    names = [comparison.folder.name for comparison in comparisons]
+    names = [comparison.name for comparison in comparisons]
     folders = " ".join(str(comparison.folder) for comparison in comparisons)
     body = [
         f"<h1>{escape(', '.join(names))}</h1>",
@@ -68,7 +68,7 @@ def write(comparisons: list[Comparison], pictures: list[Path], path: Path) -> No
 
 
 def _section(comparison: Comparison) -> str:
-    parts = [f"<h2>{escape(comparison.folder.name)}</h2>"]
+    parts = [f"<h2>{escape(comparison.name)}</h2>"]
     for title, lines in text_tables(comparison):
         table = _table(lines)
         differences = title.startswith("Differences")

@@ -107,7 +107,8 @@ class Job:
         names = ("last.ckpt", "previous.ckpt")
         saved = self.point.verb == "fit" and any((folder / "checkpoints" / n).exists() for n in names)
         same = found is None or found.settings == settings
-        self.changed = found is not None and not same and (found.status in FINAL or saved)
+        made = found is not None and (found.status in (*FINAL, "running") or saved)
+        self.changed = made and not same
         self.resume = saved and same
         if found is not None and same and found.status in FINAL:
             self.record = found
@@ -119,11 +120,17 @@ class Job:
         if not self.claim.take():
             self.record.status = "elsewhere"
             return False
-        was_elsewhere = self.record.status == "elsewhere"
+        was_elsewhere, was_changed = self.record.status == "elsewhere", self.changed
         self.look()
         found = Record.read(self.point.folder)
         if was_elsewhere and found is not None and found.status == "failed":
             self.record = found  # in another sweep that runs now: not tried again by this one
+        elif self.changed and not was_changed:
+            self.record.status = "failed"
+            self.record.error = (
+                f"{self.point.folder} was made with other settings by another sweep meanwhile:"
+                " rename the study to keep both, or add --rerun changed"
+            )
         if self.record.status in ENDED:
             self.claim.release()
         return True
@@ -180,9 +187,7 @@ class Job:
         assert code is not None
         self.process.close()
         self.process = None
-        record = Record.read(folder)
-        assert record is not None
-        self.record = record
+        self.record = record = Record.read(folder) or self.record
         if record.status not in FINAL:
             record.seconds += time.monotonic() - self.began
             record.status = "cut" if stopped else "failed"
@@ -191,6 +196,12 @@ class Job:
                 ended = killed or _last_line(folder / "log.txt")
                 record.error = ended or f"ended with exit code {code} and no result"
             record.write(folder)
+        self.claim.release()
+
+    def give_up(self, error: Exception) -> None:
+        """Counts as failed where its folder can't be written or read: that must end no other run."""
+        self.process = None
+        self.record.status, self.record.error = "failed", str(error)
         self.claim.release()
 
     def signal(self, number: signal.Signals) -> None:

@@ -30,6 +30,7 @@ the current folder, as on a command line.
 import difflib
 import itertools
 import json
+import math
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -121,7 +122,8 @@ class Point:
         if self.start:
             values.pop(INIT_FROM)
             values |= {f"{START}.{key}": value for key, value in self.start.settings().items()}
-        return json.loads(json.dumps(values))
+        # as read back from a file, NaN as text, because it equals nothing
+        return json.loads(json.dumps(values), parse_constant=lambda x: x if x == "NaN" else float(x))
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,8 @@ def _unknown(path: str | Path, where: str, key: str, known: tuple[str, ...], als
 
 def short(value: Any) -> str:
     """A value as one types it on a command line: 0.001 is 1e-3, 0.1 stays 0.1."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value:.0f}".replace("inf", ".inf").replace("nan", ".nan")
     if not isinstance(value, float):
         return value if isinstance(value, str) else json.dumps(value)
     if value == 0 or 0.1 <= abs(value) < 1000:

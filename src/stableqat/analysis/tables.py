@@ -81,6 +81,10 @@ def notes(comparison: Comparison) -> str:
             " and, as the best of several, flatters."
         ),
     ]
+    lost = [arm for arm in comparison.fits if any(map(diverged, arm.at(comparison.selected(arm).lr)))]
+    if lost and (names := [name for name in QUALITIES.values() if name in table[0]]):
+        text = f"{' and '.join(names)}: mean over seeds at the selected lr; - where one of them diverged."
+        texts.append(text[0].upper() + text[1:])
     if edges:
         texts.append(f"At the edge of its learning rates, so the best may lie beyond: {', '.join(edges)}.")
     texts.append(
@@ -155,7 +159,7 @@ def text_tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
 
 def markdown(comparison: Comparison) -> str:
     """The tables in Markdown, with their notes."""
-    parts = [f"## {comparison.folder.name}"]
+    parts = [f"## {comparison.name}"]
     for title, lines in text_tables(comparison):
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
@@ -170,7 +174,7 @@ def comma_separated(comparisons: list[Comparison]) -> str:
     flat = []
     for comparison in comparisons:
         for row in rows(comparison):
-            line: dict[str, Any] = {"study": comparison.folder.name}
+            line: dict[str, Any] = {"study": comparison.name}
             for key, value in row.items():
                 if key.startswith("lr ") and key != "lr sensitivity":
                     parts: dict[str, Any] = dict.fromkeys(("mean", "std", "n", "diverged"))
@@ -204,7 +208,7 @@ def as_json(comparisons: list[Comparison]) -> str:
         cap, source = comparison.cap
         studies.append(
             {
-                "study": comparison.folder.name,
+                "study": comparison.name,
                 "lrs": comparison.lrs,
                 "cap": {"loss": cap, "source": source},
                 "baseline": comparison.plan.baseline,

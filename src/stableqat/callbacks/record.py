@@ -36,9 +36,9 @@ class RunRecord(L.Callback):
             self._losses = {"hp/val_loss": loss, "hp/best_val_loss": best}
             self._log(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the record."""
-        self._log(trainer)
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the record of a run that was not cut, be it one that resumes with nothing left to do."""
+        self._log(trainer, finished=True)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -69,14 +69,15 @@ class RunRecord(L.Callback):
             settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
             if describe := getattr(getattr(trainer, "datamodule", None), "describe", None):
                 settings.update(describe())
-        metrics = {**self._losses, **_progress(trainer)}
+        metrics = {**self._losses, **_progress(trainer), "hp/finished": 0.0}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(settings, metrics, step=trainer.global_step)
 
-    def _log(self, trainer: L.Trainer) -> None:
+    def _log(self, trainer: L.Trainer, finished: bool = False) -> None:
+        metrics = {**self._losses, **_progress(trainer), "hp/finished": float(finished)}
         for logger in trainer.loggers:
-            logger.log_metrics({**self._losses, **_progress(trainer)}, step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step)
 
 
 def _progress(trainer: L.Trainer) -> dict[str, float]:
