@@ -5,6 +5,8 @@ comes from the `config.yaml` of the run's folder.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,21 @@ def open_trained(source: str) -> tuple[Path, dict[str, Any], QATModule]:
     path = find_trained(source)
     check_sums(path)
     read = read_checkpoint(path)
-    try:
+    with ours(path):
         with state_dict_follows():
             module = _built(path, read)
         module.load_state_dict(read["state_dict"])  # mapped: optimizer states stay on the disk
+    return path, read, module.eval()
+
+
+@contextmanager
+def ours(path: Path) -> Iterator[None]:
+    """Say in one line that a checkpoint is not what its settings and this version make of it."""
+    try:
+        yield
     except (RuntimeError, KeyError, TypeError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: damaged, or written by another version: {first}") from error
-    return path, read, module.eval()
 
 
 def load_untrained(path: Path, read: dict[str, Any], start: str, *, quantized: bool) -> QATModule:

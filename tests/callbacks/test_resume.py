@@ -94,10 +94,10 @@ def processed(path):
 EPOCHS = {"max_steps": -1, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}
 STATES = {  # how the first part ends, how the whole does: epochs have ten batches
     "validated at an epoch's end": ({"max_steps": 10}, {"val_check_interval": 10}, None),
-    "validated in an epoch": ({"max_steps": 7}, {"val_check_interval": 7}, None),
+    "validated in an epoch": ({"max_steps": 5}, {"val_check_interval": 5}, None),
     "ended with an epoch": ({"max_steps": 10}, {"limit_val_batches": 0}, None),
-    "ended in an epoch": ({"max_steps": 7}, {"limit_val_batches": 0}, None),
-    "saved at an epoch's last step": ({"max_steps": 12}, {}, 5),
+    "ended in an epoch": ({"max_steps": 5}, {"limit_val_batches": 0}, None),
+    "saved at an epoch's last step": ({"max_steps": 10}, {}, 5),
     "epochs, validated": ({"max_epochs": 1}, EPOCHS, None),
     "epochs, not validated": ({"max_epochs": 1}, EPOCHS | {"limit_val_batches": 0}, None),
     "epochs, saved at the last step": ({"max_epochs": 1}, EPOCHS, 5),
@@ -109,8 +109,6 @@ STATES = {  # how the first part ends, how the whole does: epochs have ten batch
 def test_steps_and_epochs_after_a_resume(state, accumulate, tmp_path):
     first, always, every = STATES[state]
     if accumulate > 1 and "max_steps" in first:
-        if first["max_steps"] % accumulate:
-            pytest.skip("no step ends there")
         first, every = {"max_steps": first["max_steps"] // accumulate}, every and 1
     whole = {"max_epochs": 3} if "max_epochs" in first else {"max_steps": 25 // accumulate}
     always = always | {"accumulate_grad_batches": accumulate}

@@ -265,8 +265,8 @@ class Comparison:
             return f"FP ({START if arm.runs[0].folder.name == START else arm.hparams.get(NAMED, 'validate')})"
         name, own = str(arm.hparams.get("method")), self._departures(arm)
         if arm.kind == "ptq":
-            alike = [self._departures(other) == own for other in self.arms if other.kind == "ptq"]
-            name = "PTQ" if alike.count(True) == 1 else f"PTQ {name}"
+            alike = sum(other.kind == "ptq" and self._departures(other) == own for other in self.arms)
+            name = "PTQ" if alike == 1 else f"PTQ {name}"
         return " ".join([name, *own])
 
     def _departures(self, arm: Arm) -> list[str]:

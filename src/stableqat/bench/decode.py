@@ -127,8 +127,13 @@ def measure_decode(
                 runner = None  # before the next model is built
             tell(f"{arm.name}: {record.get('failed') or _spread(record['ms'], 3) + ' ms a token'}")
         del packed
-    settings = {"model": architecture.name, "grid": grid, "prompt": prompt, "new_tokens": NEW_TOKENS}
-    settings["rounds"] = rounds
+    settings = {
+        "model": architecture.name,
+        "grid": grid,
+        "prompt": prompt,
+        "new_tokens": NEW_TOKENS,
+        "rounds": rounds,
+    }
     return {"settings": settings, "seeds": [0], "decode": results, "left_out": left_out}
 
 

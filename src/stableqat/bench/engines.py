@@ -185,6 +185,8 @@ class OnnxRunner:
             dynamo=True,
             verbose=False,
         )
+        operators = [node for node in program.model.graph if node.op_type == "MatMulNBits"]
+        assert len(operators) == len(packed or {})
         held = list(program.model.graph.initializers.values())
         self.weight_bytes = sum(each.const_value.nbytes for each in held)
         options = onnxruntime.SessionOptions()

@@ -24,7 +24,7 @@ from stableqat.modules import QATModule
 from stableqat.modules.architecture import first_line, pretrained_config
 from stableqat.modules.base import state_dict_follows
 from stableqat.modules.start import check_start, find_checkpoint, read_checkpoint
-from stableqat.trained import data_of, find_trained, load_untrained, open_trained, run_of, start_of
+from stableqat.trained import data_of, find_trained, load_untrained, open_trained, ours, run_of, start_of
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +137,8 @@ def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Found:
 
 def _skeleton(path: Path, read: dict[str, Any]) -> QATModule:
     """The module of a checkpoint, without weights."""
-    try:
-        with torch.device("meta"), state_dict_follows():
-            return load_untrained(path, read, str(path), quantized=True)
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or written by another version: {first_line(error)}") from error
+    with ours(path), torch.device("meta"), state_dict_follows():
+        return load_untrained(path, read, str(path), quantized=True)
 
 
 def _tokenizer(source: str, checkpoint: Path, given: str | None) -> Any:

@@ -26,7 +26,6 @@ FILE = "model.onnx"
 LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf ends at two gigabytes
 BLOCKS = (256, 128, 64, 32, 16)  # inputs that may share a scale
 _INT8_BLOCK = 128  # the longest for which 2 bits have an int8 kernel
-_STORED = {1: 2, 2: 2, 3: 4, 4: 4}  # width of the codes; 8 for more bits
 
 
 def check(packed: PackedModel) -> None:
@@ -63,7 +62,7 @@ def notes(packed: PackedModel) -> list[str]:
     """How each grid is stored, and what int8 activations mean."""
     forms = [(weight, stored_form(weight, packed.int8_activations)) for weight in packed.layers.values()]
     counts = Counter(
-        f"{weight.bits}-bit {weight.grid} grid as {_STORED.get(form.bits, 8)}-bit "
+        f"{weight.bits}-bit {weight.grid} grid as {_width(form.bits)}-bit "
         f"{'codes' if form is weight else 'odd integers'}"
         for weight, form in forms
     )
@@ -120,7 +119,7 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 def stored_form(weight: PackedWeight, int8_activations: bool = False) -> PackedWeight:
     """The same values as the operator multiplies with them fastest."""
-    free = _STORED.get(weight.bits, 8) == _STORED.get(weight.bits + 1, 8)
+    free = _width(weight.bits) == _width(weight.bits + 1)
     return weight.integers() if free or int8_activations else weight
 
 
@@ -137,7 +136,7 @@ class MatMulNBits(nn.Module):
         super().__init__()
         weight = stored_form(weight, int8_activations)
         rows, inputs = weight.codes.shape
-        self.bits = _STORED.get(weight.bits, 8)
+        self.bits = _width(weight.bits)
         self.accuracy_level = 4 if int8_activations else 1
         self.block = _block(weight, _INT8_BLOCK if int8_activations else BLOCKS[0])
         lowest = -(2 ** (self.bits - 1)) if weight.zero_point == 0 else -(2 ** (weight.bits - 1))
@@ -173,6 +172,11 @@ class MatMulNBits(nn.Module):
             version=1,
         )
         return product if self.bias is None else product + self.bias
+
+
+def _width(bits: int) -> int:
+    """Bits that the operator has for codes of so many."""
+    return next((width for width in (2, 4) if bits <= width), 8)
 
 
 def _block(weight: PackedWeight, longest: int) -> int:
