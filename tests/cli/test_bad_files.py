@@ -74,7 +74,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(refuse, at):
 
 @pytest.fixture(scope="module")
 def images(place):
-    """An image folder of two classes, one image of which is none."""
+    """An image folder of two classes, one image of which is cut short."""
     from PIL import Image
 
     for split in ("train", "validation"):
@@ -83,7 +83,8 @@ def images(place):
             folder.mkdir(parents=True)
             for n in range(4):
                 Image.new("RGB", (8, 8), (n * 40, 9, 9)).save(folder / f"{n}.png")
-    (place / "images/train/dog/2.png").write_bytes(b"no image")
+    damaged = place / "images/train/dog/2.png"
+    damaged.write_bytes(damaged.read_bytes()[:50])
     return ["--data.source", "images", "--data.image_size", "8", "--model.model_args.in_chans", "3"]
 
 

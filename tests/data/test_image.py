@@ -198,11 +198,11 @@ def test_workers_and_augmentation_give_the_same_pixels(tmp_path, make, source):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("fault", ["cut", "noise"])
-def test_an_unreadable_image_is_named(tmp_path, make, workers, fault):
+@pytest.mark.parametrize("end", [50, 60])
+def test_an_unreadable_image_is_named(tmp_path, make, workers, end):
     root = image_folder(tmp_path / "pets", {"cat": 3, "dog": 3}, ("train", "val"))
     bad = root / "val" / "cat" / "007.png"
-    bad.write_bytes(bad.read_bytes()[:60] if fault == "cut" else b"no image at all")
+    bad.write_bytes(bad.read_bytes()[:end])
     data = make(root, num_workers=workers)
     # Nothing may hold the error, whose traceback keeps the workers.
     with pytest.raises(UserError, match=f"^{re.escape(str(bad))} is not an image that can be read: [a-z ]+$"):

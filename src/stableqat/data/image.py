@@ -6,7 +6,6 @@ and wherever it resumes. Where a source has no validation split, every k-th imag
 """
 
 import inspect
-import io
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -18,6 +17,7 @@ import torch
 from stableqat.data.base import DataModule, Rows
 from stableqat.data.embedded import DIGITS_MEAN, DIGITS_SIZE, DIGITS_STD, DigitsTransform, embedded_digits
 from stableqat.data.order import PAD, Key, sample_rng
+from stableqat.data.picture import look, read
 from stableqat.data.source import IMAGE_FORMATS, load_splits, local_files
 from stableqat.errors import UserError
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DIGITS_FRACTION = 0.2
+#: Headers of a split that are read before training, in a second or two.
+_LOOKED_AT = 20_000
 
 
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
@@ -47,7 +49,7 @@ def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
 
 
 class ImageReader:
-    """Opens some of a data set's images by index, in RGB.
+    """Opens some of a data set's images by index, upright and in RGB.
 
     Args:
         rows: data set whose image column is not decoded.
@@ -63,20 +65,29 @@ class ImageReader:
         """Return one image, decoded.
 
         Raises:
-            UserError: it can't be read; names the file, or the row.
+            UserError: it can't be read or is of a kind that is not taken; names the file, or the row.
         """
-        from PIL import Image
+        return read(*self._record(int(self.chosen[index])))
 
-        row = int(self.chosen[index])
+    def look(self) -> None:
+        """Read the headers of images that are files of their own, of very many only every k-th.
+
+        Raises:
+            UserError: one of them is not taken; names the file.
+        """
+        for row in self.chosen[:: len(self.chosen) // _LOOKED_AT + 1].tolist():
+            source, where = self._record(row)
+            if isinstance(source, bytes):
+                return
+            look(source, where)
+
+    def _record(self, row: int) -> tuple[bytes | str, str]:
+        """Return the bytes or the path of a row's image, and what messages call it."""
         record = self.rows[row][self.column] or {}
-        try:
-            content = record.get("bytes")
-            with Image.open(io.BytesIO(content) if content else record["path"]) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, KeyError, AttributeError, TypeError) as error:
-            where = record.get("path") if not record.get("bytes") else None
-            where = where or f"{self.source} row {row}"
-            raise UserError(f"{where} is not an image that can be read: repair or remove it") from error
+        content, path = record.get("bytes"), record.get("path")
+        if isinstance(path, str) and not content:
+            return path, path
+        return content or b"", f"{self.source} row {row}"
 
 
 class ImageRows:
@@ -308,6 +319,13 @@ class ImageDataModule(DataModule):
                     f"{self.num_classes} training classes: repair or remove it"
                 )
         return np.array(labels, np.int64)
+
+    def prepare_data(self) -> None:
+        """Fill the caches, and read the headers of images, on one process of a machine."""
+        super().prepare_data()
+        for rows in self.splits.values():
+            if isinstance(rows, ImageRows) and isinstance(rows.read, ImageReader):
+                rows.read.look()
 
     def load(self) -> dict[str, Rows]:
         """Return the splits as images and labels.

@@ -1,0 +1,137 @@
+"""One picture, upright and in 8-bit RGB: the same pixels for training, validation, prediction and evaluation.
+
+Only a fixed list of formats is opened: for some others, such as EPS, Pillow starts a program that interprets
+the file. Black and white of deeper pixels are those that the file defines: 16-bit grey ends at 65535, 12-bit
+grey at 4095, and floating point is taken as [0, 1]; where a file defines no white, the picture is refused.
+The orientation that a camera notes is applied. Transparency and colour profiles are dropped, as timm and
+torchvision drop them; of an animation the first frame counts.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+#: Longest side over shortest: the resize of a longer strip would fill the memory.
+_MAX_RATIO = 1000
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+#: Modes whose white Pillow knows, each with the one that it passes through on the way to RGB.
+_KNOWN = dict.fromkeys(("1", "L", "LA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"), "RGB")
+_KNOWN |= {"P": "RGBA", "PA": "RGBA", "La": "LA"}
+
+
+def look(source: bytes | str, where: str) -> None:
+    """Read a picture's header only.
+
+    Args:
+        source: encoded bytes, or a path.
+        where: what messages call the picture.
+
+    Raises:
+        UserError: the picture has a format, a size or pixels that are not taken.
+    """
+    with _opened(source, where):
+        pass
+
+
+def read(source: bytes | str, where: str) -> "Image":
+    """Return a picture in RGB, upright.
+
+    Args:
+        source: encoded bytes, or a path.
+        where: what messages call the picture.
+
+    Raises:
+        UserError: it can't be read, or its pixels have no defined white.
+    """
+    with _opened(source, where) as image:
+        image.load()  # turns a TIFF by itself, and reads what a PNG notes at its end
+        return _upright(_rgb(image, where), _orientation(image))
+
+
+@contextmanager
+def _opened(source: bytes | str, where: str) -> Iterator["Image"]:
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, "r", FORMATS
+        ) as image:
+            width, height = image.size
+            if max(width, height) > _MAX_RATIO * min(width, height):
+                raise UserError(f"{where} has {width} x {height} pixels, too long a strip: crop or remove it")
+            if image.mode not in _KNOWN and _white(image) is None:
+                raise UserError(
+                    f"{where} has pixels of a kind whose white is not defined (Pillow's mode {image.mode}): "
+                    "convert it to 8 or 16 bits, or remove it"
+                )
+            yield image
+    except UserError:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(f"{where} has too many pixels to be safe: scale it down or remove it") from error
+    except PIL.UnidentifiedImageError as error:
+        raise UserError(
+            f"{where} is not an image that can be read (PNG, JPEG, WebP, BMP, TIFF or GIF): "
+            "convert, repair or remove it"
+        ) from error
+    except Exception as error:  # every decoder raises errors of its own on damaged files
+        raise UserError(f"{where} is not an image that can be read: repair or remove it") from error
+
+
+def _white(image: "Image") -> float | None:
+    """The value of white in a picture of deep grey pixels, None where the file defines none."""
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
+        return 2.0 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+    if image.mode == "I" and image.format == "PNG":  # Pillow before 11.3 opens 16 bits so
+        return 65535
+    return 1 if image.mode == "F" else None
+
+
+def _rgb(image: "Image", where: str) -> "Image":
+    import PIL.Image
+
+    if (white := _white(image)) is None:
+        return image.convert(_KNOWN[image.mode]).convert("RGB")
+    grey = np.asarray(image).astype(np.float64) / white
+    if not (grey.min() >= 0 and grey.max() <= 1):  # NaN neither
+        raise UserError(
+            f"{where} has values from {grey.min():g} to {grey.max():g}, and a picture "
+            "in floating point must lie in [0, 1]: scale it, or remove it"
+        )
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 1 - grey
+    return PIL.Image.fromarray(np.rint(grey * 255).astype(np.uint8)).convert("RGB")
+
+
+def _orientation(image: "Image") -> int:
+    """How the camera was held (1 to 8), 1 where the picture doesn't say."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged notes are no reason to refuse whole pixels
+        return 1
+
+
+def _upright(image: "Image", orientation: Any) -> "Image":
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
