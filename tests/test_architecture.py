@@ -26,7 +26,7 @@ ALLOWED = {
     "callbacks": {"evaluate", "qat", "surgery", "quantizers", "ops"},
     "analysis": {"cli"},  # a sweep's points are command lines
     "importing": {"modules", "surgery", "quantizers"},
-    "export": {"data", "modules", "quantizers", "ops", "surgery", "trained"},
+    "export": {"data", "modules", "qat", "quantizers", "ops", "surgery", "trained"},
     "trained": {"data", "modules"},
     "evaluate": {"data", "modules", "surgery", "trained"},
     "bench": {"export", "modules", "surgery", "quantizers", "ops", "analysis"},

@@ -26,6 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 HEADS = ("lm_head", "head", "head_dist", "classifier", "score")  # as transformers and timm name them
 _CONVERTED = "_stableqat_converted"
+GRIDS = "stableqat"  # key of a transformers config under which `convert` leaves the grids of the layers
 
 
 def prepare(
@@ -71,9 +72,10 @@ def prepare(
 def convert(model: Model) -> Model:
     """Make a quantized model plain again, in place: linear layers whose weights are the deployed values.
 
-    What it computes in evaluation stays the same, bit for bit; any library loads what it saves. The
-    latent weights are gone then: convert a `copy.deepcopy` to go on training. An embedding that shares the
-    weight of a quantized head becomes plain with it.
+    What it computes in evaluation stays the same, bit for bit; any library loads what it saves, and
+    `stableqat export` packs the folder that `save_pretrained` of a Llama or Qwen3 makes: the config says
+    which layers lie on which grid. The latent weights are gone then: convert a `copy.deepcopy` to go on
+    training. An embedding that shares the weight of a quantized head becomes plain with it.
 
     Args:
         model: A model with quantized layers.
@@ -87,6 +89,7 @@ def convert(model: Model) -> Model:
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
     if not layers:
         raise UserError("the model has no quantized layer to convert; prepare it first")
+    _record_grids(model)
     plain = {layer: layer.to_linear() for layer in dict.fromkeys(layer for _, layer in layers)}
     for name, layer in layers:
         model.set_submodule(name, plain[layer])
@@ -177,6 +180,23 @@ def _check_options(factory: QuantizerFactory, options: dict[str, Any]) -> None:
             near = difflib.get_close_matches(option, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(known)}"
             raise UserError(f"{option}: {method.__name__} has no such option; {hint}")
+
+
+def _record_grids(model: nn.Module) -> None:
+    """Leave the grids in the config of each model that is saved with one, by names within that model."""
+    recorded: list[Any] = []
+    for module in model.modules():  # the outermost first: the parts of a model share its config
+        config = getattr(module, "config", None)
+        if config is None or not hasattr(module, "save_pretrained") or any(config is c for c in recorded):
+            continue
+        kinds: dict[tuple[Any, ...], list[str]] = {}
+        for name, layer in quantized_layers(module).items():
+            made = layer.weight_quantizer
+            per_channel = made.group_size is not None or made.scale.shape[0] == layer.out_features
+            kinds.setdefault((made.grid.name, made.bits, made.group_size, per_channel), []).append(name)
+        keys = ("grid", "bits", "group_size", "per_channel", "layers")
+        setattr(config, GRIDS, [dict(zip(keys, (*k, names), strict=True)) for k, names in kinds.items()])
+        recorded.append(config)
 
 
 def _follows_a_head(embedding: nn.Embedding) -> bool:

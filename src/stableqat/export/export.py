@@ -50,7 +50,8 @@ def export(
     """Writes the packed weights of a trained model, and proves them equal to it.
 
     Args:
-        source: Run folder, of which the best checkpoint is taken, or a checkpoint.
+        source: Run folder, of which the best checkpoint is taken, a checkpoint, or a folder of a Llama or
+            Qwen3 that `convert(model).save_pretrained` made.
         format: hf (plain safetensors for transformers or timm), compressed-tensors (transformers, vLLM), gguf
             (llama.cpp), onnx (onnxruntime) or torchao.
         out: New folder for the files.
@@ -210,7 +211,7 @@ def _grid(weight: "PackedWeight") -> str:
 
 def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], part: Path) -> None:
     """The model card."""
-    settings = found.module.describe()
+    settings = found.settings
     facts: dict[str, Any] = {
         "architecture": packed.family,
         "quantized": "; ".join(report["grids"]),
@@ -246,7 +247,8 @@ def _sha256(path: Path) -> str:
 def _tell(report: dict[str, Any], found: "Source", folder: Path) -> None:
     left = ", ".join(report["layers_left"]) or "none"
     share, say = report["bytes"] / report["bytes_bf16"], terminal().print
-    say(f"{folder}: {report['format']} of {found.checkpoint} (step {found.step})")
+    step = "" if found.step is None else f" (step {found.step})"
+    say(f"{folder}: {report['format']} of {found.checkpoint}{step}")
     say(
         f"  {report['bytes']:,} bytes, {share:.2f} of bfloat16's {report['bytes_bf16']:,}; "
         f"{report['bits_a_weight']} bits a packed weight"

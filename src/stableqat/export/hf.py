@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stableqat.errors import UserError
 from stableqat.export.packed import PackedModel
+from stableqat.qat import GRIDS
 
 
 def check(packed: PackedModel) -> None:
@@ -77,6 +78,8 @@ def save_config(packed: PackedModel, folder: Path, quantization: dict[str, Any] 
         config["architectures"] = [type(packed.model).__name__]
         config["dtype"] = str(packed.dtype).removeprefix("torch.")
         config["use_cache"] = True
+        for key in ("_name_or_path", GRIDS):  # where the start lay; what a converted folder says of itself
+            config.pop(key, None)
         if quantization is not None:
             config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

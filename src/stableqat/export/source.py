@@ -1,7 +1,8 @@
-"""What is exported: a run folder or a checkpoint, the data it was validated on, its tokenizer.
+"""What is exported: a run folder, a checkpoint or a converted folder, its validation data, its tokenizer.
 
 A run gives its best checkpoint, a checkpoint itself. The data and the tokenizer come from the run's
 `config.yaml`; without it, or where that data is gone, the comparison uses a fixed random batch, and says so.
+A folder that `convert(model).save_pretrained` made brings its tokenizer, if it has one.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
 from stableqat.errors import UserError
+from stableqat.export.converted import is_model_folder, open_converted
 from stableqat.modules import QATModule
 from stableqat.trained import data_of, images_of, open_trained
 
@@ -26,8 +28,9 @@ class Source:
 
     Attributes:
         module: In evaluation mode, on the CPU.
-        checkpoint: File that it came from.
-        step: Optimizer steps that it was trained for.
+        checkpoint: File or folder that it came from.
+        settings: How it was trained, for its model card.
+        step: Optimizer steps that it was trained for; None if unknown.
         batch: Rows of its validation data, or random ones.
         batch_of: Where the batch comes from, in words.
         tokenizer: Of a language model, if it is to be had.
@@ -37,7 +40,8 @@ class Source:
 
     module: QATModule
     checkpoint: Path
-    step: int
+    settings: dict[str, Any]
+    step: int | None
     batch: dict[str, Tensor]
     batch_of: str
     tokenizer: Any
@@ -49,14 +53,16 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     """Load what is to be exported.
 
     Args:
-        source: Run folder or checkpoint.
-        tokenizer: Tokenizer to go with it; None takes the run's.
+        source: Run folder, checkpoint or converted folder.
+        tokenizer: Tokenizer to go with it; None takes the run's or the folder's.
 
     Raises:
         UserError: If there is no such run, or its checkpoint is damaged or of something else.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer)
+    if is_model_folder(source):
+        return _converted(source, tokenizer)
     path, read, module = open_trained(source)
     datamodule, why_not = data_of(path)
     batch, batch_of = None, why_not
@@ -74,7 +80,20 @@ def load_source(source: str, tokenizer: str | None) -> Source:
         found = load_tokenizer(tokenizer)
     val_loss = read.get("callbacks", {}).get("RunRecord", {}).get("hp/val_loss")
     step, batch = int(read.get("global_step", 0)), _bounded(batch, module)
-    return Source(module, path, step, batch, batch_of, found, val_loss, images_of(path))
+    images = images_of(path)
+    return Source(module, path, module.describe(), step, batch, batch_of, found, val_loss, images)
+
+
+def _converted(source: str, tokenizer: str | None) -> Source:
+    module = open_converted(source)
+    folder = Path(source).expanduser()
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = str(folder)
+    found = None if tokenizer is None else load_tokenizer(tokenizer)
+    batch = _bounded(_random_rows(module), module)
+    return Source(
+        module, folder, {}, None, batch, "random rows: a model folder names no data", found, None, None
+    )
 
 
 def _bounded(batch: dict[str, Tensor], module: QATModule) -> dict[str, Tensor]:
