@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint
+.PHONY: demo test test-gpu lint
 
 demo: $(STAMP)
 	$(BIN)/stableqat sweep configs/llama/demo-study.yaml configs/vit/demo-study.yaml
@@ -11,6 +11,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# the kernels and quantizers on a GPU; `make test` sees none
+test-gpu: $(STAMP)
+	STABLEQAT_TEST_GPU=1 $(BIN)/python -m pytest tests/ops tests/quantizers tests/test_linear.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests
