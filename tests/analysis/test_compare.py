@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from stableqat.analysis import panels, plot
 from stableqat.analysis.arms import Comparison, usable
-from stableqat.analysis.compare import compare
+from stableqat.analysis.caps import Cap, Group
+from stableqat.analysis.compare import compare, read_comparisons
 from stableqat.analysis.events import COMPARED, Run, read_run
 from stableqat.analysis.runner import Record
 from stableqat.analysis.study import short
@@ -175,14 +176,14 @@ def test_ptq_counts_for_arms_that_round_alike(key: str, other: object) -> None:
     (arm,) = comparison.fits
     assert comparison.ptq(arm) is None
     assert comparison.recovered(arm) is None
-    assert comparison.cap == (7.0, "first training batch, STE")
+    assert comparison.cap(arm) == Cap(7.0, "first training batch, STE")
     assert comparison.worst(arm) == 7.0
 
     comparison = Comparison(Path("demo"), [*runs, made(PTQ | {"mask": "soft"}, 5.0)])  # a mask rounds nothing
     (arm,) = comparison.fits
     assert comparison.ptq(arm) == 5.0
     assert comparison.recovered(arm) == 2 / 3
-    assert comparison.cap[0] == 5.0
+    assert comparison.cap(arm).loss == 5.0
 
 
 def test_the_cap_is_the_smallest_of_the_arms() -> None:
@@ -192,7 +193,71 @@ def test_the_cap_is_the_smallest_of_the_arms() -> None:
         made(STRETCHED | {"lr": 1e-3}, 3.0, initial_loss=5.5),
         made(FP | {"lr": 1e-3}, 2.0, initial_loss=2.5),  # full precision trained on is no bound
     ]
-    assert Comparison(Path("demo"), runs).cap == (5.5, "first training batch, ParetoQ stretched")
+    comparison = Comparison(Path("demo"), runs)
+    caps = [comparison.cap(arm) for arm in comparison.fits]
+    assert caps == [Cap(5.5, "first training batch, ParetoQ stretched")] * 3
+
+
+@pytest.mark.parametrize("quality", ["val/perplexity", "val/top1"])
+@pytest.mark.parametrize("ptq", [True, False])
+def test_each_bit_width_has_its_own_cap(tmp_path: Path, quality: str, ptq: bool) -> None:
+    """Rounding to 4 bits costs less than training at 2 bits can win back, which is no cap for 2 bits."""
+    before = {2: 0.9, 4: 0.158}
+    losses = {(2, "STE"): 0.384, (2, "StableQAT"): 0.286, (4, "STE"): 0.144, (4, "StableQAT"): 0.142}
+    folder = tmp_path / "demo"
+    for (bits, method), loss in losses.items():
+        for lr, seed in ((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1)):
+            series = {"val/loss": {10: loss + 50 * (lr - 1e-3) + seed / 1000}, quality: {10: 0.5}}
+            series |= {} if ptq else {"hp/initial_loss": {1: before[bits]}}
+            settings = STE | {"method": method, "bits": bits, "lr": lr, "seed": seed}
+            log_run(folder / f"{method}-b{bits}-lr{lr}-s{seed}", settings, series)
+    for bits, loss in before.items() if ptq else ():
+        log_run(folder / f"ptq-b{bits}", PTQ | {"bits": bits}, {"val/loss": {0: loss}, quality: {0: 0.4}})
+    log_run(folder / "fp", FP | {"lr": 1e-3}, {"val/loss": {10: 0.1}, quality: {10: 0.9}})
+
+    (comparison,) = read_comparisons([folder])
+    images = quality == "val/top1"
+    caps = {group: round(cap.loss, 6) for group, cap in comparison.caps.items()}
+    assert caps == {Group(2, images): 0.9, Group(4, images): 0.158, Group(None, images): 0.9}
+    assert "Caps: 0.9 (" in notes(comparison)
+    found = {(d.arm, d.lr): d for d in comparison.differences if d.quantity == "loss"}
+    two, four = found["StableQAT 2-bit", 1e-3], found["StableQAT 4-bit", 1e-3]
+    assert (two.baseline, round(two.mean or 0, 6), two.verdict) == ("STE 2-bit", -0.098, "lower")
+    assert (four.baseline, round(four.mean or 0, 6)) == ("STE 4-bit", -0.002)
+    assert found["StableQAT 4-bit", 1e-2].mean == 0.0  # both are worse than rounding
+
+    drawn = panels.losses(comparison, plot._styles([comparison]))
+    assert len(drawn) == 2 * (1 + images)  # a panel each, and one of top-1 beside it
+    axes = Figure().subplots()
+    drawn[0](axes)
+    heights = {round(float(y), 4) for line in axes.lines for y in line.get_ydata()}  # type: ignore[union-attr]
+    assert {0.3845, 0.2865, 0.8345, 0.7365, 0.9} <= heights
+    assert axes.get_title() == ("2 bits, images" if images else "2 bits")
+
+
+def test_a_cap_is_never_below_a_good_run() -> None:
+    """At 1 bit all training is worse than rounding to nearest happens to be."""
+    runs = [made(PTQ, 2.0), made(STE | {"lr": 1e-3}, 2.5), made(STE | {"lr": 1e-3, "seed": 1}, 2.7)]
+    runs += [made(STE | {"lr": 1e-2}, 9.0), made(STE | {"lr": 1e-4}, 1.0, diverged=1)]
+    runs += [made(STABLE | {"lr": 1e-3, "seed": s}, 2.25) for s in (0, 1)]
+    comparison = Comparison(Path("demo"), runs)
+    assert comparison.cap(comparison.fits[0]) == Cap(2.7, "the largest of STE at its best learning rate")
+    (found,) = (d for d in comparison.differences if d.quantity == "loss" and d.lr == 1e-3)
+    assert found.mean == pytest.approx(-0.35)
+
+
+def test_images_and_text_in_one_folder_have_caps_and_baselines_of_their_own() -> None:
+    text, images = {"lr": 1e-3}, {"lr": 1e-3, "patch": 4}
+    runs = [made(STE | text, 3.0, initial_loss=8.0), made(STABLE | text, 2.5)]
+    runs += [made(STE | images, 0.3, initial_loss=2.3), made(STABLE | images, 0.2)]
+    for run in runs[2:]:
+        run.scalars["val/top1"] = {10: 0.5}
+    runs.append(made(FP | text | {"subcommand": "validate"}, 2.0))
+    comparison = Comparison(Path("demo"), runs)
+    assert {group.images: cap.loss for group, cap in comparison.caps.items()} == {False: 8.0, True: 2.3}
+    assert [comparison.recovered(arm) for arm in comparison.fits] == [None] * 4
+    found = [round(d.mean or 0, 3) for d in comparison.differences if d.quantity == "loss"]
+    assert sorted(found) == [-0.5, -0.1]
 
 
 def test_lr_sensitivity_needs_every_learning_rate() -> None:
@@ -410,7 +475,7 @@ def test_runs_without_any_cap_give_null_and_not_nan() -> None:
     runs += [made(STABLE | {"lr": lr, "seed": s}, 3.0, diverged=lr > 0.1) for lr in (1e-2, 1) for s in (0, 1)]
     comparison = Comparison(Path("demo"), runs)
     (study,) = json.loads(as_json([comparison]), parse_constant=pytest.fail)["studies"]
-    assert study["cap"]["loss"] is None
+    assert [(cap["bits"], cap["loss"]) for cap in study["caps"]] == [(2, None)]
     assert study["arms"][0]["cells"][1]["mean"] is None
     assert study["arms"][0]["figures"]["lr sensitivity"] is None
     assert [(d["lr"], d["n"], d["mean"], d["verdict"]) for d in study["differences"]] == [

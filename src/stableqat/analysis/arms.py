@@ -2,13 +2,11 @@
 
 An arm is all runs that differ in learning rate and seed only; where hyper-parameters don't tell the arms of
 a study apart, the names of its runs do. A loss is the validation loss at the end of a run, in nats; a
-diverged run counts as the cap. The cap is the study file's `compare.cap`, without one the smallest loss that
-any quantized arm has before it learns: PTQ's on the arm's grid where the study measured it, otherwise that
-of the first training batch. LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) is the mean over the
-learning rates of min(loss, cap) - best, the worst loss the largest min(loss, cap); both are computed seed by
-seed and averaged, and since they depend on the grid of learning rates, only seeds count that have all of it.
-An arm's learning rate is selected on the even batches of validation and its loss reported on the odd ones,
-because the smallest of several noisy losses flatters.
+diverged run counts as the cap, see `caps`. LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) is the
+mean over the learning rates of min(loss, cap) - best, the worst loss the largest min(loss, cap); both are
+computed seed by seed and averaged, and since they depend on the grid of learning rates, only seeds count that
+have all of it. An arm's learning rate is selected on the even batches of validation and its loss reported on
+the odd ones, because the smallest of several noisy losses flatters.
 """
 
 import json
@@ -21,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stableqat.analysis.caps import Cap, Group, caps
 from stableqat.analysis.differences import Difference, Plan, differences, read_plan
 from stableqat.analysis.events import Run
 from stableqat.analysis.labels import COLUMNS, NAMED, departures, differing, most_common
@@ -31,6 +30,7 @@ from stableqat.errors import UserError
 log = logging.getLogger(__name__)
 
 LOSS, EVEN, ODD = "val/loss", "val/loss_even", "val/loss_odd"
+TOP1 = "val/top1"
 # Rounding to nearest is the same for two arms that share these.
 FORWARD = ("bits", "grid", "scale_init", "granularity")
 
@@ -77,15 +77,26 @@ class Arm:
         kind: "fp" (measured or `start`), "ptq" (measured after rounding) or "fit".
         hparams: What the runs share.
         runs: The runs.
+        images: Whether its models classify images.
     """
 
     kind: str
     hparams: dict[str, Any]
     runs: list[Run]
+    images: bool = False
+
+    @property
+    def group(self) -> Group:
+        """The group that it belongs to."""
+        return Group(self.hparams.get("bits"), self.images)
 
     def at(self, lr: float | None) -> list[Run]:
         """The runs of one learning rate, or all."""
         return [run for run in self.runs if lr is None or run.hparams["lr"] == lr]
+
+    def logged(self, tag: str) -> bool:
+        """Whether any of its runs logged a tag."""
+        return any(tag in run.scalars for run in self.runs)
 
     def finals(self, tag: str, lr: float | None = None) -> list[float]:
         """Final values of a tag in the runs (of one learning rate); none where one of these diverged."""
@@ -117,6 +128,9 @@ class Comparison:
         for run in _told_apart(runs):
             groups.setdefault(_key(run), Arm(_kind(run), _shared(run), [])).runs.append(run)
         self.arms = list(groups.values())
+        validated = {arm.logged(TOP1) for arm in self.arms if arm.logged(LOSS)}
+        for arm in self.arms:  # one that diverged before its first validation is like the others
+            arm.images = arm.logged(TOP1) or validated == {True}
         order = {"fp": 0, "ptq": 1, "fit": 2}
         self.arms = sorted(
             self.arms,
@@ -168,46 +182,39 @@ class Comparison:
     @property
     def full_precision(self) -> float | None:
         """Loss of the weights that QAT begins from, before rounding."""
-        return self._full_precision(LOSS)
+        return self._full_precision(LOSS, any(arm.images for arm in self.arms))
 
-    def _full_precision(self, tag: str) -> float | None:
-        references = [arm for arm in self.arms if arm.kind == "fp"]
+    def _full_precision(self, tag: str, images: bool) -> float | None:
+        references = [arm for arm in self.arms if arm.kind == "fp" and arm.images == images]
         references.sort(key=lambda arm: arm.runs[0].hparams.get("subcommand") != "validate")
         return references[0].mean(tag) if references else None
 
     def ptq(self, arm: Arm, tag: str = LOSS) -> float | None:
         """Loss after rounding those weights as the arm does at its first step."""
         for other in self.ptqs:
-            if all(other.hparams.get(key) == arm.hparams.get(key) for key in FORWARD):
+            same = all(other.hparams.get(key) == arm.hparams.get(key) for key in FORWARD)
+            if same and other.images == arm.images:
                 return other.mean(tag)
         return None
 
     @cached_property
-    def cap(self) -> tuple[float, str]:
-        """The cap of the losses, and where it comes from."""
-        if self.plan.cap is not None:
-            return self.plan.cap, "the study's"
-        caps = []
-        for arm in self.quantized or self.fits:
-            ptq = self.ptq(arm)
-            first = [
-                v for run in arm.runs if (v := run.last("hp/initial_loss")) is not None and math.isfinite(v)
-            ]
-            if ptq is not None:
-                caps.append((ptq, f"PTQ, {self.label(arm)}'s grid"))
-            elif first:
-                caps.append((min(first), f"first training batch, {self.label(arm)}"))
-        return min(caps, default=(math.inf, "no run says its initial loss"))
+    def caps(self) -> dict[Group, Cap]:
+        """The cap of each group."""
+        return caps(self)
+
+    def cap(self, arm: Arm) -> Cap:
+        """The cap of the arm's losses."""
+        return self.caps[arm.group]
 
     def cell(self, arm: Arm, lr: float) -> Cell | None:
         """The arm's runs at one learning rate, as they ended."""
         runs = arm.at(lr)
-        losses = [self.cap[0] if diverged(run) else _final(run, LOSS) for run in runs]
+        losses = [self.cap(arm).loss if diverged(run) else _final(run, LOSS) for run in runs]
         return Cell(losses, sum(map(diverged, runs))) if runs else None
 
     def losses(self, arm: Arm, lr: float, tag: str = LOSS) -> dict[Any, float]:
         """Seed to min(loss, cap) at one learning rate; runs that don't say their seed are averaged."""
-        cap = self.cap[0]
+        cap = self.cap(arm).loss
         values: dict[Any, list[float]] = {}
         for run in arm.at(lr):
             loss = cap if diverged(run) else min(_final(run, tag), cap)
@@ -241,7 +248,7 @@ class Comparison:
     def recovered(self, arm: Arm) -> float | None:
         """Share of the loss by rounding that training wins back."""
         tag = self.selection[1]
-        ptq, full = self.ptq(arm, tag), self._full_precision(tag)
+        ptq, full = self.ptq(arm, tag), self._full_precision(tag, arm.images)
         if ptq is None or full is None or ptq <= full:
             return None
         return (ptq - self.selected(arm).loss) / (ptq - full)

@@ -1,4 +1,4 @@
-"""Every quantized arm against the baseline of its bit width, paired by seed.
+"""Every quantized arm against the baseline of its group (bit width and family), paired by seed.
 
     compare: {baseline: {method: STE, grid: integer}, margin: 0.01, cap: 4.5}    # in study.yaml
 
@@ -21,6 +21,7 @@ from stableqat.errors import UserError
 
 if TYPE_CHECKING:
     from stableqat.analysis.arms import Arm, Comparison
+    from stableqat.analysis.caps import Group
 
 STUDY_FILE = "study.yaml"
 
@@ -67,7 +68,7 @@ class Plan:
     Attributes:
         baseline: Hyper-parameters that select the baseline; None takes the first STE arm.
         margin: Margin of equivalence in nats; 0 where the study names none.
-        cap: Cap of the losses in nats; None leaves it to the arms, see `Comparison.cap`.
+        cap: Cap of the losses in nats; None leaves it to the arms, see `Comparison.caps`.
     """
 
     baseline: dict[str, Any] | None = None
@@ -106,19 +107,19 @@ def read_plan(folder: Path) -> Plan:
     return Plan(**plan)
 
 
-def baselines(comparison: "Comparison") -> dict[Any, "Arm"]:
-    """The arm that others of its bit width are compared with, by bit width.
+def baselines(comparison: "Comparison") -> dict["Group", "Arm"]:
+    """The arm that others of its group are compared with, by group.
 
     Raises:
         UserError: The study's `compare.baseline` selects no arm, or several of one bit width.
     """
     wanted = comparison.plan.baseline
-    found: dict[Any, Arm] = {}
+    found: dict[Group, Arm] = {}
     for arm in comparison.quantized:
         chosen = {"method": "STE"} if wanted is None else wanted
         if any(key not in arm.hparams or arm.hparams[key] != value for key, value in chosen.items()):
             continue
-        first = found.setdefault(arm.hparams.get("bits"), arm)
+        first = found.setdefault(arm.group, arm)
         if first is not arm and wanted is not None:
             raise UserError(
                 f"{comparison.folder / STUDY_FILE}: compare.baseline selects both {comparison.label(first)}"
@@ -135,9 +136,9 @@ def baselines(comparison: "Comparison") -> dict[Any, "Arm"]:
 def differences(comparison: "Comparison") -> list[Difference]:
     """All differences of a study, the arms in the order of its table."""
     found: list[Difference] = []
-    for bits, baseline in baselines(comparison).items():
+    for group, baseline in baselines(comparison).items():
         for arm in comparison.quantized:
-            if arm is baseline or arm.hparams.get("bits") != bits:
+            if arm is baseline or arm.group != group:
                 continue
             for lr in comparison.lrs:
                 ours, theirs = comparison.losses(arm, lr), comparison.losses(baseline, lr)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from stableqat.analysis.arms import LOSS, Arm, Comparison, diverged
+from stableqat.analysis.arms import LOSS, TOP1, Arm, Comparison, diverged
+from stableqat.analysis.caps import Group
 from stableqat.analysis.curves import average, finite
 from stableqat.analysis.events import Run
 from stableqat.analysis.stability import FLIP_RATE, GRAD_NORM, TRAIN_LOSS
@@ -21,7 +22,6 @@ from stableqat.analysis.study import short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TOP1 = "val/top1"
 ENOUGH_FOR_T = 5
 ENOUGH_FOR_A_CURVE = 4
 
@@ -31,29 +31,32 @@ Panel = Callable[["Axes"], None]
 
 def losses(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
     """Loss, and top-1 of images, at the end against learning rate."""
-    edge = _edge(comparison)
+    edges = _edges(comparison)
 
     def final(arm: Arm, lr: float) -> list[float]:
         cell = comparison.cell(arm, lr)
-        return [min(loss, edge) for loss in cell.losses] if cell else []
+        return [min(loss, edges[arm.group]) for loss in cell.losses] if cell else []
 
     def top1(arm: Arm, lr: float) -> list[float]:
         return [100 * value for value in arm.finals(TOP1, lr)]
 
-    def draw_losses(axes: "Axes") -> None:
-        _against_lr(axes, comparison, styles, final)
-        axes.set_ylabel("validation loss (nats)")
-        if math.isfinite(edge):
-            axes.axhline(comparison.cap[0], color="tab:red", linewidth=0.8, alpha=0.6, label="cap", zorder=1)
-        _draw_references(axes, comparison, LOSS, edge)
+    def draw(axes: "Axes", group: Group, tag: str) -> None:
+        arms = [arm for arm in comparison.fits if arm.group in (group, Group(None, group.images))]
+        _against_lr(axes, comparison, arms, styles, final if tag == LOSS else top1)
+        axes.set_ylabel("validation loss (nats)" if tag == LOSS else "validation top-1 (%)")
+        if len(groups) > 1:
+            axes.set_title(group.name, fontsize=9)
+        cap = comparison.caps[group].loss
+        if tag == LOSS and math.isfinite(cap):
+            axes.axhline(cap, color="tab:red", linewidth=0.8, alpha=0.6, label="cap", zorder=1)
+        _draw_references(axes, comparison, group, tag, edges[group] if tag == LOSS else math.inf)
 
-    def draw_top1(axes: "Axes") -> None:
-        _against_lr(axes, comparison, styles, top1)
-        axes.set_ylabel("validation top-1 (%)")
-        _draw_references(axes, comparison, TOP1, math.inf)
-
-    images = _logged(comparison, TOP1)
-    return [draw_losses, *([draw_top1] if images else [])] if comparison.fits else []
+    groups = list(dict.fromkeys(arm.group for arm in comparison.quantized or comparison.fits))
+    return [
+        partial(draw, group=group, tag=tag)
+        for group in groups
+        for tag in ([LOSS, TOP1] if group.images and _logged(comparison, TOP1) else [LOSS])
+    ]
 
 
 def flips(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
@@ -84,7 +87,7 @@ def _behaviour(
         return [summary(series) for run in arm.at(lr) if (series := _finite(run, tag))]
 
     def draw(axes: "Axes", tag: str) -> None:
-        _against_lr(axes, comparison, styles, partial(values, tag=tag))
+        _against_lr(axes, comparison, comparison.fits, styles, partial(values, tag=tag))
         axes.set_ylabel(names[tag])
         axes.set_yscale(scale)
 
@@ -94,14 +97,15 @@ def _behaviour(
 def _against_lr(
     axes: "Axes",
     comparison: Comparison,
+    arms: list[Arm],
     styles: dict[str, Style],
     values: Callable[[Arm, float], list[float]],
 ) -> None:
     """A line an arm through the means over seeds, with a band and crosses."""
-    for place, arm in enumerate(comparison.fits):
+    for place, arm in enumerate(arms):
         style = styles[comparison.label(arm)]
         # side by side, so that equal points don't hide each other
-        dodge = 1.02 ** (place - (len(comparison.fits) - 1) / 2)
+        dodge = 1.02 ** (place - (len(arms) - 1) / 2)
         found = {lr: seeds for lr in comparison.lrs if (seeds := values(arm, lr))}
         x = [lr * dodge for lr in found]
         y = [statistics.fmean(seeds) for seeds in found.values()]
@@ -131,21 +135,25 @@ def _band(seeds: list[float]) -> tuple[float, float]:
     return sample.low, sample.high
 
 
-def _edge(comparison: Comparison) -> float:
-    """The largest loss that is drawn: as far above the cap as the cap lies above the best."""
-    cap = comparison.cap[0]
-    if not comparison.fits or not math.isfinite(cap):
-        return math.inf
-    cells = (comparison.cell(arm, lr) for arm in comparison.fits for lr in comparison.lrs)
-    return cap + max(cap - min(cell.mean for cell in cells if cell), 0.1 * abs(cap))
+def _edges(comparison: Comparison) -> dict[Group, float]:
+    """The largest loss that is drawn of each group: as far above the cap as the cap lies above the best."""
+    edges = {}
+    for group, cap in comparison.caps.items():
+        arms = [arm for arm in comparison.fits if arm.group == group]
+        cells = (comparison.cell(arm, lr) for arm in arms for lr in comparison.lrs)
+        above = max(cap.loss - min(cell.mean for cell in cells if cell), 0.1 * abs(cap.loss))
+        edges[group] = cap.loss + above if math.isfinite(cap.loss) else math.inf
+    return edges
 
 
-def _draw_references(axes: "Axes", comparison: Comparison, tag: str, edge: float) -> None:
+def _draw_references(axes: "Axes", comparison: Comparison, group: Group, tag: str, edge: float) -> None:
     """Horizontal lines of full precision and PTQ; what lies beyond the edge is named, but off the scale."""
     scale = 1 if tag == LOSS else 100
     styles = ("--", ":", "-.", (0, (1, 3)), (0, (6, 4)))
     heights = list(axes.dataLim.intervaly)
-    for number, arm in enumerate([a for a in comparison.arms if a.kind != "fit"]):
+    references = [arm for arm in comparison.arms if arm.kind == "fp" and arm.images == group.images]
+    references += [arm for arm in comparison.ptqs if arm.group == group]
+    for number, arm in enumerate(references):
         value = arm.mean(tag)
         if value is None or not math.isfinite(value):
             continue
@@ -173,23 +181,28 @@ def curves(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
     validated = [len(run.scalars.get(LOSS, {})) for arm in comparison.fits for run in arm.runs]
     often = validated and statistics.median(validated) >= ENOUGH_FOR_A_CURVE
     tag, name = (LOSS, "validation loss (nats)") if often else (TRAIN_LOSS, "training loss (nats)")
-    return _over_steps(comparison, styles, tag, name, _edge(comparison))
+    return _over_steps(comparison, styles, tag, name, _edges(comparison))
 
 
 def gradient_norms(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
     """Norm of the gradient over steps."""
-    return _over_steps(comparison, styles, GRAD_NORM, "gradient norm", math.inf, "log")
+    return _over_steps(comparison, styles, GRAD_NORM, "gradient norm", {}, "log")
 
 
 def _over_steps(
-    comparison: Comparison, styles: dict[str, Style], tag: str, name: str, edge: float, scale: str = "linear"
+    comparison: Comparison,
+    styles: dict[str, Style],
+    tag: str,
+    name: str,
+    edges: dict[Group, float],
+    scale: str = "linear",
 ) -> list[Panel]:
     """A panel a learning rate with a line an arm over steps."""
 
     def draw(axes: "Axes", lr: float) -> None:
         for arm in comparison.fits:
             style = {**styles[comparison.label(arm)], "marker": "", "linewidth": 1.1}
-            runs = arm.at(lr)
+            runs, edge = arm.at(lr), edges.get(arm.group, math.inf)
             together, survivors = average(runs, tag)
             axes.plot(list(together), [min(v, edge) for v in together.values()], **style)
             axes.plot(

@@ -67,11 +67,11 @@ def notes(comparison: Comparison) -> str:
     """What has to be known to read the tables, a paragraph a subject."""
     if not comparison.fits:
         return "Validation loss in nats."
-    table, (cap, source), (on, reported) = rows(comparison), comparison.cap, comparison.selection
+    table, (on, reported) = rows(comparison), comparison.selection
     edges = [f"{row['arm']} ({short(row['selected lr'])})" for row in table if row.get("edge")]
     texts = [
         "Validation loss in nats, mean +- standard deviation (runs) over seeds."
-        f" Learning rates: {', '.join(map(short, comparison.lrs))}. Cap: {cap:.4g} ({source}); a diverged run"
+        f" Learning rates: {', '.join(map(short, comparison.lrs))}. {_about_caps(comparison)}; a diverged run"
         " counts as the cap.",
         "Selected lr: the smallest mean over seeds of min(loss, cap) on"
         + (
@@ -106,6 +106,15 @@ def notes(comparison: Comparison) -> str:
         settings = ", ".join(f"{key} {value}" for key, value in comparison.usual.items() if value != UNSET)
         texts.append(f"Settings where an arm has them and its name does not say otherwise: {settings}.")
     return "\n\n".join(texts)
+
+
+def _about_caps(comparison: Comparison) -> str:
+    groups: dict[str, list[str]] = {}
+    for group, cap in comparison.caps.items():
+        groups.setdefault(f"{cap.loss:.4g} ({cap.source})", []).append(group.name)
+    if len(groups) == 1:
+        return f"Cap: {next(iter(groups))}"
+    return "Caps: " + ", ".join(f"{cap} at {' and '.join(names)}" for cap, names in groups.items())
 
 
 def _about_differences(comparison: Comparison) -> str:
@@ -205,12 +214,11 @@ def as_json(comparisons: list[Comparison]) -> str:
                 {"arm": comparison.label(arm), "kind": arm.kind, "hparams": arm.hparams}
                 | {"figures": _figures(comparison, arm), "cells": cells, "runs": list(map(_run, arm.runs))}
             )
-        cap, source = comparison.cap
         studies.append(
             {
                 "study": comparison.name,
                 "lrs": comparison.lrs,
-                "cap": {"loss": cap, "source": source},
+                "caps": [asdict(group) | asdict(cap) for group, cap in comparison.caps.items()],
                 "baseline": comparison.plan.baseline,
                 "margin": comparison.plan.margin,
                 "selected on": comparison.selection[0],
