@@ -304,3 +304,29 @@ def test_a_cache_that_may_not_be_written_is_left_alone(home):
     _, *new = Step(model, in_place=False)(*arguments)
     assert not any(entry.any() for entry in cache)
     assert all(entry[:, :, 2].any() and not entry[:, :, 3].any() for entry in new)
+
+
+@pytest.mark.parametrize(("more", "named"), [((), {}), (({"position": 3},), {}), ((), {"kwargs": {}})])
+def test_a_cache_takes_whatever_a_release_of_transformers_adds(more, named):
+    cache = engines._Cache([torch.zeros(1, 1, 4, 2) for _ in range(4)], torch.tensor([2]), in_place=True)
+    keys, values = cache.update(torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 2), 2.0), 1, *more, **named)
+    assert keys[0, 0].tolist() == [[0, 0], [0, 0], [1, 1], [0, 0]]
+    assert values.sum() == 4
+    assert not any(entry.any() for entry in cache.entries[:2])
+
+
+def attend(cache):
+    cache.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
+    return SimpleNamespace(logits=torch.zeros(1, 1, 3))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda *, cache, **rest: attend(cache), lambda *, past_key_values, **rest: attend(past_key_values)],
+)
+def test_a_cache_goes_by_the_name_that_the_model_has_for_it(forward):
+    model = torch.nn.Module()
+    model.forward = forward
+    cache = [torch.zeros(1, 1, 4, 2) for _ in range(2)]
+    Step(model, in_place=True)(torch.tensor([[1]]), torch.tensor([2]), *cache)
+    assert cache[0][0, 0].tolist() == [[0, 0], [0, 0], [1, 1], [0, 0]]

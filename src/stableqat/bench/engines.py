@@ -9,6 +9,7 @@ torchao, which torch itself ships; it has a CPU twin.
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class Step(nn.Module):
     def __init__(self, model: nn.Module, *, in_place: bool) -> None:
         super().__init__()
         self.model, self.in_place = model, in_place
+        taken = signature(model.forward).parameters
+        self.keyword = "cache" if "cache" in taken else "past_key_values"  # as transformers before 5.24 says
 
     def forward(self, token: Tensor, position: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
         """Logits `(1, vocabulary)` and the cache: keys and values, layer by layer."""
@@ -60,8 +63,8 @@ class Step(nn.Module):
             input_ids=token,
             position_ids=position[None],
             attention_mask=seen[None, None, None],
-            past_key_values=past,
             use_cache=True,
+            **{self.keyword: past},
         )
         return output.logits[:, -1], *past.entries
 
@@ -73,7 +76,7 @@ class _Cache:
         self.entries, self.position = entries, position
         self.write = Tensor.index_copy_ if in_place else Tensor.index_copy
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> list[Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> list[Tensor]:
         for place, new in ((2 * layer, keys), (2 * layer + 1, values)):
             self.entries[place] = self.write(self.entries[place], 2, self.position, new)
         return self.entries[2 * layer : 2 * layer + 2]
