@@ -1,5 +1,6 @@
 """The quantizer monitor on hand-made sequences of weights, whose answers are known."""
 
+from functools import partial
 from math import log2, log10
 
 import lightning as L
@@ -11,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader
 
+import tiny
 from stableqat.callbacks import QuantizerMonitor
-from stableqat.quantizers import DSQ, STE
+from stableqat.quantizers import DSQ, STE, StableQAT
 from stableqat.surgery import QuantLinear
 
 pytestmark = [
@@ -280,7 +282,7 @@ def test_without_a_logger_nothing_is_measured():
     layer = layer_of(script()[0])
     monitor = QuantizerMonitor()
     assert fit(Played([(layer.weight, script())], x=layer), monitor, 3, logger=False) == {}
-    assert monitor.state_dict() == {"start_scales": {}}
+    assert monitor.state_dict() == {"start_scales": {}, "flips": {}}
 
 
 def test_drift_is_counted_from_the_first_start_after_a_resume():
@@ -294,6 +296,58 @@ def test_drift_is_counted_from_the_first_start_after_a_resume():
     resumed.load_state_dict({"start_scales": {"layers.x": started[:, None]}})  # as earlier versions saved it
     rows = fit(Played([(layer.weight_quantizer.scale, scales[1:])], x=layer), resumed, 1)
     assert rows[1]["quant/layers.x/scale_drift"] == 2.0
+
+
+class Saved(L.Callback):
+    """Saves once a step is done."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantizer", "options"),
+    [
+        ("llama", partial(STE, bits=2), {}),
+        ("llama", partial(StableQAT, bits=3, group_size=16), {"accumulate_grad_batches": 2}),
+        ("vit", partial(DSQ, bits=2), {"log_every_n_steps": 2}),
+    ],
+)
+def test_a_resumed_run_logs_what_an_undisturbed_one_does(family, quantizer, options, tmp_path):
+    """Flips, oscillation and drift are averages over all steps, also those before the resume."""
+    logged, alike = [], DataLoader(tiny.rows(family, 4) * 16, batch_size=4)
+    for ckpt_path in (None, tmp_path / "third.ckpt"):
+        memory = Memory()
+        trainer = tiny.trainer(
+            **{"logger": memory, "log_every_n_steps": 1, "max_steps": 8, **options},
+            callbacks=[QuantizerMonitor(rows=8), Saved(tmp_path / "third.ckpt", 3)],
+        )
+        module = tiny.configured(
+            family, quantizer=quantizer, optimizer=partial(torch.optim.SGD, lr=1.0, momentum=0.5)
+        )
+        trainer.fit(module, alike, ckpt_path=ckpt_path, weights_only=True)
+        logged.append(memory.rows)
+    whole, resumed = logged
+    assert whole[8]["quant/oscillation"] > 0
+    assert list(resumed) == [step for step in whole if step > 3]
+    assert resumed == {step: whole[step] for step in resumed}
+
+
+def test_flips_go_on_in_shards_of_other_sizes():
+    """Rows that the earlier process did not have begin without a direction."""
+    weights = [[[0.0]] * 4, [[1.0]] * 4, [[0.0]] * 4]
+    layer, monitor = layer_of(weights[0]), QuantizerMonitor(rows=2)
+    fit(Played([(layer.weight, weights)], x=layer), monitor, 1)
+    for rows, share in ((4, 0.5), (2, 1.0), (1, 1.0)):
+        layer, resumed = layer_of(weights[1]), QuantizerMonitor(rows=rows)
+        resumed.load_state_dict(monitor.state_dict())
+        row = fit(Played([(layer.weight, weights[1:])], x=layer), resumed, 1)[1]
+        assert row["quant/flip_rate"] == pytest.approx(averages([1, 1])[1])
+        assert row["quant/oscillation"] == pytest.approx(0.01 * share)
 
 
 def test_monitoring_does_not_disturb_training():

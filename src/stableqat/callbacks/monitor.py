@@ -41,17 +41,16 @@ class _Watch:
         self._length = max(gcd(*per_scale), 1)
         self.scales_of_layer = [s.numel() for s in scales]
         each = [n // self._length for n in per_scale]
-        self._blocks_of_layer = self._lengths(
-            [s * n for s, n in zip(self.scales_of_layer, each, strict=True)]
-        )
+        self._blocks = [s * n for s, n in zip(self.scales_of_layer, each, strict=True)]
+        self._blocks_of_layer = self._lengths(self._blocks)
         blocks_of_scale = [n for s, n in zip(self.scales_of_layer, each, strict=True) for _ in range(s)]
         self._scale_of_block = torch.arange(len(blocks_of_scale), device=self.device).repeat_interleave(
             self._lengths(blocks_of_scale)
         )
         _, _, self._codes = self.look()
         self._direction = torch.zeros_like(self._codes)
-        self._flips = torch.zeros_like(self._codes, dtype=torch.float32)
-        self._oscillation = self._flips.clone()
+        self._flip_rate = torch.zeros(len(self.names), device=self.device)
+        self._oscillation = self._flip_rate.clone()
 
     def look(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, scales `(blocks, 1)` and codes as they are now."""
@@ -68,11 +67,32 @@ class _Watch:
         weight, scale, codes = self.look()
         # int16, because a flip across an 8-bit grid does not fit into int8
         direction = (codes.short() - self._codes).sign_().to(torch.int8)
-        self._flips.lerp_(direction.abs().float(), 0.01)
-        self._oscillation.lerp_((direction * self._direction < 0).float(), 0.01)
+        back = direction * self._direction < 0
+        for average, now in ((self._flip_rate, direction.abs()), (self._oscillation, back)):
+            average.lerp_(self._of_layers(now.float().mean(1)), 0.01)
         self._direction = torch.where(direction == 0, self._direction, direction)
         self._codes = codes
         return weight, scale, codes
+
+    def flips(self) -> dict[str, dict[str, Tensor]]:
+        """What the flips of the steps to come are counted from, by layer."""
+        directions = [each.flatten() for each in self._direction.split(self._blocks)]
+        values = zip(self.names, self._flip_rate, self._oscillation, directions, strict=True)
+        return {
+            name: {"flip_rate": rate.clone(), "oscillation": oscillation.clone(), "direction": direction}
+            for name, rate, oscillation, direction in values
+        }
+
+    def resume_flips(self, known: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from `flips`; in other shards there may be fewer or more rows."""
+        for number, (name, blocks) in enumerate(
+            zip(self.names, self._direction.split(self._blocks), strict=True)
+        ):
+            if name in known:
+                self._flip_rate[number] = known[name]["flip_rate"]
+                self._oscillation[number] = known[name]["oscillation"]
+                direction = known[name]["direction"][: blocks.numel()]
+                blocks.view(-1)[: len(direction)] = direction
 
     def describe(self, weight: Tensor, scale: Tensor, codes: Tensor, start: Tensor) -> dict[str, Tensor]:
         """What is logged, a value a layer.
@@ -99,8 +119,8 @@ class _Watch:
         drift = (self.acting_scales() / start).log2_().abs_()
         occupancy = {f"share_of_code_{lowest + i}": share[:, i] for i in range(levels)}
         return {
-            "flip_rate": self._of_layers(self._flips.mean(1)),
-            "oscillation": self._of_layers(self._oscillation.mean(1)),
+            "flip_rate": self._flip_rate.clone(),
+            "oscillation": self._oscillation.clone(),
             "scale_drift": torch.segment_reduce(drift, "mean", lengths=self._lengths(self.scales_of_layer)),
             "snr_db": 10 * torch.log10(signal / noise),
             "level_entropy_bits": -torch.special.xlogy(share, share).sum(1) / log(2),
@@ -139,10 +159,11 @@ class QuantizerMonitor(L.Callback):
         self.per_layer = per_layer
         self._watches: list[_Watch] = []
         self._start_scales: dict[str, Tensor] = {}
+        self._flips: dict[str, dict[str, Tensor]] = {}
         self._seen_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember where codes and scales start."""
+        """Remember where codes and scales start; flips are counted on from the checkpoint's."""
         alike: dict[Any, dict[str, QuantLinear]] = {}
         if trainer.is_global_zero and trainer.loggers:
             for name, layer in quantized_layers(pl_module).items():
@@ -154,6 +175,7 @@ class QuantizerMonitor(L.Callback):
                 known, scale = self._start_scales.get(name, now).flatten()[: len(now)], now.clone()
                 scale[: len(known)] = known  # fewer or more rows, if the run resumes in other shards
                 self._start_scales[name] = scale
+            watch.resume_flips(self._flips)
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(
@@ -179,12 +201,15 @@ class QuantizerMonitor(L.Callback):
             _log(logger, means, single if self.per_layer else {}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scales that training started with."""
-        return {"start_scales": self._start_scales}
+        """What a resumed run needs to log what the uninterrupted one would."""
+        for watch in self._watches:
+            self._flips |= watch.flips()
+        return {"start_scales": self._start_scales, "flips": self._flips}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """See `state_dict`; checkpoints of earlier versions hold no flips."""
         self._start_scales = state_dict["start_scales"]
+        self._flips = state_dict.get("flips", {})
 
 
 def _log(logger: Logger, means: dict[str, float], single: dict[str, float], step: int) -> None:
