@@ -1,6 +1,8 @@
-"""One thread a test process: results do not depend on the cores, nor do parallel tests fight for them."""
+"""One thread a test process, and no trace of one test in the next: cores and order decide no result."""
 
+import logging
 import os
+import random
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -33,6 +35,9 @@ settings.load_profile("suite")
 def pytest_configure(config: pytest.Config) -> None:
     # Lightning's, of itself under torch 2.15
     config.addinivalue_line("filterwarnings", "ignore:.*isinstance.treespec, LeafSpec.*")
+    logging.getLogger("torch.utils._pytree").setLevel(
+        logging.ERROR
+    )  # as the command does, and for its reason
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,8 +46,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_seed_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed of a run, the generators' states, and what the command and Lightning make of the loggers."""
+    import numpy
+    import torch
+
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(0)
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("stableqat", "lightning"):
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.setLevel(logging.NOTSET)
+            logger.propagate = True
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Checkpoints laid out as the released codes leave them become runs that deploy the same weights."""
 
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -241,14 +240,6 @@ def test_a_run_like_any_other(tmp_path, monkeypatch, capsys):
     acts = began[key] > 1e-3  # a scale at the released floor is smaller than the steps
     assert torch.allclose(after["state_dict"][key][acts], began[key][acts], rtol=0.05)
     assert not torch.equal(after["state_dict"][key], began[key])
-
-
-@pytest.fixture(autouse=True)
-def _no_handlers_of_an_earlier_run():
-    yield
-    for name in ("stableqat", "lightning"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def test_names_of_transformers_4_arrive_and_only_strange_ones_are_told(tmp_path, caplog):
