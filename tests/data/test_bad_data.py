@@ -117,6 +117,31 @@ def test_files_are_checked_before_anything_is_read(tmp_path, case):
         ImageDataModule(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "twin", ["./a.jsonl", "{here}/a.jsonl", "link.jsonl", "hard.jsonl", "sub/../a.jsonl"]
+)
+def test_one_file_is_one_source_of_a_mixture(tmp_path, monkeypatch, twin):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "a.jsonl", lines())
+    Path("sub").mkdir()
+    Path("link.jsonl").symlink_to("a.jsonl")
+    os.link("a.jsonl", "hard.jsonl")
+    twin = twin.format(here=tmp_path)
+    with pytest.raises(UserError, match=f"source names one place twice, as a.jsonl and as {twin}: name it"):
+        TextDataModule({"a.jsonl": 1, twin: 2})
+
+
+@pytest.mark.parametrize("twin", ["./set", "set/", "{here}/set", "link"])
+def test_one_folder_is_one_source_of_a_mixture(tmp_path, monkeypatch, twin):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "set/a.jsonl", lines())
+    Path("link").symlink_to("set")
+    with pytest.raises(UserError, match="source names one place twice, as set and as"):
+        TextDataModule({"set": 1, twin.format(here=tmp_path): 2})
+    write(tmp_path, "other/a.jsonl", lines())
+    TextDataModule({"set": 1, "other": 2})
+
+
 def test_folders_are_checked_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match="no data file in"):
         TextDataModule(str(tmp_path))

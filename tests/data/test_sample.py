@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from raw import contents, kill_until_done, records, write_fineweb, write_slimpajama
+from raw import contents, full_disk, kill_until_done, records, write_fineweb, write_slimpajama
 from sample_documents import document
 
 from stableqat.cli import main
@@ -335,6 +337,71 @@ class TestMistakes:
         assert "out.part can't be written (No space left on device): make room" in capsys.readouterr().err
         monkeypatch.undo()
         assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+
+    @pytest.mark.parametrize("size", [0, 40_000])
+    @pytest.mark.parametrize("verb", ["sample", "tokenize"])
+    def test_a_disk_without_room_is_one_line(self, tmp_path, size, verb, capsys):
+        chance, raw = random.Random(0), tmp_path / "raw"
+        raw.mkdir()
+        for split, count in (("train", 100), ("validation", 10)):
+            texts = [{"text": chance.randbytes(1000).hex()} for _ in range(count)]
+            (raw / f"{split}.jsonl").write_text("\n".join(map(json.dumps, texts)))
+        arguments = {
+            "sample": ["--source", str(raw), "--layout", "text", "--tokens", "all"],
+            "tokenize": ["--input", str(raw), "--tokenizer", "train:300", "--block_size", "16"],
+        }[verb]
+        arguments = ["data", verb, *arguments, "--out", str(tmp_path / "out")]
+        arguments += ["--num_proc", "1"] if verb == "tokenize" else []
+        with full_disk(size):
+            assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(r"out\.part can't be written \(.*File too large\): make room, and the same", line)
+        assert main(arguments) == 0
+
+    @pytest.mark.parametrize(
+        ("out", "says"),
+        [
+            (".", "out: '.' is no new folder"),
+            ("./", "out: './' is no new folder"),
+            ("", "out: '' is no new folder"),
+            (" ", "out: ' ' is no new folder"),
+            ("/", "out: '/' is no new folder"),
+            ("..", "out: '..' is no new folder"),
+            ("other/..", "out: 'other/..' is no new folder"),
+            ("a" * 300, "is no folder that can be made"),
+            ("loop", "is no folder that can be made"),
+            ("file", "file exists and is no sample: give another --out"),
+            ("file/below", "can't be written"),
+            ("/proc/none/out", "can't be written"),
+        ],
+    )
+    def test_an_output_that_cannot_be(self, slimpajama, tmp_path, monkeypatch, out, says):
+        (tmp_path / "here" / "other").mkdir(parents=True)
+        (tmp_path / "here" / "file").write_text("mine")
+        (tmp_path / "here" / "loop").symlink_to("loop")
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(UserError, match=re.escape(says)) as caught:
+            sample(source=str(slimpajama), layout="text", tokens="1k", out=out)
+        assert "\n" not in str(caught.value)
+        assert sorted(path.name for path in Path().iterdir()) == ["file", "loop", "other"]
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "raw") == ["here"]
+
+    def test_an_output_may_be_a_link(self, slimpajama, tmp_path):
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "link").symlink_to("disk")
+        (tmp_path / "dangling").symlink_to("elsewhere")
+        for link, folder in (("link", "disk"), ("dangling", "elsewhere")):
+            sample(source=str(slimpajama), layout="text", tokens="1k", out=str(tmp_path / link))
+            assert (tmp_path / folder / "manifest.json").is_file()
+
+    def test_a_damaged_record_of_a_begun_sample_is_told(self, slimpajama, tmp_path):
+        (tmp_path / "out.part").mkdir()
+        (tmp_path / "out.part" / ".request.json").write_text('{"kind": "sam')
+        with pytest.raises(UserError, match=r".request.json is damaged: delete .*out.part to begin again"):
+            take(slimpajama, tmp_path / "out", "1k", layout="text")
+        (tmp_path / "out.part" / ".request.json").write_text('{"kind": "sample"}')
+        with pytest.raises(UserError, match=r"is damaged \(request is no mapping\)"):
+            take(slimpajama, tmp_path / "out", "1k", layout="text")
 
 
 def test_surrogates_blank_lines_and_compressions(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from stableqat.data.sample import sample
 from stableqat.data.tokenize import tokenize
 from stableqat.data.tokenizer import tokenizer_hash, train_bpe
 from stableqat.errors import UserError
+from stableqat.evaluate.text import read_text
 
 DATA = Path(os.environ.get("STABLEQAT_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 
@@ -219,6 +221,74 @@ class TestTextDataModule:
         with pytest.raises(UserError, match=r"train-00001.arrow is missing or not the \d+ bytes"):
             TextDataModule(str(out))
 
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_a_flipped_bit_is_found_before_training(self, out, split):
+        path = sorted(out.glob(f"{split}-*.arrow"))[-1]
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        data = TextDataModule(str(out), block_size=16)
+        data.prepare_data()  # what was whole once counts as whole until it is written again
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path.name} is damaged \(its SHA-256 is not the manifest's\)"):
+            TextDataModule(str(out), block_size=16).prepare_data()
+        with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+            read_text(str(out), data.tokenizer, block_size=16)
+
+    @pytest.mark.parametrize(
+        ("keys", "value", "says"),
+        [
+            (("tokenizer_sha256",), None, "tokenizer_sha256 is no text"),
+            (("splits",), None, "splits is no mapping"),
+            (("splits",), ["train"], "splits is no mapping"),
+            (("splits", "train"), None, "splits.train is no mapping"),
+            (("splits", "validation"), 3, "splits.validation.shards is no list"),
+            (("splits", "train", "shards"), [], "splits.train.shards is no list"),
+            (("splits", "train", "shards", 1), "x", "splits.train.shards.1.file is no text"),
+            (("splits", "train", "shards", 0, "file"), None, "splits.train.shards.0.file is no text"),
+            (("splits", "train", "shards", 0, "sha256"), 7, "splits.train.shards.0.sha256 is no text"),
+            (("splits", "train", "shards", 0, "bytes"), "1", "splits.train.shards.0.bytes is no number"),
+        ],
+    )
+    def test_a_manifest_that_lost_a_field_is_named(self, out, keys, value, says):
+        manifest = json.loads((out / "manifest.json").read_text())
+        owner = manifest
+        for key in keys[:-1]:
+            owner = owner[key]
+        if value is None:
+            del owner[keys[-1]]
+        else:
+            owner[keys[-1]] = value
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=rf"out/manifest.json is damaged \({re.escape(says)}\)"):
+            TextDataModule(str(out))
+
+    @pytest.mark.parametrize("bytes_", [10**30, 10**6])
+    def test_a_manifest_of_huge_sizes_is_told(self, out, bytes_):
+        manifest = json.loads((out / "manifest.json").read_text())
+        manifest["splits"]["train"]["shards"][0]["bytes"] = bytes_
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=rf"train-00000.arrow is missing or not the {bytes_} bytes"):
+            TextDataModule(str(out))
+
+    @pytest.mark.parametrize("content", [None, "", "[" * 100_000, '{"splits": {}}'])
+    def test_arrow_files_without_their_manifest_are_refused(self, out, content):
+        (out / "manifest.json").unlink()
+        if content is not None:
+            (out / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"out holds Arrow files without the manifest of `stableqat data"):
+            TextDataModule(str(out))
+
+    def test_a_shard_of_something_else_is_told(self, out):
+        manifest = json.loads((out / "manifest.json").read_text())
+        shard = manifest["splits"]["train"]["shards"][0]
+        schema = pyarrow.schema({"text": pyarrow.string()})
+        with pyarrow.ipc.new_stream(str(out / shard["file"]), schema) as stream:
+            stream.write_table(pyarrow.table({"text": ["a"]}, schema))
+        shard["bytes"] = (out / shard["file"]).stat().st_size
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=r"train-00000.arrow can't be read as rows of tokens"):
+            TextDataModule(str(out), block_size=16).setup()
+
     def test_a_large_block_size_is_refused(self, out):
         with pytest.raises(UserError, match=r"validation split of .* no row of block_size 10000"):
             TextDataModule(str(out), block_size=10000).setup()
@@ -335,6 +405,25 @@ class TestMistakes:
         pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "raw" / "train.parquet")
         with pytest.raises(UserError, match=r"column text of train.parquet holds not only strings"):
             make(tmp_path / "raw", tmp_path / "out", tokenizer)
+
+    def test_a_flipped_bit_in_a_sample_is_found(self, tmp_path, tokenizer):
+        raw = write_slimpajama(tmp_path / "raw", chunks=1)
+        sample(source=str(raw), layout="slimpajama", tokens="all", out=str(tmp_path / "sampled"))
+        path = next((tmp_path / "sampled").glob("train-*.zst"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+            make(tmp_path / "sampled", tmp_path / "out", tokenizer)
+        with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+            TextDataModule(str(tmp_path / "sampled"), tokenizer=str(tokenizer)).prepare_data()
+
+    def test_a_damaged_manifest_of_the_input_is_told(self, tmp_path, tokenizer):
+        raw = write(tmp_path / "raw", train=[document(n) for n in range(200)])
+        about = {"kind": "sample", "text_column": "text", "splits": {"train": {"characters": "many"}}}
+        (raw / "manifest.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match=r"raw/manifest.json is damaged \(splits.train.characters is no"):
+            make(raw, tmp_path / "out", tokenizer)
 
     def test_another_set_is_left_alone(self, tmp_path, tokenizer, capsys):
         raw = write(tmp_path / "raw", train=[document(n) for n in range(200)])

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, Protocol, Self, TypeVar
 
@@ -20,15 +22,106 @@ from stableqat.errors import UserError
 MANIFEST = "manifest.json"
 _STATE = ".state.json"
 _REQUEST = ".request.json"
+_TYPES: dict[type, str] = {dict: "mapping", list: "list", str: "text", int: "number"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a folder that `stableqat data` wrote, or None for any other folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) and "kind" in manifest else None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a finished output, as its manifest has it."""
+
+    path: Path
+    size: int
+    sha256: str
+
+    def check_size(self) -> None:
+        """Raise UserError if the file is missing or was cut short."""
+        if not self.path.is_file() or self.path.stat().st_size != self.size:
+            raise UserError(
+                f"{self.path} is missing or not the {self.size} bytes that were written: copy it again"
+            )
+
+    def check_content(self) -> None:
+        """Raise UserError if a byte of the file has changed; it is read once, and again if it is written."""
+        self.check_size()
+        known = self.path.resolve(), self.path.stat().st_mtime_ns, self.sha256
+        if known in _whole:
+            return
+        with self.path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
+                raise UserError(
+                    f"{self.path} is damaged (its SHA-256 is not the manifest's): copy it again, or make "
+                    "the set anew"
+                )
+        _whole.add(known)
+
+
+V = TypeVar("V")
+
+#: Shards whose content this process has found whole.
+_whole: set[tuple[Path, int, str]] = set()
+
+
+def read_field(folder: Path, manifest: dict[str, Any], kind: type[V], *keys: str | int) -> V:
+    """Return what a folder's manifest says under some keys, each inside of the one before.
+
+    Raises:
+        UserError: nothing, or something of another type; names the key.
+    """
+    value: Any = manifest
+    try:
+        for key in keys:
+            value = value[key]
+    except (LookupError, TypeError):
+        value = None
+    if type(value) is not kind or not value:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({'.'.join(map(str, keys))} is no {_TYPES[kind]}): "
+            "copy it again, or make the set anew"
+        )
+    return value
+
+
+def read_shards(folder: Path, manifest: dict[str, Any]) -> dict[str, list[Shard]]:
+    """Return the shards of each split of a finished output.
+
+    Raises:
+        UserError: the manifest lacks one of their fields; names it.
+    """
+    found: dict[str, list[Shard]] = {}
+    for split in read_field(folder, manifest, dict, "splits"):
+        found[split] = []
+        for number in range(len(read_field(folder, manifest, list, "splits", split, "shards"))):
+            at = "splits", split, "shards", number
+            name = Path(read_field(folder, manifest, str, *at, "file")).name
+            size = read_field(folder, manifest, int, *at, "bytes")
+            found[split].append(Shard(folder / name, size, read_field(folder, manifest, str, *at, "sha256")))
+    return found
+
+
+def _new_folder(out: str) -> Path:
+    """Return the folder that `out` names, if it can be made by a rename."""
+    folder = Path(out).expanduser()
+    try:
+        if folder.is_symlink() or folder.name in ("", ".."):
+            folder = folder.resolve()
+        whole, here = Path(os.path.abspath(folder)), Path.cwd()
+        if not out.strip() or whole in (here, *here.parents) or os.path.ismount(folder):
+            raise UserError(
+                f"out: {out!r} is no new folder: give a name inside of it, such as --out data/small"
+            )
+        folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
+        raise UserError(f"out: {out} is no folder that can be made ({error}): give another --out") from error
+    return folder
 
 
 class Output:
@@ -44,7 +137,7 @@ class Output:
     """
 
     def __init__(self, out: str, kind: str, request: dict[str, Any]):
-        self.folder = Path(out).expanduser()
+        self.folder = _new_folder(out)
         self.part = self.folder.with_name(self.folder.name + ".part")
         self.kind, self.request = kind, request
         self._lock: IO[str] | None = None
@@ -56,43 +149,58 @@ class Output:
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists and is no {kind}: give another --out")
-        try:
+        with self._writing("give another --out"):
             self.part.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.part / ".lock", "w")  # noqa: SIM115 - locked as long as it is open
-        except OSError as error:
-            raise UserError(f"{self.part} can't be written ({error.strerror}): give another --out") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{self.part} is being written by another process") from error
         if begun := self.load(MANIFEST) or self.load(_REQUEST):
             self._compare(begun, self.part, "delete it or give another --out")
-        else:
-            self.save(_REQUEST, {"kind": kind, "request": request})
-        if (self.part / MANIFEST).is_file():  # killed in the last moment
-            self._publish()
-            self.done = True
+        with self._writing():
+            if not begun:
+                self.save(_REQUEST, {"kind": kind, "request": request})
+            if (self.part / MANIFEST).is_file():  # killed in the last moment
+                self._publish()
+                self.done = True
+
+    @contextmanager
+    def _writing(self, remedy: str = "make room, and the same command goes on") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            file = Path(os.fsdecode(error.filename or self.part))
+            ours = file.is_relative_to(self.part) or self.part.is_relative_to(file)
+            deed, where = ("written", self.part) if ours else ("read", file)
+            raise UserError(f"{where} can't be {deed} ({error.strerror or error}): {remedy}") from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock is not None:
             self._lock.close()
+        if isinstance(error, OSError):  # what is read raises errors of its own
+            with self._writing():
+                raise error
 
     def _compare(self, found: dict[str, Any], folder: Path, remedy: str) -> None:
-        if found["kind"] != self.kind:
-            raise UserError(f"{folder} holds a {found['kind']}, not a {self.kind}: {remedy}")
+        if found.get("kind") != self.kind:
+            raise UserError(f"{folder} holds a {found.get('kind')}, not a {self.kind}: {remedy}")
         wanted = json.loads(json.dumps(self.request))
         for key, value in wanted.items():
-            if (other := found["request"].get(key)) != value:
+            if (other := read_field(folder, found, dict, "request").get(key)) != value:
                 what = f" ({other}, not {value})" if isinstance(value, str | int | float | None) else ""
                 raise UserError(f"{folder} holds a {self.kind} of another {key}{what}: {remedy}")
 
     def load(self, name: str) -> Any:
         """Return what was saved under a name, or None."""
         path = self.part / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: delete {self.part} to begin again") from error
 
     def save(self, name: str, value: Any) -> None:
         """Write a JSON file, wholly or not at all."""

@@ -30,6 +30,7 @@ from stableqat.data.corpus import (
     text_of,
 )
 from stableqat.data.output import Output, Shards
+from stableqat.data.prepared import SAMPLE
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
 
@@ -121,17 +122,12 @@ def sample(
     formats, licence = _LAYOUTS[layout]
     request = {"source": source, "layout": layout, "tokens": tokens, "seed": seed}
     request |= {"name": name, "revision": revision, "text_column": text_column}
-    with Output(out, "sample", request) as output:
+    with Output(out, SAMPLE, request) as output:
         if output.done:
             terminal().print(f"{out} holds this sample already")
             return 0
-        try:
-            corpus = _corpus(output, source, formats, name, revision)
-            drawn = _draw_all(output, corpus, goal, seed, text_column)
-        except OSError as error:
-            raise UserError(
-                f"{output.part} can't be written ({error.strerror}): make room, and the same command goes on"
-            ) from error
+        corpus = _corpus(output, source, formats, name, revision)
+        drawn = _draw_all(output, corpus, goal, seed, text_column)
         splits = drawn.splits()
         characters = splits.get("train", {}).get("characters", 0)
         if characters == 0 or characters < goal < math.inf:

@@ -21,13 +21,14 @@ from stableqat.data.embedded import cache_root, embedded_text
 from stableqat.data.mixture import Mixture
 from stableqat.data.order import TrainingLoader
 from stableqat.data.packed import MixedRows, PackedRows
-from stableqat.data.prepared import prepared_manifest, prepared_splits
+from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
 from stableqat.data.source import TEXT_FORMATS, local_files
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
     EOS,
     check_tokenizer,
     load_tokenizer,
+    save_tokenizer,
     tokenizer_hash,
     train_bpe,
 )
@@ -176,7 +177,7 @@ class TextDataModule(DataModule):
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-                train_bpe(self._training_texts(), self._bpe_size).save_pretrained(made)
+                save_tokenizer(train_bpe(self._training_texts(), self._bpe_size), made)
                 try:
                     os.rename(made, folder)
                 except OSError:  # another process was first
@@ -302,6 +303,12 @@ class TextDataModule(DataModule):
                 "repeat: true"
             )
 
+    def prepare_data(self) -> None:
+        """Check what `stableqat data` wrote, and fill the caches, on one process of a machine."""
+        for source in self.ratios:
+            check_content(source)
+        super().prepare_data()
+
     def load(self) -> dict[str, Rows]:
         """Return the splits as rows of tokens.
 
@@ -329,7 +336,13 @@ def _ratios(source: dict[str, float] | str | None) -> dict[str, float]:
         return {source: 1}
     if not source:
         raise UserError("source {} mixes nothing: name sources and their ratios")
+    places: dict[object, str] = {}
     for each, ratio in source.items():
         if not 0 < ratio < math.inf:
             raise UserError(f"source {each}: its ratio {ratio} must be a number above 0")
+        path = Path(each).expanduser()
+        stat = path.stat() if path.exists() else None
+        first = places.setdefault((stat.st_dev, stat.st_ino) if stat else each, each)
+        if first != each:
+            raise UserError(f"source names one place twice, as {first} and as {each}: name it once")
     return {str(each): ratio for each, ratio in source.items()}

@@ -25,12 +25,13 @@ from stableqat.data.corpus import (
     text_of,
 )
 from stableqat.data.encode import Batch, HeldOut, Work, encode_all
-from stableqat.data.output import Output, Shards, read_manifest
-from stableqat.data.prepared import KIND
+from stableqat.data.output import Output, Shards, read_field, read_manifest
+from stableqat.data.prepared import KIND, SAMPLE, check_content
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
     check_tokenizer,
     load_tokenizer,
+    save_tokenizer,
     tokenizer_hash,
     tokenizer_json,
     train_bpe,
@@ -92,7 +93,7 @@ def tokenize(
     if not Path(input).expanduser().exists():
         raise UserError(f"no such data file or folder: {input} (a data set of the hub is sampled first)")
     corpus = find_corpus(input, CORPUS_FORMATS)
-    sampled = read_manifest(Path(input).expanduser()) or {}
+    sampled = _sampled(Path(input).expanduser())
     column = text_column or sampled.get("text_column", "text")
     own = "validation" in corpus.splits
     request = {
@@ -107,16 +108,12 @@ def tokenize(
         if output.done:
             terminal().print(f"{out} holds this set already")
             return 0
-        try:
-            held_out = _held_out(corpus.splits, column, None if own else validation_fraction)
-            chosen = _tokenizer(output, tokenizer, _training_texts(corpus.splits["train"], column, held_out))
-            work = Work(tokenizer_json(chosen), chosen.eos_token_id, column, held_out)
-            rows = _Rows(output, block_size)
-            _run(work, corpus.splits, rows, num_proc, sampled)
-        except OSError as error:
-            raise UserError(
-                f"{output.part} can't be written ({error.strerror}): make room, and the same command goes on"
-            ) from error
+        check_content(input)
+        held_out = _held_out(corpus.splits, column, None if own else validation_fraction)
+        chosen = _tokenizer(output, tokenizer, _training_texts(corpus.splits["train"], column, held_out))
+        work = Work(tokenizer_json(chosen), chosen.eos_token_id, column, held_out)
+        rows = _Rows(output, block_size)
+        _run(work, corpus.splits, rows, num_proc, sampled)
         splits = rows.splits()
         for split in ("train", "validation"):
             if not splits.get(split, {}).get("rows"):
@@ -146,6 +143,17 @@ def tokenize(
         f"written to {out}; next: stableqat fit ... --data.source {out} --data.block_size {block_size}"
     )
     return 0
+
+
+def _sampled(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a sample, nothing for other input."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["kind"] != SAMPLE:
+        return {}
+    read_field(folder, manifest, str, "text_column")
+    for split in read_field(folder, manifest, dict, "splits"):
+        read_field(folder, manifest, int, "splits", split, "characters")
+    return manifest
 
 
 def _bpe_size(tokenizer: str) -> int | None:
@@ -194,7 +202,7 @@ def _tokenizer(output: Output, name: str, texts: Iterable[str]) -> "PreTrainedTo
     if not folder.is_dir():
         size = _bpe_size(name)
         made = load_tokenizer(name) if size is None else train_bpe(texts, size)
-        made.save_pretrained(output.part / ".tokenizer")
+        save_tokenizer(made, output.part / ".tokenizer")
         os.replace(output.part / ".tokenizer", folder)
     return load_tokenizer(str(folder))
 

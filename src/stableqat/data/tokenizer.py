@@ -44,6 +44,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
 
 
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path | str) -> None:
+    """Write a tokenizer's folder; raises OSError, and nothing else, where the disk does not take it."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception for a full disk
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+
 def check_tokenizer(source: str) -> None:
     """Raise UserError for what can only be a local path and isn't there."""
     local = source.endswith(".json") or source.startswith((".", "/", "~"))

@@ -14,7 +14,7 @@ import numpy as np
 from stableqat.data import TextDataModule
 from stableqat.data.documents import Documents
 from stableqat.data.packed import PackedRows, TokenRows
-from stableqat.data.prepared import prepared_manifest, prepared_splits
+from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
 from stableqat.data.tokenizer import tokenizer_hash, tokenizer_json
 from stableqat.errors import UserError
 
@@ -80,6 +80,7 @@ def read_text(
     Raises:
         UserError: If there is no such source, split or column, or the text fills no row.
     """
+    check_content(source)
     if manifest := prepared_manifest(source):
         if tokenizer_hash(tokenizer) != manifest["tokenizer_sha256"]:
             raise UserError(
