@@ -2,15 +2,17 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+NEWEST := .venv-newest
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-gpu lint
+.PHONY: demo test test-gpu test-newest lock lint
 
 demo: $(STAMP)
 	$(BIN)/stableqat sweep configs/llama/demo-study.yaml configs/vit/demo-study.yaml
 	$(BIN)/stableqat compare lightning_logs/demo-llama lightning_logs/demo-vit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 # the kernels and quantizers on a GPU; `make test` sees none
 test-gpu: $(STAMP)
@@ -21,7 +23,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy src
 
-$(STAMP): pyproject.toml
+# the newest releases that pyproject.toml allows, in an environment of their own
+test-newest:
+	python3 -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet -e '.[dev]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/$(PYTEST)
+
+# they are what is installed from now on, if the tests pass; run it with the oldest Python that is supported
+lock: test-newest
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable | sed -E '/^(nvidia|cuda|triton)/d; s/\+.*//' > constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	touch $@
