@@ -104,8 +104,8 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
     # By seed; what ended at 7 counts up to the cap, as what diverged does.
     by_seed = ((3 + 4 + 6) / 3 - 3, (3.5 + 4 + 6) / 3 - 3.5)
     for row, lr, edge, best, recovered, sensitivity, worst in (
-        (ste, "0.001", "True", 3.25, 2.75 / 4, sum(by_seed) / 2, 6.0),
-        (stable, "0.01", "False", 2.5, 3.5 / 4, (3 + 2.5 + 6) / 3 - 2.5, 6.0),
+        (ste, "0.001", "lower", 3.25, 2.75 / 4, sum(by_seed) / 2, 6.0),
+        (stable, "0.01", "", 2.5, 3.5 / 4, (3 + 2.5 + 6) / 3 - 2.5, 6.0),
     ):
         assert (row["selected lr"], row["edge"]) == (lr, edge)
         assert float(row["reported loss"]) == best
@@ -123,8 +123,8 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "6.5000 +- 0.7071 (2), 1 diverged" in text
     assert "| 69% " in text
     assert "Cap: 6 (PTQ, STE's grid)" in text
-    assert "| 1e-3 (edge) | 3.2500 " in text
-    assert "so the best may lie beyond: STE (1e-3)." in text
+    assert "| 1e-3 (lower edge) | 3.2500 " in text
+    assert "so the best may lie beyond: STE (1e-3, lower)." in text
     assert "not all runs logged its two halves" in text
     assert "perplexity" not in text
     assert "Differences: not tested" in text  # only one seed is on both sides
@@ -269,7 +269,7 @@ def test_lr_sensitivity_needs_every_learning_rate() -> None:
     assert comparison.sensitivity(stable) is None
     assert comparison.worst(stable) is None  # a worst of fewer learning rates would flatter
     (row,) = (line for line in markdown(comparison).splitlines() if line.startswith("| StableQAT"))
-    assert row.count("| - ") == 3
+    assert row.count("| - ") == 4
 
 
 def test_a_seed_without_every_learning_rate_has_no_lr_sensitivity() -> None:
@@ -419,7 +419,7 @@ def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_loss_of_zero_is_a_loss() -> None:
     (arm,) = (comparison := Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 0.0)])).fits
     assert (comparison.selected(arm).lr, comparison.selected(arm).loss) == (1e-3, 0.0)
-    assert not comparison.selected(arm).edge  # nothing was selected from
+    assert comparison.selected(arm).edge == ""  # nothing was selected from
 
 
 def halves(hparams: dict[str, Any], even: float, odd: float, **scalars: float) -> Run:
@@ -442,7 +442,15 @@ def test_the_learning_rate_is_selected_on_one_half_and_reported_on_the_other() -
     assert comparison.selected(arm).lr == 3e-3
     assert comparison.selected(arm).loss == 4.5
     assert "of the odd ones" in notes(comparison)
-    assert [row["reported loss"] for row in rows(comparison)] == [1.5, 4.5]
+    assert "perplexity, odd batches" not in rows(comparison)[1]  # not of text
+    for run in runs:
+        run.scalars["val/perplexity"] = {10: 1e6}  # of all batches
+    perplexity = rows(Comparison(Path("demo"), runs))[0]["perplexity, odd batches"]
+    assert perplexity == pytest.approx((math.exp(4) + math.exp(5)) / 2)
+    for run in runs:
+        run.scalars["val/top1"] = {10: 0.25}
+    assert rows(Comparison(Path("demo"), runs))[0]["top-1, all batches"] == 0.25
+    assert [row["reported loss, odd batches"] for row in rows(comparison)] == [1.5, 4.5]
 
     del runs[0].scalars["val/loss_odd"]
     comparison = Comparison(Path("demo"), runs)
@@ -451,8 +459,8 @@ def test_the_learning_rate_is_selected_on_one_half_and_reported_on_the_other() -
     assert "flatters" in notes(comparison)
 
 
-@pytest.mark.parametrize(("best", "edge"), [(0, True), (1, False), (2, True)])
-def test_a_best_learning_rate_at_the_edge_is_flagged(best: int, edge: bool) -> None:
+@pytest.mark.parametrize(("best", "edge"), [(0, "lower"), (1, ""), (2, "upper")])
+def test_a_best_learning_rate_at_the_edge_is_flagged(best: int, edge: str) -> None:
     """At the edge of what the arm ran at, even where other arms went further."""
     lrs = (1e-3, 1e-2, 0.1)
     runs = [made(STE | {"lr": lr}, 3.0 - (i == best), initial_loss=9.0) for i, lr in enumerate(lrs)]
@@ -462,12 +470,51 @@ def test_a_best_learning_rate_at_the_edge_is_flagged(best: int, edge: bool) -> N
     assert (selected.lr, selected.edge) == (lrs[best], edge)
 
 
+@pytest.mark.parametrize(
+    ("best", "cells"),
+    [
+        (0, ["1e-3 (lower edge)", "0.6667 (upward)"]),
+        (1, ["1e-2", "0.6667"]),
+        (2, ["0.1 (upper edge)", "0.6667 (downward)"]),
+    ],
+)
+def test_a_table_says_where_lr_sensitivity_looks_one_way(best: int, cells: list[str]) -> None:
+    runs = [
+        made(STE | {"lr": lr}, 3.0 - (i == best), initial_loss=9.0) for i, lr in enumerate((1e-3, 1e-2, 0.1))
+    ]
+    head, _, line = markdown(Comparison(Path("demo"), runs)).split("\n\n")[1].splitlines()
+    row = dict(zip((c.strip() for c in head.split("|")), (c.strip() for c in line.split("|")), strict=True))
+    assert [row["selected lr"], row["lr sensitivity"]] == cells
+
+
+def octaves(*losses: float | None, cap: float = 9.0) -> str:
+    """The cell of an arm's usable learning rates over octaves from 1e-3 on."""
+    runs = [
+        made(STE | {"lr": 1e-3 * 2**i}, loss, initial_loss=cap, diverged=loss is None)
+        for i, loss in enumerate(losses)
+    ]
+    head, _, line = markdown(Comparison(Path("demo"), runs)).split("\n\n")[1].splitlines()
+    row = dict(zip(head.split("|"), line.split("|"), strict=True))
+    return next((value.strip() for key, value in row.items() if "usable" in key), "-")
+
+
+def test_the_band_of_usable_learning_rates() -> None:
+    """Through three points in equal steps it is a parabola, here 2 + x^2 / 10, which is 2.05 at sqrt(1/2)."""
+    assert octaves(2.1, 2.0, 2.1) == "1.41 (1.2e-3 to 3.3e-3)"
+    assert octaves(2.5, 2.1, 2.0, 2.1, 2.5) == "1.33 (2.5e-3 to 6.3e-3)"  # steeper at 2.1, so lower between
+    assert octaves(2.0, 2.01, 2.5) == ">= 1.23 (1e-3 to 2.4e-3)"  # the best is at the lower edge
+    assert octaves(2.0, 2.5, 2.0, 2.5) == ">= 0.05 (1e-3 to 1e-3)"  # around the first of equal bests only
+    assert octaves(2.0, 2.0) == ">= 1.00 (1e-3 to 2e-3)"
+    assert octaves(2.0, 2.02, None, cap=2.03) == ">= 2.00 (1e-3 to 4e-3)"  # ends where runs diverge
+    assert octaves(None, None) == "-"
+
+
 def test_a_diverged_run_counts_as_the_cap_in_the_selection() -> None:
     runs = [halves(STE | {"lr": 1e-3}, 3.0, 3.5, initial_loss=4.0), halves(STE | {"lr": 1e-2}, 2.0, 2.5)]
     runs.append(made(STE | {"lr": 1e-2, "seed": 1}, 1.0, diverged=1))
     (arm,) = (comparison := Comparison(Path("demo"), runs)).fits
     selected = comparison.selected(arm)  # (2 + 4) / 2 is no better than 3: the first of equals
-    assert (selected.lr, selected.loss, selected.edge) == (1e-3, 3.5, True)
+    assert (selected.lr, selected.loss, selected.edge) == (1e-3, 3.5, "lower")
 
 
 def test_runs_without_any_cap_give_null_and_not_nan() -> None:
@@ -479,7 +526,7 @@ def test_runs_without_any_cap_give_null_and_not_nan() -> None:
     assert study["arms"][0]["cells"][1]["mean"] is None
     assert study["arms"][0]["figures"]["lr sensitivity"] is None
     assert [(d["lr"], d["n"], d["mean"], d["verdict"]) for d in study["differences"]] == [
-        (1e-2, 2, 0.0, "equivalent"),
+        (1e-2, 2, 0.0, "identical"),
         (1, 2, None, "-"),
     ]
 

@@ -174,14 +174,14 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
     for quantity, lr in (("loss", 1e-3), ("loss", 1e-2), ("lr sensitivity", None), ("worst loss", None)):
         same = differences["ParetoQ", quantity, lr]
         assert (same.n, same.mean, same.low, same.high) == (3, 0.0, 0.0, 0.0)
-        assert (same.p, same.p_holm, same.verdict) == (1.0, 1.0, "equivalent")
+        assert (same.p, same.p_holm, same.verdict) == (None, None, "identical")
 
     large = differences["StableQAT", "loss", 1e-2]  # diverged counts as 4, and so does what ended at 5
     expected = stats.ttest_1samp([3.0 - 3.5, 4 - 3.75, 4 - 3.25], 0)
     assert (large.n, large.unpaired, large.verdict) == (3, 0, "inconclusive")
     assert large.mean == pytest.approx(0.5 / 3)
     assert large.p == pytest.approx(expected.pvalue)
-    assert large.p_holm == 1.0  # the family: two arms at two learning rates
+    assert large.p_holm == 1.0
     small = differences["StableQAT", "loss", 1e-3]
     assert (small.n, small.unpaired) == (2, 1)
     assert small.mean == pytest.approx((0.125 - 0.1) / 2)
@@ -192,18 +192,18 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
     assert whole.mean == pytest.approx((ours[0] + ours[1] - theirs[0] - theirs[1]) / 2)
 
     text = notes(comparison)
-    assert "(tests: loss: 4, lr sensitivity: 2, worst loss: 2)" in text
+    assert "(tests: loss: 2, lr sensitivity: 1, worst loss: 1)" in text
     assert "within +-0.01 nats" in text
     assert "Runs left out of pairs because the other side lacks them: 1." in text
     (title, lines) = text_tables(comparison)[-1]
     assert title == "Differences from STE"
     assert lines[0] == ["arm", "of", "pairs", "difference", "95% interval", "p", "p (Holm)", "verdict"]
-    line = ["ParetoQ", "loss at 1e-3", "3", "+0.0000", "[+0.0000, +0.0000]", "1", "1", "equivalent"]
+    line = ["ParetoQ", "loss at 1e-3", "3", "+0.0000", "[+0.0000, +0.0000]", "-", "-", "identical"]
     assert lines[1] == line
     assert "### Differences from STE\n" in markdown(comparison)
 
     (study,) = json.loads(as_json([comparison]), parse_constant=pytest.fail)["studies"]
-    assert study["differences"][0]["verdict"] == "equivalent"
+    assert study["differences"][0]["verdict"] == "identical"
     assert (study["baseline"], study["margin"], study["lrs"]) == ({"method": "STE"}, 0.01, list(LRS))
     (arm,) = (arm for arm in study["arms"] if arm["arm"] == "StableQAT")
     assert arm["hparams"]["amplitude"] == 0.21
@@ -226,6 +226,30 @@ def test_holm_reaches_over_arms_and_learning_rates() -> None:
     assert len(family) == 4
     assert [each.verdict for each in family] == ["higher", "higher", "inconclusive", "inconclusive"]
     assert "the study names no margin" in notes(comparison)
+
+
+def test_what_is_identical_or_capped_counts_in_no_family() -> None:
+    """An arm that repeats the baseline, and a learning rate at which all diverge, change no p-value."""
+    losses: dict[tuple[str, float, int], float | None] = {}
+    for seed in range(4):
+        for lr in LRS:
+            losses["ste", lr, seed] = 3.0 + lr + seed / 10
+            losses["stable", lr, seed] = 2.9 + lr + seed / 10 + seed / 50
+        losses |= {("ste", 1.0, seed): None, ("stable", 1.0, seed): None}
+    arms = {"ste": STE, "stable": STABLE, "aa": PARETOQ}
+    alone = by_key(Comparison(Path("demo"), runs(losses, arms)))
+    for (name, lr, seed), loss in list(losses.items()):
+        if name == "ste":
+            losses["aa", lr, seed] = loss
+    beside = by_key(comparison := Comparison(Path("demo"), runs(losses, arms)))
+    assert [key for key in alone if alone[key] != beside[key]] == []
+    small = beside["StableQAT", "loss", 1e-3]
+    assert small.p is not None
+    assert small.p_holm == pytest.approx(2 * small.p)
+    verdicts = {key: each.verdict for key, each in beside.items()}
+    assert verdicts["StableQAT", "loss", 1.0] == verdicts["StableQAT", "worst loss", None] == "capped"
+    assert verdicts["ParetoQ", "loss", 1e-3] == verdicts["ParetoQ", "lr sensitivity", None] == "identical"
+    assert "(tests: loss: 2, lr sensitivity: 1, worst loss: 0)" in notes(comparison)
 
 
 def test_each_bit_width_has_its_own_baseline(tmp_path: Path) -> None:

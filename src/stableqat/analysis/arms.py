@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stableqat.analysis.band import Band, band, mean
 from stableqat.analysis.caps import Cap, Group, caps
 from stableqat.analysis.differences import Difference, Plan, differences, read_plan
 from stableqat.analysis.events import Run
@@ -61,12 +62,13 @@ class Selected:
     Attributes:
         lr: The learning rate.
         loss: Mean over the seeds of the loss reported for it.
-        edge: Whether it is the smallest or largest that the arm ran at, so that the best may lie beyond.
+        edge: "lower" or "upper" where it is the smallest or largest that the arm ran at, so that the best
+            may lie beyond; otherwise empty.
     """
 
     lr: float
     loss: float
-    edge: bool
+    edge: str
 
 
 @dataclass
@@ -225,6 +227,13 @@ class Comparison:
         """Seed to LR sensitivity."""
         return {seed: statistics.fmean(row) - min(row) for seed, row in self._complete(arm).items()}
 
+    def band(self, arm: Arm) -> Band | None:
+        """The usable learning rates, the mean over the seeds; None where one never gets below the cap."""
+        rows = self._complete(arm).values() if len(self.lrs) > 1 else ()
+        bands = [band(self.lrs, row, self.cap(arm).loss) for row in rows]
+        known = [each for each in bands if each]
+        return mean(known) if known and len(known) == len(bands) else None
+
     def worsts(self, arm: Arm) -> dict[Any, float]:
         """Seed to the largest loss."""
         return {seed: max(row) for seed, row in self._complete(arm).items()}
@@ -243,7 +252,8 @@ class Comparison:
         means = {lr: statistics.fmean(self.losses(arm, lr, on).values()) for lr in lrs}
         best = min(lrs, key=lambda lr: means[lr])
         loss = statistics.fmean(self.losses(arm, best, reported).values())
-        return Selected(best, loss, len(lrs) > 1 and best in (lrs[0], lrs[-1]))
+        edges = {lrs[0]: "lower", lrs[-1]: "upper"} if len(lrs) > 1 else {}
+        return Selected(best, loss, edges.get(best, ""))
 
     def recovered(self, arm: Arm) -> float | None:
         """Share of the loss by rounding that training wins back."""

@@ -5,7 +5,9 @@
 Three quantities, each a family of its own for Holm's correction: the loss (all arms x learning rates of
 the study), lr sensitivity and the worst loss (all arms). Losses count up to the cap and diverged runs as
 the cap, so a collapse weighs what it costs and no pair is dropped for it; a seed that only one
-side has is left out and counted. Full precision is no arm here: that it wins is no finding.
+side has is left out and counted. Where every pair is the same number there is nothing to test, and nothing
+that would count in a family: either both sides compute the same, or both are at the cap. Full precision is no
+arm here: that it wins is no finding.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,9 +41,10 @@ class Difference:
         mean: Mean difference in nats, None without pairs or where a loss has no cap.
         low: Lower end of the 95% t interval, None with fewer than two pairs.
         high: Its upper end.
-        p: Two-sided p-value of the paired t test.
+        p: Two-sided p-value of the paired t test; None where nothing was tested.
         p_holm: The same after Holm's correction within the quantity's family.
-        verdict: "lower", "higher", "equivalent", "inconclusive", or "-" where nothing was tested.
+        verdict: "lower", "higher", "equivalent" or "inconclusive" as tested; "identical" where every pair is
+            the same number, "capped" where that is the cap; "-" where there was nothing to test.
         p_equivalence: P-value of the test that the difference lies within the margin.
         unpaired: Number of seeds that one side lacks.
     """
@@ -171,7 +174,12 @@ def _difference(
     """One difference; none where a side has no runs at all."""
     if not ours or not theirs:
         return []
-    sample = paired([ours[seed] - theirs[seed] for seed in ours if seed in theirs], comparison.plan.margin)
+    shared = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    sample, word = paired([our - their for our, their in shared], comparison.plan.margin), "-"
+    if sample.mean == 0 and sample.n > 1 and all(our == their for our, their in shared):
+        sample = replace(sample, p=None, p_equivalence=None)
+        nothing = 0.0 if quantity == "lr sensitivity" else comparison.cap(arm).loss
+        word = "capped" if all(our == nothing for our, _ in shared) else "identical"
     return [
         Difference(
             comparison.label(arm),
@@ -180,7 +188,7 @@ def _difference(
             lr,
             **asdict(sample),
             p_holm=None,
-            verdict="-",
+            verdict=word,
             unpaired=len(ours.keys() ^ theirs.keys()),
         )
     ]

@@ -9,18 +9,20 @@ import csv
 import io
 import json
 import math
+import statistics
 from dataclasses import asdict
 from typing import Any
 
-from stableqat.analysis.arms import Arm, Cell, Comparison, diverged
+from stableqat.analysis.arms import TOP1, Arm, Cell, Comparison, diverged
+from stableqat.analysis.band import TOLERANCE, Band
 from stableqat.analysis.events import Run
 from stableqat.analysis.labels import UNSET
 from stableqat.analysis.stability import FEWEST, FLOOR, SIGMAS, WINDOW, stability
 from stableqat.analysis.statistics import LEVEL
 from stableqat.analysis.study import short
 
-QUALITIES = {"val/perplexity": "perplexity", "val/top1": "top-1"}
-FOUR_DIGITS = ("reported loss", "worst loss", "lr sensitivity")
+PERPLEXITY = "val/perplexity"
+ODD_HALF, ALL = ", odd batches", ", all batches"
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -44,19 +46,35 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _figures(comparison: Comparison, arm: Arm) -> dict[str, Any]:
-    reported = comparison.selection[1]
-    if arm.kind != "fit":
-        figures: dict[str, Any] = {"selected lr": None, "edge": None, "reported loss": arm.mean(reported)}
-        figures |= {name: arm.mean(tag) for tag, name in QUALITIES.items()}
-        kept = ("recovered", "lr sensitivity", "worst loss", "diverged", "divergence rate")
+    selected = comparison.selected(arm) if arm.kind == "fit" else None
+    loss = selected.loss if selected else arm.mean(comparison.selection[1])
+    figures: dict[str, Any] = {"selected lr": None, "edge": None}
+    figures |= {"selected lr": selected.lr, "edge": selected.edge} if selected else {}
+    figures |= {"reported loss" + _part(comparison): loss}
+    figures |= _qualities(comparison, arm, selected.lr if selected else None)
+    if selected is None:
+        kept = ("recovered", "lr sensitivity", "usable octaves", "worst loss", "diverged", "divergence rate")
         return figures | dict.fromkeys(kept) | {"runs": len(arm.runs)}
-    selected, lost = comparison.selected(arm), sum(map(diverged, arm.runs))
-    figures = {"selected lr": selected.lr, "edge": selected.edge, "reported loss": selected.loss}
-    figures |= {name: arm.mean(tag, selected.lr) for tag, name in QUALITIES.items()}
+    lost = sum(map(diverged, arm.runs))
     figures["recovered"] = comparison.recovered(arm)
-    figures |= {"lr sensitivity": comparison.sensitivity(arm), "worst loss": comparison.worst(arm)}
+    figures |= {"lr sensitivity": comparison.sensitivity(arm), "usable octaves": comparison.band(arm)}
+    figures["worst loss"] = comparison.worst(arm)
     figures |= {"diverged": lost, "divergence rate": lost / len(arm.runs), "runs": len(arm.runs)}
     return figures | _stability(arm.runs)
+
+
+def _part(comparison: Comparison) -> str:
+    """Of which validation batches a reported figure is, where it is not of all."""
+    on, reported = comparison.selection
+    return ODD_HALF if on != reported else ""
+
+
+def _qualities(comparison: Comparison, arm: Arm, lr: float | None) -> dict[str, float | None]:
+    """Perplexity of the same batches as the reported loss, and top-1, which is logged of all only."""
+    losses = arm.finals(comparison.selection[1], lr) if arm.logged(PERPLEXITY) else []
+    perplexity = statistics.fmean(map(math.exp, losses)) if losses else None
+    part = _part(comparison)
+    return {"perplexity" + part: perplexity, "top-1" + ALL * bool(part): arm.mean(TOP1, lr)}
 
 
 def _stability(runs: list[Run]) -> dict[str, float]:
@@ -68,28 +86,35 @@ def notes(comparison: Comparison) -> str:
     if not comparison.fits:
         return "Validation loss in nats."
     table, (on, reported) = rows(comparison), comparison.selection
-    edges = [f"{row['arm']} ({short(row['selected lr'])})" for row in table if row.get("edge")]
+    edges = [f"{row['arm']} ({short(row['selected lr'])}, {row['edge']})" for row in table if row.get("edge")]
     texts = [
         "Validation loss in nats, mean +- standard deviation (runs) over seeds."
         f" Learning rates: {', '.join(map(short, comparison.lrs))}. {_about_caps(comparison)}; a diverged run"
         " counts as the cap.",
         "Selected lr: the smallest mean over seeds of min(loss, cap) on"
         + (
-            f" {on}, the even validation batches; the reported loss is {reported}, of the odd ones."
+            f" {on}, the even validation batches; the reported loss is {reported}, of the odd ones, and so is"
+            " the perplexity, its exp by seed. What is given by learning rate, LR sensitivity, worst loss and"
+            " differences are of all batches."
             if on != reported
             else f" {on}; not all runs logged its two halves, so the loss of the same batches is reported"
             " and, as the best of several, flatters."
         ),
     ]
     lost = [arm for arm in comparison.fits if any(map(diverged, arm.at(comparison.selected(arm).lr)))]
-    if lost and (names := [name for name in QUALITIES.values() if name in table[0]]):
+    if lost and (names := [key for key in table[0] if key.startswith(("perplexity", "top-1"))]):
         text = f"{' and '.join(names)}: mean over seeds at the selected lr; - where one of them diverged."
         texts.append(text[0].upper() + text[1:])
     if edges:
-        texts.append(f"At the edge of its learning rates, so the best may lie beyond: {', '.join(edges)}.")
+        texts.append(
+            f"At the edge of its learning rates, so the best may lie beyond: {', '.join(edges)}. At the lower"
+            " edge LR sensitivity looks upward only: it says what larger learning rates cost."
+        )
     texts.append(
         "LR sensitivity: mean over the learning rates of min(loss, cap) - best. Worst loss: the largest"
-        " min(loss, cap). Both by seed, then averaged, from seeds with all learning rates."
+        " min(loss, cap). Both by seed, then averaged, from seeds with all learning rates. Usable octaves: of"
+        f" the learning rates around the best with a loss at most {TOLERANCE:g} nats above it,"
+        " read off a monotone cubic over log2(lr), by seed, then averaged; >= where the grid ends first."
         " Recovered: (PTQ - reported) / (PTQ - FP), PTQ on the arm's own grid and scale."
     )
     if any("spikes per 1000" in row or "grad norm median" in row for row in table):
@@ -127,13 +152,16 @@ def _about_differences(comparison: Comparison) -> str:
     names = ", ".join(dict.fromkeys(each.baseline for each in found))
     tests = ", ".join(f"{quantity}: {number}" for quantity, number in sizes.items())
     text = (
-        f"Differences: arm minus baseline ({names}), paired by seed, losses up to the cap (so arms"
-        " that always diverge are equal); 95% t intervals and two-sided paired t tests. Holm's correction"
-        " within a family: all quantized arms and learning rates of the study for the loss, all quantized"
+        f"Differences: arm minus baseline ({names}), paired by seed, losses up to the cap; 95%"
+        " t intervals and two-sided paired t tests. Holm's correction within a family: all quantized"
+        " arms and learning rates of the study for the loss, all quantized"
         f" arms for each of the others (tests: {tests})."
         f" Equivalent: the 90% interval lies within +-{margin:g} nats (TOST at {LEVEL:.0%})"
         + ("" if margin else ", the study names no margin")
-        + f"; lower, higher: otherwise, where Holm's p is below {LEVEL:g}."
+        + f"; lower, higher: otherwise, where Holm's p is below {LEVEL:g}. Identical: every pair is the same"
+        " number, as where both sides compute the same; capped: that number is the cap. Neither is tested or"
+        " counts in a family. Intervals cover what seeds vary: where all runs begin from one checkpoint, the"
+        " order of its data, and no other checkpoint, corpus or size."
     )
     unpaired = sum(each.unpaired for each in found if each.quantity == "loss")
     return text + (
@@ -189,6 +217,11 @@ def comma_separated(comparisons: list[Comparison]) -> str:
                     parts: dict[str, Any] = dict.fromkeys(("mean", "std", "n", "diverged"))
                     parts |= _cell(value) if value else {}
                     line |= {f"{key} {part}": number for part, number in parts.items()}
+                elif key == "usable octaves":
+                    line[key] = value.octaves if value else None
+                    line |= {
+                        f"usable lr {name}": each for name, each in (asdict(value) if value else {}).items()
+                    }
                 else:
                     line[key] = value
             flat.append(line)
@@ -243,6 +276,8 @@ def _cell(cell: Cell) -> dict[str, Any]:
 
 
 def _strict(value: Any) -> Any:
+    if isinstance(value, Band):
+        return asdict(value) | {"octaves": value.octaves}
     if isinstance(value, dict):
         return {str(key): _strict(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -271,16 +306,22 @@ def _text(key: str, row: dict[str, Any]) -> str:
         if value.std is not None:
             text += f" +- {value.std:.4f} ({len(value.losses)})"
         return text + (f", {value.diverged} diverged" if value.diverged else "")
+    if isinstance(value, Band):
+        ends = " to ".join(short(float(f"{lr:.2g}")) for lr in (value.low, value.high))
+        return f"{'>= ' * value.open}{value.octaves:.2f} ({ends})"
     if value is None or value == "":
         return "-"
     if key == "selected lr":
-        return short(value) + (" (edge)" if row["edge"] else "")
-    if key == "top-1":
+        return short(value) + (f" ({row['edge']} edge)" if row["edge"] else "")
+    if key == "lr sensitivity":
+        one_sided = {"lower": " (upward)", "upper": " (downward)"}
+        return f"{value:.4f}" + one_sided.get(row["edge"], "")
+    if key.startswith("top-1"):
         return f"{value:.1%}"
     if key in ("recovered", "divergence rate"):
         return f"{value:.0%}"
-    if key == "perplexity":
+    if key.startswith("perplexity"):
         return f"{value:.2f}"
-    if key in FOUR_DIGITS:
+    if key.startswith(("reported loss", "worst loss")):
         return f"{value:.4f}"
     return f"{value:.3g}" if isinstance(value, float) else short(value)
