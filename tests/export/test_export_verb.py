@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import shutil
+from functools import partial
 
 import pytest
 import timm
@@ -12,11 +13,14 @@ import tiny_packed as models
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoConfig
 
 import tiny
 from stableqat.cli import main
 from stableqat.data.embedded import DIGITS_MEAN, DIGITS_STD
 from stableqat.export import source
+from stableqat.modules import LlamaModule, ViTModule
 from stableqat.quantizers import STE
 from stableqat.trained import open_trained
 
@@ -334,6 +338,76 @@ def test_a_run_of_images_brings_its_normalisation(tmp_path):
         for found in (model.pretrained_cfg, resolved):
             found = {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}
             assert {**expected, "interpolation": "bicubic"}.items() <= found.items()
+
+
+def of_timm(folder, name, args, size, skip=("head",)):
+    """A checkpoint of any classifier of timm."""
+    quantizer, optimizer = partial(STE, bits=2), partial(torch.optim.AdamW, lr=1e-3)
+    module = ViTModule(
+        model_name=name, num_classes=3, model_args=args, quantizer=quantizer, skip=skip, optimizer=optimizer
+    )
+    image = {"pixel_values": torch.randn(args.get("in_chans", 3), size, size), "labels": torch.tensor(1)}
+    trainer = tiny.trainer(max_steps=1)
+    trainer.fit(module, DataLoader([image] * 2, batch_size=2))
+    trainer.save_checkpoint(folder / f"{name}.ckpt")
+    return folder / f"{name}.ckpt"
+
+
+SMALL = {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 32]}
+SWIN = {"img_size": 28, "embed_dim": 32, "depths": [1], "num_heads": [1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "skip", "size"),
+    [
+        ("resnet10t", {"in_chans": 1}, (), 176),
+        ("convnext_tiny", SMALL, ("head*",), 224),
+        ("swin_tiny_patch4_window7_224", SWIN, ("head*",), 28),
+    ],
+)
+def test_classifiers_of_timm_that_are_no_vision_transformers(name, args, skip, size, tmp_path, capsys):
+    source, out = of_timm(tmp_path, name, args, min(size, 32), skip), tmp_path / "out"
+    assert main(["export", str(source), "--format", "hf", "--out", str(out)]) == 0
+    assert "mean, std and crop are timm's for this architecture" in capsys.readouterr().out
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert list(model.pretrained_cfg["input_size"]) == [args.get("in_chans", 3), size, size]
+    assert f"| architecture | {name} |" in (out / "README.md").read_text()
+
+
+def test_a_layer_that_onnx_cannot_call_is_named(tmp_path, refused):
+    pytest.importorskip("onnxscript")
+    source = of_timm(tmp_path, "eva02_tiny_patch14_224", {"depth": 1, "img_size": 28}, 28)
+    line = refused(source, format="onnx")
+    assert "onnx: blocks.0.attn.qkv is not called: the model reads its weight itself" in line
+    assert line.endswith("take hf")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, AssertionError, NotImplementedError])
+def test_whatever_torch_raises_is_one_line(error, trained, refused, monkeypatch):
+    pytest.importorskip("onnxscript")
+
+    def fail(*_, **__):
+        try:
+            raise error("no such\n operator")
+        except error as cause:
+            raise torch.onnx.OnnxExporterError("a long story\nof several lines") from cause
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    line = refused(trained, format="onnx")
+    assert f"onnx: torch cannot export this model ({error.__name__}: no such operator); take hf" in line
+
+
+def test_no_file_says_where_the_start_lay(tmp_path):
+    start = tmp_path / "private" / "start"
+    AutoConfig.for_model(**tiny.LLAMA | models.SHAPE).save_pretrained(start)
+    module = LlamaModule(config=str(start), quantizer=partial(STE, bits=2))
+    trainer = tiny.trainer(max_steps=1)
+    trainer.fit(module, tiny.loader("llama"))
+    trainer.save_checkpoint(tmp_path / "of.ckpt")
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path / "of.ckpt"), "--format", "hf", "--out", str(out)]) == 0
+    assert not [p.name for p in out.iterdir() if b"private" in p.read_bytes()]
+    assert "_name_or_path" not in (out / "config.json").read_text()
 
 
 def test_a_checkpoint_is_mapped_once_and_nothing_is_computed_in_vain(trained, monkeypatch):

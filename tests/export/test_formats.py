@@ -1,5 +1,6 @@
 """Format x grid x family: what a format's own reader makes of the file equals the model, or is refused."""
 
+import json
 from dataclasses import replace
 from importlib import import_module
 
@@ -75,7 +76,20 @@ def test_every_grid_in_one_onnx_file(family, options, more, tmp_path):
     assert {(w.grid, w.bits) for w in model.layers.values()} >= {
         (settings.get("grid", "ternary"), settings.get("bits", 2)) for settings in models.GRIDS.values()
     }
+    images = {"mean": (0.1,), "std": (0.2,), "interpolation": "bilinear", "crop_pct": 0.9}
+    model = replace(model, images=images, classes=[f"class {n}" for n in range(10)])
     assert_equal("onnx", model, logits, tmp_path)
+    import onnx
+
+    told = {p.key: p.value for p in onnx.load(tmp_path / writer("onnx").FILE).metadata_props}
+    if family == "vit":
+        assert json.loads(told.pop("classes")) == [f"class {n}" for n in range(10)]
+        assert told.pop("interpolation") == "bilinear"
+        assert {key: json.loads(x) for key, x in told.items()} == {
+            "input_size": [1, 8, 8], "mean": [0.1], "std": [0.2], "crop_pct": 0.9
+        }  # fmt: skip
+    else:
+        assert told["input_ids"].startswith("(batch, tokens); no key-value cache and no attention mask")
 
 
 def test_int8_activations_change_logits_and_no_weight(tmp_path):

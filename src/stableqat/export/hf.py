@@ -95,21 +95,24 @@ def load_language_model(packed: PackedModel, folder: Path, **options: Any) -> tu
             return model, model(input_ids=packed.input, use_cache=False).logits
 
 
+def image_settings(packed: PackedModel) -> dict[str, Any]:
+    """How images are resized and normalised, as timm's `pretrained_cfg` has it: the run's, or timm's own."""
+    own = {key: packed.model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    return {"input_size": list(packed.input.shape[1:]), **(own if packed.images is None else packed.images)}
+
+
 def _timm_config(packed: PackedModel) -> dict[str, Any]:
     model: Any = packed.model
     module: Any = packed.module
-    size = list(model.patch_embed.img_size)
-    own = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     return {
         "architecture": module.model_name,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "model_args": {**module.model_args, "num_classes": model.num_classes},
+        **({} if packed.classes is None else {"label_names": packed.classes}),
         "pretrained_cfg": {
-            "input_size": [model.patch_embed.proj.in_channels, *size],
             "num_classes": model.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            **(own if packed.images is None else packed.images),
+            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},
+            **image_settings(packed),
         },
     }

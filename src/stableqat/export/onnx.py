@@ -8,10 +8,14 @@ Which kernel of onnxruntime does it depends on the form, and they differ by up t
 - At 2 bits a float zero point is given to integer grids as well: without one the kernel is 8 times slower.
 - With int8 activations there is a fast kernel for integers in short blocks alone, so all grids become those.
 
-Scales have the type of the activations, so a float32 model repeats them as float32.
+Scales have the type of the activations, so a float32 model repeats them as float32. A language model's graph
+is a function of whole rows of tokens: it has neither a cache nor a mask. What a graph cannot say, the file's
+metadata does: that, or a vision transformer's preprocessing and classes.
 """
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from stableqat.errors import UserError
+from stableqat.export import hf
 from stableqat.export.packed import PackedModel, PackedWeight
 
 FILE = "model.onnx"
 LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf ends at two gigabytes
 BLOCKS = (256, 128, 64, 32, 16)  # inputs that may share a scale
 _INT8_BLOCK = 128  # the longest for which 2 bits have an int8 kernel
+_WHOLE_ROWS = "no key-value cache and no attention mask: a call computes all its tokens; pad on the right"
 
 
 def check(packed: PackedModel) -> None:
@@ -59,7 +65,7 @@ def check(packed: PackedModel) -> None:
 
 
 def notes(packed: PackedModel) -> list[str]:
-    """How each grid is stored, and what int8 activations mean."""
+    """How each grid is stored, what int8 activations mean, and what the graph takes."""
     forms = [(weight, stored_form(weight, packed.int8_activations)) for weight in packed.layers.values()]
     counts = Counter(
         f"{weight.bits}-bit {weight.grid} grid as {_width(form.bits)}-bit "
@@ -69,28 +75,37 @@ def notes(packed: PackedModel) -> list[str]:
     lines = [f"{count} layers of the {form}" for form, count in counts.items()]
     if packed.int8_activations:
         lines.append("onnxruntime rounds activations to int8: its logits are no longer the model's")
-    return lines
+    return lines if packed.family == "vit" else [*lines, _WHOLE_ROWS]
 
 
 def write(packed: PackedModel, folder: Path) -> None:
-    """Trace the model with an operator for each packed layer."""
+    """Trace the model with an operator for each packed layer.
+
+    Raises:
+        UserError: If torch cannot export the model.
+    """
     model: Any = packed.plain()
+    _check_calls(model, packed)
     for name, weight in packed.layers.items():
         bias = model.get_submodule(name).bias
         model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=packed.int8_activations))
     is_text = "input_ids" in packed.batch
     batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = {0: batch, 1: length} if is_text else {0: batch}
-    program: Any = torch.onnx.export(
-        _Logits(model).eval() if is_text else model,
-        (packed.input[:1].repeat_interleave(2, dim=0),),  # a batch of one would be traced as a constant
-        input_names=["input_ids" if is_text else "pixel_values"],
-        output_names=["logits"],
-        dynamic_shapes=(shapes,),
-        opset_version=21,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program: Any = torch.onnx.export(
+            _Logits(model).eval() if is_text else model,
+            (packed.input[:1].repeat_interleave(2, dim=0),),  # a batch of one would be traced as a constant
+            input_names=["input_ids" if is_text else "pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=(shapes,),
+            opset_version=21,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # of any kind, from whatever the model is made of
+        raise UserError(f"onnx: torch cannot export this model ({_cause(error)}); take hf") from error
+    program.model.metadata_props.update(_metadata(packed))
     graph = program.model.graph
     for node in graph:  # where in the source it came from: most of a small file
         node.metadata_props.clear()
@@ -117,6 +132,37 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     return weights, torch.from_numpy(logits)
 
 
+def _check_calls(model: nn.Module, packed: PackedModel) -> None:
+    """Refuse layers whose weight the model reads itself: an operator stands for a call."""
+    called: set[str] = set()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name in packed.layers
+    ]
+    with torch.no_grad():
+        model(packed.input[:1])
+    for hook in hooks:
+        hook.remove()
+    if unused := [name for name in packed.layers if name not in called]:
+        raise UserError(
+            f"onnx: {unused[0]} is not called: the model reads its weight itself, or does not use it; take hf"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What the first exception of a chain says, in one line."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _metadata(packed: PackedModel) -> Mapping[str, str]:
+    if packed.family != "vit":
+        return {"input_ids": f"(batch, tokens); {_WHOLE_ROWS}"}
+    settings = hf.image_settings(packed) | ({} if packed.classes is None else {"classes": packed.classes})
+    return {key: x if isinstance(x, str) else json.dumps(x) for key, x in settings.items()}
+
+
 def stored_form(weight: PackedWeight, int8_activations: bool = False) -> PackedWeight:
     """The same values as the operator multiplies with them fastest."""
     free = _width(weight.bits) == _width(weight.bits + 1)
@@ -129,7 +175,7 @@ class MatMulNBits(nn.Module):
     Args:
         weight: What it holds.
         bias: Added afterwards.
-        int8_activations: Let the operator round its input to int8, block by block: faster, no longer exact.
+        int8_activations: Let the operator round its input to int8, block by block; no longer exact.
     """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, *, int8_activations: bool = False) -> None:

@@ -83,6 +83,7 @@ class PackedModel:
         template: A GGUF of upstream's converter whose metadata is kept, or None.
         int8_activations: Whether an ONNX file has the runtime round activations to int8.
         images: How images are resized and normalised, as timm's `pretrained_cfg`; None takes timm's own.
+        classes: Names of a vision transformer's classes, by label; None if unknown.
     """
 
     module: QATModule
@@ -93,6 +94,7 @@ class PackedModel:
     template: Path | None = None
     int8_activations: bool = False
     images: dict[str, Any] | None = None
+    classes: list[str] | None = None
 
     @property
     def model(self) -> Any:

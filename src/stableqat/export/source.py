@@ -36,6 +36,7 @@ class Source:
         tokenizer: Of a language model, if it is to be had.
         val_loss: The run's last validation loss, None if it had none.
         images: How the run resizes and normalises images, as timm's `pretrained_cfg`; None if unknown.
+        classes: Names of the classes of images, by label; None if unknown.
     """
 
     module: QATModule
@@ -46,7 +47,8 @@ class Source:
     batch_of: str
     tokenizer: Any
     val_loss: float | None
-    images: dict[str, Any] | None
+    images: dict[str, Any] | None = None
+    classes: list[str] | None = None
 
 
 def load_source(source: str, tokenizer: str | None) -> Source:
@@ -67,11 +69,13 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     datamodule, why_not = data_of(path)
     batch, batch_of = None, why_not
     found: Any = None
+    classes = None
     if datamodule is not None:
         try:
             batch = _validation_rows(datamodule)
             batch_of = "validation data of the run"
             found = getattr(datamodule, "tokenizer", None)
+            classes = getattr(datamodule, "class_names", None)
         except (UserError, OSError) as error:
             batch_of = f"the run's data is not to be had ({error})"
     if batch is None:
@@ -81,7 +85,7 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     val_loss = read.get("callbacks", {}).get("RunRecord", {}).get("hp/val_loss")
     step, batch = int(read.get("global_step", 0)), _bounded(batch, module)
     images = images_of(path)
-    return Source(module, path, module.describe(), step, batch, batch_of, found, val_loss, images)
+    return Source(module, path, module.describe(), step, batch, batch_of, found, val_loss, images, classes)
 
 
 def _converted(source: str, tokenizer: str | None) -> Source:
@@ -127,6 +131,9 @@ def _random_rows(module: QATModule) -> dict[str, Tensor]:
         length = min(64, model.config.max_position_embeddings)
         ids = torch.randint(model.config.vocab_size, (4, length), generator=generator)
         return {"input_ids": ids, "labels": ids}
-    size = model.patch_embed.img_size
-    images = torch.randn(4, model.patch_embed.proj.in_channels, *size, generator=generator)
+    args: dict[str, Any] = module.model_args  # type: ignore[assignment]
+    size = args.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = size or model.pretrained_cfg["input_size"][1:]
+    size = (size, size) if isinstance(size, int) else size
+    images = torch.randn(4, args.get("in_chans", 3), *size, generator=generator)
     return {"pixel_values": images, "labels": torch.randint(model.num_classes, (4,), generator=generator)}
