@@ -33,13 +33,16 @@ from stableqat.callbacks import (
 )
 from stableqat.callbacks.checkpoint import StreamedCheckpointIO, on_disk
 from stableqat.callbacks.interruption import EXIT_CODE
+from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError
+from stableqat.inherited import inherit
 from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
 from stableqat.modules.sharded import REST, is_sharded
 from stableqat.modules.start import check_start
 from stableqat.modules.strategy import register_strategies
 from stableqat.parsing import OneLineErrors, user_error
+from stableqat.trained import TOKENIZER
 from stableqat.whole import whole
 
 logger = logging.getLogger(__name__)
@@ -146,6 +149,10 @@ class QATCommand(LightningCLI):
         checks.check_seed(settings.seed_everything)
         checks.check_trainer(settings.trainer)
 
+    def before_instantiate_classes(self) -> None:
+        """Let the model bring what the data needs, before either is made."""
+        self._inherited = inherit(self.config[self._verb])
+
     def instantiate_classes(self) -> None:
         """A mistake that a class found in its settings comes wrapped: unwrap it."""
         try:
@@ -178,6 +185,9 @@ class QATCommand(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         _set_level(logging.INFO)
+        if self.trainer.is_global_zero:
+            for line in self._inherited:
+                logger.info(line)
         try:
             with _together(self.trainer), state_dict_follows(bool(self.config[subcommand].get("ckpt_path"))):
                 super()._run_subcommand(subcommand)
@@ -232,13 +242,19 @@ def _together(trainer: L.Trainer) -> Iterator[None]:
 
 
 class RunConfig(SaveConfigCallback):
-    """Save the resolved configuration once; the folder was found to be new, or the run resumes in it."""
+    """Save the resolved configuration and the tokenizer once; the folder is new, or the run resumes in it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the file, unless a resumed run has it."""
+        """Write what a resumed run has not."""
         log_dir = trainer.log_dir
         if log_dir is None or not trainer.strategy.broadcast((Path(log_dir) / self.config_filename).exists()):
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep the data's tokenizer beside the configuration: the run is then enough to go on from."""
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if trainer.log_dir is not None and tokenizer is not None:
+            keep_tokenizer(tokenizer, Path(trainer.log_dir) / TOKENIZER)
 
 
 def _configure_logging() -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from stableqat import data, modules
+from stableqat.data.tokenizer import clash, load_tokenizer, token_rows
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
 from stableqat.modules.start import check_sums, find_checkpoint, read_checkpoint
 
+TOKENIZER = "tokenizer"  # of a language model's run, a folder beside its config.yaml
 # of a run's settings what only training needs
 TRAINING = {"compile_model": False, "activation_checkpointing": False, "lean_loss": False, "teacher": None}
 
@@ -94,6 +96,72 @@ def start_of(checkpoint: Path) -> str | None:
     return (_settings(checkpoint, "model").get("init_args") or {}).get("init_from")
 
 
+def tokenizer_of(checkpoint: Path) -> str | None:
+    """Where the tokenizer is that a checkpoint was trained with: kept in its run, or as its run names it.
+
+    Returns:
+        Its folder, file or hub name; None if nobody knows.
+
+    Raises:
+        UserError: If the run has none: it was imported from files without it.
+    """
+    run = run_of(checkpoint)
+    if run is None:
+        return None
+    if (run / TOKENIZER).is_dir():
+        return str(run / TOKENIZER)
+    settings = _settings(checkpoint, "data")
+    if not settings:
+        raise UserError(f"{run} has no tokenizer")
+    return (settings.get("init_args") or {}).get("tokenizer")
+
+
+def load_tokenizer_of(checkpoint: Path, model: Any, given: str | None) -> Any:
+    """The tokenizer to use with a run's language model.
+
+    Args:
+        checkpoint: Checkpoint of the run.
+        model: The language model.
+        given: The one that the user asks for; None takes the run's.
+
+    Raises:
+        UserError: If there is none, or it cannot be the model's.
+    """
+    try:
+        own = _own_tokenizer(checkpoint)
+    except UserError:
+        if given is None:
+            raise
+        own = None
+    found = own if given is None else load_tokenizer(given)
+    check_vocabulary(found, model.config, given or str(checkpoint))
+    if own is not None and (reason := clash(found, own)):
+        raise UserError(f"tokenizer: {given} cannot be that of {checkpoint}: {reason}; leave it out")
+    return found
+
+
+def check_vocabulary(tokenizer: Any, config: Any, source: str) -> None:
+    """Refuse a tokenizer with more entries than a model's embedding has rows.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    if (rows := token_rows(tokenizer)) > config.vocab_size:
+        raise UserError(
+            f"tokenizer: that of {source} has {rows} entries, more than the model's {config.vocab_size}; "
+            "take the one that the model was trained with"
+        )
+
+
+def _own_tokenizer(checkpoint: Path) -> Any:
+    if (named := tokenizer_of(checkpoint)) is not None:
+        return load_tokenizer(named)
+    datamodule, why_not = data_of(checkpoint)
+    if datamodule is None:
+        raise UserError(f"{checkpoint}: has no tokenizer ({why_not}); name one with --tokenizer")
+    return datamodule.tokenizer
+
+
 def data_of(checkpoint: Path, **changes: Any) -> tuple[Any, str]:
     """The data module that a run's configuration names, or None and why there is none.
 
@@ -108,6 +176,8 @@ def data_of(checkpoint: Path, **changes: Any) -> tuple[Any, str]:
     if cls is None:
         return None, "the run's data is none of this suite's"
     try:
+        if cls is data.TextDataModule:
+            changes = {"tokenizer": tokenizer_of(checkpoint), **changes}
         return cls(**{**(settings.get("init_args") or {}), "num_workers": 0, **changes}), ""
     except (UserError, TypeError) as error:
         return None, f"the run's data is not to be had ({error})"

@@ -281,8 +281,13 @@ def test_a_run_whose_data_is_gone(run, place, tasks, tmp_path, refused, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace(str(place / "text.jsonl"), str(tmp_path / "gone.jsonl")))
+    assert "the run's data is not to be had (no such data file" in (line := refused(copy))
+    assert line.endswith("name data with --data")  # the run keeps its tokenizer
+    tokenizer = shutil.move(copy / "tokenizer", tmp_path / "elsewhere")
+    settings = yaml.safe_load(config.read_text())
+    settings["data"]["init_args"]["tokenizer"] = None  # where the start kept it
+    config.write_text(yaml.safe_dump(settings))
     assert "has no tokenizer (the run's data is not to be had (no such data file" in refused(copy)
-    tokenizer = next((place / "cache" / "tokenizers").iterdir())
     assert "name data with --data" in refused(copy, "--tokenizer", tokenizer)
     if find_spec("lm_eval") is not None:
         assert call(copy, "--tokenizer", tokenizer, "--tasks", "words", "--tasks_path", tasks) == 0

@@ -29,6 +29,7 @@ from stableqat.data.tokenizer import (
     check_tokenizer,
     load_tokenizer,
     save_tokenizer,
+    token_rows,
     tokenizer_hash,
     train_bpe,
 )
@@ -60,8 +61,9 @@ class TextDataModule(DataModule):
         repeat: let a source that has fewer tokens than its share of the budget go round again, and a run
             take the budget more than once.
         name: configuration of a hub data set.
-        tokenizer: a hub name, a folder or a tokenizer.json; null takes the one of a tokenized source, or
-            trains a byte-level BPE on the train splits, taken evenly.
+        tokenizer: a hub name, a folder or a tokenizer.json; null takes the one of a tokenized source or,
+            on the command line, of what the model starts from, and otherwise trains a byte-level BPE on the
+            train splits, taken evenly.
         vocab_size: entries of that BPE; not used with a tokenizer.
         text_column: the column that holds the text.
         block_size: tokens a row; the last incomplete row of a split is dropped.
@@ -187,7 +189,7 @@ class TextDataModule(DataModule):
     @property
     def vocab_size(self) -> int:
         """Embedding rows that the tokens need: those asked of the BPE, or the named tokenizer's entries."""
-        return self._bpe_size if self.tokenizer_source is None else len(self.tokenizer)
+        return self._bpe_size if self.tokenizer_source is None else token_rows(self.tokenizer)
 
     @property
     def eos_token_id(self) -> int:

@@ -7,6 +7,8 @@ vocabulary keeps the embeddings of a small model small, at the price of more tok
 import hashlib
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,47 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Return the SHA-256 of what decides a tokenizer's output and of the EOS token."""
     what = f"{tokenizer.eos_token_id} {tokenizer_json(tokenizer)}"
     return hashlib.sha256(what.encode()).hexdigest()
+
+
+def keep_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write a tokenizer into a new folder, which appears when it is whole.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        save_tokenizer(tokenizer, part)
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the tokenizer cannot be written ({error}); make room") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def token_rows(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Return how many rows of an embedding a tokenizer's ids need: ids may leave gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def clash(tokenizer: "PreTrainedTokenizerFast", own: "PreTrainedTokenizerFast") -> str | None:
+    """Return why a tokenizer cannot stand in for a model's own, or None.
+
+    Ordinary tokens may differ, at the price of a higher loss; a special token with another id, or in the
+    place of another token, ends and begins documents where the model has learnt something else.
+
+    Args:
+        tokenizer: the one to be used.
+        own: the one that the model was trained with.
+    """
+    ids = own.get_vocab()
+    tokens = {number: token for token, number in ids.items()}
+    for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
+        if token in ids and ids[token] != number:
+            return f"{token} is token {number} in it and {ids[token]} in the model's"
+        if tokens.get(number, token) != token:
+            return f"token {number} is {token} in it and {tokens[number]} in the model's"
+    return None
 
 
 def _is_plain(config: Path) -> bool:

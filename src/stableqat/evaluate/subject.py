@@ -24,7 +24,16 @@ from stableqat.modules import QATModule
 from stableqat.modules.architecture import first_line, pretrained_config
 from stableqat.modules.base import state_dict_follows
 from stableqat.modules.start import check_start, find_checkpoint, read_checkpoint
-from stableqat.trained import data_of, find_trained, load_untrained, open_trained, ours, run_of, start_of
+from stableqat.trained import (
+    check_vocabulary,
+    find_trained,
+    load_tokenizer_of,
+    load_untrained,
+    open_trained,
+    ours,
+    run_of,
+    start_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +125,10 @@ def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Found:
     path = find_trained(source)
     read = read_checkpoint(path)
     module = _skeleton(path, read)
-    own = _tokenizer(source, path, tokenizer) if hasattr(module.model, "get_output_embeddings") else None
+    own = None
+    if hasattr(module.model, "get_output_embeddings"):
+        with quiet():
+            own = load_tokenizer_of(path, module.model, tokenizer)
     loaders: list[Callable[[], Subject]] = [partial(_trained, source, own)]
     start = start_of(path)
     if baselines and module.quantizer is not None and start is None:
@@ -139,16 +151,6 @@ def _skeleton(path: Path, read: dict[str, Any]) -> QATModule:
     """The module of a checkpoint, without weights."""
     with ours(path), torch.device("meta"), state_dict_follows():
         return load_untrained(path, read, str(path), quantized=True)
-
-
-def _tokenizer(source: str, checkpoint: Path, given: str | None) -> Any:
-    if given is not None:
-        return load_tokenizer(given)
-    datamodule, why_not = data_of(checkpoint)
-    if datamodule is None:
-        raise UserError(f"{source}: has no tokenizer ({why_not}); name one with --tokenizer")
-    with quiet():
-        return datamodule.tokenizer
 
 
 def _trained(source: str, tokenizer: Any) -> Subject:
@@ -189,10 +191,11 @@ def _find_folder(source: str, tokenizer: str | None) -> Found:
             "elsewhere: evaluate the run, whose weights they equal"
         )
     try:
-        pretrained_config("source", source)
+        config = pretrained_config("source", source)
     except UserError as error:
         raise UserError(str(error).removeprefix("source: ")) from error
     own = load_tokenizer(tokenizer or source)
+    check_vocabulary(own, config, tokenizer or source)
     return Found(source, own, [partial(_pretrained, source, own, "folder" if keys else "hub")])
 
 

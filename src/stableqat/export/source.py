@@ -5,6 +5,7 @@ A run gives its best checkpoint, a checkpoint itself. The data and the tokenizer
 A folder that `convert(model).save_pretrained` made brings its tokenizer, if it has one.
 """
 
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.export.converted import is_model_folder, open_converted
 from stableqat.modules import QATModule
-from stableqat.trained import data_of, images_of, open_trained
+from stableqat.trained import check_vocabulary, data_of, images_of, load_tokenizer_of, open_trained
 
 ROWS = 16  # of the batch on which file and model are compared
 LOGITS = 2**28  # that it may have: a gigabyte, of which there are a few copies
@@ -68,20 +69,20 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     path, read, module = open_trained(source)
     datamodule, why_not = data_of(path)
     batch, batch_of = None, why_not
-    found: Any = None
     classes = None
     if datamodule is not None:
         try:
             batch = _validation_rows(datamodule)
             batch_of = "validation data of the run"
-            found = getattr(datamodule, "tokenizer", None)
             classes = getattr(datamodule, "class_names", None)
         except (UserError, OSError) as error:
             batch_of = f"the run's data is not to be had ({error})"
     if batch is None:
         batch, batch_of = _random_rows(module), f"random rows: {batch_of}"
-    if tokenizer is not None:
-        found = load_tokenizer(tokenizer)
+    found: Any = None
+    if "input_ids" in batch:
+        with suppress(UserError) if tokenizer is None else nullcontext():
+            found = load_tokenizer_of(path, module.model, tokenizer)
     val_loss = read.get("callbacks", {}).get("RunRecord", {}).get("hp/val_loss")
     step, batch = int(read.get("global_step", 0)), _bounded(batch, module)
     images = images_of(path)
@@ -93,7 +94,10 @@ def _converted(source: str, tokenizer: str | None) -> Source:
     folder = Path(source).expanduser()
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = str(folder)
-    found = None if tokenizer is None else load_tokenizer(tokenizer)
+    found: Any = None
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer)
+        check_vocabulary(found, module.config, tokenizer)
     batch = _bounded(_random_rows(module), module)
     return Source(
         module, folder, {}, None, batch, "random rows: a model folder names no data", found, None, None

@@ -87,10 +87,13 @@ def _write(module: Any, source: Path, run: Path, part: Path) -> None:
     arguments = {"config": module.resolved()["config"], "skip": list(module.skip)}
     arguments["quantizer"] = hyper_parameters["quantizer"]
     logger = {"save_dir": str(run.parent), "name": "", "version": run.name, "default_hp_metric": False}
-    tokenizer = {"tokenizer": str(source.absolute())} if (source / "tokenizer.json").exists() else {}
+    data = {}
+    if (source / "tokenizer.json").exists():
+        tokenizer = {"tokenizer": str(source.absolute())}
+        data = {"data": {"class_path": "stableqat.data.TextDataModule", "init_args": tokenizer}}
     settings = {
         "model": {"class_path": hyper_parameters["_class_path"], "init_args": arguments},
-        "data": {"class_path": "stableqat.data.TextDataModule", "init_args": tokenizer},
+        **data,
         "trainer": {
             "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
         },

@@ -22,6 +22,7 @@ from stableqat.modules.architecture import first_line, hub_refusal, pretrained_c
 from stableqat.modules.base import QATModule, state_dict_follows
 from stableqat.modules.evaluation import MeanLoss
 from stableqat.modules.loss import lean_forward, token_losses
+from stableqat.modules.start import find_checkpoint
 from stableqat.modules.teacher import Distillation, Teacher
 from stableqat.modules.tied import quantize_tied_embedding
 from stableqat.quantizers import QuantizerFactory
@@ -168,12 +169,18 @@ class LlamaModule(QATModule):
         return super().describe() | taught
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
-        """Positions and embedding must be large enough for the data's rows and tokens."""
+        """Positions and embedding must be large enough for the rows, and the tokens those of the start."""
         block, limit = getattr(datamodule, "block_size", 0), self.config.max_position_embeddings
         if block > limit:
             raise UserError(
                 f"data.block_size: {block} tokens are more than the model allows "
                 f"(max_position_embeddings {limit}); shorten the rows or raise the limit in model.config"
+            )
+        own_tokens = getattr(datamodule, "tokenizer_source", "") is None
+        if own_tokens and self.init_from is not None and find_checkpoint(self.init_from) is None:
+            raise UserError(
+                f"data.tokenizer: missing; {self.init_from} was trained with a tokenizer, and brings none: "
+                "name it"
             )
         size = getattr(datamodule, "vocab_size", 0)
         if size > self.config.vocab_size:
