@@ -63,6 +63,8 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
     assert main(["export", str(trained), "--format", "compressed-tensors", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     report = json.loads((out / "export.json").read_text())
+    assert report["dtype"] == "fp16"  # in which vLLM computes then
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
     assert report["max_weight_difference"] == 0
     assert report["max_logit_difference"] < 1e-5
     assert report["bytes"] == (out / "model.safetensors").stat().st_size
@@ -248,6 +250,7 @@ def test_wrong_shapes_for_a_format(tmp_path, refused):
 def test_options_that_do_not_belong(trained, refused, tmp_path):
     assert "only gguf takes one" in refused(trained, "--template", "x.gguf")
     assert "only onnx has them" in refused(trained, "--int8_activations", "true")
+    assert "only compressed-tensors takes them" in refused(trained, "--storage_bits", "4", format="hf")
     assert "cannot be read as GGUF" in refused(trained, "--template", str(trained), format="gguf")
     vit = checkpoint(tmp_path, "vit")
     line = refused(vit, "--embedding_bits", "4", format="hf")

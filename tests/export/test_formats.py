@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import tiny_packed as models
 import torch
+from safetensors.torch import load_file
 
 from stableqat.errors import UserError
 from stableqat.export import ggml
@@ -193,6 +194,27 @@ def test_wider_integers(bits, tmp_path):
         assert_equal(format, model, logits, tmp_path / format)
 
 
+@pytest.mark.parametrize("family", LANGUAGE)
+@pytest.mark.parametrize(
+    ("grid", "bits"),
+    [("integer-2", 4), ("ternary", 4), ("stretched-3", 4), ("integer-3", 8), ("stretched-4", 8)],
+)
+def test_narrow_codes_stored_wider(grid, bits, family, tmp_path):
+    model, logits = models.packed(family, grid)
+    model = replace(model, storage_bits=bits)
+    assert_equal("compressed-tensors", model, logits, tmp_path)
+    (group,) = json.loads((tmp_path / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ].values()
+    assert group["weights"]["num_bits"] == bits
+    words = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight_packed"]
+    assert words.shape[1] == 64 * bits // 32
+    assert not any("humming" in line for line in writer("compressed-tensors").notes(model))
+    assert ("humming" in writer("compressed-tensors").notes(replace(model, storage_bits=None))[-1]) == (
+        grid != "stretched-3"
+    )
+
+
 def test_binary(tmp_path):
     model, logits = models.packed("llama", "integer-2", quantizer={"bits": 1, "grid": None})
     for format in ("gguf", "compressed-tensors", "torchao", "hf"):
@@ -209,6 +231,7 @@ def test_binary(tmp_path):
             "would round; take --dtype fp32, or compressed",
         ),
         ("compressed-tensors", {"quantizer": {"bits": 8, "grid": "stretched"}}, "9-bit.*take torchao"),
+        ("compressed-tensors", {"grid": "stretched-4", "storage_bits": 4}, "_proj takes 5-bit.*or take 8"),
         ("gguf", {"quantizer": {"bits": 8, "grid": "stretched"}}, "8-bit stretched grid; take compressed"),
         ("gguf", {"config": {"intermediate_size": 72}}, "72 weights are no multiple of 32; take compressed"),
         ("gguf", {"quantizer": {"group_size": 16}}, "groups of 16 weights are no multiple of 32; take compr"),
@@ -227,9 +250,10 @@ def test_binary(tmp_path):
 )
 def test_what_a_format_has_no_place_for(format, options, reason):
     grid = options.pop("grid", "integer-2")
+    storage = options.pop("storage_bits", None)
     model, _ = models.packed("llama", grid, **options)
     with pytest.raises(UserError, match=reason):
-        writer(format).check(model)
+        writer(format).check(replace(model, storage_bits=storage))
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf", "torchao"])

@@ -2,9 +2,12 @@
 
 Codes of b bits lie densely in 32-bit words, row by row, beside `weight_scale` and `weight_shape`. The
 format's symmetric integers are the integer grid as it is; half-integer grids take one bit more, as odd
-integers. Scales a row or a group; groups cost 16 bits each.
+integers. Scales a row or a group; groups cost 16 bits each. Codes of 4 and 8 bits run on every kernel of
+vLLM and SGLang, others on one of vLLM's, so that narrower codes can be stored in 4 or 8 bits.
 """
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ def check(packed: PackedModel) -> None:
     """Refuse what the format or its loader has no place for.
 
     Raises:
-        UserError: For vision transformers and codes of nine bits.
+        UserError: For vision transformers, and codes of nine bits or of more than the storage's.
     """
     if packed.family == "vit":
         raise UserError(
@@ -38,6 +41,11 @@ def check(packed: PackedModel) -> None:
                 f"compressed-tensors: {name} would take 9-bit odd integers for the 8-bit {weight.grid} grid; "
                 "take torchao, which has half-integer zero points"
             )
+        if packed.storage_bits is not None and (wide := weight.integers().bits) > packed.storage_bits:
+            raise UserError(
+                f"storage_bits: {name} takes {wide}-bit integers on its {weight.grid} grid; "
+                "leave it out, or take 8"
+            )
 
 
 def write(packed: PackedModel, folder: Path) -> None:
@@ -45,7 +53,7 @@ def write(packed: PackedModel, folder: Path) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     state = packed.rest()
-    stored = {name: weight.integers() for name, weight in packed.layers.items()}
+    stored = {name: _stored(packed, weight) for name, weight in packed.layers.items()}
     for name, weight in stored.items():
         state[f"{name}.weight_packed"] = pack_to_int32(weight.codes, weight.bits)
         state[f"{name}.weight_scale"] = weight.scale.to(packed.scale_dtype)
@@ -57,6 +65,26 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     """The packed layers' weights and the batch's logits, as transformers decompresses them."""
     model, logits = hf.load_language_model(packed, folder)
     return {name: model.get_submodule(name).weight.detach() for name in packed.layers}, logits
+
+
+def notes(packed: PackedModel) -> list[str]:
+    """How each grid is stored, and what runs it."""
+    counts = Counter((w.bits, w.grid, _stored(packed, w).bits) for w in packed.layers.values())
+    lines = [
+        f"{n} layers of the {bits}-bit {grid} grid in {wide} bits" for (bits, grid, wide), n in counts.items()
+    ]
+    if any(wide not in (4, 8) for _, _, wide in counts):
+        lines.append(
+            "vLLM has one kernel for widths other than 4 and 8 bits (humming-kernels, for NVIDIA GPUs), "
+            "SGLang none; to run on any of theirs take --storage_bits 4 or 8"
+        )
+    return lines
+
+
+def _stored(packed: PackedModel, weight: PackedWeight) -> PackedWeight:
+    """The integers that are written."""
+    weight = weight.integers()
+    return weight if packed.storage_bits is None else replace(weight, bits=packed.storage_bits)
 
 
 def _quantization(packed: PackedModel, stored: dict[str, PackedWeight]) -> dict[str, Any]:

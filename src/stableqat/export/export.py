@@ -40,8 +40,9 @@ def export(
     *,
     format: Literal["hf", "compressed-tensors", "gguf", "onnx", "torchao"],
     out: str,
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp32",
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None,
     scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16",
+    storage_bits: Literal[4, 8] | None = None,
     embedding_bits: Literal[4, 8] | None = None,
     tokenizer: str | None = None,
     template: str | None = None,
@@ -56,7 +57,11 @@ def export(
             (llama.cpp), onnx (onnxruntime) or torchao.
         out: New folder for the files.
         dtype: Type of what is not quantized: norms, biases and, unless embedding_bits is given, embeddings.
+            Default: fp16 for compressed-tensors, because vLLM computes in the type of the file and rounds
+            a float32 file to bfloat16; fp32 for all others.
         scale_dtype: Type that scales are rounded to, in the model, before it is evaluated and written.
+        storage_bits: For compressed-tensors, store narrower codes in 4 or 8 bits, which every GPU kernel of
+            vLLM and SGLang reads; the values stay the same.
         embedding_bits: Round token embedding and head to this many bits, too; what that costs is said.
         tokenizer: Tokenizer to put beside a language model; if not given, the run's.
         template: For gguf, a file that llama.cpp's converter made of the model's hf export: its metadata is
@@ -74,6 +79,8 @@ def export(
     _check_libraries(format)
     if template is not None and format != "gguf":
         raise UserError(f"template: only gguf takes one, not {format}; leave it out")
+    if storage_bits is not None and format != "compressed-tensors":
+        raise UserError(f"storage_bits: only compressed-tensors takes them, not {format}; leave it out")
     if int8_activations and format != "onnx":
         raise UserError(f"int8_activations: only onnx has them, not {format}; leave it out")
     # torch is heavy; help does without it
@@ -81,10 +88,20 @@ def export(
     from stableqat.export.source import load_source
 
     found = load_source(source, tokenizer)
+    dtype = dtype or ("fp16" if format == "compressed-tensors" else "fp32")
     types = DTYPES[dtype], DTYPES[scale_dtype]
     given = None if template is None else Path(template).expanduser()
-    images = found.images, found.classes
-    packed = PackedModel(found.module, {}, *types, found.batch, given, int8_activations, *images)
+    packed = PackedModel(
+        found.module,
+        {},
+        *types,
+        found.batch,
+        template=given,
+        int8_activations=int8_activations,
+        storage_bits=storage_bits,
+        images=found.images,
+        classes=found.classes,
+    )
     writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
     writer.check(packed)  # before anything is computed, what does not depend on the layers
     _, trained = evaluate(found.module, found.batch)

@@ -82,6 +82,7 @@ class PackedModel:
         batch: Inputs on which the file is compared with the model.
         template: A GGUF of upstream's converter whose metadata is kept, or None.
         int8_activations: Whether an ONNX file has the runtime round activations to int8.
+        storage_bits: Bits that compressed-tensors stores a code in; None takes the fewest.
         images: How images are resized and normalised, as timm's `pretrained_cfg`; None takes timm's own.
         classes: Names of a vision transformer's classes, by label; None if unknown.
     """
@@ -93,6 +94,7 @@ class PackedModel:
     batch: dict[str, Tensor]
     template: Path | None = None
     int8_activations: bool = False
+    storage_bits: int | None = None
     images: dict[str, Any] | None = None
     classes: list[str] | None = None
 
