@@ -140,6 +140,24 @@ def test_a_gguf_holds_the_tokenizer(run, tmp_path):
     reader = gguf.GGUFReader(out / "model.gguf")
     assert len(reader.get_field("tokenizer.ggml.tokens").contents()) == 300
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == ours.eos_token_id
+    # rows of 64 and 96 weights in Q4_0 alone: 32 codes of 4 bits and a scale of 16, whatever the vocabulary
+    assert json.loads((out / "export.json").read_text())["bits_a_weight"] == 4.5
+    assert "| bits a packed weight | 4.5 |" in (out / "README.md").read_text()
+
+
+def test_a_template_is_read_once_and_gives_the_tokenizer(run, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from stableqat.export import gguf_header
+
+    first, opened, read = tmp_path / "first", [], gguf_header.read
+    command = ["export", str(run), "--format", "gguf", "--out"]
+    assert main([*command, str(first)]) == 0
+    monkeypatch.setattr(gguf_header, "read", lambda path: opened.append(path.name) or read(path))
+    (first / "model.gguf").rename(tmp_path / "template.gguf")
+    second = tmp_path / "second"
+    assert main([*command, str(second), "--template", str(tmp_path / "template.gguf")]) == 0
+    assert opened == ["template.gguf", "model.gguf"]
+    assert (second / "model.gguf").read_bytes() == (tmp_path / "template.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -251,6 +269,7 @@ def test_options_that_do_not_belong(trained, refused, tmp_path):
     assert "only gguf takes one" in refused(trained, "--template", "x.gguf")
     assert "only onnx has them" in refused(trained, "--int8_activations", "true")
     assert "only compressed-tensors takes them" in refused(trained, "--storage_bits", "4", format="hf")
+    assert "target: only gguf has one" in refused(trained, "--target", "gpu")
     assert "cannot be read as GGUF" in refused(trained, "--template", str(trained), format="gguf")
     vit = checkpoint(tmp_path, "vit")
     line = refused(vit, "--embedding_bits", "4", format="hf")

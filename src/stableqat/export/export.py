@@ -46,6 +46,7 @@ def export(
     embedding_bits: Literal[4, 8] | None = None,
     tokenizer: str | None = None,
     template: str | None = None,
+    target: Literal["cpu", "gpu"] = "cpu",
     int8_activations: bool = False,
 ) -> int:
     """Writes the packed weights of a trained model, and proves them equal to it.
@@ -64,8 +65,10 @@ def export(
             vLLM and SGLang reads; the values stay the same.
         embedding_bits: Round token embedding and head to this many bits, too; what that costs is said.
         tokenizer: Tokenizer to put beside a language model; if not given, the run's.
-        template: For gguf, a file that llama.cpp's converter made of the model's hf export: its metadata is
-            kept, its tensors are replaced.
+        template: For gguf, a file that llama.cpp's converter made of the model's hf export: its tokenizer is
+            kept, its tensors are replaced. For tokenizers that this package cannot describe to llama.cpp.
+        target: For gguf, what llama.cpp is to run on: cpu takes TQ2_0 for 2-bit integers and ternary, the
+            smallest; gpu takes Q2_K for them, which has kernels there.
         int8_activations: For onnx, let onnxruntime round activations to int8. The file is then no longer
             exactly the model, and the report says how far off its logits are. Large language models become
             faster, small models may become slower: time both.
@@ -81,26 +84,31 @@ def export(
         raise UserError(f"template: only gguf takes one, not {format}; leave it out")
     if storage_bits is not None and format != "compressed-tensors":
         raise UserError(f"storage_bits: only compressed-tensors takes them, not {format}; leave it out")
+    if target != "cpu" and format != "gguf":
+        raise UserError(f"target: only gguf has one, not {format}; leave it out")
     if int8_activations and format != "onnx":
         raise UserError(f"int8_activations: only onnx has them, not {format}; leave it out")
     # torch is heavy; help does without it
+    from stableqat.export import gguf_template
     from stableqat.export.packed import DTYPES, PackedModel, evaluate, pack, quantize_embeddings
     from stableqat.export.source import load_source
 
+    given = None if template is None else gguf_template.read(Path(template).expanduser())
     found = load_source(source, tokenizer)
     dtype = dtype or ("fp16" if format == "compressed-tensors" else "fp32")
     types = DTYPES[dtype], DTYPES[scale_dtype]
-    given = None if template is None else Path(template).expanduser()
     packed = PackedModel(
         found.module,
         {},
         *types,
         found.batch,
         template=given,
+        target=target,
         int8_activations=int8_activations,
         storage_bits=storage_bits,
         images=found.images,
         classes=found.classes,
+        tokenizer=found.tokenizer,
     )
     writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
     writer.check(packed)  # before anything is computed, what does not depend on the layers
@@ -123,7 +131,7 @@ def export(
             "val_loss": found.val_loss,
             "dtype": dtype,
             "scale_dtype": scale_dtype,
-            **_sizes(packed, part),
+            **_sizes(writer, packed, part),
             **differences,
             "batch": found.batch_of,
             "loss": losses,
@@ -202,7 +210,7 @@ def _compare(
     return {"max_weight_difference": 0.0, "max_logit_difference": difference}
 
 
-def _sizes(packed: "PackedModel", part: Path) -> dict[str, Any]:
+def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
     quantized = sum(weight.codes.numel() for weight in packed.layers.values())
     scales = sum(weight.scale.numel() for weight in packed.layers.values())
     rest = packed.rest()
@@ -210,13 +218,14 @@ def _sizes(packed: "PackedModel", part: Path) -> dict[str, Any]:
     # the tokenizer and configurations are there for any format
     holding = (".safetensors", ".gguf", ".onnx", ".data")
     written = sum(p.stat().st_size for p in _files(part) if p.suffix in holding)
+    weights = writer.bytes_packed(packed) if hasattr(writer, "bytes_packed") else written - left
     return {
         "bytes": written,
         "bytes_bf16": 2 * (quantized + sum(tensor.numel() for tensor in rest.values())),
         "bytes_left": left,
         "weights_packed": quantized,
         "scales": scales,
-        "bits_a_weight": round(8 * (written - left) / quantized, 3),
+        "bits_a_weight": round(8 * weights / quantized, 3),
         "layers_packed": len(packed.layers),
         "layers_left": sorted(name.removesuffix(".weight") for name, t in rest.items() if t.ndim >= 2),
         "grids": sorted({_grid(weight) for weight in packed.layers.values()}),

@@ -1,19 +1,21 @@
 """Blocks of ggml types that hold a quantizer's codes exactly.
 
-A block is a run of 32 or 256 weights with its own fp16 scale `d`; what a row or group shares is repeated in
-each. ggml's own quantizers would fit new scales and change most values; here codes are put where its
+A block is a run of 32, 128 or 256 weights with its own fp16 scale `d`; what a row or group shares is repeated
+in each. ggml's own quantizers would fit new scales and change most values; here codes are put where its
 dequantizers find them. K-types have small integer scales of 16 or 32 weights besides: they are 1, and their
 minimum, in units of half a scale, places the half-integer grids.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from stableqat.export.packed import PackedWeight
 
 Array = np.ndarray
+Target = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,16 @@ class Encoding:
         block: Weights that share `d`; divides rows and groups.
         fits: Whether a weight's grid has a place in it.
         blocks: Bytes of each block, `(blocks, bytes)`, from codes `(blocks, block)` and scales `(blocks, 1)`.
+        integers: Whether it takes half-integer grids, as odd integers.
+        gpu: Whether llama.cpp has it on GPUs.
     """
 
     type: str
     block: int
     fits: Callable[[PackedWeight], bool]
     blocks: Callable[[Array, Array], Array]
-    integers: bool = False  # takes half-integer grids as odd integers
+    integers: bool = False
+    gpu: bool = True
 
     def holds(self, weight: PackedWeight) -> bool:
         """Whether a weight fits, its rows and groups being whole blocks."""
@@ -47,9 +52,40 @@ class Encoding:
         return np.ascontiguousarray(self.blocks(codes, scales).reshape(rows, -1))
 
 
-def encoding(weight: PackedWeight) -> Encoding | None:
-    """The smallest type that holds a weight exactly; None if rows or groups are no multiples of 32."""
-    return next((each for each in ENCODINGS if each.holds(weight)), None)
+def encoding(weight: PackedWeight, target: Target) -> Encoding | None:
+    """The smallest type of a target that holds a weight exactly; None if no type has blocks that fit."""
+    on = (each for each in ENCODINGS if each.gpu or target == "cpu")
+    return next((each for each in on if each.holds(weight)), None)
+
+
+def size(weight: PackedWeight, target: Target) -> int:
+    """Bytes that a weight takes."""
+    import gguf
+
+    kind = encoding(weight, target)
+    assert kind is not None, "checked"
+    block, taken = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.type]]
+    return weight.codes.numel() // block * taken
+
+
+def dequantize(data: Array, type: int) -> Array:
+    """Values of a tensor of a file.
+
+    Args:
+        data: Its bytes, `(..., bytes of a row)`.
+        type: ggml's number of its type.
+
+    Returns:
+        The values in float32, `(..., weights of a row)`.
+    """
+    import gguf
+
+    kind = gguf.GGMLQuantizationType(type)
+    if kind.name != "Q1_0":
+        return np.array(gguf.dequantize(data, kind))
+    blocks = np.array(data).reshape(-1, 18)  # which gguf has no reader for
+    signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32) * 2 - 1
+    return (blocks[:, :2].copy().view(np.float16) * signs).reshape(*data.shape[:-1], -1)
 
 
 def _half(scale: Array) -> Array:
@@ -75,6 +111,17 @@ def _tq2_0(codes: Array, scale: Array) -> Array:
 def _tq2_0_negated(codes: Array, scale: Array) -> Array:
     """The same with `d = -s`, so that u = 3 is the code -2."""
     return np.hstack([_fields(1 - codes, 2, 32), _half(-scale)])
+
+
+def _q1_0(codes: Array, scale: Array) -> Array:
+    """`d` or `-d`, d half of the scale."""
+    return np.hstack([_half(scale / 2), np.packbits(codes + 1, axis=1, bitorder="little")])
+
+
+def _q2_k_integer(codes: Array, scale: Array) -> Array:
+    """`d * u - dmin * 2`, dmin equal to d."""
+    scales = _constant(len(codes), *[1 | 2 << 4] * 16)
+    return np.hstack([scales, _fields(codes + 2, 2, 32), _half(scale), _half(scale)])
 
 
 def _q2_k(codes: Array, scale: Array) -> Array:
@@ -122,8 +169,11 @@ def _up_to(bits: int) -> Callable[[PackedWeight], bool]:
 
 
 ENCODINGS = (  # smallest first
-    Encoding("TQ2_0", 256, _is("ternary", 2), _tq2_0),
-    Encoding("TQ2_0", 256, _is("integer", 2), _tq2_0_negated),
+    Encoding("Q1_0", 128, _is("binary", 1), _q1_0),
+    Encoding("TQ2_0", 256, _is("ternary", 2), _tq2_0, gpu=False),
+    Encoding("TQ2_0", 256, _is("integer", 2), _tq2_0_negated, gpu=False),
+    Encoding("Q2_K", 256, _is("ternary", 2), _q2_k_integer),
+    Encoding("Q2_K", 256, _is("integer", 2), _q2_k_integer),
     Encoding("Q2_K", 256, _is("stretched", 2), _q2_k),
     Encoding("Q3_K", 256, _is("integer", 3), _q3_k),
     Encoding("Q4_K", 256, _is("stretched", 4), _q4_k),

@@ -9,8 +9,7 @@ bit wider: `s * (q + 1/2) = s/2 * (2q + 1)`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from stableqat import ops
 from stableqat.errors import UserError
+from stableqat.export.gguf_header import Header
 from stableqat.modules import QATModule
 from stableqat.modules.tied import QuantEmbedding
 from stableqat.quantizers import STE
@@ -80,11 +80,13 @@ class PackedModel:
         dtype: Type of the parameters that are not packed.
         scale_dtype: Type of the scales.
         batch: Inputs on which the file is compared with the model.
-        template: A GGUF of upstream's converter whose metadata is kept, or None.
+        template: A GGUF of upstream's converter whose metadata is kept, as its header, or None.
         int8_activations: Whether an ONNX file has the runtime round activations to int8.
         storage_bits: Bits that compressed-tensors stores a code in; None takes the fewest.
         images: How images are resized and normalised, as timm's `pretrained_cfg`; None takes timm's own.
         classes: Names of a vision transformer's classes, by label; None if unknown.
+        tokenizer: A language model's, or None.
+        target: Whether a GGUF is for llama.cpp on a CPU or on a GPU.
     """
 
     module: QATModule
@@ -92,11 +94,13 @@ class PackedModel:
     dtype: torch.dtype
     scale_dtype: torch.dtype
     batch: dict[str, Tensor]
-    template: Path | None = None
+    template: Header | None = None
     int8_activations: bool = False
     storage_bits: int | None = None
     images: dict[str, Any] | None = None
     classes: list[str] | None = None
+    tokenizer: Any = None
+    target: Literal["cpu", "gpu"] = "cpu"
 
     @property
     def model(self) -> Any:

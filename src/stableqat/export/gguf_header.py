@@ -1,0 +1,165 @@
+"""The header of a GGUF: its metadata and where its tensors lie.
+
+gguf's own reader makes an array of each token and each merge of a vocabulary, which takes 20 s for Llama 3's,
+and believes whatever lengths a file states. This one takes a fraction of a second, and no list that it makes
+is longer than the file.
+"""
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+MAGIC, VERSIONS, ALIGNMENT = 0x46554747, (2, 3), 32
+STRING, ARRAY = 8, 9  # of the value types; the others are numbers
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value of the metadata.
+
+    Attributes:
+        value: A number, a text, or a list of either.
+        type: GGUF's number for its type.
+        inner: The type of a list's entries; None for a single value.
+    """
+
+    value: Any
+    type: int
+    inner: int | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        shape: Slowest dimension first, as torch counts.
+        type: ggml's number for its type.
+        offset: Its first byte, counted from the end of the header.
+    """
+
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF says of itself.
+
+    Attributes:
+        path: The file.
+        fields: Metadata by key.
+        tensors: Tensors by name.
+        start: First byte after the header.
+    """
+
+    path: Path
+    fields: dict[str, Field]
+    tensors: dict[str, Stored]
+    start: int
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key."""
+        return self.fields[key].value if key in self.fields else default
+
+    def bytes_of(self, name: str) -> Array:
+        """The bytes of a tensor, `(..., bytes of a row)`."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quant_shape_to_byte_shape
+
+        tensor = self.tensors[name]
+        shape = quant_shape_to_byte_shape(tensor.shape, GGMLQuantizationType(tensor.type))
+        return np.memmap(self.path, np.uint8, "r", self.start + tensor.offset, shape)
+
+
+def read(path: Path) -> Header:
+    """Read the header of a GGUF.
+
+    Raises:
+        ValueError: If it is none, is cut short, or states lengths that it cannot have.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        reader = _Reader(content)
+        if reader.number("I") != MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        if (version := reader.number("I")) not in VERSIONS:
+            raise ValueError(f"version {version} is unknown")
+        count = reader.number("Q")
+        fields = reader.named(reader.number("Q"), 13, reader.field)
+        tensors = reader.named(count, 24, reader.tensor)
+        alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"tensors aligned at {alignment} bytes are impossible")
+        return Header(path, fields, tensors, -(-reader.at // alignment) * alignment)
+
+
+class _Reader:
+    """A position in a file that only moves forward."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.at = content, 0
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        return value
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.content) - self.at:
+            raise ValueError("it is cut short, or states a length beyond its end")
+        self.at += size
+        return self.content[self.at - size : self.at]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode()
+
+    def named(self, count: int, smallest: int, one: Callable[[], Any]) -> dict[str, Any]:
+        self.check(count, smallest)
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            if (name := self.text()) in found:
+                raise ValueError(f"{name} is there twice")
+            found[name] = one()
+        return found
+
+    def check(self, count: int, smallest: int) -> None:
+        """A list of so many entries of at least so many bytes must fit what is left."""
+        if count * smallest > len(self.content) - self.at:
+            raise ValueError("it is cut short, or states a length beyond its end")
+
+    def field(self) -> Field:
+        kind = self.number("I")
+        if kind == STRING:
+            return Field(self.text(), kind)
+        if kind != ARRAY:
+            return Field(self.number(self.code(kind)), kind)
+        inner, count = self.number("I"), self.number("Q")
+        if inner == STRING:
+            self.check(count, 8)
+            return Field([self.text() for _ in range(count)], kind, inner)
+        if inner == ARRAY:
+            raise ValueError("it has lists of lists, which no model needs")
+        code = self.code(inner)
+        self.check(count, struct.calcsize(code))
+        return Field(
+            list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(code)))), kind, inner
+        )
+
+    def code(self, kind: int) -> str:
+        if kind not in NUMBERS:
+            raise ValueError(f"values of type {kind} are unknown")
+        return NUMBERS[kind]
+
+    def tensor(self) -> Stored:
+        dimensions = self.number("I")
+        self.check(dimensions, 8)
+        shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions))
+        return Stored(shape[::-1], self.number("I"), self.number("Q"))

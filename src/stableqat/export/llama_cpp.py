@@ -1,0 +1,199 @@
+"""What llama.cpp computes of a Llama or Qwen3 model, and which models it therefore runs as they were trained.
+
+Shapes, the norms' epsilon and the rotary embedding come from a file's metadata. Everything else belongs to
+its code for an architecture: the activation, the mask of the attention, which layers have biases. A value of
+a configuration that is in neither would be ignored without a word, so it is refused here.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableqat.errors import UserError
+from stableqat.export import ggml
+from stableqat.export.gguf_header import Header
+
+ROPE_FACTORS = "rope_freqs.weight"  # each frequency is divided by its own, in Llama only
+_READ = {  # metadata by key, and the key of the configuration
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_TENSORS = ("tie_word_embeddings", "mlp_bias")  # a tensor that is there is used
+_TRAINING = ("initializer_range", "attention_dropout", "pretraining_tp", "use_cache")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_LAYERS = ("use_sliding_window", "sliding_window", "max_window_layers")  # what layer_types comes from
+_INERT = {*_READ.values(), *_TENSORS, *_TRAINING, *_TOKENS, *_LAYERS, "rope_parameters"}
+_ELSEWHERE = "take compressed-tensors, or hf"
+
+
+def check(model: Any) -> None:
+    """Refuse a model that llama.cpp would compute otherwise.
+
+    Args:
+        model: Llama or Qwen3 of transformers.
+
+    Raises:
+        UserError: Naming the key of its configuration.
+    """
+    from transformers import PreTrainedConfig
+
+    config = model.config
+    general = PreTrainedConfig().to_dict()
+    usual = {key: value for key, value in type(config)().to_dict().items() if key not in general}
+    usual |= {"is_causal": True}  # which transformers looks for in any configuration
+    for key in usual.keys() - _INERT:
+        value = getattr(config, key, usual[key])
+        if not _honoured(config.model_type, key, value, usual[key]):
+            own, theirs = value, usual[key]
+            if key == "layer_types":
+                own, theirs = f"sliding_attention ({config.sliding_window} tokens)", "full_attention alone"
+            raise UserError(
+                f"gguf: {key}: llama.cpp computes {config.model_type} with {theirs}, this model has {own}; "
+                f"{_ELSEWHERE}"
+            )
+    if not same_rope(model, *rope(model)):
+        raise UserError(
+            f"gguf: rope_parameters: llama.cpp rotates heads in another way than {config.rope_parameters}; "
+            f"{_ELSEWHERE}"
+        )
+
+
+def _honoured(family: str, key: str, value: Any, usual: Any) -> bool:
+    if key == "hidden_act":
+        return value in ("silu", "swish")
+    if key == "layer_types":
+        return set(value or ()) <= {"full_attention"}
+    if key == "attention_bias" and family == "llama":
+        return True
+    return value == usual
+
+
+def metadata(config: Any) -> dict[str, Any]:
+    """Shapes and epsilon by key, without the name of the architecture in front."""
+    return {key: getattr(config, name) for key, name in _READ.items()}
+
+
+def rope(model: Any) -> tuple[dict[str, Any], Tensor | None]:
+    """Metadata of the rotary embedding, and factors of its frequencies where those are needed.
+
+    Raises:
+        UserError: If llama.cpp knows no such rotary embedding.
+    """
+    config, rotary = model.config, model.model.rotary_emb
+    parameters = config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    found: dict[str, Any] = {"rope.freq_base": float(parameters["rope_theta"])}
+    if kind == "default":
+        return found, None
+    if kind in ("linear", "yarn"):
+        factor = float(parameters["factor"])
+        found |= {"rope.scaling.type": kind, "rope.scaling.factor": factor}
+        if kind == "yarn":
+            found["rope.scaling.original_context_length"] = parameters["original_max_position_embeddings"]
+            found["rope.scaling.attn_factor"] = rotary.attention_scaling / _magnitude(factor)
+        return found, None
+    if kind == "llama3" and config.model_type == "llama":
+        plain, _ = frequencies(found, None, config.head_dim)
+        return found, plain / rotary.inv_freq.float().cpu()
+    raise UserError(
+        f"gguf: rope_parameters.rope_type: llama.cpp has no {kind} rotary embedding for {config.model_type}; "
+        f"{_ELSEWHERE}"
+    )
+
+
+def frequencies(metadata: dict[str, Any], factors: Tensor | None, size: int) -> tuple[Tensor, float]:
+    """What llama.cpp multiplies positions with, and the magnitude of the rotated queries and keys.
+
+    Args:
+        metadata: Keys of the rotary embedding.
+        factors: Of the frequencies.
+        size: Of a head.
+
+    Returns:
+        Angles a position, `(size / 2,)`, and the magnitude.
+    """
+    base = float(metadata.get("rope.freq_base", 10_000.0))
+    plain = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if factors is not None:
+        plain = plain / factors
+    kind = metadata.get("rope.scaling.type", "linear")
+    factor = float(metadata.get("rope.scaling.factor", 0.0)) or 1.0
+    magnitude = float(metadata.get("rope.scaling.attn_factor", 1.0))
+    if kind == "none":
+        return plain, magnitude
+    if kind != "yarn":
+        return plain / factor, magnitude
+    # fast pairs keep their frequency, slow ones are divided, those between are mixed
+    context = float(metadata.get("rope.scaling.original_context_length", metadata.get("context_length", 0)))
+    turns = [size * math.log(context / (n * 2 * math.pi)) / (2 * math.log(base)) for n in (32, 1)]
+    low, high = max(0, math.floor(turns[0])), min(size - 1, math.ceil(turns[1]))
+    slow = ((torch.arange(size // 2) - low) / max(0.001, high - low)).clamp(0, 1)
+    return plain * (1 - slow) + plain / factor * slow, magnitude * _magnitude(factor)
+
+
+def _magnitude(factor: float) -> float:
+    """YaRN's own, of a context stretched by a factor."""
+    return 1 + 0.1 * math.log(factor)
+
+
+def factors(file: Header) -> Tensor | None:
+    """Those of a file's frequencies."""
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    return torch.from_numpy(ggml.dequantize(file.bytes_of(ROPE_FACTORS), file.tensors[ROPE_FACTORS].type))
+
+
+def same_rope(model: Any, metadata: dict[str, Any], factors: Tensor | None) -> bool:
+    """Whether llama.cpp would rotate a model's heads as it does itself."""
+    if metadata.get("rope.scaling.type", "linear") not in ("none", "linear", "yarn"):
+        return False
+    rotary = model.model.rotary_emb
+    own, (theirs, magnitude) = (
+        rotary.inv_freq.float().cpu(),
+        frequencies(metadata, factors, model.config.head_dim),
+    )
+    return (
+        own.shape == theirs.shape
+        and torch.allclose(own, theirs, rtol=1e-4, atol=0)
+        and math.isclose(rotary.attention_scaling, magnitude, rel_tol=1e-4)
+    )
+
+
+def load(file: Header, state: dict[str, Tensor]) -> Any:
+    """The model of transformers that llama.cpp makes of a file.
+
+    Args:
+        file: Its header, from which all settings come; what is not in it has its architecture's default.
+        state: Its tensors, by the names of transformers.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = file.get("general.architecture")
+    found = {key.removeprefix(f"{family}."): field.value for key, field in file.fields.items()}
+    settings = {name: found[key] for key, name in _READ.items()}
+    settings["tie_word_embeddings"] = "output.weight" not in file.tensors
+    settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if family == "llama":
+        settings["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    if settings["tie_word_embeddings"]:
+        state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+    model.load_state_dict(state, assign=True)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq, rotary.attention_scaling = frequencies(found, factors(file), settings["head_dim"])
+    return model.eval()
