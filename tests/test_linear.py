@@ -184,6 +184,38 @@ def test_surgery_hands_recompute_to_every_layer():
     assert [layer.recompute for layer in net] == [True, True]
 
 
+@pytest.mark.parametrize("shape", [(64,), (6, 64), (2, 3, 64), (2, 3, 5, 64)], ids=len)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_what_follows_may_work_in_place(bias, shape):
+    layer, x = make(bias=bias, sizes=(64, 10)), inputs(*shape)
+    function = nn.Sequential(layer, nn.ReLU(inplace=True))
+    written = nn.Sequential(layer, nn.ReLU())
+    agree(measure(layer, x, function), measure(layer, x, written))
+    with torch.no_grad():
+        view = layer(x).unsqueeze(0)
+        view += 1  # also of what was made without gradients
+
+
+ORDERS = {
+    "rows": lambda width: torch.randn(7, 2, width).transpose(0, 1),
+    "windows": lambda width: torch.randn(2, 6, 6, width).reshape(2, 2, 3, 2, 3, width).transpose(2, 3),
+    "channels first": lambda width: torch.randn(2, width, 7, 7).permute(0, 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["learns", "frozen"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_in_any_order_are_multiplied_as_a_plain_layer_does(order, bias, learns):
+    for width in (64, 128, 256, 512):
+        layer = make(bias=bias, sizes=(width, 96)).requires_grad_(learns)
+        plain = copy.deepcopy(layer).to_linear()
+        x = ORDERS[order](width).to(DEVICE)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                agree([layer(x).detach()], [plain(x).detach()])
+
+
 # -- blocks fake-quantized together -------------------------------------------------------------
 
 

@@ -9,22 +9,23 @@ of this suite are built from the same pieces.
 import difflib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
 from stableqat import quantizers
+from stableqat.calls import check_calls, forget_calls
 from stableqat.errors import UserError
+from stableqat.linears import HEADS
 from stableqat.quantizers import Quantizer, QuantizerFactory
-from stableqat.surgery import QuantLinear, matches, quantize_linears, quantized_layers
+from stableqat.surgery import QuantLinear, matches, put_back, quantize_linears, quantized_layers
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-HEADS = ("lm_head", "head", "head_dist", "classifier", "score")  # as transformers and timm name them
 _CONVERTED = "_stableqat_converted"
 GRIDS = "stableqat"  # key of a transformers config under which `convert` leaves the grids of the layers
 
@@ -32,13 +33,16 @@ GRIDS = "stableqat"  # key of a transformers config under which `convert` leaves
 def prepare(
     model: Model,
     quantizer: str | QuantizerFactory = "stableqat",
-    skip: Sequence[str] = HEADS,
+    skip: str | Sequence[str] = HEADS,
+    *,
+    example_inputs: Any = None,
     **options: Any,
 ) -> Model:
     """Make a model train for low bits: its linear layers are swapped for quantized ones, in place.
 
     Weights and biases stay the same Parameters; each quantized layer gains a `weight_quantizer` with a
-    learned `scale`, set from the weight. Make the optimizer afterwards, from `parameter_groups`.
+    learned `scale`, set from the weight. Make the optimizer afterwards, from `parameter_groups`. Where the
+    model multiplies with a layer's weight itself, it is given the fake-quantized one.
 
     Args:
         model: Any module, its weights loaded, in float32. To go on from a checkpoint of a prepared model,
@@ -46,20 +50,40 @@ def prepare(
         quantizer: A method by name (ste, dsq, paretoq, stableqat), or what makes the quantizer of a weight:
             a class of `stableqat.quantizers`, or a `functools.partial` of one.
         skip: Linear layers that stay as they are: shell patterns, each for a full name or a part between
-            dots. Heads by default; embeddings and convolutions are never touched.
+            dots, or one such pattern. Heads by default; embeddings and convolutions are never touched.
+        example_inputs: What the model's forward takes: a tensor, a tuple of positional or a dictionary of
+            named inputs. A trial forward shows which weights are used in another way than by calling their
+            layers. None takes what a model of transformers or timm tells of its inputs, or waits for the
+            first forward. Give them before you compile a model of another kind.
         options: Options of the quantizer: `bits=2`, `group_size=128`, `grid="stretched"`.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: If the method or an option is unknown, nothing is left to quantize, or a weight that
-            would be quantized is used by another module as well. The model is then as it was.
+        UserError: If the method or an option is unknown, nothing is left to quantize, the model is prepared
+            otherwise already, or a weight that would be quantized is used by another module as well, or in a
+            way that would go on with its latent values. The model is then as it was.
     """
+    skip = [skip] if isinstance(skip, str) else skip
     factory = _factory(quantizer)
     _check_options(factory, options)
     _check(model, skip)
-    quantize_linears(model, partial(factory, **options) if options else factory, skip, tied=False)
+    factory = partial(factory, **options) if options else factory
+    refuse_another(model, factory, skip)
+    linears = {
+        n: m
+        for n, m in model.named_modules(remove_duplicate=False)
+        if type(m) is not QuantLinear and isinstance(m, nn.Linear)
+    }
+    report = quantize_linears(model, factory, skip, tied=False)
+    try:
+        report.check()
+        if report.swapped:
+            check_calls(model, _example(example_inputs))
+    except UserError:
+        put_back(model, {name: linears[name] for name in report.swapped})
+        raise
     layers = quantized_layers(model).values()
     if half := next((x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4), None):
         logger.warning(
@@ -90,6 +114,7 @@ def convert(model: Model) -> Model:
     if not layers:
         raise UserError("the model has no quantized layer to convert; prepare it first")
     _record_grids(model)
+    forget_calls(model)
     plain = {layer: layer.to_linear() for layer in dict.fromkeys(layer for _, layer in layers)}
     for name, layer in layers:
         model.set_submodule(name, plain[layer])
@@ -143,6 +168,28 @@ def parameter_groups(
         if lr is not None:
             group["lr"] = lr * (scale_lr_multiplier if group["name"] == "scales" else 1.0)
     return made
+
+
+def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if inputs is None:
+        return None
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def refuse_another(model: nn.Module, factory: QuantizerFactory, skip: Sequence[str]) -> None:
+    """Refuse to keep a layer that is quantized in another way than the one that is asked for."""
+    for name, layer in quantized_layers(model).items():
+        if any(matches(name, pattern) for pattern in skip):
+            continue
+        asked, own = factory(layer.latent.to("meta")).describe(), layer.weight_quantizer.describe()
+        if asked != own:
+            key = next(key for key in {**asked, **own} if asked.get(key) != own.get(key))
+            raise UserError(
+                f"layer {name}: quantized already, with {key} {own.get(key)} instead of {asked.get(key)}; "
+                "prepare the model as it was loaded, or add the layer to skip"
+            )
 
 
 def _factory(quantizer: str | QuantizerFactory) -> QuantizerFactory:

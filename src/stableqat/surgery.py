@@ -2,15 +2,14 @@
 
 `QuantLinear` computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the very
 Parameters of the layer it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds
-keys of its own beside, and hooks of forward and backward stay. Only `type(m) is nn.Linear` is swapped: a
-subclass computes something that is not ours to replace. Running the surgery twice changes nothing. While
-weights stay as they are, in evaluation or between the micro-steps of an accumulated gradient, `hold_weights`
-keeps what they become.
+keys of its own beside, and hooks of forward and backward stay. What is swapped computes what `nn.Linear`
+does: a subclass with a computation of its own is not ours to replace. Running the surgery twice changes
+nothing. While weights stay as they are, in evaluation or between the micro-steps of an accumulated gradient,
+`hold_weights` keeps what they become.
 """
 
 import logging
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stableqat import ops
 from stableqat.errors import UserError
+from stableqat.linears import SurgeryReport, computed_from, is_plain
 from stableqat.quantizers import Quantizer, QuantizerFactory
 
 logger = logging.getLogger(__name__)
@@ -100,17 +100,27 @@ class QuantLinear(nn.Linear):
         if (value := self._value_of_group()) is not None:
             return F.linear(input, value, self.bias)
         return self.weight_quantizer.linear(
-            input, self.weight, self.bias, recompute=self.recompute, value=self.held_value()
+            input, self.latent, self.bias, recompute=self.recompute, value=self.held_value()
         )
+
+    def value(self) -> Tensor:
+        """The fake-quantized weight, for whatever multiplies with it without calling the layer."""
+        if (value := self._value_of_group()) is not None:
+            return value
+        if not self.weight_quantizer.fuses:
+            return self.weight_quantizer(self.latent)
+        return self.weight_quantizer.many([self.bundle()], [self.held_value()])[0]
 
     def bundle(self) -> ops.Weight:
         """The weight with its quantizer's parameters."""
         # called for every layer in every step: without the module's search for attributes
         quantizer = cast(Quantizer, self._modules["weight_quantizer"])
-        return quantizer.bundle(self._latent())
+        return quantizer.bundle(self.latent)
 
-    def _latent(self) -> Tensor:
-        weight = self._parameters.get("weight")  # not there if it is parametrized
+    @property
+    def latent(self) -> Tensor:
+        """The latent weight, also while a module that reads `weight` is shown the fake-quantized one."""
+        weight = self._parameters.get("weight")  # not there if it is parametrized, or a replica's
         return self.weight if weight is None else weight
 
     def _value_of_group(self) -> Tensor | None:
@@ -119,7 +129,7 @@ class QuantLinear(nn.Linear):
             return None
         value = group.values[self._place]
         # a region inside the block may have switched autocast or gradients
-        usable = value.dtype == ops.compute_dtype(self._latent())
+        usable = value.dtype == ops.compute_dtype(self.latent)
         usable = usable and (value.requires_grad or not torch.is_grad_enabled())
         if usable and not torch.compiler.is_compiling():
             # inside a checkpoint that the block has not entered, the recomputation would not find it again
@@ -129,7 +139,7 @@ class QuantLinear(nn.Linear):
     @property
     def implementation(self) -> str:
         """What fake-quantizes the weight where it is now: triton or torch."""
-        return self.weight_quantizer.implementation(self.weight)
+        return self.weight_quantizer.implementation(self.latent)
 
     @torch.inference_mode(False)  # so that training may use it, too
     @torch.no_grad()
@@ -140,7 +150,7 @@ class QuantLinear(nn.Linear):
         which may be stochastic, is not held.
         """
         if self.weight_quantizer.fuses and self.held_value() is None:
-            self._held = self.weight_quantizer(self.weight), self._versions()
+            self._held = self.weight_quantizer(self.latent), self._versions()
 
     def release(self) -> None:
         """Forget what `hold` kept."""
@@ -163,7 +173,7 @@ class QuantLinear(nn.Linear):
         return None
 
     def _versions(self) -> list[tuple[Tensor, int]]:
-        parameters = (self.weight, *self.weight_quantizer.parameters())
+        parameters = (self.latent, *self.weight_quantizer.parameters())
         return [(p, 0 if p.is_inference() else p._version) for p in parameters]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
@@ -234,26 +244,6 @@ class _Group:
         return rows <= FEW_ROWS or elements >= self.elements
 
 
-@dataclass
-class SurgeryReport:
-    """What `quantize_linears` did.
-
-    Attributes:
-        swapped: Names of the layers that are quantized now.
-        skipped: Names of linear layers left alone, each with the reason.
-        unmatched: Skip patterns that matched no linear layer.
-    """
-
-    swapped: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    unmatched: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        reasons = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
-        quantized, left = len(self.swapped), len(self.skipped)
-        return f"{quantized} linear layers quantized, {left} left alone: {reasons or 'none'}"
-
-
 def quantize_linears(
     model: nn.Module,
     quantizer: QuantizerFactory,
@@ -279,8 +269,9 @@ def quantize_linears(
         Which layers were swapped, which were not, and why.
 
     Raises:
-        UserError: With the layer's name, if a quantizer refuses its weight, or another module uses the weight
-            as well; if `model` is itself a layer. The model is then as it was.
+        UserError: With the layer's name, if a quantizer refuses its weight, another module uses the weight
+            as well, or something computes it in every forward; if `model` is itself a layer. The model is
+            then as it was.
     """
     if isinstance(model, nn.Linear):
         raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
@@ -294,10 +285,15 @@ def quantize_linears(
         used_patterns.update(matching)
         if isinstance(module, QuantLinear):
             report.skipped[name] = "quantized already"
-        elif type(module) is not nn.Linear:
-            report.skipped[name] = f"a {type(module).__name__}, not a plain Linear"
         elif matching:
             report.skipped[name] = f"skip: {matching[0]}"
+        elif (made_of := computed_from(module)) is not None:
+            raise UserError(
+                f"layer {name}: its weight is computed from {made_of} in every forward (pruning, weight or "
+                f"spectral norm); make it permanent first, or add {name.split('.')[-1]} to skip"
+            )
+        elif not is_plain(module):
+            report.skipped[name] = f"a {type(module).__name__}, not a plain Linear"
         else:
             chosen[name] = module
     _refuse_shared(model, chosen, tied)
@@ -315,8 +311,25 @@ def quantize_linears(
     report.swapped = list(chosen)
     _group(model, list(replacements.values()))
     report.unmatched = [p for p in skip if p not in used_patterns]
+    _leave_fast_path(model)
+    report.count(model, {layer.latent for layer in quantized_layers(model).values()})
     logger.info("%s", report)
     return report
+
+
+def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Undo a surgery.
+
+    Args:
+        model: The model.
+        linears: The layers that were there before, by name.
+    """
+    for name, linear in linears.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantLinear):
+            if layer._group is not None:
+                layer._group.dissolve()
+            model.set_submodule(name, linear)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -387,6 +400,15 @@ def _refuse_shared(model: nn.Module, layers: dict[str, nn.Linear], tied: bool) -
                 f"layer {name}: {other} has the same weight and would go on with its latent values; add "
                 f"{name.split('.')[-1]} to skip"
             )
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Torch's fused encoder reads weights without calling their layers: let its own conditions fail."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and quantized_layers(
+            module
+        ):
+            vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)
 
 
 def _keep_hooks(old: nn.Module, new: nn.Module) -> None:

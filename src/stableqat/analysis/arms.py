@@ -378,7 +378,11 @@ def _name(run: Run) -> str:
 
 
 def _shared(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.hparams.items() if key not in ("lr", "seed", "subcommand")}
+    return {
+        key: value
+        for key, value in run.hparams.items()
+        if key not in ("lr", "seed", "subcommand", "quantized_share")
+    }
 
 
 def _key(run: Run) -> tuple[Any, ...]:

@@ -29,9 +29,13 @@ class PrepareQAT(L.Callback):
     """
 
     def __init__(
-        self, quantizer: str | QuantizerFactory = "stableqat", skip: Sequence[str] = HEADS, **options: Any
+        self,
+        quantizer: str | QuantizerFactory = "stableqat",
+        skip: str | Sequence[str] = HEADS,
+        **options: Any,
     ) -> None:
-        self.quantizer, self.skip, self.options = quantizer, skip, options
+        self.quantizer, self.options = quantizer, options
+        self.skip = [skip] if isinstance(skip, str) else skip
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have the module prepared as soon as it is built; one that is prepared stays as it is.

@@ -31,18 +31,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 
+from stableqat.calls import Calls, check_calls, show_weights
 from stableqat.errors import UserError
+from stableqat.linears import SurgeryReport
 from stableqat.modules.start import load_start
 from stableqat.qat import parameter_groups
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.base import local
-from stableqat.surgery import (
-    SurgeryReport,
-    hold_weights,
-    quantize_linears,
-    quantized_layers,
-    release_weights,
-)
+from stableqat.surgery import hold_weights, quantize_linears, quantized_layers, release_weights
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +105,7 @@ class QATModule(L.LightningModule, ABC):
         self.activation_checkpointing = activation_checkpointing
         self.model: nn.Module | None = None
         self.surgery: SurgeryReport | None = None
+        self.calls: Calls | None = None  # how the architecture uses its quantized layers
 
     # -- architecture ---------------------------------------------------------------------------
 
@@ -161,7 +158,7 @@ class QATModule(L.LightningModule, ABC):
             self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
 
     def check_architecture(self) -> None:
-        """Build and swap on the meta device: a setting that cannot work fails here, in no time."""
+        """Build, swap and try on the meta device: a setting that cannot work fails here, in no time."""
         with torch.device("meta"):
             model = self.build_model()
         if self.quantizer is not None:
@@ -175,6 +172,7 @@ class QATModule(L.LightningModule, ABC):
             usual = inspect.signature(type(self)).parameters["skip"].default
             if lost := [pattern for pattern in report.unmatched if pattern not in usual]:
                 raise UserError(f"skip: {lost[0]} matches no linear layer; correct it or leave it out")
+            self.calls = check_calls(model)
 
     def setup(self, stage: str) -> None:
         """Make the checks that the command line makes before data is prepared."""
@@ -215,6 +213,11 @@ class QATModule(L.LightningModule, ABC):
             self.surgery = quantize_linears(
                 model, self.quantizer, self.skip, initialize=not follows, recompute=recompute
             )
+            self.surgery.check()
+            if self.calls is None:  # not on the meta device
+                check_calls(model)
+            else:
+                show_weights(model, self.calls)
         self.adapt(model)
         if self.activation_checkpointing:
             _checkpoint(self.blocks(model))
@@ -382,7 +385,8 @@ class QATModule(L.LightningModule, ABC):
             "scale_lr_multiplier": self.scale_lr_multiplier,
             "weight_lr_multiplier": self.weight_lr_multiplier,
         }
-        return {**method, **multipliers, "seed": self.seed}
+        share = {"quantized_share": round(self.surgery.quantized_share, 4)} if self.surgery else {}
+        return {**method, **share, **multipliers, "seed": self.seed}
 
     def log_training_loss(self, loss: Tensor) -> None:
         """Log `train/loss` and show it in the progress bar."""

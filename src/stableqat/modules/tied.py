@@ -62,9 +62,4 @@ def quantize_tied_embedding(model: Any) -> None:
 
 def effective_weight(layer: nn.Linear) -> Tensor:
     """The weight that a linear layer multiplies with: fake-quantized where the layer is."""
-    if not isinstance(layer, QuantLinear):
-        return layer.weight
-    quantizer = layer.weight_quantizer
-    if not quantizer.fuses:
-        return quantizer(layer.weight)
-    return quantizer.many([layer.bundle()], [layer.held_value()])[0]
+    return layer.value() if isinstance(layer, QuantLinear) else layer.weight

@@ -213,7 +213,7 @@ class _FakeQuantizeLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         if bias is not None and bias.dtype != spec.dtype:
             bias = bias.to(spec.dtype)
-        return F.linear(input, value, bias)
+        return _product(input, value, bias, folds=tensors[0].requires_grad)  # type: ignore[union-attr]
 
     @staticmethod
     @once_differentiable
@@ -235,6 +235,29 @@ class _FakeQuantizeLinear(torch.autograd.Function):
         if for_bias:
             by_bias = rows.sum(0).to(ctx.bias_dtype)
         return None, None, by_input, by_bias, None, by_weight, by_scale, None, None, by_param
+
+
+def _product(input: Tensor, value: Tensor, bias: Tensor | None, *, folds: bool) -> Tensor:
+    """`F.linear`, bit for bit that of a plain layer, but no view, which nothing may change in place here.
+
+    Args:
+        input: `(..., in)`.
+        value: `(out, in)`.
+        bias: `(out,)` or None.
+        folds: What a weight that learns makes `F.linear` do: rows that do not lie one behind the other
+            become one matrix. The values here do not tell.
+    """
+    if input.ndim == 2:
+        return F.linear(input, value, bias)
+    shape = (*input.shape[:-1], value.shape[0])
+    if input.is_contiguous():
+        if bias is None:
+            return F.linear(input, value)
+        return torch.ops.aten._unsafe_view(F.linear(input.reshape(-1, input.shape[-1]), value, bias), shape)
+    if not folds:
+        return F.linear(input, value, bias)
+    output = input.reshape(-1, input.shape[-1]).mm(value.t())
+    return torch.ops.aten._unsafe_view(output if bias is None else output.add_(bias), shape)
 
 
 def _by_weight(tensors: Sequence[Any]) -> list[Weight]:
