@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
+import resource
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from raw import full_disk
 from sample_documents import document
 
 from stableqat.data import ImageDataModule, TextDataModule, source
 from stableqat.data.source import TEXT_FORMATS, _zst_is_whole
+from stableqat.data.tokenize import tokenize
 from stableqat.errors import UserError
 
 
@@ -202,6 +206,56 @@ CONTENTS = {
         '{"text": 1}\n{"text": "a"}\n',
         r"column text of .* holds not only strings",
     ),
+    "only nulls": ("a.jsonl", '{"text": null}\n' * 9, r"column text of .* is empty: give documents"),
+    "empty documents": ("a.jsonl", '{"text": ""}\n' * 9, r"column text of .* is empty: give documents"),
+    "blank lines": ("a.jsonl", "\n" * 9, r"can't be read as json: it holds no rows"),
+    "empty mappings": ("a.jsonl", "{}\n" * 9, r"can't be read as json: it holds no rows"),
+    "nested without end": (
+        "a.jsonl",
+        lines((3, '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")),
+        r"a.jsonl nests more than 200 levels deep",
+    ),
+    "nested over lines": ("a.json", "[\n" * 30_000 + "]\n" * 30_000, r"a.json nests more than 200 levels"),
+    "nested in zst": (
+        "a.jsonl.zst",
+        zst('{"text": ' + '{"a": ' * 50_000 + "1" + "}" * 50_001),
+        r"a.jsonl.zst nests more than 200 levels",
+    ),
+    "nested deeply": (
+        "a.jsonl",
+        '{"text": ' + "[" * 190 + "]" * 190 + "}",
+        r"can't be read as json: Recursion",
+    ),
+    "half of a surrogate pair": (
+        "a.jsonl",
+        lines((5, r'{"text": "a\ud800b", "id": 5}')),
+        r"a.jsonl line 5 holds half of a surrogate pair",
+    ),
+    "half of a pair in bytes": (
+        "a.jsonl",
+        lines((5, '{"text": "a\ud800b", "id": 5}')).encode("utf-8", "surrogatepass"),
+        r"a.jsonl line 5 is not UTF-8 at byte 11",
+    ),
+    "messages": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "hi"}], "id": "x"}\n' * 9,
+        r"holds chats \(in messages\), which are not supported yet: .* \(columns of text: id\)",
+    ),
+    "conversations": (
+        "a.jsonl",
+        '{"conversations": [{"from": "human", "value": "hi"}]}\n' * 9,
+        r"holds chats \(in conversations\), which are not supported yet: .* \(columns of text: none\)",
+    ),
+    "prompt and completion": (
+        "a.jsonl",
+        '{"prompt": "a", "completion": "b"}\n' * 9,
+        r"holds pairs \(in prompt and completion\), which are not .* \(columns of text: prompt, completion\)",
+    ),
+    "instruction and output": (
+        "a.jsonl",
+        '{"instruction": "a", "input": "", "output": "b"}\n' * 9,
+        r"holds pairs \(in instruction and output\), which are not supported yet",
+    ),
     "one document": ("a.txt", document(1), r"a.txt is a single document"),
     "too little": (
         "a.jsonl",
@@ -218,6 +272,124 @@ def test_contents(tmp_path, case):
     with pytest.raises(UserError, match=says) as caught:
         data.setup()
     assert "\n" not in str(caught.value)
+
+
+def test_a_chat_is_told_whatever_the_column_and_the_verb(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"messages": [{"role": "user", "content": "hi"}], "id": "x"}\n' * 9)
+    for column in ("text", "messages"):
+        data = TextDataModule(path, text_column=column, cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported yet"):
+            data.setup()
+        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported yet"):
+            tokenize(
+                input=path, tokenizer="train:300", block_size=8, out=str(tmp_path / "out"), text_column=column
+            )
+    # who names the column of text trains on it
+    path = write(
+        tmp_path,
+        "b.jsonl",
+        "".join(json.dumps({"prompt": document(n), "answer": "b"}) + "\n" for n in range(40)),
+    )
+    TextDataModule(
+        path, text_column="prompt", vocab_size=300, block_size=8, cache_dir=str(tmp_path / "cache")
+    ).setup()
+
+
+def test_deep_nesting_is_told_by_the_verbs_that_parse_lines(tmp_path):
+    path = write(tmp_path, "a.jsonl", lines((3, '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")))
+    with pytest.raises(UserError, match=r"a.jsonl line 3 is not valid JSON: maximum recursion depth"):
+        tokenize(input=path, tokenizer="train:300", block_size=8, out=str(tmp_path / "out"))
+
+
+def test_brackets_in_text_are_no_nesting(tmp_path):
+    texts = [document(n) + "[" * 300 + '\\"{' * 300 + "\\\\" for n in range(40)]
+    path = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    TextDataModule(path, vocab_size=300, block_size=8, cache_dir=str(tmp_path / "cache")).setup()
+
+
+@pytest.mark.parametrize("kind", ["large_string", "dictionary", "string_view"])
+def test_every_kind_of_text_column_is_read(tmp_path, kind):
+    texts = pyarrow.array([document(n) for n in range(40)])
+    column = texts.dictionary_encode() if kind == "dictionary" else texts.cast(getattr(pyarrow, kind)())
+    data = TextDataModule(
+        parquet(tmp_path, {"text": column}), vocab_size=300, block_size=8, cache_dir=str(tmp_path / "cache")
+    )
+    data.setup()
+    assert len(data.splits["train"])
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (pyarrow.nulls(9), r"column text of .* is empty: give documents"),
+        (pyarrow.array([None] * 9, pyarrow.string()), r"column text of .* is empty: give documents"),
+        (pyarrow.array([], pyarrow.string()), r"a.parquet holds no rows: give more, or remove it"),
+        ([["a"]] * 9, r"column text of .* holds not only strings: it has no column of text"),
+        ([b"a"] * 9, r"column text of .* holds not only strings"),
+    ],
+)
+def test_parquet_without_text(tmp_path, column, says):
+    data = TextDataModule(parquet(tmp_path, {"text": column}), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=says):
+        data.setup()
+
+
+def test_a_link_to_nothing_is_told(tmp_path):
+    write(tmp_path, "set/train-0.jsonl", lines())
+    (tmp_path / "set/train-1.jsonl").symlink_to("moved.jsonl")
+    with pytest.raises(UserError, match=r"set/train-1.jsonl is a link to nothing: repair or remove it"):
+        TextDataModule(str(tmp_path / "set"))
+
+
+def test_folders_that_link_to_themselves_are_read_once(tmp_path):
+    write(tmp_path, "set/a.jsonl", lines())
+    (tmp_path / "set/loop").symlink_to(".")
+    data = TextDataModule(
+        str(tmp_path / "set"), vocab_size=300, block_size=8, cache_dir=str(tmp_path / "cache")
+    )
+    assert len(data._documents[str(tmp_path / "set")].splits["train"]) == 40
+
+
+def text_module(folder, cache):
+    return TextDataModule(write(folder, "a.jsonl", lines()), vocab_size=300, block_size=8, cache_dir=cache)
+
+
+def image_module(folder, cache):
+    return ImageDataModule(images(folder, label=[0] * 10), cache_dir=cache)
+
+
+@pytest.mark.parametrize("module", [text_module, image_module])
+@pytest.mark.parametrize(
+    ("cache", "why"),
+    [
+        ("{here}/file", "File exists"),
+        ("{here}/file/below", "Not a directory"),
+        ("/proc/none", "No such file or directory"),
+        ("{here}/" + "a" * 300, "File name too long"),
+        ("full", "File too large"),
+    ],
+)
+def test_a_cache_that_cannot_be_written(tmp_path, module, cache, why):
+    write(tmp_path, "file", "mine")
+    cache = str(tmp_path / "cache") if cache == "full" else cache.format(here=tmp_path)
+    data = module(tmp_path, cache)
+    says = rf"the cache folder {re.escape(cache)} can't be written \({why}\): make room there, or set data\."
+    with (
+        full_disk(0 if why == "File too large" else resource.RLIM_INFINITY),
+        pytest.raises(UserError, match=says),
+    ):
+        data.prepare_data()
+
+
+def test_a_cache_of_the_environment_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("STABLEQAT_CACHE", write(tmp_path, "file", "mine"))
+    with pytest.raises(
+        UserError, match=r"file can't be written .*, or set \$STABLEQAT_CACHE to another folder"
+    ):
+        TextDataModule().prepare_data()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/proc/none"))
+    with pytest.raises(UserError, match=r"cache folder /proc/none \(below \$HF_HOME\) can't be written"):
+        text_module(tmp_path, None).prepare_data()
 
 
 def test_the_broken_file_of_a_folder_is_named(tmp_path):
@@ -295,6 +467,13 @@ def images(folder, **columns):
         ),
         ({"label": [0.5] * 10}, {}, r"column label of .* holds no classes"),
         ({"label": [-1] * 10}, {}, r"column label of .* holds no classes"),
+        ({"label": [[0]] * 10}, {}, r"column label of .* holds no classes"),
+        ({"label": [{"a": 0}] * 10}, {}, r"column label of .* holds no classes"),
+        ({"label": [None] * 10}, {}, r"column label of .* holds no classes"),
+        ({"label": [0, None] * 5}, {}, r"column label of .* holds no classes"),
+        ({"label": ["a", None] * 5}, {}, r"column label of .* holds no classes"),
+        ({"label": [0, 10**9] * 5}, {}, r"column label of .* has label 1000000000, more than there can be"),
+        ({"label": [0, 2**62] * 5}, {}, r"column label of .* has label 4611686018427387904, more than there"),
         (
             {"label": [0] * 10},
             {"validation_fraction": 0.01},

@@ -406,6 +406,13 @@ class TestMistakes:
         with pytest.raises(UserError, match=r"column text of train.parquet holds not only strings"):
             make(tmp_path / "raw", tmp_path / "out", tokenizer)
 
+    def test_a_corrected_command_begins_anew(self, tmp_path, tokenizer):
+        raw = write(tmp_path / "raw", train=[document(n) for n in range(200)])
+        with pytest.raises(UserError, match="has no column body"):
+            make(raw, tmp_path / "out", tokenizer, text_column="body")
+        assert not (tmp_path / "out.part").exists()
+        make(raw, tmp_path / "out", tokenizer, text_column="text")
+
     def test_a_flipped_bit_in_a_sample_is_found(self, tmp_path, tokenizer):
         raw = write_slimpajama(tmp_path / "raw", chunks=1)
         sample(source=str(raw), layout="slimpajama", tokens="all", out=str(tmp_path / "sampled"))

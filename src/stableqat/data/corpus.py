@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stableqat.data.source import SPLITS, decompressed, file_format, local_files
+from stableqat.data.source import SPLITS, decompressed, file_format, local_files, wrong_column
 from stableqat.errors import UserError
 
 #: File suffix -> how documents lie in it. A `.json` file is read as JSON lines, as C4 names them.
@@ -195,7 +195,7 @@ def parse(record: Record, name: str, number: int) -> dict[str, Any]:
         return record
     try:
         fields = json.loads(record) if record.strip() else {}
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{name} line {number + 1} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{name} line {number + 1} is not a JSON object")
@@ -210,9 +210,7 @@ def text_of(fields: dict[str, Any], column: str, name: str) -> str:
     """
     if not fields:
         return ""
-    if column not in fields:
-        raise UserError(f"{name} has no column {column} (it has {', '.join(fields)}): set text_column")
-    text = fields[column]
-    if not isinstance(text, str | None):
-        raise UserError(f"column {column} of {name} holds not only strings: set text_column")
+    text = fields.get(column)
+    if column not in fields or not isinstance(text, str | None):
+        raise wrong_column(name, column, {key: isinstance(value, str) for key, value in fields.items()})
     return text or ""

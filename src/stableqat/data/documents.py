@@ -5,14 +5,18 @@ documents stay on one side. `datasets` keeps what was read, hashed and tokenized
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stableqat.data.corpus import document_hash
-from stableqat.data.source import TEXT_FORMATS, load_splits
+from stableqat.data.source import TEXT_FORMATS, caching, find_fault, load_splits, wrong_column
 from stableqat.errors import UserError
+
+#: What columns of text are called.
+_TEXT = ("string", "large_string", "string_view")
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,8 +79,6 @@ class Documents:
     @cached_property
     def splits(self) -> dict[str, "Dataset"]:
         """The splits of the source, reduced to the text column."""
-        from datasets import Value
-
         splits = load_splits(
             self.source,
             self.name,
@@ -85,16 +87,23 @@ class Documents:
             text={"sample_by": "document"},
         )
         for rows in splits.values():
-            if (feature := rows.features.get(self.text_column)) is None:
-                columns = ", ".join(rows.column_names)
-                raise UserError(
-                    f"{self.source} has no column {self.text_column} (it has {columns}): set text_column"
-                )
-            if feature not in (Value("string"), Value("large_string")):
-                raise UserError(
-                    f"column {self.text_column} of {self.source} holds not only strings: set text_column"
-                )
+            texts = {key: getattr(feature, "dtype", "") in _TEXT for key, feature in rows.features.items()}
+            if not texts.get(self.text_column):
+                if getattr(rows.features.get(self.text_column), "dtype", "") == "null":
+                    raise UserError(f"column {self.text_column} of {self.source} is empty: give documents")
+                raise wrong_column(self.source, self.text_column, texts)
         return {split: rows.select_columns(self.text_column) for split, rows in splits.items()}
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell what is wrong with the documents, or with the cache, in one line."""
+        try:
+            with caching(self.cache_dir):
+                yield
+        except UnicodeDecodeError as error:  # JSON's reader looks at no text
+            if fault := find_fault(self.source, TEXT_FORMATS):
+                raise UserError(fault) from error
+            raise
 
     @cached_property
     def cutoff(self) -> int | None:
@@ -102,13 +111,16 @@ class Documents:
         if "validation" in self.splits:
             return None
         train = self.splits["train"]
-        hashed = train.map(
-            _hash_documents,
-            input_columns=self.text_column,
-            batched=True,
-            remove_columns=self.text_column,
-            desc="Hashing documents",
-        )
+        with self._reading():
+            hashed = train.map(
+                _hash_documents,
+                input_columns=self.text_column,
+                batched=True,
+                remove_columns=self.text_column,
+                desc="Hashing documents",
+            )
+        if not len(hashed):
+            raise UserError(f"column {self.text_column} of {self.source} is empty: give documents")
         hashes = hashed.with_format("numpy")["hash"][:]
         if len(hashes) < 2:
             raise UserError(
@@ -127,10 +139,11 @@ class Documents:
         """Yield training documents, about `max_bytes` of them, taken evenly from the whole split."""
         train = self.splits["train"]
         step = -(-train.data.nbytes // max_bytes) or 1
-        for batch in train.select(range(0, len(train), step)).iter(batch_size=1000):
-            for text in batch[self.text_column]:
-                if text and (self.cutoff is None or not _is_held_out(text, self.cutoff)):
-                    yield text
+        with self._reading():
+            for batch in train.select(range(0, len(train), step)).iter(batch_size=1000):
+                for text in batch[self.text_column]:
+                    if text and (self.cutoff is None or not _is_held_out(text, self.cutoff)):
+                        yield text
 
     def tokenized(self, tokenizer: "PreTrainedTokenizerFast") -> dict[str, "Dataset"]:
         """Return the tokens of each split's documents, in a column `input_ids`."""
@@ -153,4 +166,5 @@ class Documents:
             )
 
         origins = {"train": "train", "validation": "train"} | {split: split for split in self.splits}
-        return {split: tokens(split, origin) for split, origin in origins.items()}
+        with self._reading():
+            return {split: tokens(split, origin) for split, origin in origins.items()}

@@ -29,6 +29,10 @@ _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+#: How a user takes another cache folder than `cache_root`.
+CACHE_REMEDY = "set $STABLEQAT_CACHE to another folder"
+
+
 def cache_root() -> Path:
     """Return the cache folder: `$STABLEQAT_CACHE`, or `stableqat` in the user's cache folder."""
     if folder := os.environ.get("STABLEQAT_CACHE"):

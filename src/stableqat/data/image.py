@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DIGITS_FRACTION = 0.2
+_MOST_CLASSES = 1_000_000
 #: Headers of a split that are read before training, in a second or two.
 _LOOKED_AT = 20_000
 
@@ -295,11 +296,18 @@ class ImageDataModule(DataModule):
         feature = train.features[self.label_column]
         if isinstance(feature, ClassLabel):
             return list(feature.names)
-        values = set(train.unique(self.label_column))
-        if all(isinstance(value, int) for value in values) and min(values) >= 0:
-            return [str(label) for label in range(max(values) + 1)]
-        if all(isinstance(value, str) for value in values):
-            return sorted(values)
+        dtype = getattr(feature, "dtype", "")
+        if "int" in dtype or dtype in ("bool", "string", "large_string"):
+            values = set(train.unique(self.label_column))
+            if all(isinstance(value, str) for value in values):
+                return sorted(values)
+            if None not in values and min(values) >= 0:
+                if max(values) < _MOST_CLASSES:
+                    return [str(label) for label in range(max(values) + 1)]
+                raise UserError(
+                    f"column {self.label_column} of {self.source} has label {max(values)}, more than there "
+                    "can be classes: number them from 0, or set label_column"
+                )
         raise UserError(f"column {self.label_column} of {self.source} holds no classes: set label_column")
 
     @property

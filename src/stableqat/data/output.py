@@ -180,6 +180,8 @@ class Output:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock is not None:
+            if isinstance(error, UserError) and self.part.is_dir() and not (self.part / _STATE).is_file():
+                self.discard()  # the corrected command begins anew
             self._lock.close()
         if isinstance(error, OSError):  # what is read raises errors of its own
             with self._writing():

@@ -6,12 +6,16 @@ decompressing. A line that is no JSON object is looked for only after reading ha
 """
 
 import bz2
+import errno
 import gzip
 import io
 import json
 import logging
 import lzma
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -33,6 +37,16 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 SPLITS |= {"dev": "validation", "test": "test"}
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+#: Levels of JSON; pyarrow's reader crashes at some ten thousand.
+_DEEPEST = 200
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+#: Columns of chats, and of pairs of a request and its answer.
+_CHATS: list[tuple[str, ...]] = [("messages",), ("conversations",), ("conversation",), ("dialog",), ("chat",)]
+_CHATS += [
+    (request, answer)
+    for request in ("prompt", "instruction", "question", "query", "input")
+    for answer in ("completion", "response", "output", "answer", "chosen")
+]
 
 
 def file_format(path: Path) -> str:
@@ -72,8 +86,11 @@ def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, li
     if path.is_file():
         splits = {"train": [path]}
     elif path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if file_format(p) in formats and p.is_file()]
+        found = [p for p in sorted(path.rglob("*")) if file_format(p) in formats]
         found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        if lost := next((p for p in found if p.is_symlink() and not p.exists()), None):
+            raise UserError(f"{lost} is a link to nothing: repair or remove it")
+        found = [p for p in found if p.is_file()]
         splits = {}
         for file in found:
             splits.setdefault(_split(file.relative_to(path)) or "", []).append(file)
@@ -172,7 +189,10 @@ def load_splits(
     local = local_files(source, formats)
     if local is None:
         try:
-            found = datasets.load_dataset(source, name, cache_dir=cache_dir)
+            with caching(cache_dir):
+                found = datasets.load_dataset(source, name, cache_dir=cache_dir)
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -185,24 +205,117 @@ def load_splits(
             )
         return splits
 
-    builder, files = local
+    kind, files = local
+    paths = [path for some in files.values() for path in some]
     try:
-        return dict(
-            datasets.load_dataset(
-                builder,
-                data_files={split: [str(path) for path in paths] for split, paths in files.items()},
+        with caching(cache_dir):
+            builder = datasets.load_dataset_builder(
+                kind,
+                data_files={split: [str(path) for path in some] for split, some in files.items()},
                 cache_dir=cache_dir,
-                **options.get(builder, {}),
+                **options.get(kind, {}),
             )
-        )
+            if kind == "json" and not Path(builder.cache_dir).is_dir():
+                _check_nesting(paths)
+            builder.download_and_prepare()
+            return dict(builder.as_dataset())
+    except UserError:
+        raise
     except Exception as error:  # every reader and decompressor raises errors of its own
-        for path in (path for paths in files.values() for path in paths):
-            if fault := _fault(path, builder):
-                raise UserError(fault) from error
-        if not isinstance(error, (datasets.exceptions.DatasetsError, ValueError, StopIteration)):
+        if fault := find_fault(source, formats):
+            raise UserError(fault) from error
+        if not isinstance(
+            error, (datasets.exceptions.DatasetsError, ValueError, StopIteration, RecursionError)
+        ):
             raise
         reason = (str(error.__cause__ or error).strip() or "no rows").splitlines()[0]
-        raise UserError(f"{source} can't be read as {builder}: {reason}") from error
+        reason = "it holds no rows" if "corresponds to no data" in reason else reason
+        raise UserError(f"{source} can't be read as {kind}: {reason}") from error
+
+
+@contextmanager
+def caching(
+    cache_dir: str | Path | None, remedy: str = "set data.cache_dir to another folder"
+) -> Iterator[None]:
+    """Tell a cache folder that can't be written in one line.
+
+    Args:
+        cache_dir: the folder; None means the default one of `datasets`.
+        remedy: how to take another one.
+
+    Raises:
+        UserError: instead of the system's error.
+    """
+    try:
+        yield
+    except Exception as error:  # `datasets` wraps some in errors of its own
+        from datasets.config import HF_DATASETS_CACHE
+
+        folder = Path(cache_dir or HF_DATASETS_CACHE).expanduser()
+        found: BaseException | None = error
+        while found is not None and not _says(found, folder):
+            found = found.__cause__ or found.__context__
+        if found is None or isinstance(error, UserError):
+            raise
+        where = cache_dir or f"{HF_DATASETS_CACHE} (below $HF_HOME)"
+        why = os.strerror(getattr(found, "errno", None) or errno.ENOSPC)
+        raise UserError(
+            f"the cache folder {where} can't be written ({why}): make room there, or {remedy}"
+        ) from error
+
+
+def _says(error: BaseException, folder: Path) -> bool:
+    """Whether an error is the system's, of writing in or making a folder."""
+    if not isinstance(error, OSError):
+        return False
+    if error.errno is None:  # of `datasets`
+        return "Not enough disk space" in str(error)
+    if error.filename is None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    folder, path = Path(os.path.abspath(folder)), Path(os.path.abspath(os.fsdecode(error.filename)))
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
+
+
+def _check_nesting(paths: list[Path]) -> None:
+    """Raise UserError for JSON that nests deeper than the C++ that reads it can go without a crash."""
+    import numpy as np
+
+    for path in paths:
+        depth = deepest = 0
+        try:
+            with path.open("rb") as file, decompressed(file, path.name) as stream:
+                while lines := stream.readlines(1 << 20):  # no string of JSON holds a line's end
+                    text = b"".join(lines).replace(b"\\\\", b"").replace(b'\\"', b"")
+                    marks = b"".join(text.split(b'"')[::2]).translate(None, _NO_BRACKETS)
+                    steps = np.where(np.isin(np.frombuffer(marks, np.uint8), list(b"[{")), 1, -1)
+                    heights = np.cumsum(steps, dtype=np.int64) + depth
+                    if len(heights):
+                        depth, deepest = max(int(heights[-1]), 0), max(int(heights.max()), deepest)
+        except Exception:  # what is wrong with it is told when it is read
+            continue
+        if deepest > _DEEPEST:
+            raise UserError(f"{path} nests more than {_DEEPEST} levels deep: write documents as plain text")
+
+
+def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError:
+    """Return the error of a text column that is missing or holds something else than text.
+
+    Args:
+        where: the file or the source.
+        column: the text column that was wanted.
+        columns: each column, and whether it holds text.
+    """
+    texts = ", ".join(name for name, is_text in columns.items() if is_text)
+    if chat := next((chat for chat in _CHATS if columns.keys() >= set(chat)), None):
+        kind = f"{'chats' if len(chat) == 1 else 'pairs'} (in {' and '.join(chat)})"
+        return UserError(
+            f"{where} holds {kind}, which are not supported yet: write each as one text, and set text_column "
+            f"to its column (columns of text: {texts or 'none'})"
+        )
+    remedy = f"set text_column to a column of text ({texts})" if texts else "it has no column of text"
+    if column not in columns:
+        return UserError(f"{where} has no column {column} (it has {', '.join(columns)}): {remedy}")
+    return UserError(f"column {column} of {where} holds not only strings: {remedy}")
 
 
 def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
@@ -216,15 +329,26 @@ def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
     return openers[suffix](stream, "rb") if suffix in openers else stream
 
 
+def find_fault(source: str, formats: dict[str, str]) -> str | None:
+    """Return what is wrong with the first broken file of a source, or None where nothing is found."""
+    if (local := local_files(source, formats)) is None:
+        return None
+    faults = (_fault(path, local[0]) for paths in local[1].values() for path in paths)
+    return next((fault for fault in faults if fault), None)
+
+
 def _fault(path: Path, builder: str) -> str | None:
     """Return what is wrong with a file that could not be read, or None where nothing is found."""
     if builder == "parquet":
         import pyarrow
 
         try:
-            pyarrow.parquet.ParquetFile(path).read()
+            if not pyarrow.parquet.ParquetFile(path).read().num_rows:
+                return f"{path} holds no rows: give more, or remove it"
         except (pyarrow.ArrowException, OSError) as error:
             return f"{path} can't be read as parquet: {str(error).splitlines()[0]}"
+        return None
+    if builder == "imagefolder":  # each picture is looked at when it is opened
         return None
     line_number = 0
     try:
@@ -234,8 +358,11 @@ def _fault(path: Path, builder: str) -> str | None:
                 lines = enumerate(iter(stream.readline, b""), 1)
                 for line_number, line in lines:
                     text = (first + line if line_number == 1 else line).strip()
-                    if text and not isinstance(json.loads(text), dict):
+                    # JSON's own decoder lets halves of surrogate pairs pass, written out and as bytes
+                    if text and not isinstance(fields := json.loads(text.decode()), dict):
                         return f"{path} line {line_number} is not a JSON object"
+                    if text:
+                        json.dumps(fields, ensure_ascii=False).encode()
             elif builder == "json":
                 json.loads(first + stream.read())
             else:
@@ -244,8 +371,12 @@ def _fault(path: Path, builder: str) -> str | None:
         return f"{path} line {line_number or error.lineno} is not valid JSON: {error.msg}"
     except UnicodeDecodeError as error:
         return f"{path} {f'line {line_number} ' if line_number else ''}is not UTF-8 at byte {error.start}"
+    except UnicodeEncodeError:
+        return f"{path} line {line_number} holds half of a surrogate pair, which is no text: repair it"
     except Exception as error:  # each decompressor raises errors of its own
         if path.suffix.lower() in _COMPRESSIONS:
             return f"{path} can't be decompressed: {error}"
+        if isinstance(error, OSError):
+            return f"{path} can't be read: {error.strerror}"
         raise
     return None

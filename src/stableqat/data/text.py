@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from stableqat.data.base import DataModule, Rows
 from stableqat.data.budget import token_count
 from stableqat.data.documents import Documents
-from stableqat.data.embedded import cache_root, embedded_text
+from stableqat.data.embedded import CACHE_REMEDY, cache_root, embedded_text
 from stableqat.data.mixture import Mixture
 from stableqat.data.order import TrainingLoader
 from stableqat.data.packed import MixedRows, PackedRows
 from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
-from stableqat.data.source import TEXT_FORMATS, local_files
+from stableqat.data.source import TEXT_FORMATS, caching, local_files
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
     EOS,
@@ -152,7 +152,8 @@ class TextDataModule(DataModule):
     @cached_property
     def _documents(self) -> dict[str, Documents]:
         """The sources of raw text."""
-        sources = self.ratios or [str(embedded_text())]
+        with caching(cache_root(), CACHE_REMEDY):
+            sources = self.ratios or [str(embedded_text())]
         options: dict[str, Any] = {
             "name": self.name,
             "text_column": self.text_column,
@@ -177,13 +178,16 @@ class TextDataModule(DataModule):
         root = Path(self.cache_dir).expanduser() if self.cache_dir else cache_root()
         folder = root / "tokenizers" / f"bpe-{self._bpe_size}-{digest}"
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-                save_tokenizer(train_bpe(self._training_texts(), self._bpe_size), made)
-                try:
-                    os.rename(made, folder)
-                except OSError:  # another process was first
-                    assert folder.is_dir()
+            bpe = train_bpe(self._training_texts(), self._bpe_size)
+            with caching(root, "set data.cache_dir to another folder" if self.cache_dir else CACHE_REMEDY):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+                    save_tokenizer(bpe, made)
+                    try:
+                        os.rename(made, folder)
+                    except OSError:
+                        if not folder.is_dir():  # no other process was first
+                            raise
         return load_tokenizer(str(folder))
 
     @property
