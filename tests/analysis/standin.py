@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         with open(folder / "held", "w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)  # for as long as this process lives
             note(folder, "hangs")
-            end = time.monotonic() + 30
+            end = time.monotonic() + 300
             while time.monotonic() < end and not (act == "hang-refuse" and (folder.parent / "go").exists()):
                 time.sleep(0.05)
         if act == "hang-refuse":

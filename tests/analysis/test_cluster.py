@@ -92,7 +92,7 @@ def test_the_command_runs_a_study_in_its_tasks(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "points to do: 2; submitted demo as 2 tasks: job " in shown
     assert f"stableqat compare {FOLDER}" in shown
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while len(list(LOGS.glob("*_result.pkl"))) < 2:
         logs = "\n".join(log.read_text() for log in LOGS.glob("*_log.out"))
         assert time.monotonic() < end, logs
@@ -136,19 +136,19 @@ def test_a_preempted_task_saves_and_goes_on(slurm: Path, tmp_path: Path) -> None
     wait_for("a hangs")
     process = int((FOLDER / "srun.pid").read_text())
     os.kill(process, signal.SIGTERM)  # what SLURM sends first; the runs stop, the task stays
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while statuses()["a"] != "cut":
         assert time.monotonic() < end
         time.sleep(0.05)
     time.sleep(1)
     assert preempted.poll() is None
     os.kill(process, signal.SIGUSR2)
-    preempted.wait(timeout=60)
+    preempted.wait(timeout=300)
     assert "scontrol requeue 42_0" in (tmp_path / "called.txt").read_text().splitlines()
 
     (FOLDER / "go").touch()
     again = task(0)
-    again.wait(timeout=60)
+    again.wait(timeout=300)
     assert again.returncode == 0
     assert set(statuses().values()) == {"done"}
     assert calls_of("a") == ["began", "hangs", "resumed from last", "finished"]
@@ -160,7 +160,7 @@ def test_a_task_out_of_time_stops_its_runs_first(slurm: Path, tmp_path: Path) ->
     late = task(1)
     wait_for("a hangs")
     os.kill(int((FOLDER / "srun.pid").read_text()), signal.SIGUSR2)
-    late.wait(timeout=60)
+    late.wait(timeout=300)
     assert statuses() == {"a": "cut"}
     assert "scontrol requeue 42_1" in (tmp_path / "called.txt").read_text().splitlines()
 
@@ -169,7 +169,7 @@ def test_a_task_ends_as_its_sweep_does(slurm: Path) -> None:
     write({"a": "refuse"})
     submit(COMMAND, "demo", LOGS, options("{tasks: 2, timeout_min: 5}"))
     failed = task(1)
-    failed.wait(timeout=60)
+    failed.wait(timeout=300)
     assert failed.returncode == 1
     assert statuses() == {"a": "failed"}
 

@@ -94,7 +94,7 @@ def test_a_browser_shows_it_without_complaint(made, tmp_path: Path):
         [*command.split(), f"--user-data-dir={tmp_path}", made[2].as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     assert "CONSOLE" not in shown.stderr

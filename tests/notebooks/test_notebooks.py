@@ -57,6 +57,6 @@ def test_runs_again(path, tmp_path, monkeypatch):
     folder.mkdir()
     notebook = nbformat.read(path, as_version=4)
     _parameters(notebook).source = "QUICK = True"
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute()  # an error in a cell is raised here
     assert not list(folder.iterdir())

@@ -21,7 +21,7 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
 ]
-SECONDS = 60
+SECONDS = 600
 
 
 def command(argv: list[str], log: Path, processes: int = 1) -> list[int]:

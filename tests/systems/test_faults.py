@@ -109,7 +109,6 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.timeout(200)
 def test_twenty_kills(place):
     """At any time of a run's life, many of them in the middle of writing a checkpoint."""
     kills, versions, finished = 0, iter(range(100)), []

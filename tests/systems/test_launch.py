@@ -35,7 +35,7 @@ def test_two_processes_from_one_command(strategy, tmp_path):
     command = [Path(sys.executable).with_name("stableqat"), *RUN, "--trainer.strategy", strategy]
     command += f"--trainer.devices 2 --trainer.max_steps 2 --trainer.logger.save_dir {tmp_path}".split()
     done = subprocess.run(
-        [*command, "--trainer.logger.version", "run"], capture_output=True, text=True, timeout=200
+        [*command, "--trainer.logger.version", "run"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr
@@ -48,7 +48,7 @@ def test_what_one_process_finds_wrong_ends_all_with_one_line(tmp_path):
     command = [Path(sys.executable).with_name("stableqat"), "fit", "-c", "configs/llama/base.yaml"]
     command += ["-c", "configs/llama/ddp.yaml", "--data.source", tmp_path, "--trainer.accelerator", "cpu"]
     command += f"--trainer.devices 2 --trainer.logger.save_dir {tmp_path}".split()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert sum(line.startswith("stableqat:") for line in done.stderr.splitlines()) == 1

@@ -27,7 +27,7 @@ def launch(command: list, log: Path, **options) -> subprocess.Popen:
 
 
 def wait_for(path: Path, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 600
     while not path.exists():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -35,7 +35,6 @@ def wait_for(path: Path, process: subprocess.Popen, log: Path) -> None:
 
 
 @pytest.mark.slow  # each process imports everything
-@pytest.mark.timeout(600)
 def test_torchrun(tmp_path):
     run, log = tmp_path / "llama" / "run", tmp_path / "log"
     argv = ["fit", "-c", "configs/llama/base.yaml", "-c", "configs/llama/fsdp.yaml", *DEBUG]
@@ -52,11 +51,11 @@ def test_torchrun(tmp_path):
     process = launch([*command, "--trainer.max_steps", "100000"], log)
     wait_for(run / "checkpoints" / "last.ckpt", process, log)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
+    assert process.wait(300) != 0
     assert log.read_text().count("told to stop at step") == 1
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     done = launch([*command, "--trainer.max_steps", str(step + 3), "--ckpt_path", "last"], log)
-    assert done.wait(200) == 0, log.read_text()
+    assert done.wait(600) == 0, log.read_text()
     assert read_run(run).last("hp/steps") == step + 3
 
 
@@ -82,7 +81,6 @@ echo "$@" >> scontrol.log
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_slurm_script(tmp_path):
     """As far as can be told without SLURM: the job is told, saves, asks to be queued again, goes on."""
     for name, text in FAKES.items():
@@ -96,12 +94,12 @@ def test_slurm_script(tmp_path):
     process = launch([*script, "100000"], log, cwd=tmp_path, env=environment)
     wait_for(checkpoint, process, log)
     os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)
-    assert process.wait(60) == 143
+    assert process.wait(300) == 143
     assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
     assert not list(tmp_path.glob("hpc_ckpt*"))  # Lightning's own way
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     again = launch([*script, str(step + 3)], log, cwd=tmp_path, env=environment)
-    assert again.wait(200) == 0, log.read_text()
+    assert again.wait(600) == 0, log.read_text()
     assert torch.load(checkpoint, weights_only=True)["global_step"] == step + 3
     assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
 
