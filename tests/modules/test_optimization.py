@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import tiny
 from stableqat.callbacks import DivergenceGuard
@@ -191,6 +192,7 @@ def test_a_schedule_that_cannot_be_is_refused(settings, key):
         CosineWarmup(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), **settings)
 
 
+EPOCHS = {"max_steps": -1, "max_epochs": 1}  # of eight steps
 TIMED = {"max_steps": -1, "max_time": {"seconds": 0.3}}
 
 
@@ -201,6 +203,19 @@ def test_a_schedule_needs_an_end_if_the_run_has_none(endless):
         tiny.trainer(**endless).fit(module, data, data)
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 8}, EPOCHS])
+def test_a_schedule_that_fails_beyond_its_end_has_as_many_steps_as_the_run(length):
+    def fit(total_steps):
+        scheduler = partial(OneCycleLR, max_lr=1e-3, total_steps=total_steps)
+        trainer, data = tiny.trainer(**length), tiny.loader("llama", count=32, batch_size=4)
+        trainer.fit(tiny.module("llama", lr_scheduler=scheduler), data, data)
+        return trainer.global_step
+
+    with pytest.raises(UserError, match=r"^total_steps: OneCycleLR ends after 7 steps, .* takes 8; set it"):
+        fit(7)
+    assert fit(8) == 8
+
+
 @pytest.mark.parametrize("scheduler", [None, partial(CosineWarmup, total_steps=5)], ids=["none", "given"])
 def test_a_run_may_end_with_its_time(scheduler):
     trainer = tiny.trainer(**TIMED)
@@ -208,14 +223,15 @@ def test_a_run_may_end_with_its_time(scheduler):
     assert trainer.global_step
 
 
-def fit(module, steps, folder, **resume):
+def fit(module, folder, length, **resume):
+    """Learning rates of the groups, those that each step is taken with."""
     rates = []
 
     class Rates(tiny.Losses):
-        def on_train_batch_end(self, trainer, *_):
+        def on_train_batch_start(self, trainer, *_):
             rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
-    trainer = tiny.trainer(max_steps=steps, callbacks=[Rates()])
+    trainer = tiny.trainer(**length, callbacks=[Rates()])
     data = tiny.loader("llama", count=32, batch_size=4)
     trainer.fit(module, data, data, **resume)
     trainer.save_checkpoint(folder / "last.ckpt")
@@ -225,15 +241,45 @@ def fit(module, steps, folder, **resume):
 @pytest.mark.filterwarnings("ignore:You're resuming")
 def test_the_schedule_ends_with_the_run_and_keeps_the_groups_apart(tmp_path):
     options = {"lr_scheduler": CosineWarmup, "optimizer": partial(torch.optim.AdamW, lr=1e-2)}
-    rates = fit(tiny.module("llama", **options), 4, tmp_path)
+    rates = fit(tiny.module("llama", **options), tmp_path, {"max_steps": 4})
     assert [weights for weights, _, _ in rates] == pytest.approx(
-        [1e-2 * f for f in (0.8535534, 0.5, 0.1464466, 0)]
+        [1e-2 * f for f in (1, 0.8535534, 0.5, 0.1464466)]
     )
     assert all(scales == pytest.approx(0.1 * weights) for weights, scales, _ in rates)
 
-    longer = fit(
-        tiny.module("llama", **options), 8, tmp_path, ckpt_path=tmp_path / "last.ckpt", weights_only=True
-    )
-    assert [weights for weights, _, _ in longer] == pytest.approx(
-        [1e-2 * f for f in (0.3086583, 0.1464466, 0.0380602, 0)]
-    )
+
+class LinearDecay(LambdaLR):
+    """A schedule of a user's own: it ends with the run if nothing else is said."""
+
+    def __init__(self, optimizer, total_steps=None):
+        self.total_steps = total_steps
+        super().__init__(optimizer, lambda step: 1 - step / (self.total_steps or 1))
+
+
+SCHEDULES = {  # by the run's number of steps
+    "cosine": lambda _: CosineWarmup,
+    "warmup": lambda _: partial(CosineWarmup, warmup_steps=2, final_ratio=0.1),
+    "linear": lambda _: LinearDecay,
+    "function": lambda steps: partial(LambdaLR, lr_lambda=lambda step: (1 - step / steps) ** 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming")
+@pytest.mark.parametrize("unit", ["max_steps", "max_epochs"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_that_resumes_with_more_steps_follows_the_longer_schedule(schedule, unit, tmp_path):
+    """From its first step on: the rate in the checkpoint is that of the shorter schedule's end."""
+    first, whole = ({"max_steps": 8}, {"max_steps": 16})
+    if unit == "max_epochs":
+        first, whole = EPOCHS, EPOCHS | {"max_epochs": 2}
+    resume = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
+
+    def module(steps):
+        scheduler = SCHEDULES[schedule](steps)
+        return tiny.module("llama", lr_scheduler=scheduler, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+
+    undisturbed = fit(module(16), tmp_path, whole)
+    fit(module(8), tmp_path, first)
+    resumed = fit(module(16), tmp_path, whole, **resume)
+    assert resumed == undisturbed[8:]
+    assert min(map(min, resumed)) > 0

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from stableqat.calls import Calls, check_calls, show_weights
 from stableqat.errors import UserError
 from stableqat.linears import SurgeryReport
+from stableqat.modules.schedule import check_end, place
 from stableqat.modules.start import load_start
 from stableqat.qat import parameter_groups
 from stableqat.quantizers import QuantizerFactory
@@ -106,6 +107,7 @@ class QATModule(L.LightningModule, ABC):
         self.model: nn.Module | None = None
         self.surgery: SurgeryReport | None = None
         self.calls: Calls | None = None  # how the architecture uses its quantized layers
+        self._scheduled_steps: int | None = None
 
     # -- architecture ---------------------------------------------------------------------------
 
@@ -189,7 +191,7 @@ class QATModule(L.LightningModule, ABC):
 
     @staticmethod
     def check_schedule(scheduler: object, trainer: L.Trainer) -> None:
-        """Refuse a schedule that ends with the run where no number of steps or epochs ends it."""
+        """Refuse a schedule that ends with a run that has no end, and one that fails beyond its own."""
         epochs = trainer.max_epochs
         if epochs is None and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             epochs = -1  # what Lightning takes once it begins
@@ -198,6 +200,7 @@ class QATModule(L.LightningModule, ABC):
                 "total_steps: the schedule ends with the run, and nothing says after how many steps that is; "
                 "set it, or trainer.max_steps or trainer.max_epochs"
             )
+        check_end(scheduler, trainer.max_steps)
 
     def configure_model(self) -> None:
         """Build, load, swap, initialise, shard; calling it again changes nothing."""
@@ -267,13 +270,24 @@ class QATModule(L.LightningModule, ABC):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         self.check_schedule(scheduler, self.trainer)
-        if getattr(scheduler, "total_steps", 0) is None:
-            vars(scheduler)["total_steps"] = int(self.trainer.estimated_stepping_batches)
+        if hasattr(scheduler, "total_steps"):
+            steps = self.trainer.estimated_stepping_batches
+            if scheduler.total_steps is None:
+                self._scheduled_steps = int(steps)
+                vars(scheduler)["total_steps"] = self._scheduled_steps
+            check_end(scheduler, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Every trainable parameter is in the optimizer, or training would silently do nothing."""
+        """Every trainable parameter is in the optimizer, or training would silently do nothing.
+
+        The schedule is this run's: a checkpoint's rate, and its end, are those of the steps planned then.
+        """
         assert self.model is not None
+        for config in self.trainer.lr_scheduler_configs:
+            if self._scheduled_steps is not None:
+                vars(config.scheduler)["total_steps"] = self._scheduled_steps
+            place(config.scheduler)
         if paths := {layer.implementation for layer in quantized_layers(self.model).values()}:
             logger.info("weights are fake-quantized by %s", " and ".join(sorted(paths)))
         optimized = {id(p) for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]}

@@ -7,7 +7,7 @@ from math import cos, pi
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from stableqat.errors import UserError
 
@@ -54,3 +54,22 @@ class CosineWarmup(LambdaLR):
         """The place in the schedule, not its shape: resumed with more steps, a run follows their cosine."""
         shape = ("warmup_steps", "total_steps", "final_ratio")
         return {key: value for key, value in super().state_dict().items() if key not in shape}
+
+
+def check_end(scheduler: object, steps: float) -> None:
+    """Refuse a schedule that fails, in the middle of the run, beyond its end."""
+    if isinstance(scheduler, OneCycleLR) and steps > scheduler.total_steps:
+        raise UserError(
+            f"total_steps: OneCycleLR ends after {scheduler.total_steps} steps, but the run takes {steps}; "
+            "set it to these"
+        )
+
+
+def place(scheduler: object) -> None:
+    """Set the rates that a schedule has at its step, where that alone decides them."""
+    if not isinstance(scheduler, LambdaLR):
+        return
+    rates = [rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
+    scheduler._last_lr = [lr * rate for lr, rate in zip(scheduler.base_lrs, rates, strict=True)]
+    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
