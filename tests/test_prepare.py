@@ -9,6 +9,8 @@ import lightning as L
 import pytest
 import timm
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -384,6 +386,46 @@ def test_two_callbacks_mix_bits():
     bits = {name: layer.weight_quantizer.bits for name, layer in quantized_layers(module).items()}
     assert bits == {"net.0": 4, "net.2": 2}
     assert "configure_model" not in vars(module)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_are_averaged_after_they_are_prepared(late):
+    """Over all steps, scales too; a copy of what is not yet quantized would be of another shape."""
+    taken = []
+
+    class Steps(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            taken.append([parameter.detach().clone() for parameter in module.parameters()])
+
+    callbacks = [stableqat.PrepareQAT("dsq", skip=["net.4"], bits=2), Steps(), WeightAveraging()]
+    module = Foreign(late)
+    lightning(4, callbacks=callbacks).fit(module, samples())
+    assert list(quantized_layers(module)) == ["net.0", "net.2"]
+    for ended, *steps in zip(module.parameters(), *taken, strict=True):
+        torch.testing.assert_close(ended.detach(), torch.stack(steps).mean(0))
+
+
+AVERAGING = [
+    ([EMAWeightAveraging, "PrepareQAT"], "EMAWeightAveraging copies .*; put it after PrepareQAT"),
+    ([WeightAveraging, "PrepareQAT"], "WeightAveraging copies .*; put it after PrepareQAT"),
+    (
+        ["PrepareQAT", EMAWeightAveraging, "PrepareQAT"],
+        "EMAWeightAveraging copies .*; put it after PrepareQAT",
+    ),
+    (["PrepareQAT", SWA], "StochasticWeightAveraging copies .*; take WeightAveraging or EMA"),
+    ([SWA, "PrepareQAT"], "StochasticWeightAveraging copies .*; take WeightAveraging or EMA"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@pytest.mark.parametrize(("order", "line"), AVERAGING)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_callback_that_copies_what_is_not_prepared_is_refused(order, line, late):
+    made = {"PrepareQAT": lambda: stableqat.PrepareQAT("dsq", skip=["net.4"], bits=2), SWA: lambda: SWA(1e-2)}
+    callbacks = [made.get(each, each)() for each in order]
+    with pytest.raises(UserError, match=f"^PrepareQAT: {line}"):
+        lightning(-1, max_epochs=2, callbacks=callbacks).fit(Foreign(late), samples())
 
 
 def test_a_run_that_ended_before_it_began_leaves_the_module_as_it_was():

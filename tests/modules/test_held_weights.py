@@ -1,14 +1,22 @@
 """Accumulated gradients and evaluation fake-quantize once what does not change, and change no result."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 import tiny
+from stableqat.errors import UserError
 from stableqat.modules import QATModule
+from stableqat.modules.strategy import FSDP2Strategy
 from stableqat.surgery import quantized_layers
 
 LAYERS = {"llama": 14, "vit": 8}
@@ -179,3 +187,43 @@ def test_averaged_weights_are_what_is_validated(unheld):
     found, expected = run(fit), run(unheld)
     assert found[2].callback_metrics["val/loss"] == expected[2].callback_metrics["val/loss"]
     same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@FAMILIES
+def test_the_average_is_that_of_all_steps(family):
+    class Steps(L.Callback):
+        seen = []
+
+        def on_train_batch_end(self, trainer, module, *_):
+            self.seen.append([parameter.detach().clone() for parameter in module.parameters()])
+
+    steps, module = Steps(), tiny.module(family, "dsq")
+    trainer = tiny.trainer(max_steps=4, callbacks=[steps, WeightAveraging()])
+    trainer.fit(module, tiny.loader(family, 32))
+    names = [name for name, _ in module.named_parameters()]
+    assert any("weight_quantizer.scale" in name for name in names)
+    for name, ended, *taken in zip(names, module.parameters(), *steps.seen, strict=True):
+        torch.testing.assert_close(ended.detach(), torch.stack(taken).mean(0), msg=name)
+
+
+@pytest.mark.parametrize(
+    ("callback", "line"),
+    [
+        (StochasticWeightAveraging(1e-2), "StochasticWeightAveraging copies .*; take WeightAveraging or EMA"),
+        (ModelPruning("l1_unstructured", amount=0.5), "ModelPruning picks its weights before .*init_from"),
+    ],
+)
+@FAMILIES
+def test_a_callback_that_would_find_no_weights_is_refused(family, callback, line):
+    module, data = tiny.module(family), tiny.loader(family)
+    with pytest.raises(UserError, match=rf"^trainer\.callbacks: {line}"):
+        tiny.trainer(callbacks=[callback], max_epochs=2, max_steps=-1).fit(module, data, data)
+    assert module.model is None
+
+
+@pytest.mark.parametrize("callback", [WeightAveraging, EMAWeightAveraging])
+def test_sharded_weights_are_not_averaged(callback):
+    trainer = SimpleNamespace(callbacks=[callback()], strategy=FSDP2Strategy(), precision_plugin=None)
+    with pytest.raises(UserError, match=rf"^trainer\.callbacks: {callback.__name__} .* strategy ddp"):
+        tiny.module("llama").check_trainer(trainer)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch.distributed.tensor import DTensor
 
 from stableqat.errors import UserError
@@ -41,7 +42,12 @@ class PrepareQAT(L.Callback):
         """Have the module prepared as soon as it is built; one that is prepared stays as it is.
 
         So does one that was converted, except to be trained anew.
+
+        Raises:
+            UserError: If a callback has copied, or will copy, the module as it is without quantizers.
         """
+        if stage == "fit":
+            self._check_averaging(trainer.callbacks)  # type: ignore[attr-defined]
         if quantized_layers(pl_module) or (stage != "fit" and was_converted(pl_module)):
             return
         configure = pl_module.configure_model
@@ -57,6 +63,20 @@ class PrepareQAT(L.Callback):
             prepare(pl_module, self.quantizer, self.skip, **self.options)
 
         vars(pl_module)["configure_model"] = configure_and_prepare
+
+    def _check_averaging(self, callbacks: list[L.Callback]) -> None:
+        for place, callback in enumerate(callbacks):
+            name = type(callback).__name__
+            if isinstance(callback, StochasticWeightAveraging):
+                raise UserError(
+                    f"PrepareQAT: {name} copies the module before its layers are quantized; take "
+                    "WeightAveraging or EMAWeightAveraging after PrepareQAT, or call stableqat.prepare instead"
+                )
+            if isinstance(callback, WeightAveraging) and place < callbacks.index(self):
+                raise UserError(
+                    f"PrepareQAT: {name} copies the module before its layers are quantized; put it after "
+                    "PrepareQAT in the trainer's callbacks"
+                )
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

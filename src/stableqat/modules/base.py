@@ -23,9 +23,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial
@@ -183,11 +184,31 @@ class QATModule(L.LightningModule, ABC):
             self.check_data(datamodule)
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Refuse half-precision masters: scales, and rotary tables too, would be rounded."""
+        """Refuse what silently trains another model, or none.
+
+        Half-precision masters round scales, and rotary tables too. Some of Lightning's callbacks look at the
+        parameters before `configure_model` has built them.
+        """
         if isinstance(trainer.precision_plugin, HalfPrecision):
             precision = trainer.precision
             mixed = precision.replace("true", "mixed")
             raise UserError(f"trainer.precision: {precision} would round weights and scales; take {mixed}")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            name = type(callback).__name__
+            if isinstance(callback, StochasticWeightAveraging):
+                raise UserError(
+                    f"trainer.callbacks: {name} copies the module before its model is built and averages "
+                    "nothing; take WeightAveraging or EMAWeightAveraging"
+                )
+            if isinstance(callback, ModelPruning):
+                raise UserError(
+                    f"trainer.callbacks: {name} picks its weights before the model is built; prune the start, "
+                    "and name it with model.init_from"
+                )
+            if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
+                raise UserError(
+                    f"trainer.callbacks: {name} averages no sharded weights; take --trainer.strategy ddp"
+                )
 
     @staticmethod
     def check_schedule(scheduler: object, trainer: L.Trainer) -> None:
