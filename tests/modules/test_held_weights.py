@@ -225,5 +225,7 @@ def test_a_callback_that_would_find_no_weights_is_refused(family, callback, line
 @pytest.mark.parametrize("callback", [WeightAveraging, EMAWeightAveraging])
 def test_sharded_weights_are_not_averaged(callback):
     trainer = SimpleNamespace(callbacks=[callback()], strategy=FSDP2Strategy(), precision_plugin=None)
-    with pytest.raises(UserError, match=rf"^trainer\.callbacks: {callback.__name__} .* strategy ddp"):
+    with pytest.raises(
+        UserError, match=rf"^trainer\.callbacks: {callback.__name__} averages no sharded weights"
+    ):
         tiny.module("llama").check_trainer(trainer)

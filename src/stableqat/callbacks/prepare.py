@@ -70,7 +70,7 @@ class PrepareQAT(L.Callback):
             if isinstance(callback, StochasticWeightAveraging):
                 raise UserError(
                     f"PrepareQAT: {name} copies the module before its layers are quantized; take "
-                    "WeightAveraging or EMAWeightAveraging after PrepareQAT, or call stableqat.prepare instead"
+                    "WeightAveraging or EMAWeightAveraging, after PrepareQAT, or call stableqat.prepare"
                 )
             if isinstance(callback, WeightAveraging) and place < callbacks.index(self):
                 raise UserError(

@@ -202,8 +202,8 @@ class QATModule(L.LightningModule, ABC):
                 )
             if isinstance(callback, ModelPruning):
                 raise UserError(
-                    f"trainer.callbacks: {name} picks its weights before the model is built; prune the start, "
-                    "and name it with model.init_from"
+                    f"trainer.callbacks: {name} picks its weights before the model is built; prune the "
+                    "start, and name it with model.init_from"
                 )
             if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
                 raise UserError(
