@@ -12,6 +12,7 @@ import yaml
 from stableqat import quantizers
 from stableqat.analysis.study import read_study
 from stableqat.cli import main
+from stableqat.data.image import PREPROCESSING
 from stableqat.run import QATCommand
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -119,6 +120,8 @@ def test_an_overlay_changes_what_it_names_and_nothing_else(family, name, command
     base, after = resolved(command(*arguments(family))), resolved(command(*arguments(family, name), *source))
     changed = {key for key in base.keys() | after.keys() if base.get(key) != after.get(key)}
     changed.discard("data.init_args.source")
+    if source:  # images are prepared as the model of that name wants them
+        changed -= {f"data.init_args.{key}" for key in (*PREPROCESSING, "image_size")}
     assert changed
     assert {block(key) for key in changed} <= {block(key) for key in leaves(raw(family, name))}
 
@@ -140,6 +143,16 @@ def test_a_model_size_has_the_published_shape(family, name, command, images):
     with torch.device("meta"):
         model = made.model.build_model()
     assert sum(parameter.numel() for parameter in model.parameters()) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", [name for family, name in OVERLAYS if family == "vit" and name in SIZES])
+def test_images_are_prepared_as_the_model_of_that_name_was_trained(name, command, images):
+    import timm
+
+    made = command(*arguments("vit", name), *images)
+    own = timm.get_pretrained_cfg(made.model.model_name).to_dict()
+    assert made.datamodule.preprocessing == {key: own[key] for key in PREPROCESSING}
+    assert (made.datamodule.in_chans, made.datamodule.image_size) == own["input_size"][:2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

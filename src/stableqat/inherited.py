@@ -1,12 +1,14 @@
-"""What a model brings to its data: the tokenizer that it was trained with.
+"""What a model brings to its data: the tokenizer, or the preprocessing of images, that it was trained with.
 
-On other tokens a model computes nonsense and says nothing. So settings of the data that are null are taken
-from what the model starts from: a run, a checkpoint inside one, a folder or a hub name. Another tokenizer
-takes an explicit word, and one that cannot be the model's is refused.
+On other tokens, or on pixels of another scale, a model computes nonsense and says nothing. So settings of
+the data that are null are taken from what the model starts from: a run, a checkpoint inside one, a folder, a
+hub name, or what timm knows of the architecture. Others take an explicit word, which is said, and a tokenizer
+that cannot be the model's is refused.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -14,7 +16,8 @@ from stableqat.data.prepared import prepared_manifest
 from stableqat.data.tokenizer import clash, load_tokenizer, tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.modules.start import find_checkpoint
-from stableqat.trained import tokenizer_of
+from stableqat.modules.vit import preprocessing, takes_one_size
+from stableqat.trained import image_size_of, images_of, tokenizer_of
 
 
 def inherit(settings: Namespace) -> list[str]:
@@ -35,6 +38,9 @@ def inherit(settings: Namespace) -> list[str]:
         asked = arguments.tokenizer is not None
         for key, source in _starts(settings):
             taken += _take_tokenizer(arguments, key, source, asked)
+    model = settings.model.get("init_args") or Namespace()
+    if "mean" in arguments and "model_name" in model and arguments.get("source") is not None:
+        taken += _take_preprocessing(arguments, model, *next(_starts(settings), (None, None)))
     return taken
 
 
@@ -68,6 +74,60 @@ def _take_tokenizer(arguments: Namespace, key: str, source: str, asked: bool) ->
     if named in (None, own) or own is None:
         return []
     return _compare(named, own, key, source, asked)
+
+
+def _take_preprocessing(
+    arguments: Namespace, model: Namespace, key: str | None, source: str | None
+) -> list[str]:
+    checkpoint = None if source is None else find_checkpoint(source)
+    brought = None
+    if checkpoint is not None and (own := images_of(checkpoint)) is not None:
+        brought = {**own, "image_size": image_size_of(checkpoint)}
+    whose = f"{key} brings"
+    if brought is None:
+        pretrained = source if checkpoint is None else None
+        brought = preprocessing(pretrained, model.model_name)
+        whose = whose if pretrained is not None else f"timm has for {model.model_name}"
+    lines = _take_size(arguments, model, brought.pop("image_size", None), fixed=key == "ckpt_path")
+    taken, other = {}, {}
+    for name, value in brought.items():
+        given = arguments.get(name)
+        if given is None:
+            arguments[name] = taken[name] = value
+        elif source is not None and _plain(given) != _plain(value):
+            other[name] = f"{_plain(given)} (the model: {_plain(value)})"
+    if taken:
+        lines.append(f"data.{_told({name: _plain(value) for name, value in taken.items()})}, which {whose}")
+    if other:
+        lines.append(f"data.{_told(other)}: not what the model was trained with; leave out to take its own")
+    return lines
+
+
+def _take_size(arguments: Namespace, model: Namespace, brought: int | None, fixed: bool) -> list[str]:
+    """Images as large as the model takes, and a model for images as large as asked for."""
+    options, lines = model.get("model_args") or {}, []
+    usual = preprocessing(None, model.model_name).get("image_size")
+    size = options.get("img_size") or arguments.image_size or brought or usual
+    if (
+        "img_size" not in options
+        and not fixed
+        and size != usual
+        and takes_one_size(model.model_name, options)
+    ):
+        model["model_args"] = {**options, "img_size": size}
+        whose = "the data" if arguments.image_size else "the start"
+        lines.append(f"model.model_args.img_size: {size}, that of {whose}")
+    if arguments.image_size is None:
+        arguments.image_size = size[-1] if isinstance(size, list | tuple) else size
+    return lines
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _sources(arguments: Namespace) -> list[str]:

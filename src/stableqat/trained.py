@@ -191,6 +191,11 @@ def images_of(checkpoint: Path) -> dict[str, Any] | None:
     return data.ImageDataModule.evaluation_settings(settings.get("init_args") or {})
 
 
+def image_size_of(checkpoint: Path) -> int | None:
+    """The size of the images of the run that a checkpoint lies in, where its configuration names it."""
+    return (_settings(checkpoint, "data").get("init_args") or {}).get("image_size")
+
+
 def _built(path: Path, read: dict[str, Any], **changes: Any) -> QATModule:
     """The module of a checkpoint, from its hyper-parameters but for what only training needs."""
     from lightning.pytorch.cli import instantiate_module

@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     line = refused(vit, "--data", folders)
-    assert "data: images of 224 pixels and 3 channels, the model takes 8 and 1" in line
+    assert "data: images of 8 pixels and 3 channels, the model takes 8 and 1" in line
     assert "the images have no test (they have train, validation)" in refused(vit, "--split", "test")
     pytest.importorskip("lm_eval")
     (tmp_path / "one.yaml").write_text("task: one\n")

@@ -5,11 +5,10 @@ random choice is drawn from (seed, epoch, image), so the same run sees the same 
 and wherever it resumes. Where a source has no validation split, every k-th image of each class is held out.
 """
 
-import inspect
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +27,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: How evaluation images are resized, cropped and normalised where nothing says otherwise.
+PREPROCESSING: dict[str, Any] = {
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
 _DIGITS_FRACTION = 0.2
 _MOST_CLASSES = 1_000_000
 #: Headers of a split that are read before training, in a second or two.
@@ -128,7 +135,8 @@ class ImageDataModule(DataModule):
         name: configuration of a hub data set.
         image_column: the column of images; null takes the one that holds images.
         label_column: the column of classes; null takes the one that holds class labels, or is named label.
-        image_size: height and width in pixels; null takes 8 for the digits and 224 for others.
+        image_size: height and width in pixels; null takes the model's on the command line, otherwise 8 for
+            the digits and 224 for others. A model that is not told its size takes this one.
         batch_size: images a step and process.
         validation_fraction: share of each class held out where the source has no validation split; the digits
             hold out every fifth image.
@@ -140,8 +148,10 @@ class ImageDataModule(DataModule):
             place.
         auto_augment: timm policy, for example rand-m9-mstd0.5-inc1; null for none.
         re_prob: probability of erasing a random rectangle.
-        crop_pct: share of the image that evaluation's centre crop keeps.
-        interpolation: how images are resized: bicubic, bilinear or nearest.
+        crop_pct: share of the image that evaluation's centre crop keeps. null takes, here and in the next
+            four, what the model was trained with on the command line, and otherwise ImageNet's usual: 0.875.
+        crop_mode: timm's center, squash or border; null: center.
+        interpolation: how images are resized: bicubic, bilinear or nearest; null: bicubic.
         mean: mean of each channel that is subtracted, for pixels in [0, 1]; the digits have their own.
         std: standard deviation of each channel that is divided by; the digits have their own.
         num_workers: processes that load batches ahead; 0 loads in the training process.
@@ -168,10 +178,11 @@ class ImageDataModule(DataModule):
         color_jitter: float = 0.4,
         auto_augment: str | None = None,
         re_prob: float = 0.0,
-        crop_pct: float = 0.875,
-        interpolation: str = "bicubic",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        crop_pct: float | None = None,
+        crop_mode: Literal["center", "squash", "border"] | None = None,
+        interpolation: str | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         num_workers: int = 0,
         seed: int | None = None,
         cache_dir: str | None = None,
@@ -187,14 +198,14 @@ class ImageDataModule(DataModule):
             raise UserError(
                 f"scale {list(scale)} must be two rising shares of the area, above 0 and at most 1"
             )
-        if not 0 < crop_pct <= 1:
+        if crop_pct is not None and not 0 < crop_pct <= 1:
             raise UserError(f"crop_pct {crop_pct} must lie above 0 and at most at 1")
-        if interpolation not in ("bicubic", "bilinear", "nearest"):
+        if interpolation not in ("bicubic", "bilinear", "nearest", None):
             raise UserError(f"interpolation {interpolation} must be bicubic, bilinear or nearest")
         for key, probability in (("hflip", hflip), ("re_prob", re_prob)):
             if not 0 <= probability <= 1:
                 raise UserError(f"{key} {probability} must lie between 0 and 1")
-        if min(std) <= 0:
+        if std is not None and min(std) <= 0:
             raise UserError(f"std {list(std)} must be positive")
         if source is not None:
             local_files(source, IMAGE_FORMATS)
@@ -207,12 +218,9 @@ class ImageDataModule(DataModule):
         self.validation_fraction = validation_fraction
         self.augment = augment
         self.cache_dir = cache_dir
-        self._shared: dict[str, Any] = {
-            "interpolation": interpolation,
-            "mean": tuple(mean),
-            "std": tuple(std),
-        }
-        self._evaluation: dict[str, Any] = {"crop_pct": crop_pct}
+        given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation}
+        given |= {"crop_pct": crop_pct, "crop_mode": crop_mode}
+        self.preprocessing = self.evaluation_settings({"source": source, **given})
         self._augmentation: dict[str, Any] = {
             "scale": tuple(scale),
             "hflip": hflip,
@@ -228,9 +236,11 @@ class ImageDataModule(DataModule):
         Args:
             arguments: those of a data module, whose data may be gone.
         """
-        known = inspect.signature(cls).parameters
-        keys = ("mean", "std", "interpolation", "crop_pct")
-        settings = {key: arguments.get(key, known[key].default) for key in keys}
+        settings = {
+            key: usual if (given := arguments.get(key)) is None else given
+            for key, usual in PREPROCESSING.items()
+        }
+        settings |= {key: tuple(settings[key]) for key in ("mean", "std")}
         if arguments.get("source") is None:  # the digits are never resized
             settings |= {"mean": (DIGITS_MEAN,), "std": (DIGITS_STD,), "crop_pct": 1.0}
         return settings
@@ -239,10 +249,15 @@ class ImageDataModule(DataModule):
         """Return timm's transform for training or evaluation."""
         from timm.data import create_transform
 
-        own = self._augmentation if training else self._evaluation
+        own = self._augmentation if training else {}
+        prepared = {
+            key: value
+            for key, value in self.preprocessing.items()
+            if not (training and key.startswith("crop"))
+        }
         size = (self.in_chans, self.image_size, self.image_size)
         try:
-            return create_transform(size, is_training=training, **self._shared, **own)
+            return create_transform(size, is_training=training, **prepared, **own)
         except (AssertionError, ValueError, KeyError) as error:
             raise UserError(
                 f"auto_augment {self._augmentation['auto_augment']} is no policy of timm: {error}"

@@ -16,6 +16,7 @@ from stableqat.data.order import EvaluationOrder
 from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
 from stableqat.modules.evaluation import MeanLoss
+from stableqat.modules.vit import image_size
 
 
 @torch.no_grad()
@@ -79,13 +80,10 @@ def classify(
     }
 
 
-def image_size(model: Any) -> tuple[int, int]:
-    """Height in pixels and channels that a model takes."""
-    return int(model.patch_embed.img_size[0]), int(model.patch_embed.proj.in_channels)
-
-
 def _check(model: Any, datamodule: ImageDataModule) -> None:
-    taken, given = image_size(model), (datamodule.image_size, datamodule.in_chans)
+    given = datamodule.image_size, datamodule.in_chans
+    patches = getattr(getattr(model, "patch_embed", None), "proj", None)
+    taken = image_size(model) or given[0], getattr(patches, "in_channels", given[1])
     if taken != given:
         raise UserError(
             f"data: images of {given[0]} pixels and {given[1]} channels, the model takes {taken[0]} and "

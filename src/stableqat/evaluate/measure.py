@@ -11,7 +11,7 @@ from stableqat.data.tokenizer import tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.evaluate import text
 from stableqat.evaluate.harness import run_tasks, scores
-from stableqat.evaluate.images import classify, image_size
+from stableqat.evaluate.images import classify
 from stableqat.evaluate.perplexity import Windows, blocks, perplexity, strided
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.quiet import quiet
@@ -156,19 +156,17 @@ def _text(source: str, subject: Subject, plan: Plan) -> tuple[text.Text, Windows
 
 
 def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
-    from timm.data import resolve_data_config
-
-    datamodules = {}
+    datamodules, own = {}, {"augment": False, **subject.images}
     for source in plan.data:
         if is_run(source):
-            datamodule = _of_run(source, ImageDataModule, augment=False)
+            datamodule = _of_run(source, ImageDataModule)
+            if datamodule.source is not None:  # the digits are as they are
+                datamodule = _of_run(source, ImageDataModule, **own)
         elif plan.home is not None:
             changes = {"source": source, "name": plan.data_name, "image_column": None, "label_column": None}
-            datamodule = _of_run(plan.home, ImageDataModule, augment=False, **changes)
+            datamodule = _of_run(plan.home, ImageDataModule, **changes, **own)
         else:
-            size, own = image_size(subject.model)[0], resolve_data_config(model=subject.model)
-            own = {key: own[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-            datamodule = ImageDataModule(source, name=plan.data_name, image_size=size, augment=False, **own)
+            datamodule = ImageDataModule(source, name=plan.data_name, **own)
         with share.first_alone():
             datamodule.prepare_data()
         datamodules[source] = datamodule

@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from stableqat.data.image import PREPROCESSING
 from stableqat.data.tokenizer import load_tokenizer
 from stableqat.errors import UserError
 from stableqat.evaluate.quiet import quiet
@@ -24,9 +25,12 @@ from stableqat.modules import QATModule
 from stableqat.modules.architecture import first_line, pretrained_config
 from stableqat.modules.base import state_dict_follows
 from stableqat.modules.start import check_start, find_checkpoint, read_checkpoint
+from stableqat.modules.vit import image_size
 from stableqat.trained import (
     check_vocabulary,
     find_trained,
+    image_size_of,
+    images_of,
     load_tokenizer_of,
     load_untrained,
     open_trained,
@@ -50,6 +54,8 @@ class Subject:
         step: Optimizer steps that it was trained for.
         run: Folder of the run that it belongs to; None for a start or a folder.
         about: What it is.
+        images: How a vision transformer wants images resized and normalised, as `ImageDataModule` takes it;
+            empty where nobody says.
     """
 
     source: str
@@ -59,6 +65,7 @@ class Subject:
     step: int | None = None
     run: Path | None = None
     about: str = ""
+    images: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,18 +163,24 @@ def _skeleton(path: Path, read: dict[str, Any]) -> QATModule:
 def _trained(source: str, tokenizer: Any) -> Subject:
     path, read, module = open_trained(source)
     step = int(read.get("global_step", 0))
-    return Subject(source, _inner(module), tokenizer, path, step, run_of(path), _about(module))
+    model, images = _inner(module), _images(path, module)
+    return Subject(source, model, tokenizer, path, step, run_of(path), _about(module), images)
 
 
 def _untrained(source: str, tokenizer: Any, path: Path, start: str, quantized: bool) -> Subject:
     module = load_untrained(path, read_checkpoint(path), start, quantized=quantized)
     told = f"rounded to nearest, {_about(module)}" if quantized else "full precision"
-    return Subject(source, _inner(module), tokenizer, path, 0, about=f"its start, {told}")
+    images = _images(path, module)
+    return Subject(source, _inner(module), tokenizer, path, 0, about=f"its start, {told}", images=images)
 
 
 def _inner(module: QATModule) -> nn.Module:
     assert module.model is not None
     return module.model.eval()
+
+
+def _images(path: Path, module: QATModule) -> dict[str, Any]:
+    return {**(images_of(path) or {}), "image_size": image_size(module.model) or image_size_of(path)}
 
 
 def _about(module: QATModule) -> str:
@@ -206,7 +219,9 @@ def _timm(source: str, folder: Path) -> Subject:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{source}: timm cannot load it: {first_line(error)}") from error
-    return Subject(source, model.eval(), about="timm folder")
+    own = timm.data.resolve_data_config(model=model)
+    images = {key: own[key] for key in PREPROCESSING} | {"image_size": own["input_size"][-1]}
+    return Subject(source, model.eval(), about="timm folder", images=images)
 
 
 def _pretrained(source: str, tokenizer: Any, about: str) -> Subject:

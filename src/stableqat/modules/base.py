@@ -128,6 +128,16 @@ class QATModule(L.LightningModule, ABC):
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """The repeated blocks: units of sharding and of activation checkpointing."""
 
+    def fit_state(self, model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """Change a start's weights where it was made for another task than the model.
+
+        Args:
+            model: The architecture, on any device.
+            state: Full-precision weights by name.
+            source: Where they come from, for messages.
+        """
+        return state
+
     def adapt(self, model: nn.Module) -> None:
         """What a family changes in the model once its layers are swapped, before it is sharded."""
 

@@ -48,7 +48,7 @@ def load_start(module: "QATModule", source: str) -> nn.Module:
     latent = _latent(state)
     if len(latent) < len(state):
         logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
-    load_weights(model, latent, source)
+    load_weights(model, module.fit_state(model, latent, source), source)
     return model
 
 
@@ -65,7 +65,8 @@ def check_start(module: "QATModule", source: str) -> None:
     with torch.device("meta"):
         model = module.build_model()
     check_sums(checkpoint)
-    compare_weights(model, _latent(read_checkpoint(checkpoint)["state_dict"]), source)
+    state = _latent(read_checkpoint(checkpoint)["state_dict"])
+    compare_weights(model, module.fit_state(model, state, source), source)
 
 
 def find_checkpoint(source: str) -> Path | None:

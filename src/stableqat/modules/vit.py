@@ -7,6 +7,9 @@ mixup the training loss has.
 """
 
 import difflib
+import json
+import logging
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from stableqat.modules.base import QATModule
 from stableqat.modules.evaluation import MeanLoss
 from stableqat.modules.start import compare_weights
 from stableqat.quantizers import QuantizerFactory
+
+logger = logging.getLogger(__name__)
 
 
 class ViTModule(QATModule):
@@ -124,7 +129,7 @@ class ViTModule(QATModule):
         import timm
 
         if (path := _weight_file(source)) is not None:
-            return _load_file(self.build_model(), path)
+            return _load_file(self, path)
         try:
             return timm.create_model(
                 f"hf-hub:{source}", pretrained=True, num_classes=self.num_classes, **self.model_args
@@ -146,14 +151,31 @@ class ViTModule(QATModule):
         """Transformer blocks."""
         return model.blocks  # type: ignore[return-value]
 
+    def fit_state(self, model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """See `QATModule.fit_state`: a classifier of other classes is left out, positions are resampled."""
+        own, state, told = model.state_dict(), dict(state), []
+        names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+        heads = [f"{name}.{part}" for name in ([names] if isinstance(names, str) else names)
+                 for part in ("weight", "bias")]  # fmt: skip
+        for key in heads:
+            if key in own and (key not in state or state[key].shape != own[key].shape):
+                had = f"of {len(state[key])} classes" if key in state else "none"
+                state[key] = own[key]
+                told.append(f"a new classifier of {self.num_classes} classes (the start has {had})")
+        if (resampled := _resampled(model, state)) is not None:
+            state["pos_embed"], sizes = resampled
+            told.append(f"positions resampled {sizes}")
+        if told:
+            logger.info("init_from: %s: %s", source, ", ".join(dict.fromkeys(told)))
+        return state
+
     def check_data(self, datamodule: L.LightningDataModule) -> None:
         """Images must have the model's size and channels; mixup pairs them, so batches are even."""
         if self.mixup is not None and getattr(datamodule, "batch_size", 0) % 2:
             raise UserError("data.batch_size: mixup and cutmix pair images; make it even or turn them off")
-        wanted = {
-            "image_size": self.model_args.get("img_size"),
-            "in_chans": self.model_args.get("in_chans", 3),
-        }
+        with torch.device("meta"):
+            size = image_size(self.build_model())
+        wanted = {"image_size": size, "in_chans": self.model_args.get("in_chans", 3)}
         for key, value in wanted.items():
             given = getattr(datamodule, key, None)
             if given is not None and value is not None and given != value:
@@ -226,6 +248,14 @@ class ViTModule(QATModule):
             metric.reset()
 
 
+def image_size(model: Any) -> int | None:
+    """Height in pixels of the images that a model of timm takes; None if it takes any."""
+    patches = getattr(model, "patch_embed", None)
+    strict = getattr(patches, "strict_img_size", True) and not getattr(model, "dynamic_img_size", False)
+    size = getattr(patches, "img_size", None)
+    return int(size[0]) if size and strict else None
+
+
 def _weight_file(source: str) -> Path | None:
     path = Path(source)
     if path.is_dir():
@@ -238,11 +268,103 @@ def _weight_file(source: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _load_file(model: nn.Module, path: Path) -> nn.Module:
+def _resampled(model: Any, state: dict[str, Tensor]) -> tuple[Tensor, str] | None:
+    """Position embeddings on the model's grid of patches, and from which to which; None to leave them."""
+    given, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if given is None or own is None or given.shape == own.shape or given.ndim != 3:
+        return None
+    from timm.layers import resample_abs_pos_embed
+
+    first = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    side, new = math.isqrt(given.shape[1] - first), list(model.patch_embed.grid_size)
+    if side * side + first != given.shape[1] or given.shape[2] != own.shape[2]:
+        return None  # of another architecture, as the comparison will find
+    made = resample_abs_pos_embed(given.float(), new, num_prefix_tokens=first)
+    return made, f"from {side}x{side} to {new[0]}x{new[1]} patches"
+
+
+def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
+    """How images were resized and normalised for pretrained weights, and their `image_size`.
+
+    Args:
+        source: Weight file, model folder or hub name; None asks timm about the architecture.
+        model_name: Name of a timm model, whose own settings count where a local source has none.
+
+    Returns:
+        What is known of mean, std, interpolation, crop_pct, crop_mode and image_size.
+    """
+    import timm
+
+    if source is not None:
+        path = Path(source).expanduser()
+        if not path.exists():
+            try:
+                return _of_pretrained_cfg(timm.models.load_model_config_from_hf(source)[0])
+            except (OSError, RuntimeError, ValueError):  # `check_pretrained` says so
+                return {}
+        if known := _of_folder(path if path.is_dir() else path.parent):
+            return known
+    registered = timm.get_pretrained_cfg(model_name)
+    return {} if registered is None else _of_pretrained_cfg(registered.to_dict())
+
+
+def takes_one_size(model_name: str, model_args: dict[str, Any]) -> bool:
+    """Whether an architecture is built for one size of images, which `img_size` sets."""
+    import timm
+
+    registered = timm.get_pretrained_cfg(model_name)
+    return bool(registered and registered.fixed_input_size) and not model_args.get("dynamic_img_size")
+
+
+def _of_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    known = {key: config[key] for key in keys if config.get(key) is not None}
+    if size := config.get("input_size"):
+        known["image_size"] = size[-1]
+    return known
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    """What timm's `config.json`, or the `preprocessor_config.json` of transformers, says."""
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            keys = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return keys if isinstance(keys, dict) else {}
+
+    config = read("config.json")
+    if "architecture" in config:
+        return _of_pretrained_cfg(config.get("pretrained_cfg") or config)
+    config = read("preprocessor_config.json")
+    if "image_mean" not in config or "image_std" not in config:
+        return {}
+    known = {"mean": config["image_mean"], "std": config["image_std"]}
+    resized, cropped = (_side(config.get(key)) for key in ("size", "crop_size"))
+    if not config.get("do_center_crop", cropped is not None):
+        cropped = resized
+    if resized and cropped:
+        known |= {"image_size": cropped, "crop_pct": cropped / resized}
+    if (filter_of_pillow := config.get("resample")) in (0, 2, 3):
+        known["interpolation"] = {0: "nearest", 2: "bilinear", 3: "bicubic"}[filter_of_pillow]
+    return known
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size.get("height")
+    return size if isinstance(size, int) else None
+
+
+def _load_file(module: ViTModule, path: Path) -> nn.Module:
     import timm
     from safetensors import SafetensorError
 
+    model = module.build_model()
+
     def same(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        state = module.fit_state(model, state, str(path))
         compare_weights(model, state, str(path))
         return state
 
