@@ -1,6 +1,7 @@
 """The figures of a comparison, computed by hand here, and what becomes of runs that can't be compared."""
 
 import csv
+import itertools
 import json
 import logging
 import math
@@ -599,6 +600,27 @@ def test_the_last_word_on_a_step_counts(tmp_path: Path) -> None:
     assert run.hparams["lr"] == 1e-2
     assert (run.hparams["bits"], run.hparams["method"]) == (2, "STE")
     assert isinstance(run.hparams["bits"], int)
+
+
+@pytest.mark.parametrize("seconds", list(itertools.permutations((1, 2, 3))))
+def test_a_clock_that_was_set_back_changes_no_run(tmp_path: Path, seconds: tuple[int, int, int]) -> None:
+    """Three sessions, each from a step that the one before has reached; what the second said was cut."""
+    sessions = [{2: 5.0, 4: 4.0, 6: 9.0}, {5: 9.0, 7: 9.0, 8: 9.0}, {8: 2.5, 10: 2.0}]
+    for second, series, lr in zip(seconds, sessions, (1e-3, 2e-3, 4e-3), strict=True):
+        done = {"hp/steps": {max(series): max(series)}, "hp/finished": {max(series): float(10 in series)}}
+        log_run(tmp_path / "run", STE | {"lr": lr}, {"val/loss": series} | done, second)
+    run = read_run(tmp_path / "run")
+    assert run.scalars["val/loss"] == {2: 5.0, 4: 4.0, 5: 9.0, 7: 9.0, 8: 2.5, 10: 2.0}
+    assert run.hparams["lr"] == 4e-3
+    assert usable(run)
+
+
+def test_a_run_that_resumed_from_an_earlier_checkpoint_than_before_is_told_by_its_clock(
+    tmp_path: Path,
+) -> None:
+    for second, series in enumerate(({1: 5.0, 6: 4.0}, {5: 9.0, 9: 9.0}, {3: 3.0, 7: 2.0})):
+        log_run(tmp_path / "run", STE | {"lr": 1e-3}, {"val/loss": series}, second)
+    assert read_run(tmp_path / "run").scalars["val/loss"] == {1: 5.0, 3: 3.0, 7: 2.0}
 
 
 def test_files_of_one_second_are_read_in_the_order_of_their_count(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_an_arm_at_some_learning_rates_is_compared_at_these() -> None:
         ("compare: {margin: -1}", r"compare.margin: -1 must be a number of nats"),
         ("compare: {margin: small}", r"compare.margin: 'small' must be a number of nats"),
         ("compare: {cap: true}", r"compare.cap: True must be a number of nats"),
-        ("compare: {margins: 0.1}", r"unknown key compare.margins: known here: baseline, margin, cap"),
+        ("compare: {margins: 0.1}", r"unknown key compare.margins: did you mean margin"),
         ("compare: [1]", r"compare must be a mapping"),
         ("compare: {margin: '${vars.m}'}", r"can't be read: .*vars"),
         ("compare: {", r"can't be read"),

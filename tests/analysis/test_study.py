@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from stableqat.analysis.events import read_run
+from stableqat.analysis.plan import LOGGED
 from stableqat.analysis.study import read_study, short
 from stableqat.analysis.sweep import sweep
 from stableqat.errors import UserError
 
+PUBLISHED = Path(__file__).parents[2] / "lightning_logs" / "published"
 STUDY = """
 vars: {steps: 200}
 configs: [base.yaml]
@@ -128,6 +131,9 @@ def test_an_argument_in_place_of_a_block_takes_the_quantizer_away() -> None:
 
 
 ARM = "grid: {arm: {fp: }"
+STES = (
+    "grid: {arm: {fp: , ste: {args: {model.quantizer.class_path: stableqat.quantizers.STE}}}, bits: [2, 3]}"
+)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,20 @@ ARM = "grid: {arm: {fp: }"
         ("args: {ckpt_path: a}\n" + ARM + "}", ["ckpt_path is set by the sweep"]),
         ("args: [a]\n" + ARM + "}", ["args", "must be a mapping"]),
         ("name: ../a\n" + ARM + "}", ["name", "'../a'"]),
+        ("logs: null\n" + ARM + "}", ["logs: None must be the name of a folder"]),
+        ("args: !!python/object/apply:os.system [touch made]\n" + ARM + "}", ["line 1", "python/object"]),
+        ("vars: &a {b: *a}\n" + ARM + "}", ["line 1", "recursive"]),
+        ("compare: {basline: {method: STE}}\n" + ARM + "}", ["compare.basline", "did you mean baseline?"]),
+        ("compare: {margin: -3}\n" + ARM + "}", ["compare.margin: -3 must be a number of nats"]),
+        ("compare: {cap: hello}\n" + ARM + "}", ["compare.cap: 'hello' must be a number of nats"]),
+        ("compare: {margin: .nan}\n" + ARM + "}", ["compare.margin: nan"]),
+        ("compare: [1]\n" + ARM + "}", ["compare must be a mapping"]),
+        ("compare: {baseline: STE}\n" + ARM + "}", ["compare.baseline: 'STE' must be a mapping"]),
+        ("compare: {baseline: {bits: [2]}}\n" + ARM + "}", ["compare.baseline.bits", "one value"]),
+        ("compare: {baseline: {methd: STE}}\n" + STES, ["compare.baseline.methd", "did you mean method?"]),
+        ("compare: {baseline: {zzz: 1}}\n" + STES, ["compare.baseline.zzz", "known here: method"]),
+        ("compare: {baseline: {method: DSQ}}\n" + STES, ["selects none", "their methods: STE"]),
+        ("compare: {baseline: {method: STE, bits: 4}}\n" + STES, ["'bits': 4", "selects none"]),
     ],
 )
 def test_a_mistake_is_named_with_its_file_and_nothing_is_made(text: str | None, words: list[str]) -> None:
@@ -172,6 +192,30 @@ def test_a_mistake_is_named_with_its_file_and_nothing_is_made(text: str | None, 
     for word in words:
         assert word in message
     assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        "{method: STE, grid: integer, bits: 3}",  # the grid is the method's default
+        "{method: STE, gradient_clip_val: 0, warmup_steps: 20, optimizer: SGD}",
+        "{bits: 2}",
+        "{}",
+    ],
+)
+def test_a_baseline_that_an_arm_can_be_is_taken(baseline: str) -> None:
+    Path("good.yaml").write_text(f"compare: {{baseline: {baseline}}}\n{STES}")
+    assert read_study("good.yaml").points
+    foreign = STES.replace("stableqat.quantizers.STE", "mine.Own")
+    Path("good.yaml").write_text(f"compare: {{baseline: {{method: Own, sharpness: 3}}}}\n{foreign}")
+    assert read_study("good.yaml").points
+
+
+def test_what_runs_log_can_select_a_baseline() -> None:
+    """The hyper-parameters of published runs."""
+    runs = [read_run(folder) for folder in sorted(PUBLISHED.glob("study-*/*-s[0-9]*"))[::20]]
+    logged = {key for run in runs for key in run.hparams} - {"lr", "seed", "subcommand"}
+    assert {"method", "amplitude", "value"} <= logged <= set(LOGGED)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from typing import Any
 
 from stableqat.analysis.band import Band, band, mean
 from stableqat.analysis.caps import Cap, Group, caps
-from stableqat.analysis.differences import Difference, Plan, differences, read_plan
+from stableqat.analysis.differences import Difference, differences, read_plan
 from stableqat.analysis.events import Run
 from stableqat.analysis.labels import COLUMNS, NAMED, departures, differing, most_common
+from stableqat.analysis.plan import Plan
 from stableqat.analysis.runner import Record
 from stableqat.analysis.study import SHORT_AXES, START, short
 from stableqat.errors import UserError

@@ -23,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from stableqat.analysis.keys import check_keys
 from stableqat.analysis.pool import PATIENCE
-from stableqat.analysis.study import Study, check_keys, load_yaml
+from stableqat.analysis.study import Study, load_yaml
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
 

@@ -10,7 +10,7 @@ that would count in a family: either both sides compute the same, or both are at
 arm here: that it wins is no finding.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stableqat.analysis.plan import Plan, plan_of
 from stableqat.analysis.statistics import holm, paired, verdict
 from stableqat.errors import UserError
 
@@ -64,21 +65,6 @@ class Difference:
     unpaired: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a study fixed beforehand.
-
-    Attributes:
-        baseline: Hyper-parameters that select the baseline; None takes the first STE arm.
-        margin: Margin of equivalence in nats; 0 where the study names none.
-        cap: Cap of the losses in nats; None leaves it to the arms, see `Comparison.caps`.
-    """
-
-    baseline: dict[str, Any] | None = None
-    margin: float = 0.0
-    cap: float | None = None
-
-
 def read_plan(folder: Path) -> Plan:
     """Reads `compare` of the study file that lies with the runs; a folder without one has no plan.
 
@@ -94,20 +80,7 @@ def read_plan(folder: Path) -> Plan:
         plan: Any = OmegaConf.to_container(content, resolve=True) if OmegaConf.is_config(content) else content
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} can't be read: {str(error).splitlines()[0]}: correct the file") from error
-    if not isinstance(plan, dict | None):
-        raise UserError(f"{path}: compare must be a mapping with baseline, margin and cap")
-    plan = plan or {}
-    known = [field.name for field in fields(Plan)]
-    for key in plan.keys() - set(known):
-        raise UserError(f"{path}: unknown key compare.{key!s}: known here: {', '.join(known)}")
-    baseline = plan.get("baseline")
-    if not isinstance(baseline, dict | None):
-        raise UserError(f"{path}: compare.baseline: {baseline!r} must be a mapping, as {{method: STE}}")
-    for key in plan.keys() - {"baseline"}:
-        value = plan[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"{path}: compare.{key}: {value!r} must be a number of nats, 0 or more")
-    return Plan(**plan)
+    return plan_of(path, plan)
 
 
 def baselines(comparison: "Comparison") -> dict["Group", "Arm"]:

@@ -3,8 +3,9 @@
 An event file is a row of records: 8 bytes of length, 4 of checksum, the message, 4 of checksum. They
 are read here directly, because TensorBoard's own readers take ten to fifty times as long over the
 many per-layer scalars of a run. A resumed run has several files that overlap: where a file begins,
-what earlier files say of the same tag from that step on is dropped, so that the last word counts. A run
-that was validated again in its own folder remains the run that was trained there.
+what earlier files say of the same tag from that step on is dropped, so that the last word counts. Which are
+the earlier ones, steps say before clocks do: a run resumes from a step that it has reached. A run that was
+validated again in its own folder remains the run that was trained there.
 """
 
 import contextlib
@@ -117,7 +118,42 @@ def _event_files(folder: Path) -> list[Path]:
         values = (value for event in _hparams_events(file) for value in event.summary.value)
         starts = (value for value in values if value.tag == SESSION_START_INFO_TAG)
         verbs[file] = next((_hparams(value).get("subcommand") for value in starts), None)
-    return [file for file in files if "fit" not in verbs.values() or verbs[file] != "validate"]
+    return _in_order([file for file in files if "fit" not in verbs.values() or verbs[file] != "validate"])
+
+
+def _in_order(files: list[Path]) -> list[Path]:
+    """Event files, sorted by their clocks, as they were begun.
+
+    The next is the earliest by the clock that begins no later than what came before it has reached; if
+    all do, the one that begins first.
+    """
+    steps = {file: _steps(file) for file in files}
+    ordered: list[Path] = []
+    reached = 0
+    while len(ordered) < len(files):
+        left = [file for file in files if file not in ordered]
+        begins = {file: steps[file][0] for file in left}
+        following = next(
+            (file for file in left if begins[file] <= reached), min(left, key=begins.__getitem__)
+        )
+        ordered.append(following)
+        reached = max(reached, steps[following][1])
+    return ordered
+
+
+def _steps(file: Path) -> tuple[int, int]:
+    """The first and the last step of which a file says something, as far as it can be read; 0 without any."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
+
+    steps = []
+    with contextlib.suppress(OSError, EOFError, DecodeError):
+        for message in _records(file):
+            if PLUGIN_NAME.encode() not in message and (event := Event.FromString(message)).summary.value:
+                steps.append((event.step, event.summary.value[0].tag.startswith("hp/")))
+    begins = [step for step, record in steps if step or not record]  # a record may be opened at step 0
+    return min(begins, default=0), max((step for step, _ in steps), default=0)
 
 
 def _hparams(value: Any) -> dict[str, Any]:

@@ -27,7 +27,6 @@ without quantizer; of all axes only these repeat the `validate` arms. File names
 the current folder, as on a command line.
 """
 
-import difflib
 import itertools
 import json
 import math
@@ -41,6 +40,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stableqat.analysis.keys import check_keys, unknown
+from stableqat.analysis.plan import check_baseline, plan_of
 from stableqat.errors import UserError
 
 SHORT_AXES = {"bits": "model.quantizer.bits", "lr": "model.optimizer.lr", "seed": "seed_everything"}
@@ -150,12 +151,16 @@ def read_study(path: str | Path) -> Study:
 
     Raises:
         UserError: An unknown or missing key, an empty axis, a value of the wrong kind, a config
-            file that can't be read, or two points of one name; names the file and the key.
+            file that can't be read, two points of one name, or a comparison that cannot be made; names the
+            file and the key.
     """
     tree = load_yaml(path, resolve=True)
     check_keys(path, "", tree, _KEYS)
     name = _name(path, "name", tree.get("name", Path(path).stem))
-    folder = Path(str(tree.get("logs", "lightning_logs"))) / name
+    logs = tree.get("logs", "lightning_logs")
+    if not isinstance(logs, str) or not logs:
+        raise UserError(f"{path}: logs: {logs!r} must be the name of a folder, as lightning_logs")
+    folder = Path(logs) / name
     base = _overlay(path, "", {key: tree[key] for key in ("configs", "args") if key in tree})
     grid = _mapping(path, "grid", tree.get("grid"))
     arms = _mapping(path, "grid.arm", grid.pop("arm", None))
@@ -196,6 +201,10 @@ def read_study(path: str | Path) -> Study:
     runs_per_gpu = tree.get("runs_per_gpu", 1)
     if not isinstance(runs_per_gpu, int) or runs_per_gpu < 1:
         raise UserError(f"{path}: runs_per_gpu: {runs_per_gpu!r} must be a whole number, 1 or more")
+    settings = [
+        point.overlay.settings() for point in points if point.verb == "fit" and point.overlay.quantized
+    ]
+    check_baseline(path, plan_of(path, tree.get("compare")), settings)
     return Study(name, folder, tuple(points), runs_per_gpu, Path(path).read_text())
 
 
@@ -215,7 +224,7 @@ def _axes(path: str | Path, grid: dict[str, Any]) -> list[_Axis]:
     for key, content in grid.items():
         where = f"grid.{key}"
         if key not in SHORT_AXES and "." not in key:
-            raise _unknown(path, where, key, ("arm", *SHORT_AXES), " and arguments, as model.quantizer.grid")
+            raise unknown(path, where, key, ("arm", *SHORT_AXES), " and arguments, as model.quantizer.grid")
         values = content if isinstance(content, list) else [content]
         if not values:
             raise UserError(f"{path}: {where} is empty: give at least one value")
@@ -302,19 +311,6 @@ def _argument(path: str | Path, where: str, key: str) -> str:
     if key.startswith("trainer.logger.") or key == "ckpt_path":
         raise UserError(f"{path}: {where}: {key} is set by the sweep: remove it (see name and logs)")
     return key.replace(".init_args.", ".")
-
-
-def check_keys(path: str | Path, where: str, tree: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Refuses a key of a block that is not known, with the nearest that is."""
-    for key in tree:
-        if key not in known:
-            raise _unknown(path, f"{where}.{key}" if where else key, key, known)
-
-
-def _unknown(path: str | Path, where: str, key: str, known: tuple[str, ...], also: str = "") -> UserError:
-    close = difflib.get_close_matches(key, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}{also}"
-    return UserError(f"{path}: unknown key {where}: {hint}")
 
 
 def short(value: Any) -> str:
