@@ -18,6 +18,7 @@ from keyword import iskeyword
 from typing import Any, get_args, get_origin
 
 from stableqat.errors import UserError
+from stableqat.terminal import plain
 
 RUN_VERBS = {
     "fit": "train a model, quantized or not",
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # a data loader's worker hands its error over as the text of a traceback
         line = str(error).rpartition("UserError: ")[2]
-        print(f"stableqat: {' '.join(line.split())}", file=sys.stderr)
+        print(f"stableqat: {plain(line)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # argument parsers end with it, after help for example
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2

@@ -6,6 +6,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def plain(text: str) -> str:
+    """Return a text as one line that steers no terminal: a file's name or content can hold anything."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def terminal(*, stderr: bool = False) -> "Console":
     """A console that prints lines as they are: unwrapped, brackets and numbers included.
 

@@ -16,6 +16,7 @@ from sample_documents import document
 from stableqat.data import ImageDataModule, TextDataModule, source
 from stableqat.data.source import TEXT_FORMATS, _zst_is_whole
 from stableqat.data.tokenize import tokenize
+from stableqat.data.tokenizer import encode_batch, load_tokenizer
 from stableqat.errors import UserError
 
 
@@ -438,6 +439,65 @@ def test_tokenizers(tmp_path, corpus, content, says):
     with pytest.raises(UserError, match=says) as caught:
         data.setup()
     assert str(path) in str(caught.value)
+
+
+def split_by(pattern, folder, *, normalizer=False):
+    """A tokenizer.json that splits, or replaces, by a regular expression."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    if normalizer:
+        tokenizer.normalizer = normalizers.Replace(Regex(pattern), " ")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    path = folder / "tokenizer.json"
+    path.write_text(tokenizer.to_str())
+    return str(path)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(x+x+)+y"])
+@pytest.mark.parametrize("normalizer", [False, True])
+def test_a_regular_expression_without_end_is_refused(tmp_path, pattern, normalizer, capfd):
+    path = split_by(pattern, tmp_path, normalizer=normalizer)
+    with pytest.raises(
+        UserError, match=r"tokenizer.json has a regular expression that takes too long on long"
+    ):
+        load_tokenizer(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
+)
+def test_regular_expressions_of_well_known_tokenizers_are_taken(tmp_path, pattern):
+    assert load_tokenizer(split_by(pattern, tmp_path)).eos_token_id == 1
+
+
+def test_a_regular_expression_that_gives_up_on_a_document_is_told(tmp_path):
+    """One that the trial at loading does not find, in every reader of documents."""
+    from tokenizers import Tokenizer
+
+    pattern = r"^(\u6f22+)+$"  # of a letter that is not tried
+    path = split_by(pattern, tmp_path)
+    load_tokenizer(path)
+    write(
+        tmp_path,
+        "set/a.jsonl",
+        "".join(json.dumps({"text": "\u6f22" * 99 + f"!{n}"}) + "\n" for n in range(9)),
+    )
+    says = "the tokenizer can't encode a document .*: choose another tokenizer"
+    with pytest.raises(UserError, match=says):
+        encode_batch(Tokenizer.from_file(path), ["\u6f22" * 99 + "!"])
+    with pytest.raises(UserError, match=says):
+        TextDataModule(str(tmp_path / "set"), tokenizer=path, cache_dir=str(tmp_path / "cache")).setup()
+    with pytest.raises(UserError, match=says):
+        tokenize(
+            input=str(tmp_path / "set"), tokenizer=path, block_size=8, out=str(tmp_path / "out"), num_proc=1
+        )
 
 
 def test_fewer_samples_than_a_step(corpus, tmp_path):

@@ -386,6 +386,18 @@ class TestMistakes:
         assert sorted(path.name for path in Path().iterdir()) == ["file", "loop", "other"]
         assert sorted(path.name for path in tmp_path.iterdir() if path.name != "raw") == ["here"]
 
+    def test_names_steer_no_terminal(self, slimpajama, tmp_path, capfd):
+        arguments = ["data", "sample", "--layout", "text", "--tokens", "1k", "--out"]
+        for name in ("red\x1b[31m", "bell\a\nline", os.fsdecode(b"latin\xe9")):
+            out = str(tmp_path / name)
+            assert main([*arguments, out, "--source", str(slimpajama)]) == 0
+            assert main([*arguments, out, "--source", str(slimpajama), "--seed", "2"]) == 2
+        said = capfd.readouterr()
+        assert all(line.isprintable() for line in (said.out + said.err).splitlines())
+        assert r"red\x1b[31m" in said.out
+        assert r"latin\udce9" in said.out
+        assert r"bell\x07 line holds a sample of another seed" in said.err
+
     def test_an_output_may_be_a_link(self, slimpajama, tmp_path):
         (tmp_path / "disk").mkdir()
         (tmp_path / "link").symlink_to("disk")

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ from stableqat.data import tokenize as module
 from stableqat.data.corpus import document_hash, hash_cutoff
 from stableqat.data.sample import sample
 from stableqat.data.tokenize import tokenize
-from stableqat.data.tokenizer import tokenizer_hash, train_bpe
+from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_json, train_bpe
 from stableqat.errors import UserError
 from stableqat.evaluate.text import read_text
 
@@ -359,6 +361,32 @@ def test_few_batches_are_in_flight(tokenizer):
             tokenizer, [document(position)]
         )
         assert read - position <= 6
+
+
+def test_no_process_sees_ctrl_c_not_even_while_it_starts(tokenizer, monkeypatch, capfd):
+    """The terminal sends it to all processes; the parent alone tells of it and ends the others."""
+    started = []
+
+    start = multiprocessing.context.SpawnProcess.start
+
+    def start_and_interrupt(process):
+        start(process)
+        os.kill(process.pid, signal.SIGINT)
+        started.append(process)
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start_and_interrupt)
+    work = encode.Work(
+        tokenizer_json(load_tokenizer(str(tokenizer))), 0, "text", encode.HeldOut(0, np.array([]))
+    )
+    batches = (encode.Batch("train", 0, "a.jsonl", n, [{"text": document(n)}]) for n in range(40))
+    encoded = encode.encode_all(work, batches, 2)
+    for number in range(9):
+        assert next(encoded)[0].first == number
+    with pytest.raises(KeyboardInterrupt):
+        encoded.throw(KeyboardInterrupt())
+    assert len(started) == 2
+    assert not any(process.is_alive() for process in started)
+    assert capfd.readouterr() == ("", "")
 
 
 class TestMistakes:

@@ -13,6 +13,7 @@ import numpy as np
 
 from stableqat.data.corpus import document_hash
 from stableqat.data.source import TEXT_FORMATS, caching, find_fault, load_splits, wrong_column
+from stableqat.data.tokenizer import encode_batch
 from stableqat.errors import UserError
 
 #: What columns of text are called.
@@ -49,8 +50,7 @@ def _tokenize(
     The arguments are plain data, so that `datasets` can tell from them whether its cache still holds.
     """
     kept = [text for text in texts if text and (cutoff is None or _is_held_out(text, cutoff) == held_out)]
-    encodings = _backend(tokenizer).encode_batch_fast(kept, add_special_tokens=False)
-    return {"input_ids": [[*encoding.ids, eos] for encoding in encodings]}
+    return {"input_ids": [[*tokens, eos] for tokens in encode_batch(_backend(tokenizer), kept)]}
 
 
 class Documents:

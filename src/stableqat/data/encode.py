@@ -5,16 +5,19 @@ most a few batches are in flight, so that memory doesn't grow with the input.
 """
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from stableqat.data.corpus import Record, document_hash, parse, text_of
+from stableqat.data.tokenizer import encode_batch
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,8 +93,8 @@ class Work:
             texts.setdefault(split, []).append(text.encode("utf-8", "replace").decode())
         encoded = Encoded()
         for split, some in texts.items():
-            encodings = self._backend.encode_batch_fast(some, add_special_tokens=False)
-            tokens = [np.array([*encoding.ids, self.eos], np.int32) for encoding in encodings]
+            encoded_texts = encode_batch(self._backend, some)
+            tokens = [np.array([*ids, self.eos], np.int32) for ids in encoded_texts]
             encoded.tokens[split] = np.concatenate(tokens).tobytes()
             encoded.counts[split] = {"documents": len(some), "characters": sum(map(len, some))}
         if left_out:
@@ -105,13 +108,11 @@ _work: Work
 def _start(work: Work) -> None:
     """Prepare a process: it takes its work once, and ends with its parent, however that ends."""
     import multiprocessing
-    import signal
     from multiprocessing.connection import wait
 
     global _work
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -120,6 +121,16 @@ def _start(work: Work) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C; a process that is started meanwhile never sees it, and ends with its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _encode(batch: Batch) -> Encoded:
@@ -139,7 +150,8 @@ def encode_all(work: Work, batches: Iterator[Batch], num_proc: int) -> Iterator[
     flying: deque[tuple[Batch, Future[Encoded]]] = deque()
     try:
         for batch in batches:
-            flying.append((batch, pool.submit(_encode, batch)))
+            with _uninterrupted():  # it may start a process
+                flying.append((batch, pool.submit(_encode, batch)))
             if len(flying) > 2 * num_proc + 1:
                 batch, future = flying.popleft()
                 yield batch, future.result()

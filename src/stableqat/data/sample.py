@@ -32,7 +32,7 @@ from stableqat.data.corpus import (
 from stableqat.data.output import Output, Shards
 from stableqat.data.prepared import SAMPLE
 from stableqat.errors import UserError
-from stableqat.terminal import terminal
+from stableqat.terminal import plain, terminal
 
 #: English text, byte-level BPE: a little less than tokenizers of 32k entries and more need.
 CHARACTERS_PER_TOKEN = 4
@@ -124,7 +124,7 @@ def sample(
     request |= {"name": name, "revision": revision, "text_column": text_column}
     with Output(out, SAMPLE, request) as output:
         if output.done:
-            terminal().print(f"{out} holds this sample already")
+            terminal().print(plain(f"{out} holds this sample already"))
             return 0
         corpus = _corpus(output, source, formats, name, revision)
         drawn = _draw_all(output, corpus, goal, seed, text_column)
@@ -155,7 +155,7 @@ def sample(
         )
     for split, about in splits.items():
         terminal().print(f"{split}: {about['documents']} documents, about {about['estimated_tokens']} tokens")
-    terminal().print(f"written to {out}; next: stableqat data tokenize --input {out}")
+    terminal().print(plain(f"written to {out}; next: stableqat data tokenize --input {out}"))
     return 0
 
 

@@ -37,7 +37,7 @@ from stableqat.data.tokenizer import (
     train_bpe,
 )
 from stableqat.errors import UserError
-from stableqat.terminal import terminal
+from stableqat.terminal import plain, terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +106,7 @@ def tokenize(
     }
     with Output(out, KIND, request) as output:
         if output.done:
-            terminal().print(f"{out} holds this set already")
+            terminal().print(plain(f"{out} holds this set already"))
             return 0
         check_content(input)
         held_out = _held_out(corpus.splits, column, None if own else validation_fraction)
@@ -140,7 +140,7 @@ def tokenize(
             f"{split}: {about['documents']} documents, {about['rows']} rows, {about['tokens']} tokens"
         )
     terminal().print(
-        f"written to {out}; next: stableqat fit ... --data.source {out} --data.block_size {block_size}"
+        plain(f"written to {out}; next: stableqat fit ... --data.source {out} --data.block_size {block_size}")
     )
     return 0
 

@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,21 @@ log = logging.getLogger(__name__)
 EOS = "<|endoftext|>"
 #: EOS spellings looked for in a bare tokenizer.json, which doesn't say.
 _EOS_SPELLINGS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+_GAVE_UP, _TRIAL_SECONDS = 3, 60
+#: Encodes long runs; what follows them keeps a match from being given up for a letter that is nowhere.
+_TRIAL = f"""
+import sys
+from tokenizers import Tokenizer
+
+backend = Tokenizer.from_str(sys.stdin.buffer.read().decode())
+letters = [chr(number) for number in (10, *range(32, 127), 0xE9, 0x4E2D)]
+try:
+    for run in [*letters, "ab", "a ", "1,", chr(13) + chr(10), " " + chr(10), "Aa", "x1"]:
+        for end in ("", "!", "a", chr(10), "~ " + "".join(letters)):
+            backend.encode(run * 400 + end)
+except BaseException:
+    sys.exit({_GAVE_UP})
+"""
 #: The 256 bytes and EOS.
 BPE_MIN_VOCAB = 257
 
@@ -118,6 +136,47 @@ def clash(tokenizer: "PreTrainedTokenizerFast", own: "PreTrainedTokenizerFast") 
     return None
 
 
+def encode_batch(backend: Any, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each text, without special tokens.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        texts: documents.
+
+    Raises:
+        UserError: a regular expression of the tokenizer gives up.
+    """
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Rust's panics become; no class of it is public
+            raise
+        raise UserError(
+            f"the tokenizer can't encode a document ({str(error).splitlines()[0]}): choose another tokenizer"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _is_patient(tokenizer: str) -> bool:
+    """Whether regular expressions of a tokenizer (as JSON) end soon on long runs of the same characters.
+
+    Tried in a process of its own, because neither a time nor a panic of Rust's can be caught in this one.
+    """
+    if '"Regex"' not in tokenizer:
+        return True
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", _TRIAL],
+            input=tokenizer.encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return tried.returncode != _GAVE_UP
+
+
 def _is_plain(config: Path) -> bool:
     """Whether a folder's tokenizer is of no model's own class; AutoTokenizer imports torch to find that."""
     named = json.loads(config.read_text()).get("tokenizer_class")
@@ -150,6 +209,11 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
         raise UserError(f"tokenizer {source} can't be loaded from disk or the hub: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {source} has no fast version (tokenizer.json): choose another")
+    if not _is_patient(tokenizer.backend_tokenizer.to_str()):
+        raise UserError(
+            f"tokenizer {source} has a regular expression that takes too long on long runs of one character: "
+            "choose another"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"tokenizer {source} has no EOS token: name it as eos_token in its tokenizer_config.json"

@@ -15,7 +15,7 @@ from stableqat.data import TextDataModule
 from stableqat.data.documents import Documents
 from stableqat.data.packed import PackedRows, TokenRows
 from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
-from stableqat.data.tokenizer import tokenizer_hash, tokenizer_json
+from stableqat.data.tokenizer import encode_batch, tokenizer_hash, tokenizer_json
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def _documents(texts: Iterator[str], tokenizer: Any) -> "Dataset":
     backend = Tokenizer.from_str(tokenizer_json(tokenizer))
     given, rows = (text for text in texts if text), []
     while batch := list(islice(given, DOCUMENTS)):
-        encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
-        ids = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
+        ids = [token for ids in encode_batch(backend, batch) for token in (*ids, tokenizer.eos_token_id)]
         rows.append(np.array(ids, np.int32))
     return _dataset(rows)
 
