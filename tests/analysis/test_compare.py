@@ -6,6 +6,9 @@ import json
 import logging
 import math
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,12 @@ from stableqat.analysis.arms import Comparison, usable
 from stableqat.analysis.caps import Cap, Group
 from stableqat.analysis.compare import compare, read_comparisons
 from stableqat.analysis.events import COMPARED, Run, read_run
+from stableqat.analysis.publish import publish
 from stableqat.analysis.runner import Record
 from stableqat.analysis.study import short
 from stableqat.analysis.tables import as_json, markdown, notes, rows
 from stableqat.errors import UserError
+from stableqat.whole import hidden_folder
 
 STE = {"method": "STE", "bits": 2, "grid": "standard", "mask": "hard", "scale_init": "mse"}
 STE |= {"granularity": "channel", "max_steps": 10, "subcommand": "fit"}
@@ -143,6 +148,35 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match=r"out: .* exists already"):
         compare([str(demo)], out=str(out))
     assert (out / "compare.png").read_bytes() == picture
+
+
+KILLED = """
+import os, signal, sys
+from stableqat.analysis import compare, publish, report
+def end(*_): os.kill(os.getpid(), signal.SIGKILL)
+report.write = publish._write_overlay = end
+verb = {"compare": compare.compare, "publish": publish.publish}[sys.argv[1]]
+verb([sys.argv[2]], out=sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("verb", ["compare", "publish"])
+def test_what_a_killed_command_left_is_in_no_ones_way(demo: Path, tmp_path: Path, verb: str) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, verb, str(demo), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.rglob(".*.part"))
+    command = {"compare": compare, "publish": publish}[verb]
+    assert command([str(demo)], out=str(out)) == 0
+    assert not list(tmp_path.rglob(".*"))
+    assert (out / {"compare": "compare.html", "publish": "demo/overlay"}[verb]).exists()
+
+
+def test_what_another_command_makes_now_is_left_alone(tmp_path: Path) -> None:
+    with hidden_folder(tmp_path, ".compare-") as one, hidden_folder(tmp_path, ".compare-") as other:
+        assert one.is_dir()
+        assert other.is_dir()
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_out_the_files_of_an_earlier_call_are_replaced(

@@ -379,3 +379,36 @@ def test_folders_of_others_are_left_alone() -> None:
     with pytest.raises(UserError, match="workers: 0"):
         run(path, workers=0)
     assert not (FOLDER / "calls.txt").exists()
+
+
+def test_a_sweep_killed_while_it_made_its_first_record_goes_on() -> None:
+    """Nothing but a part of the record lies in the point's folder."""
+    for point, name in (("a", ".sweep.json.1.part"), ("b", ".sweep.json.23.part")):
+        (FOLDER / point).mkdir(parents=True)
+        (FOLDER / point / name).write_text("{")
+    assert run(write({"a": "finish", "b": "finish"})) == 0
+    assert statuses() == {"a": "done", "b": "done"}
+    assert not [file for file in FOLDER.rglob("*.part")]
+    assert not Path("lightning_logs/.replaced").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "broken link"])
+@pytest.mark.parametrize("place", ["lightning_logs/demo", "lightning_logs"])
+def test_a_folder_that_can_be_none_is_told_before_anything_runs(kind: str, place: str) -> None:
+    Path(place).parent.mkdir(exist_ok=True)
+    if kind == "file":
+        Path(place).touch()
+    else:
+        Path(place).symlink_to(Path(place).name if kind == "loop" else "gone")
+    with pytest.raises(UserError, match=f"{place} is no folder.* move it away, or set other logs"):
+        run(write({"a": "finish"}))
+
+
+@pytest.mark.parametrize("length", [251, 255, 300])
+def test_a_name_that_is_too_long_is_told_before_anything_runs(length: int) -> None:
+    with pytest.raises(UserError, match=f"may have 250 characters here, .* {length}: shorten"):
+        run(write({"a": "finish", "b" * length: "finish"}))
+    assert not FOLDER.exists()
+    with pytest.raises(UserError, match="or the study's name"):
+        run(write({"a": "finish"}, f"name: {'n' * length}"))
+    assert run(write({"b" * 250: "finish"})) == 0

@@ -7,7 +7,6 @@ the pictures in it that opens without a network. What the figures mean: see `arm
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -18,6 +17,7 @@ from stableqat.analysis.events import COMPARED, Run, find_runs, read_run
 from stableqat.analysis.tables import as_json, comma_separated, markdown, notes, rows, text_tables
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
+from stableqat.whole import hidden_folder
 
 __all__ = ["compare", "markdown", "notes", "read_comparisons", "rows"]
 
@@ -44,17 +44,22 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     logs = Path(os.path.relpath(os.path.commonpath([Path(folder).resolve() for folder in folders])))
     target = Path(out) if out else logs
     text = "\n\n".join([*map(markdown, comparisons), f"tensorboard --logdir {logs}"]) + "\n"
+    place = target.parent if out else target
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".compare-", dir=target) as folder:
-            part = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        with hidden_folder(place, ".compare-") as made:
+            part = made / "compare"
+            part.mkdir()
             (part / "compare.md").write_text(text)
             (part / "compare.csv").write_text(comma_separated(comparisons))
             (part / "compare.json").write_text(as_json(comparisons))
             report.write(comparisons, draw_all(comparisons, part), part / "compare.html")
             written = sorted(path.name for path in part.iterdir())
-            for name in written:
-                os.replace(part / name, target / name)
+            if out:
+                part.rename(target)
+            else:
+                for name in written:
+                    os.replace(part / name, target / name)
     except OSError as error:
         raise UserError(
             f"{target} can't be written ({error.strerror}): give another folder as --out"

@@ -11,7 +11,6 @@ import math
 import re
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from stableqat.analysis.labels import NAMED
 from stableqat.analysis.study import short
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
+from stableqat.whole import hidden_folder
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -60,8 +60,8 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
             )
         try:
             target.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".publish-", dir=target) as made:
-                copy = Path(made) / name
+            with hidden_folder(target, ".publish-") as made:
+                copy = made / name
                 for path in find_runs(folder):
                     if path.parent == folder:
                         _write_run(path, copy / path.name, points, comparisons[0].named(path))

@@ -30,7 +30,7 @@ from typing import Any
 from stableqat.analysis.claim import Claim
 from stableqat.analysis.study import Point
 from stableqat.errors import UserError
-from stableqat.whole import whole
+from stableqat.whole import left_over, whole
 
 # What makes a run slow to start. Importing must start no thread and no parallel region (fork-safe).
 PRELOAD = (
@@ -102,7 +102,7 @@ class Job:
         """See in its folder whether the point is done, continues or begins."""
         folder, settings = self.point.folder, self.point.settings()
         found = Record.read(folder)
-        if found is None and folder.exists() and any(folder.iterdir()):
+        if found is None and folder.exists() and not all(map(left_over, folder.iterdir())):
             raise UserError(f"{folder} was not made by a sweep: move it away, or rename the study")
         names = ("last.ckpt", "previous.ckpt")
         saved = self.point.verb == "fit" and any((folder / "checkpoints" / n).exists() for n in names)
@@ -149,7 +149,8 @@ class Job:
     @property
     def begins_anew(self) -> bool:
         """Whether an earlier attempt left something that is not continued."""
-        return not self.resume and self.point.folder.exists()
+        folder = self.point.folder
+        return not self.resume and folder.exists() and not all(map(left_over, folder.iterdir()))
 
     @property
     def replaced(self) -> Path:
@@ -168,6 +169,8 @@ class Job:
             replaced.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, replaced)
         folder.mkdir(parents=True, exist_ok=True)
+        for file in filter(left_over, folder.iterdir()):
+            file.unlink()
         self.record.status, self.record.error = "running", ""
         self.record.write(folder)
         (folder / "command.sh").write_text(self.point.command + "\n")

@@ -111,6 +111,8 @@ def _keep(study: Study) -> None:
 
 def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
     """Decides for each point whether it is done, continues or begins, before anything runs."""
+    for study in studies:
+        _check_names(study)
     folders = [study.folder.resolve() for study in studies]
     for folder in {f for f in folders if folders.count(f) > 1}:
         raise UserError(f"two studies write to {folder}: give one of them another name")
@@ -133,6 +135,24 @@ def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
     if gpus and (most := max(job.gpus for job in jobs.values())) > gpus:
         raise UserError(f"trainer.devices: a run wants {most} GPUs, more than the {gpus} that are here")
     return list(jobs.values())
+
+
+def _check_names(study: Study) -> None:
+    """The study's folder can be one, and its points' folders can have their names."""
+    logs = study.folder.parent
+    for folder in (study.folder, *study.folder.parents):
+        if (folder.is_symlink() or folder.exists()) and not folder.is_dir():
+            raise UserError(
+                f"{folder} is no folder, so no run can land in it: move it away, or set other logs"
+            )
+    existing = next(folder for folder in (logs, *logs.absolute().parents) if folder.is_dir())
+    longest = os.pathconf(existing, "PC_NAME_MAX") - len(".9999")  # what is moved aside gets a number
+    for name in (study.name, *(point.name for point in study.points)):
+        if len(os.fsencode(name)) > longest:
+            raise UserError(
+                f"{name[:40]}...: the name of a folder may have {longest} characters here, this one has"
+                f" {len(name)}: shorten the arm, or the study's name"
+            )
 
 
 def _difference(point: Point) -> str:
