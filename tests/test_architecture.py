@@ -17,26 +17,27 @@ ALLOWED = {
     "terminal": set(),
     "whole": set(),
     "parsing": set(),
+    "trust": {"parsing"},
     "ops": set(),
     "quantizers": {"ops"},
     "linears": {"quantizers"},
     "surgery": {"linears", "ops", "quantizers"},
     "calls": {"surgery"},
     "qat": {"calls", "linears", "surgery", "quantizers"},
-    "modules": {"calls", "linears", "qat", "surgery", "quantizers"},
+    "modules": {"calls", "linears", "qat", "surgery", "quantizers", "trust"},
     "data": set(),
     "callbacks": {"evaluate", "qat", "surgery", "quantizers", "ops"},
-    "analysis": {"cli"},  # a sweep's points are command lines
+    "analysis": {"cli", "trust"},  # a sweep's points are command lines
     "importing": {"modules", "surgery", "quantizers"},
     "export": {"data", "modules", "qat", "quantizers", "ops", "surgery", "trained"},
-    "trained": {"data", "modules"},
-    "evaluate": {"data", "modules", "surgery", "trained"},
-    "bench": {"export", "modules", "surgery", "quantizers", "ops", "analysis"},
-    "run": {"callbacks", "checks", "data", "inherited", "modules", "parsing", "trained"},
+    "run": {"callbacks", "checks", "data", "inherited", "modules", "parsing", "trained", "trust"},
     "inherited": {"data", "modules", "trained"},
+    "trained": {"data", "modules", "trust"},
+    "evaluate": {"data", "modules", "surgery", "trained"},
+    "bench": {"export", "modules", "surgery", "quantizers", "ops", "analysis", "trust"},
     "checks": {"modules", "callbacks"},
     "consolidate": {"callbacks", "modules"},
-    "cli": {"parsing", "run", "analysis", "bench", "evaluate", "export", "importing"},
+    "cli": {"parsing", "trust", "run", "analysis", "bench", "evaluate", "export", "importing"},
     "__init__": {"callbacks", "qat", "surgery"},
 }
 # third-party packages that a part of the project must not know
@@ -90,6 +91,10 @@ def test_no_forbidden_habits(path: Path) -> None:
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), "bare except"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             assert node.func.attr != "cuda", "where a tensor lives is not for the library to say"
+            maker = node.func.value
+            if isinstance(maker, ast.Name) and maker.id.startswith("Auto") and node.func.attr != "for_model":
+                named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert named.get("trust_remote_code") == "False", "a model folder's own code is never run"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and path.name != "cli.py":
             assert node.func.id != "print", "the library logs, the command line prints"
 

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin
 
 from stableqat.errors import UserError
 from stableqat.terminal import plain
+from stableqat.trust import allowing
 
 RUN_VERBS = {
     "fit": "train a model, quantized or not",
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        return _dispatch(arguments)
+        with allowing(arguments) as arguments:
+            return _dispatch(arguments)
     except UserError as error:
         if debug:
             raise
@@ -103,7 +105,8 @@ def _parser(group: str) -> argparse.ArgumentParser:
         prog="stableqat",
         usage="stableqat VERB [-c CONFIG.yaml ...] [--KEY VALUE ...]",
         description="Quantization-aware training of LLMs and ViTs at 1-4 bits.",
-        epilog=f"verbs (each has its own --help):\n{lines}\n\n--debug with any verb shows the traceback.",
+        epilog=f"verbs (each has its own --help):\n{lines}\n\nwith any verb: --debug shows the traceback, "
+        "--allow my_package.MyClass lets files name a class that is not this suite's.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -43,6 +43,7 @@ _CLASS = re.compile(
     r"class_path'?[ :=]+'([^']+)'|import path string: (\S+)|Expected '([^']+)' to be a subclass"
 )
 _CLASSLESS = re.compile(r"Given value: NestedArg\(key='([^']+)'")
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _VALUE = re.compile(r"G(?:iven|ot) value: (.*)")
 
 
@@ -134,7 +135,7 @@ def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError
     if not key:
         return UserError(" ".join(message.split()))
     action = next((action for action in parser._actions if action.dest == key), None)
-    return Fault(key, _refusal(getattr(action, "_typehint", None), message))
+    return Fault(key, refusal(getattr(action, "_typehint", None), message))
 
 
 def _unknown(parser: Any, key: str) -> Fault:
@@ -152,9 +153,19 @@ def _unknown(parser: Any, key: str) -> Fault:
     return Fault(key, f"unknown key; {known}")
 
 
-def _refusal(hint: Any, message: str) -> str:
+def untrusted(name: str) -> str:
+    """Why a class that a file names is refused, see `stableqat.trust`."""
+    return (
+        f"{name} is no class of this suite or torch.optim, and a file's word is not enough to import it; "
+        f"if you trust it, add --allow {name}"
+    )
+
+
+def refusal(hint: Any, message: str) -> str:
     """Why a value is refused, by the type that is wanted."""
-    types = list(_alternatives(hint))
+    if denied := _DENIED.search(message):
+        return untrusted(denied[1])
+    types = list(alternatives(hint))
     bases = [t for t in types if inspect.isclass(t) and t not in _WORDS]
     wanted = [str(choice) for t in types if get_origin(t) is Literal for choice in get_args(t)]
     wanted += [word for t in types for word in _WORDS.get(get_origin(t) or t, "").split(", ") if word]
@@ -180,13 +191,13 @@ def _suggestion(given: str, bases: list[type]) -> str:
     return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= _LISTED else ""
 
 
-def _alternatives(hint: Any) -> Iterator[Any]:
+def alternatives(hint: Any) -> Iterator[Any]:
     """The types that a hint allows; for a factory, what it makes."""
     if get_origin(hint) in (Union, UnionType):
         for each in get_args(hint):
-            yield from _alternatives(each)
+            yield from alternatives(each)
     elif get_origin(hint) is Callable:
-        yield from _alternatives(get_args(hint)[-1])
+        yield from alternatives(get_args(hint)[-1])
     else:
         yield hint
 

@@ -7,11 +7,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import stableqat.data.image
 import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
-from stableqat import checks
+from stableqat import checks, modules
 from stableqat.callbacks import (
     BestCheckpoint,
     DivergenceGuard,
@@ -38,11 +39,12 @@ from stableqat.errors import UserError
 from stableqat.inherited import inherit
 from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
-from stableqat.modules.sharded import REST, is_sharded
-from stableqat.modules.start import check_start
+from stableqat.modules.sharded import is_sharded
+from stableqat.modules.start import check_start, read_checkpoint, read_rest
 from stableqat.modules.strategy import register_strategies
 from stableqat.parsing import OneLineErrors, user_error
 from stableqat.trained import TOKENIZER
+from stableqat.trust import arguments, check_settings, wall
 from stableqat.whole import whole
 
 logger = logging.getLogger(__name__)
@@ -64,12 +66,19 @@ def run(arguments: list[str]) -> int:
     """
     _configure_logging()
     register_strategies()
-    QATCommand(arguments)
+    with wall():
+        QATCommand(arguments)
     return 0
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, with errors of one line."""
+    """LightningCLI's parser, with errors of one line, and no class by a file's word alone."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config file whose classes are trusted."""
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser says what is wrong
+            check_settings(yaml.safe_load(Path(path).read_text()), str(path))
+        return super().parse_path(path, *args, **kwargs)
 
 
 class QATCommand(LightningCLI):
@@ -126,13 +135,17 @@ class QATCommand(LightningCLI):
         if settings.ckpt_path is None:
             return
         configured, path = settings.model, settings.ckpt_path
+        saved = read_rest(Path(path)) if is_sharded(Path(path)) else read_checkpoint(Path(path))
+        if not saved["hyper_parameters"]:
+            return
+        cls, values = QATModule.saved_arguments(Path(path), saved)
+        arguments(cls, values, f"{path}: hyper_parameters")
+        home = "stableqat.modules" if getattr(modules, cls.__name__, None) is cls else cls.__module__
+        spec = {"class_path": f"{home}.{cls.__qualname__}", "init_args": values}
         try:
-            if is_sharded(Path(path)):  # Lightning would not look into a folder
-                settings.ckpt_path = str(Path(path) / REST)
-            super()._parse_ckpt_path()
+            self.config = self.parser.parse_object({self._verb: {"model": spec}}, self.config)
         except UserError as error:
             raise UserError(f"ckpt_path: {path} is of another model: {error}") from error
-        self.config[self._verb].ckpt_path = path
         for key, mine, saved in checks.differences(configured, self.config[self._verb].model):
             if self._verb == "fit" or key == "model.class_path":
                 raise UserError(

@@ -4,18 +4,20 @@ A run gives its best checkpoint, a checkpoint itself. What a checkpoint does not
 comes from the `config.yaml` of the run's folder.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stableqat import data, modules
+import torch
+
+from stableqat import data
 from stableqat.data.tokenizer import clash, load_tokenizer, token_rows
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
 from stableqat.modules.start import check_sums, find_checkpoint, read_checkpoint
+from stableqat.trust import arguments, read_settings
 
 TOKENIZER = "tokenizer"  # of a language model's run, a folder beside its config.yaml
 # of a run's settings what only training needs
@@ -64,7 +66,9 @@ def ours(path: Path) -> Iterator[None]:
     """Say in one line that a checkpoint is not what its settings and this version make of it."""
     try:
         yield
-    except (RuntimeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: damaged, or written by another version: {first}") from error
 
@@ -93,7 +97,8 @@ def run_of(checkpoint: Path) -> Path | None:
 
 def start_of(checkpoint: Path) -> str | None:
     """The `init_from` of the run that a checkpoint lies in."""
-    return (_settings(checkpoint, "model").get("init_args") or {}).get("init_from")
+    found = _settings(checkpoint, "model").get("init_args", {}).get("init_from")
+    return None if found is None else str(found)
 
 
 def tokenizer_of(checkpoint: Path) -> str | None:
@@ -113,7 +118,10 @@ def tokenizer_of(checkpoint: Path) -> str | None:
     settings = _settings(checkpoint, "data")
     if not settings:
         raise UserError(f"{run} has no tokenizer")
-    return (settings.get("init_args") or {}).get("tokenizer")
+    named = settings["init_args"].get("tokenizer")
+    if not isinstance(named, str | None):
+        raise UserError(f"{run}/config.yaml: data.tokenizer: must be text or null; damaged, or changed")
+    return named
 
 
 def load_tokenizer_of(checkpoint: Path, model: Any, given: str | None) -> Any:
@@ -169,17 +177,20 @@ def data_of(checkpoint: Path, **changes: Any) -> tuple[Any, str]:
         checkpoint: Checkpoint of the run.
         changes: Arguments of the data module that replace the run's.
     """
-    if run_of(checkpoint) is None:
+    run = run_of(checkpoint)
+    if run is None:
         return None, "the checkpoint lies in no run folder"
     settings = _settings(checkpoint, "data")
-    cls = getattr(data, str(settings.get("class_path", "")).rpartition(".")[2], None)
-    if cls is None:
+    home, _, name = str(settings.get("class_path")).rpartition(".")
+    if not (home.split(".")[0] == "stableqat" and name in data.__all__):
         return None, "the run's data is none of this suite's"
+    cls = getattr(data, name)
+    kept = arguments(cls, settings["init_args"], f"{run / 'config.yaml'}: data")
     try:
         if cls is data.TextDataModule:
             changes = {"tokenizer": tokenizer_of(checkpoint), **changes}
-        return cls(**{**(settings.get("init_args") or {}), "num_workers": 0, **changes}), ""
-    except (UserError, TypeError) as error:
+        return cls(**{**kept, "num_workers": 0, **changes}), ""
+    except UserError as error:
         return None, f"the run's data is not to be had ({error})"
 
 
@@ -188,7 +199,9 @@ def images_of(checkpoint: Path) -> dict[str, Any] | None:
     settings = _settings(checkpoint, "data")
     if not str(settings.get("class_path")).endswith("ImageDataModule"):
         return None
-    return data.ImageDataModule.evaluation_settings(settings.get("init_args") or {})
+    run = run_of(checkpoint)
+    kept = arguments(data.ImageDataModule, settings["init_args"], f"{run}/config.yaml: data")
+    return data.ImageDataModule.evaluation_settings(kept)
 
 
 def image_size_of(checkpoint: Path) -> int | None:
@@ -198,22 +211,29 @@ def image_size_of(checkpoint: Path) -> int | None:
 
 def _built(path: Path, read: dict[str, Any], **changes: Any) -> QATModule:
     """The module of a checkpoint, from its hyper-parameters but for what only training needs."""
-    from lightning.pytorch.cli import instantiate_module
-
-    hyper_parameters = read.get("hyper_parameters", {})
-    name = str(hyper_parameters.get("_class_path", ""))
-    cls = getattr(modules, name.rpartition(".")[2], None)
-    if not (isinstance(cls, type) and issubclass(cls, QATModule)):
-        raise UserError(f"{path}: holds {name or 'no training system'}, which is none of this suite's")
-    kept = {key: value for key, value in hyper_parameters.items() if key in inspect.signature(cls).parameters}
-    unused = {key: value for key, value in TRAINING.items() if key in kept}
-    module: QATModule = instantiate_module(cls, kept | unused | changes)
+    module = QATModule.of_checkpoint(path, read, **(TRAINING | changes))
+    with torch.device("meta"):
+        described = sum(parameter.numel() for parameter in module.build_model().parameters())
+    held = sum(tensor.numel() for tensor in read["state_dict"].values())
+    if described > 2 * held:  # before memory is taken for it
+        raise UserError(
+            f"{path}: its settings describe {described:,} parameters, and it holds {held:,}; take another one"
+        )
     module.configure_model()
     return module
 
 
 def _settings(checkpoint: Path, part: str) -> dict[str, Any]:
-    import yaml
+    """A part of the configuration of the run that a checkpoint lies in: plain values, `init_args` among them.
 
+    Raises:
+        UserError: If the file is none of a run.
+    """
     run = run_of(checkpoint)
-    return {} if run is None else yaml.safe_load((run / "config.yaml").read_text()).get(part) or {}
+    if run is None:
+        return {}
+    settings = read_settings(run / "config.yaml")
+    found = settings.get(part) or {}
+    if not (isinstance(found, dict) and isinstance(found.get("init_args") or {}, dict)):
+        raise UserError(f"{run / 'config.yaml'}: {part}: must be a mapping of settings; damaged, or changed")
+    return found and {**found, "init_args": found.get("init_args") or {}}

@@ -308,6 +308,8 @@ def _argument(path: str | Path, where: str, key: str) -> str:
         raise UserError(
             f"{path}: {where}: {key!r} is no argument: write it without dashes, as trainer.max_steps"
         )
+    if key == "allow":
+        raise UserError(f"{path}: {where}: {key} is the user's word: give it to the sweep, --allow NAME")
     if key.startswith("trainer.logger.") or key == "ckpt_path":
         raise UserError(f"{path}: {where}: {key} is set by the sweep: remove it (see name and logs)")
     return key.replace(".init_args.", ".")

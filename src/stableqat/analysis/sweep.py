@@ -19,6 +19,7 @@ from stableqat.analysis.runner import FINAL, PRELOAD, Job, Main, Record, run_sta
 from stableqat.analysis.slots import Slots, visible_gpus
 from stableqat.analysis.study import Point, Study, read_study
 from stableqat.errors import UserError
+from stableqat.trust import allowed, check_settings
 from stableqat.whole import whole
 
 
@@ -49,6 +50,9 @@ def sweep(
         128 + the signal if stopped.
     """
     read = [read_study(path) for path in studies]
+    for path, study in zip(studies, read, strict=True):
+        for point in study.points:  # its command line will be the file's word, not the user's
+            check_settings(point.overlay.settings(), path)
     if slurm is None:
         return run_studies(read, workers=workers, rerun=rerun, gpus=visible_gpus())
     # What a task would refuse in its log, after it was queued for hours, is refused here.
@@ -57,6 +61,7 @@ def sweep(
     arguments = [str(Path(path).absolute()) for path in studies]
     arguments += [f"--workers={workers}"] if workers is not None else []
     arguments += [f"--rerun={rerun}"] if rerun else []
+    arguments += [f"--allow={name}" for name in allowed()]
     left = sum(job.changed or job.record.status not in FINAL for job in jobs)
     return submit_sweep(read, arguments, left, slurm)
 

@@ -8,14 +8,13 @@ import difflib
 import glob
 from collections import Counter
 from dataclasses import dataclass
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from stableqat.errors import UserError
+from stableqat.trust import build, find_class
 
 if TYPE_CHECKING:
     from stableqat.modules import QATModule
@@ -56,17 +55,9 @@ class Architecture:
         """
         from stableqat.modules import QATModule
 
-        home, _, name = self.class_path.rpartition(".")
-        try:
-            cls = getattr(import_module(home or "stableqat.modules"), name, None)
-        except ImportError as error:
-            raise UserError(f"model: {self.source}: {self.class_path}: {error}") from error
-        if not (isinstance(cls, type) and issubclass(cls, QATModule)):
-            raise UserError(f"model: {self.source}: {self.class_path} is no QATModule that can be imported")
-        known = signature(cls).parameters
-        if surplus := [key for key in self.init_args if key not in known]:
-            raise UserError(f"model: {self.source}: {surplus[0]} is no setting of {name}")
-        return cls(**self.init_args)
+        named = self.class_path if "." in self.class_path else f"stableqat.modules.{self.class_path}"
+        where = f"model: {self.source}: model"
+        return build(find_class(named, [QATModule], where), self.init_args, where)
 
 
 def read_architecture(model: str) -> Architecture:

@@ -203,7 +203,9 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
         else:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent if file.is_file() else source))
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(file.parent if file.is_file() else source), trust_remote_code=False
+            )
     except Exception as error:  # tokenizers raises bare Exception for a file it can't parse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tokenizer {source} can't be loaded from disk or the hub: {reason}") from error

@@ -230,7 +230,7 @@ def _pretrained(source: str, tokenizer: Any, about: str) -> Subject:
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True
+                source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{source}: transformers cannot load it: {first_line(error)}") from error

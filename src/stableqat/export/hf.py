@@ -90,7 +90,9 @@ def load_language_model(packed: PackedModel, folder: Path, **options: Any) -> tu
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()):  # progress bars of two libraries
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, **options
+        ).eval()
         with torch.no_grad():
             return model, model(input_ids=packed.input, use_cache=False).logits
 

@@ -190,7 +190,8 @@ def load(file: Header, state: dict[str, Tensor]) -> Any:
     if family == "llama":
         settings["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+        described = AutoConfig.for_model(family, **settings)
+        model: Any = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     if settings["tie_word_embeddings"]:
         state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, assign=True)

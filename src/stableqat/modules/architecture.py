@@ -53,7 +53,7 @@ def pretrained_config(key: str, source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if Path(source).exists():
             reason = f"is a folder without a readable config.json ({first_line(error)})"

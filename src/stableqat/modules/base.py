@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -36,11 +37,12 @@ from stableqat.calls import Calls, check_calls, show_weights
 from stableqat.errors import UserError
 from stableqat.linears import SurgeryReport
 from stableqat.modules.schedule import check_end, place
-from stableqat.modules.start import load_start
+from stableqat.modules.start import load_start, read_checkpoint
 from stableqat.qat import parameter_groups
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.base import local
 from stableqat.surgery import hold_weights, quantize_linears, quantized_layers, release_weights
+from stableqat.trust import arguments, find_class
 
 logger = logging.getLogger(__name__)
 
@@ -262,10 +264,72 @@ class QATModule(L.LightningModule, ABC):
         self.model = model
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Rebuild a module from a checkpoint alone; see Lightning's method of this name."""
+    def of_checkpoint(cls, path: Path, read: dict[str, Any], **changes: Any) -> "QATModule":
+        """The module of a checkpoint, not yet configured; hyper-parameters are data, see `stableqat.trust`.
+
+        Args:
+            path: Checkpoint file or folder, for messages.
+            read: What `read_checkpoint` made of it.
+            changes: Arguments that replace the checkpoint's, as they are.
+
+        Raises:
+            UserError: If it is of no such class, or a hyper-parameter is unknown, of another type, or names a
+                class that is not trusted.
+        """
+        found, values = cls.saved_arguments(path, read, replaced=changes)
+        made = arguments(found, values, f"{path}: hyper_parameters")
+        known = inspect.signature(found).parameters
+        return found(**made, **{key: value for key, value in changes.items() if key in known})
+
+    @classmethod
+    def saved_arguments(
+        cls, path: Path, read: dict[str, Any], *, replaced: Iterable[str] = ()
+    ) -> tuple[type["QATModule"], dict[str, Any]]:
+        """The class of a checkpoint's module, and its hyper-parameters as the plain values that they are.
+
+        Args:
+            path: Checkpoint file or folder, for messages.
+            read: What `read_checkpoint` made of it.
+            replaced: Arguments to leave out.
+
+        Raises:
+            UserError: As `of_checkpoint`.
+        """
+        where = f"{path}: hyper_parameters"
+        values = dict(read[cls.CHECKPOINT_HYPER_PARAMS_KEY])
+        named = values.pop("_class_path", f"{cls.__module__}.{cls.__qualname__}")
+        values.pop("_instantiator", None)  # Lightning's way: a function to import
+        found = find_class(named, [cls], f"{where}._class_path")
+        return found, {key: value for key, value in values.items() if key not in replaced}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | int | None = None,
+        *,
+        strict: bool = True,
+        **changes: Any,
+    ) -> Any:
+        """Rebuild a module from a checkpoint alone, on the CPU or another device.
+
+        Args:
+            checkpoint_path: Checkpoint file or folder.
+            map_location: The device; None is the CPU.
+            strict: Whether the state dict must be complete.
+            changes: Arguments of the class that replace the checkpoint's.
+
+        Raises:
+            UserError: As `of_checkpoint`, or if the file is damaged.
+        """
+        path = Path(checkpoint_path)
+        read = read_checkpoint(path)
         with state_dict_follows():
-            return super().load_from_checkpoint(*args, **kwargs)
+            module = cls.of_checkpoint(path, read, **changes)
+            module.configure_model()
+        module.on_load_checkpoint(read)
+        module.load_state_dict(read["state_dict"], strict=strict)
+        return module if map_location is None else module.to(map_location)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint enough by itself: no way back to `init_from`, optimizer states under names.

@@ -109,7 +109,9 @@ class LlamaModule(QATModule):
         """See `QATModule.build_model`."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(
+            self.config, dtype=torch.float32, trust_remote_code=False
+        ).train()
 
     def load_pretrained(self, source: str) -> nn.Module:
         """See `QATModule.load_pretrained`: a transformers folder or hub name, loaded as float32."""
@@ -122,7 +124,11 @@ class LlamaModule(QATModule):
             )  # of weights that it may not see transformers says they are not there
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=self.config, dtype=torch.float32, output_loading_info=True
+                source,
+                config=self.config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         except (OSError, RuntimeError, ValueError) as error:
             reason = hub_refusal(source, error) or f"cannot be loaded: {first_line(error)}"

@@ -20,11 +20,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.errors import UserError
 from stableqat.modules.sharded import REST, damaged_parts, is_sharded, read_whole
+from stableqat.trust import check_settings
 
 if TYPE_CHECKING:
     from stableqat.modules.base import QATModule
 
 logger = logging.getLogger(__name__)
+
+_REST = {"hyper_parameters": dict, "callbacks": dict, "global_step": int}
+_KINDS = {dict: "a mapping", int: "a whole number"}
 
 
 def load_start(module: "QATModule", source: str) -> nn.Module:
@@ -45,10 +49,10 @@ def load_start(module: "QATModule", source: str) -> nn.Module:
         return module.load_pretrained(source)
     model = module.build_model()
     state = read_checkpoint(checkpoint)["state_dict"]
-    latent = _latent(state)
-    if len(latent) < len(state):
+    weights = _latent(state)
+    if len(weights) < len(state):
         logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
-    load_weights(model, module.fit_state(model, latent, source), source)
+    load_weights(model, module.fit_state(model, weights, source), source)
     return model
 
 
@@ -110,6 +114,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     else:
         with _reading(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_rest(path, checkpoint)
     _check_weights(path, checkpoint)
     return checkpoint
 
@@ -121,7 +126,9 @@ def read_rest(folder: Path) -> dict[str, Any]:
         UserError: As `read_checkpoint`.
     """
     with _reading(folder):
-        return torch.load(folder / REST, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    _check_rest(folder, checkpoint)
+    return checkpoint
 
 
 def read_consolidated(folder: Path) -> dict[str, Any]:
@@ -162,6 +169,20 @@ def _first_bad(path: Path) -> str | None:
 def _check_weights(path: Path, checkpoint: object) -> None:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict)")
+    state = checkpoint["state_dict"]
+    if not (isinstance(state, dict) and all(isinstance(each, Tensor) for each in state.values())):
+        raise UserError(f"{path}: not a checkpoint of this suite (its state_dict holds more than tensors)")
+
+
+def _check_rest(path: Path, checkpoint: object) -> None:
+    """What Lightning and this suite take for granted, in a file that anybody may have written."""
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: not a checkpoint of this suite (it holds no mapping)")
+    for key, kind in _REST.items():
+        value = checkpoint.setdefault(key, kind())
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{path}: {key}: must be {_KINDS[kind]}, not {str(value)[:60]}; take another one")
+    check_settings(checkpoint["hyper_parameters"], f"{path}: hyper_parameters")
 
 
 @contextmanager

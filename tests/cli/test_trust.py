@@ -1,0 +1,331 @@
+"""Files are data: whatever class a file names beside those of a fixed list is neither imported nor built."""
+
+import copy
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stableqat.cli import main
+from stableqat.errors import UserError
+from stableqat.modules import LlamaModule, QATModule, ViTModule
+from stableqat.modules.base import state_dict_follows
+from stableqat.modules.start import read_checkpoint
+from stableqat.trust import check_settings, read_settings
+
+PLANTED = """
+from pathlib import Path
+from stableqat.quantizers import STE
+
+Path("marker").write_text("imported")
+
+
+class Payload(STE):
+    def __init__(self, *args, **kwargs):
+        Path("marker").write_text("built")
+        super().__init__(*args, **kwargs)
+"""
+COMMAND = {"class_path": "subprocess.Popen", "init_args": {"args": "touch marker", "shell": True}}
+PAYLOADS = {
+    "a command": COMMAND,
+    "a module beside the file": {"class_path": "planted.Payload", "init_args": {"bits": 2}},
+    "a list": [COMMAND],
+    "deep inside": {"a": {"b": [{"c": COMMAND}]}},
+    "text": json.dumps(COMMAND),
+    "a name": "planted.Payload",
+}
+
+
+@pytest.fixture
+def here(place, tmp_path, monkeypatch):
+    """A folder, the current one and on the import path, with a module that leaves a mark."""
+    monkeypatch.chdir(tmp_path)
+    for family in ("llama", "vit"):
+        config = yaml.safe_load((place / f"{family}.yaml").read_text())
+        config["data"]["init_args"].pop("source", None)
+        Path(f"{family}.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("planted.py").write_text(PLANTED)
+    yield tmp_path
+    sys.modules.pop("planted", None)
+
+
+def settings(family, folder=Path()):
+    return yaml.safe_load((folder / f"{family}.yaml").read_text())["model"]
+
+
+@pytest.fixture(scope="module")
+def saved(place):
+    """A checkpoint of each family, as a run would have left it."""
+    made = {}
+    for family, cls in (("llama", LlamaModule), ("vit", ViTModule)):
+        arguments = settings(family, place)["init_args"]
+        arguments["quantizer"] = {"class_path": "stableqat.quantizers.STE", "init_args": {"bits": 2}}
+        values = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, **arguments}
+        values |= {"_class_path": f"stableqat.modules.{cls.__name__}"}
+        rest = {"pytorch-lightning_version": "2.6.0", "global_step": 1, "epoch": 0, "callbacks": {}}
+        rest |= {"loops": {}, "optimizer_states": [], "lr_schedulers": [], "hyper_parameters": values}
+        with state_dict_follows():
+            module = cls.of_checkpoint(Path("made"), rest)
+            module.configure_model()
+        made[family] = rest | {"state_dict": module.state_dict()}
+    return made
+
+
+def write(checkpoint, family="llama", data=None, **config):
+    """A run in `run`, and how it was configured."""
+    folder = Path("run/checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, folder / "last.ckpt")
+    data = data or {
+        "class_path": f"stableqat.data.{'Text' if family == 'llama' else 'Image'}DataModule",
+        "init_args": {},
+    }
+    config = {"model": settings(family), "data": data, **config}
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "last.ckpt")
+
+
+def places(values, above=()):
+    """Every field of plain values, and the blocks around them."""
+    for key, value in values.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from places(value, (*above, key))
+
+
+def plant(values, place, payload):
+    values = copy.deepcopy(values)
+    at = values
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = payload
+    return values
+
+
+def fields(family, saved):
+    """The fields of a saved module, and those that it could have."""
+    values = saved[family]["hyper_parameters"]
+    cls = LlamaModule if family == "llama" else ViTModule
+    names = [(name,) for name in cls.__init__.__kwdefaults__]
+    inside = [("quantizer", "init_args", "surrogate"), ("quantizer", "dict_kwargs"), ("teacher", "source")]
+    inside += [("_instantiator",), ("kwargs",), ("lr_scheduler", "init_args", "lr_lambda")]
+    found = dict.fromkeys([*places(values), *names])
+    return [*found, *(place for place in inside if place[0] in values or len(place) == 1)]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_no_field_of_a_checkpoint_is_built(family, payload, saved, here):
+    """Those who open one in Python take the same way as the verbs."""
+    checked = fields(family, saved)
+    assert len(checked) > 20
+    for place in checked:
+        values = plant(saved[family]["hyper_parameters"], place, PAYLOADS[payload])
+        checkpoint = {**saved[family], "hyper_parameters": values}
+        path = here / "planted.ckpt"
+        torch.save(checkpoint, path)
+        # text may stay text in a field that holds text; Lightning's way to instantiate is not gone at all
+        harmless = payload in ("text", "a name") or place == ("_instantiator",)
+        if harmless and place in (("config",), ("init_from",)):
+            continue  # the name of a model, which is looked for on the hub
+        with suppress(UserError) if harmless else pytest.raises(UserError, match=r"hyper_parameters|model"):
+            read = read_checkpoint(path)
+            with state_dict_follows():
+                QATModule.of_checkpoint(path, read).configure_model()
+        assert "planted" not in sys.modules, place
+        assert not Path("marker").exists(), place
+
+
+VERBS = {
+    "evaluate": ["evaluate", "run"],
+    "export": ["export", "run", "--format", "hf", "--out", "out"],
+    "validate": ["validate", "-c", "llama.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"],
+    "fit on": ["fit", "-c", "llama.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"],
+    "fit from": ["fit", "-c", "llama.yaml", "--model.init_from", "run/checkpoints/last.ckpt"],
+}
+
+
+def refused(argv, capsys):
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert not Path("marker").exists()
+    assert "planted" not in sys.modules
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "layers quantized" not in line]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_no_verb_builds_what_a_checkpoint_names(family, verb, saved, here, capsys):
+    values = saved[family]["hyper_parameters"]
+    block = "config" if family == "llama" else "model_args"
+    for place, payload in ((("quantizer",), "a module beside the file"), ((block, "x"), "a command")):
+        planted = plant(values, place, PAYLOADS[payload])
+        path = write({**saved[family], "hyper_parameters": planted}, family)
+        argv = [word.replace("llama", family) for word in VERBS[verb]]
+        line = refused(argv, capsys)
+        assert path in line
+        assert f"hyper_parameters: {'.'.join(place)}" in line
+        assert PAYLOADS[payload]["class_path"] in line
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+@pytest.mark.parametrize("field", ["source", "tokenizer", "block_size", "other"])
+def test_no_verb_builds_what_a_run_s_configuration_names(field, verb, saved, here, capsys):
+    data = {"class_path": "stableqat.data.TextDataModule", "init_args": {field: COMMAND}}
+    write(saved["llama"], data=data)
+    assert f"config.yaml: data.{field}" in refused(VERBS[verb], capsys)
+
+
+def test_data_of_another_class_is_neither_imported_nor_called(saved, here, capsys):
+    for name in ("planted.Payload", "stableqat.data.import_module", "subprocess.Popen"):
+        write(saved["llama"], data={"class_path": name, "init_args": {"name": "planted"}})
+        assert "none of this suite's" in refused(VERBS["evaluate"], capsys)
+
+
+CONFIGS = {
+    "model": {"model": {"class_path": "planted.Payload"}},
+    "model by name": {"model": "planted.Payload"},
+    "quantizer": {"model": {"init_args": {"quantizer": {"class_path": "planted.Payload"}}}},
+    "quantizer by name": {"model": {"init_args": {"quantizer": "planted.Payload"}}},
+    "quantizer in another file": {"model": {"init_args": {"quantizer": "inner.yaml"}}},
+    "quantizer as text": {"model": {"init_args": {"quantizer": "{class_path: planted.Payload}"}}},
+    "optimizer": {"model": {"init_args": {"optimizer": {"class_path": "planted.Payload"}}}},
+    "a function for a scheduler": {
+        "model": {
+            "init_args": {
+                "lr_scheduler": {
+                    "class_path": "torch.optim.lr_scheduler.LambdaLR",
+                    "init_args": {"lr_lambda": "planted.Payload"},
+                }
+            }
+        }
+    },
+    "data": {"data": {"class_path": "planted.Payload"}},
+    "callbacks": {"trainer": {"callbacks": [{"class_path": "planted.Payload"}]}},
+    "a callback of functions": {
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                    "init_args": {"setup": "planted.Payload"},
+                }
+            ]
+        }
+    },
+    "logger": {"trainer": {"logger": {"class_path": "planted.Payload"}}},
+    "strategy": {"trainer": {"strategy": {"class_path": "planted.Payload"}}},
+    "plugins": {"trainer": {"plugins": [{"class_path": "planted.Payload"}]}},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_no_configuration_is_enough_to_import_a_class(case, here, capsys):
+    Path("inner.yaml").write_text("class_path: planted.Payload\n")
+    Path("theirs.yaml").write_text(yaml.safe_dump(CONFIGS[case]))
+    line = refused(["fit", "-c", "llama.yaml", "-c", "theirs.yaml"], capsys)
+    assert "theirs.yaml: " in line
+    assert "planted.Payload" in line
+    assert "--allow planted.Payload" in line
+
+
+WORDS = {
+    "by --allow": ["-c", "theirs.yaml", "--allow", "planted.Payload"],
+    "by its package": ["-c", "theirs.yaml", "--allow=planted"],
+    "by name": ["--model.quantizer", "planted.Payload", "--model.quantizer.bits", "2"],
+    "by name in full": ['--model.quantizer={"class_path": "planted.Payload", "init_args": {"bits": 2}}'],
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_of_the_user_is_enough(word, here, capsys):
+    Path("theirs.yaml").write_text(yaml.safe_dump(CONFIGS["quantizer"]))
+    arguments = [*WORDS[word], "--data.source", "nowhere.jsonl"]
+    assert main(["fit", "-c", "llama.yaml", *arguments]) == 2  # for the data, which comes later
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert Path("marker").read_text() == "built"
+
+
+def test_what_the_program_has_imported_it_may_load(saved, here):
+    """A method of the caller's own needs no further word, other classes of other kinds do."""
+    values = plant(saved["llama"]["hyper_parameters"], ("quantizer",), PAYLOADS["a module beside the file"])
+    torch.save({**saved["llama"], "hyper_parameters": values}, "own.ckpt")
+    with pytest.raises(UserError, match=r"--allow planted\.Payload"):
+        LlamaModule.load_from_checkpoint("own.ckpt")
+    import planted
+
+    loaded = LlamaModule.load_from_checkpoint("own.ckpt")
+    assert type(loaded.model.model.layers[0].mlp.up_proj.weight_quantizer) is planted.Payload
+    values = plant(values, ("quantizer", "class_path"), "torch.optim.SGD")
+    torch.save({**saved["llama"], "hyper_parameters": values}, "own.ckpt")
+    with pytest.raises(UserError, match=r"quantizer: torch\.optim\.SGD is no Quantizer"):
+        LlamaModule.load_from_checkpoint("own.ckpt")
+
+
+def test_a_function_that_a_checkpoint_names_is_not_called(saved, here):
+    values = saved["llama"]["hyper_parameters"] | {"_instantiator": "planted.Payload"}
+    torch.save({**saved["llama"], "hyper_parameters": values}, "own.ckpt")
+    assert isinstance(LlamaModule.load_from_checkpoint("own.ckpt"), LlamaModule)
+    assert not Path("marker").exists()
+
+
+@pytest.mark.parametrize("layer", ["args", "configs", "allow"])
+def test_a_study_is_not_the_user_s_word(layer, here, capsys):
+    Path("theirs.yaml").write_text(yaml.safe_dump(CONFIGS["quantizer"]))
+    arm = {
+        "args": {"args": {"model.quantizer": "planted.Payload"}},
+        "configs": {"configs": ["theirs.yaml"]},
+        "allow": {"args": {"allow": "planted"}, "configs": ["theirs.yaml"]},
+    }[layer]
+    study = {"configs": ["llama.yaml"], "grid": {"arm": {"theirs": arm}}}
+    Path("study.yaml").write_text(yaml.safe_dump(study))
+    assert "study.yaml: " in refused(["sweep", "study.yaml"], capsys)
+    assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.parametrize("field", [("class_path",), ("init_args", "config"), ("init_args", "skip")])
+def test_a_benchmark_s_model_is_data(field, here, capsys):
+    payload = "planted.Payload" if field == ("class_path",) else COMMAND
+    Path("theirs.yaml").write_text(yaml.safe_dump({"model": plant(settings("llama"), field, payload)}))
+    assert "theirs.yaml" in refused(["bench", "--model", "theirs.yaml", "--batch", "1"], capsys)
+
+
+@pytest.mark.parametrize("verb", ["import", "evaluate", "fit"])
+def test_code_of_a_model_folder_is_never_run(verb, here, capsys, monkeypatch):
+    """Not even after transformers' question, which `yes |` would answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    Path("theirs").mkdir()
+    Path("theirs/planted.py").write_text(PLANTED)
+    config = {"model_type": "theirs", "auto_map": {"AutoConfig": "planted.Payload"}}
+    Path("theirs/config.json").write_text(json.dumps(config))
+    commands = {
+        "import": ["import", "theirs", "--from", "stableqat", "--out", "new"],
+        "evaluate": ["evaluate", "theirs"],
+        "fit": ["fit", "-c", "llama.yaml", "--model.init_from", "theirs", "--model.config", "null"],
+    }
+    assert "theirs" in refused(commands[verb], capsys)
+
+
+def test_settings_end(here):
+    """Neither cycles nor billions of laughs keep a reader busy."""
+    Path("cycle.yaml").write_text("a: &a\n  b: *a\n")
+    laughs = "a0: &a0 [x, x]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+    )
+    Path("laughs.yaml").write_text(laughs)
+    Path("deep.yaml").write_text(f"a: {'[' * 1500}{']' * 1500}\n")
+    for name in ("cycle.yaml", "laughs.yaml", "deep.yaml"):
+        with pytest.raises(UserError, match=name):
+            read_settings(Path(name))
+
+
+def test_the_suite_s_own_configurations_are_trusted():
+    for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")):
+        check_settings(yaml.safe_load(path.read_text()), str(path))
