@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import stableqat.data.image
 import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
-from stableqat import checks, modules
+from stableqat import checks
 from stableqat.callbacks import (
     BestCheckpoint,
     DivergenceGuard,
@@ -44,7 +44,7 @@ from stableqat.modules.start import check_start, read_checkpoint, read_rest
 from stableqat.modules.strategy import register_strategies
 from stableqat.parsing import OneLineErrors, user_error
 from stableqat.trained import TOKENIZER
-from stableqat.trust import arguments, check_settings, wall
+from stableqat.trust import arguments, check_settings, find_class, wall
 from stableqat.whole import whole
 
 logger = logging.getLogger(__name__)
@@ -140,8 +140,9 @@ class QATCommand(LightningCLI):
             return
         cls, values = QATModule.saved_arguments(Path(path), saved)
         arguments(cls, values, f"{path}: hyper_parameters")
-        home = "stableqat.modules" if getattr(modules, cls.__name__, None) is cls else cls.__module__
-        spec = {"class_path": f"{home}.{cls.__qualname__}", "init_args": values}
+        same = find_class(configured.class_path, [QATModule], "model") is cls  # under whichever name
+        named = configured.class_path if same else saved["hyper_parameters"]["_class_path"]
+        spec = {"class_path": named, "init_args": values}
         try:
             self.config = self.parser.parse_object({self._verb: {"model": spec}}, self.config)
         except UserError as error:
