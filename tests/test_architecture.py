@@ -92,7 +92,7 @@ def test_no_forbidden_habits(path: Path) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             assert node.func.attr != "cuda", "where a tensor lives is not for the library to say"
             maker = node.func.value
-            if isinstance(maker, ast.Name) and maker.id.startswith("Auto") and node.func.attr != "for_model":
+            if isinstance(maker, ast.Name) and maker.id.startswith("Auto") and node.func.attr.startswith("from_"):
                 named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert named.get("trust_remote_code") == "False", "a model folder's own code is never run"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and path.name != "cli.py":
