@@ -1,6 +1,7 @@
 """The layout keeps its promises: imports point one way, and forbidden habits stay out."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,7 @@ def test_no_forbidden_habits(path: Path) -> None:
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), "bare except"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             assert node.func.attr != "cuda", "where a tensor lives is not for the library to say"
-            maker = node.func.value
-            if isinstance(maker, ast.Name) and maker.id.startswith("Auto") and node.func.attr.startswith("from_"):
+            if re.fullmatch(r"Auto\w+\.from_\w+", ast.unparse(node.func)):
                 named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert named.get("trust_remote_code") == "False", "a model folder's own code is never run"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and path.name != "cli.py":
