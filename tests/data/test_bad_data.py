@@ -1,5 +1,6 @@
 """A user's mistakes: one line that names the file or key and the remedy, as early as it can be known."""
 
+import gzip
 import json
 import os
 import re
@@ -222,6 +223,8 @@ CONTENTS = {
         zst('{"text": ' + '{"a": ' * 50_000 + "1" + "}" * 50_001),
         r"a.jsonl.zst nests more than 200 levels",
     ),
+    "a null record": ("a.jsonl", "null\n" + lines(), r"a.jsonl holds a line that is null: it must be a JSON"),
+    "null alone": ("a.json.gz", gzip.compress(b" \n null"), r"a.json.gz holds a line that is null"),
     "nested deeply": (
         "a.jsonl",
         '{"text": ' + "[" * 190 + "]" * 190 + "}",
@@ -399,6 +402,23 @@ def test_the_broken_file_of_a_folder_is_named(tmp_path):
     data = TextDataModule(str(tmp_path / "corpus"), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"train-1.jsonl line 12 is not valid JSON"):
         data.setup()
+
+
+@pytest.mark.parametrize("other", ["train-1", "validation"])
+def test_files_of_different_columns_are_told(tmp_path, other):
+    write(tmp_path, "corpus/train-0.jsonl", lines())
+    write(tmp_path, f"corpus/{other}.jsonl", '{"text": "a", "score": 1}\n')
+    data = TextDataModule(str(tmp_path / "corpus"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        UserError, match=r"the documents of .*corpus differ in their columns: give all the same"
+    ):
+        data.setup()
+
+
+def test_columns_without_number_fill_no_screen(tmp_path):
+    path = write(tmp_path, "a.jsonl", json.dumps(dict.fromkeys(map(str, range(3000)), 1)) + "\n")
+    with pytest.raises(UserError, match=r"\(it has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2988 more\)"):
+        TextDataModule(path, cache_dir=str(tmp_path / "cache")).setup()
 
 
 def test_a_name_that_the_hub_does_not_give(monkeypatch):

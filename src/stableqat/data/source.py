@@ -14,7 +14,7 @@ import logging
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -39,7 +39,9 @@ _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 #: Levels of JSON; pyarrow's reader crashes at some ten thousand.
 _DEEPEST = 200
+_NULL_RECORD = re.compile(rb"(?m)^\s*null")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_LISTED = 12  # names that a line can hold
 #: Columns of chats, and of pairs of a request and its answer.
 _CHATS: list[tuple[str, ...]] = [("messages",), ("conversations",), ("conversation",), ("dialog",), ("chat",)]
 _CHATS += [
@@ -216,7 +218,9 @@ def load_splits(
                 **options.get(kind, {}),
             )
             if kind == "json" and not Path(builder.cache_dir).is_dir():
-                _check_nesting(paths)
+                for path in paths:
+                    if crash := _crash(path):
+                        raise UserError(crash)
             builder.download_and_prepare()
             return dict(builder.as_dataset())
     except UserError:
@@ -229,6 +233,11 @@ def load_splits(
         ):
             raise
         reason = (str(error.__cause__ or error).strip() or "no rows").splitlines()[0]
+        if reason.startswith("Couldn't cast"):
+            raise UserError(
+                f"the documents of {source} differ in their columns: give all the same, or read them with "
+                "stableqat data tokenize, which needs no others than the text"
+            ) from error
         reason = "it holds no rows" if "corresponds to no data" in reason else reason
         raise UserError(f"{source} can't be read as {kind}: {reason}") from error
 
@@ -276,25 +285,33 @@ def _says(error: BaseException, folder: Path) -> bool:
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
-def _check_nesting(paths: list[Path]) -> None:
-    """Raise UserError for JSON that nests deeper than the C++ that reads it can go without a crash."""
+def _crash(path: Path) -> str | None:
+    """Return what in a JSON file would crash the C++ that reads it: a record `null`, or endless nesting."""
     import numpy as np
 
-    for path in paths:
-        depth = deepest = 0
-        try:
-            with path.open("rb") as file, decompressed(file, path.name) as stream:
-                while lines := stream.readlines(1 << 20):  # no string of JSON holds a line's end
-                    text = b"".join(lines).replace(b"\\\\", b"").replace(b'\\"', b"")
-                    marks = b"".join(text.split(b'"')[::2]).translate(None, _NO_BRACKETS)
-                    steps = np.where(np.isin(np.frombuffer(marks, np.uint8), list(b"[{")), 1, -1)
-                    heights = np.cumsum(steps, dtype=np.int64) + depth
-                    if len(heights):
-                        depth, deepest = max(int(heights[-1]), 0), max(int(heights.max()), deepest)
-        except Exception:  # what is wrong with it is told when it is read
-            continue
-        if deepest > _DEEPEST:
-            raise UserError(f"{path} nests more than {_DEEPEST} levels deep: write documents as plain text")
+    depth, is_list = 0, None
+    try:
+        with path.open("rb") as file, decompressed(file, path.name) as stream:
+            while lines := stream.readlines(1 << 20):  # no string of JSON holds a line's end
+                text = b"".join(lines)
+                is_list = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") if is_list is None else is_list
+                if not is_list and _NULL_RECORD.search(text):
+                    return f"{path} holds a line that is null: it must be a JSON object"
+                outside = text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+                marks = np.frombuffer(b"".join(outside).translate(None, _NO_BRACKETS), np.uint8)
+                if len(marks):
+                    heights = np.cumsum(np.where(np.isin(marks, list(b"[{")), 1, -1), dtype=np.int64) + depth
+                    if heights.max() > _DEEPEST:
+                        return f"{path} nests more than {_DEEPEST} levels deep: write documents as plain text"
+                    depth = max(int(heights[-1]), 0)
+    except Exception:  # what else is wrong with it is told when it is read
+        return None
+    return None
+
+
+def _listed(names: Collection[str]) -> str:
+    few = list(names)[:_LISTED]
+    return ", ".join(few) + (f" and {len(names) - len(few)} more" if len(names) > len(few) else "")
 
 
 def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError:
@@ -305,7 +322,7 @@ def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError
         column: the text column that was wanted.
         columns: each column, and whether it holds text.
     """
-    texts = ", ".join(name for name, is_text in columns.items() if is_text)
+    texts = _listed([name for name, is_text in columns.items() if is_text])
     if chat := next((chat for chat in _CHATS if columns.keys() >= set(chat)), None):
         kind = f"{'chats' if len(chat) == 1 else 'pairs'} (in {' and '.join(chat)})"
         return UserError(
@@ -314,7 +331,7 @@ def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError
         )
     remedy = f"set text_column to a column of text ({texts})" if texts else "it has no column of text"
     if column not in columns:
-        return UserError(f"{where} has no column {column} (it has {', '.join(columns)}): {remedy}")
+        return UserError(f"{where} has no column {column} (it has {_listed(columns)}): {remedy}")
     return UserError(f"column {column} of {where} holds not only strings: {remedy}")
 
 
