@@ -1,5 +1,6 @@
 """The terminal, as the verbs write to it."""
 
+import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,3 +22,15 @@ def terminal(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A name of unknown origin, as a run's folder or event file has it, on one line and without commands.
+
+    Control characters (the escapes of terminals among them) and those that turn the direction of what follows
+    are written as escapes.
+    """
+    return "".join(
+        each if unicodedata.category(each) not in ("Cc", "Cf", "Zl", "Zp", "Cs") else ascii(each)[1:-1]
+        for each in text
+    )

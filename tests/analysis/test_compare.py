@@ -6,21 +6,26 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from argparse import ArgumentParser
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from tensorboard.plugins.core import core_plugin
 
 from stableqat.analysis import panels, plot
 from stableqat.analysis.arms import Comparison, usable
 from stableqat.analysis.caps import Cap, Group
 from stableqat.analysis.compare import compare, read_comparisons
+from stableqat.analysis.drawing import colour_of
 from stableqat.analysis.events import COMPARED, Run, read_run
 from stableqat.analysis.publish import publish
 from stableqat.analysis.runner import Record
@@ -695,6 +700,84 @@ def test_columns_are_what_was_logged() -> None:
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["STE", "0%", "0.5", "2.5", "2.5", "0.75"]
     assert "spikes" not in text.split("Validation loss")[0]
     assert "### Training" not in markdown(Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 3.0)]))
+
+
+@pytest.mark.parametrize("name", ["$x_{", "a $\\frac$ b|", "{}%s^_\\$$"])
+def test_names_are_written_as_they_are(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every file that compare makes; matplotlib and Markdown have words of their own for such signs."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(f"logs {name.replace('/', '')}")
+    for arm in ("ste", name):
+        for lr, seed in ((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1)):
+            series = {"val/loss": {10: 3.0 + seed / 10}, "train/loss": {1: 4.0, 10: 3.0}}
+            settings = STE | {"lr": lr, "seed": seed, "note": arm}
+            log_run(folder / f"{len(arm)}-{arm}-{lr}-{seed}", settings, series)
+    log_run(folder / f"ptq-{name}", PTQ, {"val/loss": {10: 4.0}})
+    assert compare([str(folder)]) == 0
+    (drawn,) = read_comparisons([folder])
+    figure = plot._figure([drawn], plot._styles([drawn]), panels.losses, (3, 2), columns=1)
+    assert figure is not None
+    legend = figure.legends[0].get_texts()
+    assert {f"STE note {name}".replace("$", r"\$")} <= {text.get_text() for text in legend}
+    (header, _, *lines) = (folder / "compare.md").read_text().split("\n\n")[1].splitlines()
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {header.count("|")}
+
+
+def test_no_escape_of_a_foreign_event_file_or_folder_reaches_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt\r\n"
+    folder = tmp_path / f"logs{evil.strip()}"
+    for seed, note in ((0, evil), (1, evil), (0, "b"), (1, "b")):
+        series = {"val/loss": {10: 3.0}}
+        log_run(
+            folder / f"r{evil.strip()}{seed}{note == 'b'}",
+            STE | {"lr": 1e-3, "seed": seed, evil: note},
+            series,
+        )
+    log_run(folder / f"half{evil.strip()}", STE | {"lr": 1e-3}, {"val/loss": {5: 3.0}, "hp/steps": {5: 5}})
+    assert compare([str(folder)]) == 0
+    shown = capsys.readouterr()
+    made = [(folder / f"compare.{kind}").read_text() for kind in ("md", "csv", "json", "html")]
+    for text in (shown.out.split("written to")[0], *caplog.messages, *made):
+        assert not set(text) & set("\x1b\x07\x9b\u202e\r")
+    assert r"\x1b]0;owned" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("folders", "command"),
+    [
+        (["logs/a"], "tensorboard --logdir logs/a"),
+        (["logs/a", "logs/b c"], "tensorboard --logdir logs"),
+        (["logs/b c"], "tensorboard --logdir 'logs/b c'"),
+        (["logs/a", "other/d"], "tensorboard --logdir_spec a:logs/a,d:other/d"),
+    ],
+)
+def test_the_last_line_of_a_report_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in folders:
+        log_run(Path(name, "ste"), STE | {"lr": 1e-3}, {"val/loss": {10: 3.0}})
+    assert compare(folders, out="out") == 0
+    assert Path("out/compare.md").read_text().endswith(f"\n\n{command}\n")
+    assert f"<code>{escape(command)}</code></p></footer>" in Path("out/compare.html").read_text()
+    parser = ArgumentParser()
+    core_plugin.CorePluginLoader().define_flags(parser)
+    assert parser.parse_args(shlex.split(command)[1:])  # ends the test where a flag or a word is unknown
+
+
+def test_a_method_has_one_colour_in_every_picture() -> None:
+    """Whatever stands beside it, in a study or in a benchmark."""
+    (alone,) = plot._styles([Comparison(Path("demo"), [made(STABLE | {"lr": 1e-3}, 3.0)])]).values()
+    arms = (FP, STE, STRETCHED, STABLE, STABLE | {"amplitude": 0.1})
+    beside = plot._styles([Comparison(Path("demo"), [made(arm | {"lr": 1e-3}, 3.0) for arm in arms])])
+    stable = {style["color"] for label, style in beside.items() if label.startswith("StableQAT")}
+    assert stable == {alone["color"]} == {colour_of("StableQAT")}
+    assert beside["FP"]["color"] == "black"
+    assert len({colour_of(name) for name in ("FP", "STE", "DSQ", "ParetoQ", "StableQAT", "Mine")}) == 6
+    looks = {(style["color"], style["marker"], str(style["linestyle"])) for style in beside.values()}
+    assert len(looks) == len(arms)
 
 
 def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:

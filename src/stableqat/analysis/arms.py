@@ -28,6 +28,7 @@ from stableqat.analysis.plan import Plan
 from stableqat.analysis.runner import Record
 from stableqat.analysis.study import SHORT_AXES, START, short
 from stableqat.errors import UserError
+from stableqat.terminal import printable
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,7 @@ class Selected:
     Attributes:
         lr: The learning rate.
         loss: Mean over the seeds of the loss reported for it.
-        edge: "lower" or "upper" where it is the smallest or largest that the arm ran at, so that the best
-            may lie beyond; otherwise empty.
+        edge: "lower" or "upper" where it is the arm's smallest or largest, so that the best may lie beyond.
     """
 
     lr: float
@@ -104,9 +104,8 @@ class Arm:
     def finals(self, tag: str, lr: float | None = None) -> list[float]:
         """Final values of a tag in the runs (of one learning rate); none where one of these diverged."""
         runs = self.at(lr)
-        if any(map(diverged, runs)):
-            return []
-        return [value for run in runs if (value := run.last(tag)) is not None]
+        values = [value for run in runs if (value := run.last(tag)) is not None]
+        return [] if any(map(diverged, runs)) else values
 
     def mean(self, tag: str, lr: float | None = None) -> float | None:
         """Their mean; that of the survivors alone would flatter."""
@@ -127,6 +126,7 @@ class Comparison:
 
     def __init__(self, folder: Path, runs: list[Run]):
         self.folder = folder
+        self.name = printable(folder.resolve().name)
         groups: dict[tuple[Any, ...], Arm] = {}
         for run in _told_apart(runs):
             groups.setdefault(_key(run), Arm(_kind(run), _shared(run), [])).runs.append(run)
@@ -149,11 +149,6 @@ class Comparison:
         self.fits = [arm for arm in self.arms if arm.kind == "fit"]
         self.quantized = [arm for arm in self.fits if arm.hparams.get("method") != "FP"]
         self.ptqs = [arm for arm in self.arms if arm.kind == "ptq"]
-
-    @property
-    def name(self) -> str:
-        """Name of the study's folder."""
-        return self.folder.resolve().name
 
     def named(self, folder: Path) -> str | None:
         """What tells a run's arm apart beside its hyper-parameters, if anything has to."""
@@ -185,7 +180,7 @@ class Comparison:
     @property
     def full_precision(self) -> float | None:
         """Loss of the weights that QAT begins from, before rounding."""
-        return self._full_precision(LOSS, any(arm.images for arm in self.arms))
+        return self._full_precision(LOSS, self.arms[0].images)
 
     def _full_precision(self, tag: str, images: bool) -> float | None:
         references = [arm for arm in self.arms if arm.kind == "fp" and arm.images == images]
@@ -206,7 +201,7 @@ class Comparison:
         return caps(self)
 
     def cap(self, arm: Arm) -> Cap:
-        """The cap of the arm's losses."""
+        """The cap of an arm's losses."""
         return self.caps[arm.group]
 
     def cell(self, arm: Arm, lr: float) -> Cell | None:
@@ -232,8 +227,7 @@ class Comparison:
         """The usable learning rates, the mean over the seeds; None where one never gets below the cap."""
         rows = self._complete(arm).values() if len(self.lrs) > 1 else ()
         bands = [band(self.lrs, row, self.cap(arm).loss) for row in rows]
-        known = [each for each in bands if each]
-        return mean(known) if known and len(known) == len(bands) else None
+        return mean([each for each in bands if each]) if bands and all(bands) else None
 
     def worsts(self, arm: Arm) -> dict[Any, float]:
         """Seed to the largest loss."""
@@ -294,13 +288,15 @@ class Comparison:
 
     def sensitivity(self, arm: Arm) -> float | None:
         """LR sensitivity, the mean over the seeds; None where a learning rate is missing."""
-        by_seed = self.sensitivities(arm).values()
-        return statistics.fmean(by_seed) if by_seed else None
+        return _mean(self.sensitivities(arm))
 
     def worst(self, arm: Arm) -> float | None:
         """The worst loss, the mean over the seeds; None where a learning rate is missing."""
-        by_seed = self.worsts(arm).values()
-        return statistics.fmean(by_seed) if by_seed else None
+        return _mean(self.worsts(arm))
+
+
+def _mean(by_seed: dict[Any, float]) -> float | None:
+    return statistics.fmean(by_seed.values()) if by_seed else None
 
 
 def diverged(run: Run) -> bool:
@@ -327,7 +323,7 @@ def usable(run: Run) -> bool:
         elif run.last("hp/finished") == 0:
             reason = f"it is unfinished: it was cut at step {steps:.0f}"
     if reason:
-        log.warning("%s is left out: %s", run.folder, reason)
+        log.warning("%s is left out: %s", printable(str(run.folder)), reason)
     return reason is None
 
 
@@ -346,9 +342,10 @@ def _told_apart(runs: list[Run]) -> list[Run]:
             group = [replace(run, hparams=run.hparams | {NAMED: _name(run)}) for run in group]
             for name in {run.hparams[NAMED] for run in group}:
                 if both := _twice([run for run in group if run.hparams[NAMED] == name]):
+                    names = printable(f"{both[0].folder} and {both[1].folder}")
                     raise UserError(
-                        f"{both[0].folder} and {both[1].folder} share all hyper-parameters and the seed, so"
-                        " they are neither two arms nor two seeds: move one of them away"
+                        f"{names} share all hyper-parameters and the seed, so they are neither two arms nor two"
+                        " seeds: move one of them away"
                     )
         told += group
     return told
@@ -375,7 +372,7 @@ def _settings(run: Run) -> str:
 
 def _name(run: Run) -> str:
     lr, seed = (re.escape(short(run.hparams.get(key))) for key in ("lr", "seed"))
-    return re.sub(rf"-(lr{lr}|s{seed})(?=-|$)", "", run.folder.name)
+    return printable(re.sub(rf"-(lr{lr}|s{seed})(?=-|$)", "", run.folder.name))
 
 
 def _shared(run: Run) -> dict[str, Any]:

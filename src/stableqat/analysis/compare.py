@@ -14,9 +14,17 @@ from rich.table import Table
 
 from stableqat.analysis.arms import Comparison, usable
 from stableqat.analysis.events import COMPARED, Run, find_runs, read_run
-from stableqat.analysis.tables import as_json, comma_separated, markdown, notes, rows, text_tables
+from stableqat.analysis.tables import (
+    as_json,
+    comma_separated,
+    markdown,
+    notes,
+    rows,
+    tensorboard,
+    text_tables,
+)
 from stableqat.errors import UserError
-from stableqat.terminal import terminal
+from stableqat.terminal import printable, terminal
 from stableqat.whole import hidden_folder
 
 __all__ = ["compare", "markdown", "notes", "read_comparisons", "rows"]
@@ -43,7 +51,8 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
 
     logs = Path(os.path.relpath(os.path.commonpath([Path(folder).resolve() for folder in folders])))
     target = Path(out) if out else logs
-    text = "\n\n".join([*map(markdown, comparisons), f"tensorboard --logdir {logs}"]) + "\n"
+    command = tensorboard([Path(folder) for folder in folders])
+    text = "\n\n".join([*map(markdown, comparisons), command]) + "\n"
     place = target.parent if out else target
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -69,11 +78,11 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     for comparison in comparisons:
         if console.is_terminal:
             for title, lines in text_tables(comparison):
-                console.print(_terminal(title or str(comparison.folder), lines), soft_wrap=False)
+                console.print(_terminal(title or printable(str(comparison.folder)), lines), soft_wrap=False)
             console.print(notes(comparison))
         else:
             console.print(markdown(comparison))
-    console.print(f"\nwritten to {target}: {', '.join(written)}\ntensorboard --logdir {logs}")
+    console.print(f"\nwritten to {target}: {', '.join(written)}\n{command}")
     return 0
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stableqat.terminal import printable
+
 log = logging.getLogger(__name__)
 
 # What a comparison reads. Means over the layers go by name, since the tags of the layers begin alike.
@@ -82,7 +84,7 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
                     elif value.tag.startswith(tags) and value.HasField("tensor"):
                         seen.setdefault(value.tag, {})[event.step] = float(make_ndarray(value.tensor))
         except (OSError, EOFError, DecodeError) as error:
-            run.problems.append(f"{file}: {error}")
+            run.problems.append(printable(f"{file}: {error}"))
         for tag, series in seen.items():
             kept = {s: v for s, v in run.scalars.get(tag, {}).items() if s < min(series)}
             run.scalars[tag] = dict(sorted((kept | series).items()))
@@ -161,12 +163,14 @@ def _hparams(value: Any) -> dict[str, Any]:
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     info = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
-    return {key: _plain(each) for key, each in sorted(info.hparams.items())}
+    return {printable(key): _plain(each) for key, each in sorted(info.hparams.items())}
 
 
 def _plain(value: Any) -> Any:
     """A protobuf value as a Python one; it knows doubles only, so whole numbers become int again."""
     plain = getattr(value, str(value.WhichOneof("kind")))
+    if isinstance(plain, str):
+        return printable(plain)
     return int(plain) if isinstance(plain, float) and plain.is_integer() else plain
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stableqat.analysis.arms import LOSS, TOP1, Arm, Comparison, diverged
 from stableqat.analysis.caps import Group
 from stableqat.analysis.curves import average, finite
+from stableqat.analysis.drawing import as_written
 from stableqat.analysis.events import Run
 from stableqat.analysis.stability import FLIP_RATE, GRAD_NORM, TRAIN_LOSS
 from stableqat.analysis.statistics import LEVEL, paired
@@ -165,7 +166,7 @@ def _draw_references(axes: "Axes", comparison: Comparison, group: Group, tag: st
             color="black" if arm.kind == "fp" else "grey",
             linestyle="-" if arm.kind == "fp" else styles[number % len(styles)],
             linewidth=0.9,
-            label=f"{comparison.label(arm)}: {value:.{3 if tag == LOSS else 1}f}",
+            label=f"{as_written(comparison.label(arm))}: {value:.{3 if tag == LOSS else 1}f}",
             zorder=1,
         )
     heights = [height for height in heights if math.isfinite(height)]
@@ -241,7 +242,7 @@ def differences(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]
                 if each.low is not None and each.high is not None:
                     axes.plot([each.low, each.high], [y, y], color=colour, linewidth=1.4)
                 axes.plot(each.mean, y, "o", color=colour, markersize=5, fillstyle=filled)
-        axes.set_title(f"{arm} - {baseline}", fontsize=9)
+        axes.set_title(as_written(f"{arm} - {baseline}"), fontsize=9)
         from matplotlib.ticker import SymmetricalLogLocator
 
         linear = 2 * (comparison.plan.margin or 0.01)

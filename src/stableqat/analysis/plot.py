@@ -1,10 +1,11 @@
 """The pictures of a comparison: losses and the quantizers' behaviour, over learning rates and over steps.
 
-An arm looks the same in every picture. Colours are Okabe and Ito's, told apart by colour-blind
-readers; more arms than colours are told apart by markers and dashes. What is in them: see `panels`.
+An arm looks the same in every picture, and a method has one colour in all of them; its variants are told
+apart by markers and dashes. What is in them: see `panels`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stableqat.analysis import panels
 from stableqat.analysis.arms import Comparison, diverged
+from stableqat.analysis.drawing import as_written, colour_of
 from stableqat.analysis.panels import Panel, Style
 from stableqat.whole import whole
 
@@ -37,7 +39,6 @@ CAPTIONS = {
     " 95% t interval; left of zero is better than the baseline. Filled: p < 0.05 after Holm's correction."
     " Shaded: the margin of equivalence. The scale is linear up to the lines and logarithmic beyond.",
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)))
 
@@ -73,19 +74,20 @@ def draw_all(comparisons: list[Comparison], folder: Path) -> list[Path]:
 
 
 def _styles(comparisons: list[Comparison]) -> dict[str, Style]:
-    """Label to line style, full precision in black."""
+    """Label to line style: the colour is the method's, dashes count its variants."""
     styles: dict[str, Style] = {}
-    full_precision, quantized = count(), count()
+    variants: Counter[str] = Counter()
+    markers = count()
     for comparison in comparisons:
         for arm in comparison.fits:
-            label, reference = comparison.label(arm), arm.hparams.get("method") == "FP"
+            label, method = comparison.label(arm), str(arm.hparams.get("method"))
             if label not in styles:
-                number = next(full_precision if reference else quantized)
                 styles[label] = {
-                    "color": "black" if reference else COLOURS[number % len(COLOURS)],
-                    "marker": "." if reference else MARKERS[number % len(MARKERS)],
-                    "linestyle": DASHES[(number if reference else number // len(COLOURS)) % len(DASHES)],
+                    "color": colour_of(method),
+                    "marker": "." if method == "FP" else MARKERS[next(markers) % len(MARKERS)],
+                    "linestyle": DASHES[variants[method] % len(DASHES)],
                 }
+                variants[method] += 1
     return styles
 
 
@@ -108,7 +110,7 @@ def _figure(
     columns = min(columns, max(len(drawn) for _, drawn in studies))
     rows = [math.ceil(len(drawn) / columns) for _, drawn in studies]
     labels = {comparison.label(arm): None for comparison, _ in studies for arm in comparison.fits}
-    entries = [Line2D([], [], label=label, **styles[label]) for label in labels]
+    entries = [Line2D([], [], label=as_written(label), **styles[label]) for label in labels]
     if any(diverged(run) for comparison, _ in studies for arm in comparison.fits for run in arm.runs):
         entries.append(Line2D([], [], label="diverged", color="grey", marker="x", linestyle=""))
     width = size[0] * max(columns, 6 / size[0])
@@ -120,7 +122,7 @@ def _figure(
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False).flat
     for (comparison, drawn), part, lines in zip(studies, parts, rows, strict=True):
-        part.suptitle(comparison.name, fontweight="bold")
+        part.suptitle(as_written(comparison.name), fontweight="bold")
         table = part.subplots(lines, columns, sharex="x" in share, sharey="y" in share, squeeze=False)
         grid = list(table.flat)
         for axes, draw in zip(grid, drawn, strict=False):

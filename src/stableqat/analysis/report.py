@@ -7,12 +7,14 @@ disk, from a mail and in ten years. Every text is escaped: names of arms come fr
 import base64
 import datetime
 import re
+import shlex
 from html import escape
 from pathlib import Path
 
 from stableqat.analysis.arms import Comparison
 from stableqat.analysis.plot import CAPTIONS
-from stableqat.analysis.tables import notes, text_tables
+from stableqat.analysis.tables import notes, tensorboard, text_tables
+from stableqat.terminal import printable
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -42,7 +44,8 @@ def write(comparisons: list[Comparison], pictures: list[Path], path: Path) -> No
         path: File to write.
     """
     names = [comparison.name for comparison in comparisons]
-    folders = " ".join(str(comparison.folder) for comparison in comparisons)
+    folders = [comparison.folder for comparison in comparisons]
+    made_by = shlex.join(["stableqat", "compare", *map(str, folders)])
     body = [
         f"<h1>{escape(', '.join(names))}</h1>",
         f"<p>{sum(len(arm.runs) for c in comparisons for arm in c.arms)} runs of"
@@ -51,9 +54,9 @@ def write(comparisons: list[Comparison], pictures: list[Path], path: Path) -> No
         *(_section(comparison) for comparison in comparisons),
         "<h2>Over training</h2>" if pictures[1:] else "",
         *(_figure(picture) for picture in pictures[1:]),
-        f"<footer><p>Made by <code>stableqat compare {escape(folders)}</code> on"
+        f"<footer><p>Made by <code>{escape(printable(made_by))}</code> on"
         f" {datetime.date.today().isoformat()};"
-        f" curves: <code>tensorboard --logdir {escape(folders)}</code></p>"
+        f" curves: <code>{escape(tensorboard(folders))}</code></p>"
         "</footer>",
     ]
     path.write_text(

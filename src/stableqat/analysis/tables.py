@@ -9,8 +9,12 @@ import csv
 import io
 import json
 import math
+import os
+import shlex
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from stableqat.analysis.arms import TOP1, Arm, Cell, Comparison, diverged
@@ -20,6 +24,7 @@ from stableqat.analysis.labels import UNSET
 from stableqat.analysis.stability import FEWEST, FLOOR, SIGMAS, WINDOW, stability
 from stableqat.analysis.statistics import LEVEL
 from stableqat.analysis.study import short
+from stableqat.terminal import printable
 
 PERPLEXITY = "val/perplexity"
 ODD_HALF, ALL = ", odd batches", ", all batches"
@@ -194,10 +199,21 @@ def text_tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
     return tables
 
 
+def tensorboard(folders: Sequence[Path]) -> str:
+    """The command that opens TensorBoard on some folders."""
+    places = [folder.resolve() for folder in folders]
+    if len({place.parent for place in places}) == 1:
+        where = "--logdir", os.path.relpath(places[0] if len(places) == 1 else places[0].parent)
+    else:
+        where = "--logdir_spec", ",".join(f"{place.name}:{os.path.relpath(place)}" for place in places)
+    return printable(shlex.join(["tensorboard", *where]))
+
+
 def markdown(comparison: Comparison) -> str:
     """The tables in Markdown, with their notes."""
     parts = [f"## {comparison.name}"]
-    for title, lines in text_tables(comparison):
+    for title, cells in text_tables(comparison):
+        lines = [[cell.replace("|", r"\|") for cell in line] for line in cells]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
         text = [f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in ruled]

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from stableqat.analysis.plot import COLOURS, MARKERS
+from stableqat.analysis.drawing import as_written, colour_of
+from stableqat.analysis.plot import MARKERS
 from stableqat.bench.report import FULL_PRECISION, copy_shares, memory_ratio, ratios, title
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figsize=(1.2 + 3.6 * columns, 0.4 + rows * (1.1 + 0.36 * len(arms))), layout="constrained"
     )
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{title(result)}; {result['device']}", fontsize=10)
+    figure.suptitle(as_written(f"{title(result)}; {result['device']}"), fontsize=10)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes in grid[panels:]:
         axes.set_visible(False)
@@ -55,7 +56,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.margins(x=0.1)
         axes.grid(axis="x", alpha=0.25)
         axes.axvline(1, color="black", linewidth=1, zorder=1)
-    grid[0].set_yticks(range(len(arms)), arms)
+    grid[0].set_yticks(range(len(arms)), map(as_written, arms))
     grid[0].set_ylim(len(arms) - 0.4, -0.6)
     figure.savefig(path, format="png", dpi=150)
 
@@ -63,7 +64,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _draw_times(axes: "Axes", mode: dict[str, Any], arms: list[str]) -> None:
     for place, arm in enumerate(arms):
         if values := ratios(mode, arm, _FORWARD_BACKWARD):
-            _draw_spread(axes, values, place, COLOURS[place % len(COLOURS)])
+            _draw_spread(axes, values, place, colour_of(arm))
         else:
             across = axes.get_yaxis_transform()
             axes.text(
@@ -77,9 +78,7 @@ def _draw_memory(axes: "Axes", modes: dict[str, Any], arms: list[str]) -> None:
         axes.plot([], [], MARKERS[number], color="grey", linestyle="none", label=name)
         for place, arm in enumerate(arms):
             if ratio := memory_ratio(mode, arm):
-                axes.plot(
-                    ratio, place + offsets[number], MARKERS[number], color=COLOURS[place % len(COLOURS)]
-                )
+                axes.plot(ratio, place + offsets[number], MARKERS[number], color=colour_of(arm))
     axes.set_title("peak memory", fontsize=9)
     axes.set_xlabel("memory / full precision")
     axes.legend(fontsize=7, loc="best")
@@ -92,7 +91,7 @@ def _draw_kernels(axes: "Axes", kernels: dict[str, Any], arms: list[str]) -> Non
         for place, arm in enumerate(arms):
             if arm in kernels[what]:
                 shares = copy_shares(kernels, what, arm)
-                _draw_spread(axes, shares, place + offset, COLOURS[place % len(COLOURS)], MARKERS[number])
+                _draw_spread(axes, shares, place + offset, colour_of(arm), MARKERS[number])
     axes.set_title("kernels alone", fontsize=9)
     axes.set_xlabel("bandwidth / copy")
     axes.legend(fontsize=7, loc="best")
