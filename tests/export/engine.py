@@ -16,8 +16,8 @@ def run(jobs):
     """Answers of llama.cpp, a dictionary a job.
 
     A job has a `file`, and of these what is asked: `prompts` (lists of ids; `vocabulary` says how many there
-    are) gives the `logprobs` of the next token by id; `texts` gives `tokens`; `ids` gives `detokenized`;
-    `messages` gives `chat`; `generate` (ids) gives `generated`, the 16 likeliest that follow.
+    are) gives the `logprobs` of the next token by id and, as `shown`, what a user sees of each token; `texts`
+    gives `tokens`; `messages` gives `chat`; `generate` (ids) gives `generated`, the 16 likeliest that follow.
     """
     if find_spec("xllamacpp") is None:
         pytest.skip(MISSING)
@@ -58,17 +58,16 @@ def answer(job):
         # it answers with no probabilities where the token that it takes has no text: let it take "!"
         body = {"prompt": prompt, "n_predict": 1, "n_probs": job["vocabulary"], "logit_bias": [["!", 1e3]]}
         (choice,) = server.handle_completions(body)["choices"]
-        found = choice["logprobs"]["content"][0]["top_logprobs"]
-        return [each["logprob"] for each in sorted(found, key=lambda each: each["id"])]
+        return sorted(choice["logprobs"]["content"][0]["top_logprobs"], key=lambda each: each["id"])
 
     found = {}
     if "prompts" in job:
-        found["logprobs"] = [next_token(prompt) for prompt in job["prompts"]]
+        tokens = [next_token(prompt) for prompt in job["prompts"]]
+        found["logprobs"] = [[each["logprob"] for each in one] for one in tokens]
+        found["shown"] = [each["token"] for each in tokens[0]]
     if "texts" in job:
         options = {"add_special": True, "parse_special": True}
         found["tokens"] = [post("/tokenize", {"content": each, **options})["tokens"] for each in job["texts"]]
-    if "ids" in job:
-        found["detokenized"] = [post("/detokenize", {"tokens": each})["content"] for each in job["ids"]]
     if "messages" in job:
         found["chat"] = post("/apply-template", {"messages": job["messages"]})["prompt"]
     if "generate" in job:

@@ -80,6 +80,7 @@ CASES = {
     "quantized embedding, ternary": Case("qwen3", models.GRIDS["ternary"], {"tie_word_embeddings": True},
                                          options={"skip": []}),
     "quantized embedding, binary": Case(quantizer=BINARY, options={"skip": []}),
+    "quantized embedding, 8 bits": Case(quantizer={"bits": 8}, options={"skip": []}),
 }  # fmt: skip
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 IGNORED = {  # what llama.cpp does not read from a file, and what the refusal says
