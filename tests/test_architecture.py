@@ -29,7 +29,7 @@ ALLOWED = {
     "data": set(),
     "callbacks": {"evaluate", "qat", "surgery", "quantizers", "ops"},
     "analysis": {"cli", "trust"},  # a sweep's points are command lines
-    "importing": {"modules", "surgery", "quantizers"},
+    "importing": {"modules", "surgery", "quantizers", "ops"},
     "export": {"data", "modules", "qat", "quantizers", "ops", "surgery", "trained"},
     "run": {"callbacks", "checks", "data", "inherited", "modules", "parsing", "trained", "trust"},
     "inherited": {"data", "modules", "trained"},

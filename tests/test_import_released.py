@@ -1,7 +1,9 @@
 """Checkpoints laid out as the released codes leave them become runs that deploy the same weights."""
 
 import json
+import math
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -305,6 +307,35 @@ def index(content: str):
     return damage
 
 
+def settings(**changes):
+    return lambda folder, state: rewrite(folder / "config.json", **changes)
+
+
+def surrogate(value):
+    return settings(sine_soft_q=value)
+
+
+def in_bin(change):
+    def damage(folder: Path, state: dict[str, Tensor]) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(change(state), folder / "pytorch_model.bin")
+
+    return damage
+
+
+def header(**changes):
+    def damage(folder: Path, state: dict[str, Tensor]) -> None:
+        content = (folder / "model.safetensors").read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        described = json.loads(content[8 : 8 + size])
+        described[f"{LAYER}.weight"].update(changes)
+        text = json.dumps(described).encode()
+        lies = struct.pack("<Q", len(text)) + text + content[8 + size :]
+        (folder / "model.safetensors").write_bytes(lies)
+
+    return damage
+
+
 DAMAGE = {
     "a clip value missing": (
         edit(lambda s: s.pop(f"{LAYER}.weight_clip_val")),
@@ -348,6 +379,99 @@ DAMAGE = {
     "an index of numbers": (index('{"weight_map": {"a": 1}}'), r"index\.json: no index of weight files"),
     "an index of a missing file": (index('{"weight_map": {"a": "b.bin"}}'), r"b\.bin: missing, cut short"),
     "a pickle that runs code": (trap, r"pytorch_model\.bin: holds more than tensors"),
+    **{
+        f"amplitude {value!r}": (surrogate({"enable": True, "amplitude": value}), r"sine_soft_q\.amplitude: ")
+        for value in (
+            0.21,
+            "0.21",
+            True,
+            [],
+            ["0.21"],
+            [None],
+            [[0.2]],
+            {"a": 1},
+            [0.1, 0.1],
+            [5.0],
+            [math.nan],
+        )
+    },
+    **{
+        f"surrogate {value!r}": (surrogate(value), "sine_soft_q: must be a mapping with enable")
+        for value in (True, [0.21], "yes", {"enable": "false"}, {"enable": 1})
+    },
+    "efficient in words": (settings(efficient="no"), "efficient: must be true or false, not 'no'"),
+    "bits in words": (settings(w_bits="2"), "w_bits: must be a whole number, not '2'"),
+    **{
+        f"{key} {value}": (settings(**{key: value}), rf"config\.json: .*({key}|hidden size \(-1\))")
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "vocab_size",
+            "num_hidden_layers",
+            "num_key_value_heads",
+        )
+        for value in (-1, 10**18, "32")
+    },
+    "no positions": (settings(max_position_embeddings=0), "max_position_embeddings must be at least 1"),
+    "no heads": (settings(num_attention_heads=0), r"config\.json: no configuration of a model"),
+    "activation unknown": (settings(hidden_act="none_such"), r"config\.json: .* \(KeyError: 'none_such'\)"),
+    "rope unknown": (settings(rope_parameters={"rope_type": "none_such"}), r"config\.json: .*none_such"),
+    "epsilon NaN": (settings(rms_norm_eps=math.nan), "the model computes NaN or infinity; look at rms_norm"),
+    "a config that is a list": (
+        lambda f, s: (f / "config.json").write_text("[1]"),
+        r"json: holds no mapping",
+    ),
+    "a config without end": (
+        lambda f, s: (f / "config.json").write_text('{"model_type":' + "[" * 100_000),
+        r"config\.json: no readable JSON",
+    ),
+    **{
+        f"a weight of {dtype}": (
+            put(f"{LAYER}.weight", lambda w, t=dtype: w.to(t)),
+            rf"k_proj\.weight \({name}\)",
+        )
+        for dtype, name in (
+            (torch.complex64, "complex64"),
+            (torch.int8, "int8"),
+            (torch.float8_e4m3fn, "float8_e4m3fn"),
+            (torch.float64, "float64"),
+        )
+    },
+    "a clip value of bool": (
+        put(f"{LAYER}.weight_clip_val", lambda c: c > 0),
+        r"clip_val \(bool\) is no plain",
+    ),
+    "a weight that is one number": (
+        put(f"{LAYER}.weight", lambda w: w[0, 0]),
+        r"k_proj\.weight is no matrix",
+    ),
+    "a sparse weight": (
+        in_bin(lambda s: {**s, f"{LAYER}.weight": s[f"{LAYER}.weight"].to_sparse()}),
+        "sparse_coo",
+    ),
+    "a weight without values": (
+        in_bin(lambda s: {k: v.to("meta") for k, v in s.items()}),
+        "is no plain tensor",
+    ),
+    "a key that is a number": (
+        in_bin(lambda s: {**s, 1: torch.ones(2)}),
+        r"bin: 1 \(float32\) is no plain tensor",
+    ),
+    "an empty state dict": (in_bin(lambda s: {}), r"embed_tokens\.weight is missing or no matrix"),
+    "an index of nothing": (index('{"weight_map": {}}'), r"index\.json: no index of weight files"),
+    "an index of a file elsewhere": (
+        index('{"weight_map": {"a": "../theirs/part.safetensors"}}'),
+        r"index\.json: no index of weight files",
+    ),
+    "an index of a folder": (index('{"weight_map": {"a": "."}}'), r"index\.json: no index of weight files"),
+    "an index without end": (index("[" * 100_000), r"index\.json: no index of weight files"),
+    "a header of another shape": (header(shape=[1, 1]), r"model\.safetensors: missing, cut short or damaged"),
+    "a header of integers": (header(dtype="I32"), r"k_proj\.weight \(int32\) is no plain"),
+    "a header of no type": (header(dtype="F99"), r"model\.safetensors: missing, cut short or damaged"),
+    "a header without bounds": (
+        header(data_offsets=[0, 2**60]),
+        r"safetensors: missing, cut short or damaged",
+    ),
     "no weights": (lambda f, s: (f / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
     "no config": (lambda f, s: (f / "config.json").unlink(), r"has no config\.json"),
     "mixed bits": (lambda f, s: rewrite(f / "config.json", w_bits=[2, 4]), "mixed bits cannot be imported"),
@@ -366,9 +490,8 @@ def test_a_bad_checkpoint_is_one_line_and_no_run(damage, tmp_path, capsys):
     do, message = DAMAGE[damage]
     state = make(tmp_path / "theirs")
     do(tmp_path / "theirs", state)
-    assert (
-        main(["import", "--from", "paretoq", str(tmp_path / "theirs"), "--out", str(tmp_path / "run")]) == 2
-    )
+    code = "stableqat" if damage.startswith(("amplitude", "surrogate", "efficient")) else "paretoq"
+    assert main(["import", "--from", code, str(tmp_path / "theirs"), "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
     assert re.search(message, said), said

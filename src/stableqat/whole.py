@@ -5,8 +5,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from stableqat.errors import UserError
 
 
 @contextmanager
@@ -71,3 +73,54 @@ def _locked(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def whole_folder(path: str) -> Iterator[Path]:
+    """Fill a new folder beside its place and move it there at the end; after an exception nothing is left.
+
+    Args:
+        path: The folder, of the setting `out`.
+
+    Yields:
+        The folder to write to, this process's own.
+
+    Raises:
+        UserError: If something is there already, at the end as well, or the place cannot be written.
+    """
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    if os.path.lexists(folder):
+        raise UserError(f"out: {path or folder} exists already; name a new folder")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            part = stack.enter_context(hidden_folder(folder.parent, f".{folder.name}.")) / folder.name
+            part.mkdir()
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        yield part
+        if os.path.lexists(folder):
+            raise UserError(f"out: {path} exists by now; name a new folder")
+        try:
+            part.rename(folder)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # something is in it
+            folder.rmdir()
+
+
+def cannot_write(path: str, error: Exception) -> UserError:
+    """What to say where a folder of the setting `out` cannot be written.
+
+    Args:
+        path: The folder.
+        error: The reason.
+    """
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return UserError(f"out: {path} cannot be written ({reason}); nothing is left of it, name another folder")

@@ -190,10 +190,47 @@ def test_an_existing_folder_stays(trained, tmp_path, capsys):
     assert not list((tmp_path / "kept").iterdir())
 
 
+@pytest.mark.parametrize(
+    "out", ["", ".", "..", "/", "a file", "a link", "a file/below", "new/..", "/proc/none", "long"]
+)
+def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_read(
+    out, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    (tmp_path / "a link").symlink_to("nowhere")
+    out = "x" * 300 if out == "long" else out
+    monkeypatch.setattr(source, "load_source", None)
+    assert main(["export", "no.ckpt", "--format", "hf", "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "out: " in said
+    assert "exists already; name a new folder" in said or "cannot be written" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a file", "a link"]
+
+
+def test_two_exports_to_one_folder(trained, tmp_path, capsys, monkeypatch):
+    """The second one to end is refused and leaves the folder of the first as it is."""
+    from stableqat.export import hf
+
+    out, read = tmp_path / "out", hf.read
+
+    def other(packed, folder):
+        (out / "theirs").mkdir(parents=True)
+        return read(packed, folder)
+
+    monkeypatch.setattr(hf, "read", other)
+    assert main(["export", str(trained), "--format", "hf", "--out", str(out)]) == 2
+    assert "exists by now; name a new folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in out.iterdir()] == ["theirs"]
+
+
 def test_a_missing_source(refused, tmp_path):
     assert "there is no such run or checkpoint" in refused(tmp_path / "nothing.ckpt")
     (tmp_path / "empty").mkdir()
     assert "neither a run folder nor a checkpoint" in refused(tmp_path / "empty")
+    assert not (tmp_path / "out").exists()  # nor is the folder that would have held it
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])

@@ -7,8 +7,6 @@ the model's, bit for bit, and what the reader computes is what the model compute
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
+from stableqat.whole import cannot_write, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,9 +75,6 @@ def export(
     Returns:
         0 when the files are written and equal the model.
     """
-    folder = Path(out).expanduser()
-    if folder.exists():
-        raise UserError(f"out: {out} exists already; name a new folder")
     _check_libraries(format)
     if template is not None and format != "gguf":
         raise UserError(f"template: only gguf takes one, not {format}; leave it out")
@@ -94,63 +90,58 @@ def export(
     from stableqat.export.source import load_source
 
     given = None if template is None else gguf_template.read(Path(template).expanduser())
-    found = load_source(source, tokenizer)
-    dtype = dtype or ("fp16" if format == "compressed-tensors" else "fp32")
-    types = DTYPES[dtype], DTYPES[scale_dtype]
-    packed = PackedModel(
-        found.module,
-        {},
-        *types,
-        found.batch,
-        template=given,
-        target=target,
-        int8_activations=int8_activations,
-        storage_bits=storage_bits,
-        images=found.images,
-        classes=found.classes,
-        tokenizer=found.tokenizer,
-    )
-    writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
-    writer.check(packed)  # before anything is computed, what does not depend on the layers
-    _, trained = evaluate(found.module, found.batch)
-    losses = {"trained": trained}
-    if embedding_bits is not None:
-        quantize_embeddings(found.module, embedding_bits)
-        losses["embeddings_quantized"] = evaluate(found.module, found.batch)[1]
-    packed = replace(packed, layers=pack(found.module, *types))
-    writer.check(packed)
-    logits, losses["file"] = evaluate(found.module, found.batch)
-    part = _part(folder)
-    try:
-        _write(writer, found, packed, part)
-        differences = _compare(format, writer.read(packed, part), packed, logits)
-        report: dict[str, Any] = {
-            "format": format,
-            "source": str(found.checkpoint),
-            "step": found.step,
-            "val_loss": found.val_loss,
-            "dtype": dtype,
-            "scale_dtype": scale_dtype,
-            **_sizes(writer, packed, part),
-            **differences,
-            "batch": found.batch_of,
-            "loss": losses,
-            "notes": [*(writer.notes(packed) if hasattr(writer, "notes") else []), *_unknown(packed)],
-            "versions": _versions(format),
-        }
-        _describe(found, packed, report, part)
-        report["sha256"] = {p.relative_to(part).as_posix(): _sha256(p) for p in _files(part)}
-        for file in _files(part):
-            file.chmod(0o644)  # safetensors makes them private
-        (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        part.rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"out: {out} cannot be written ({error.strerror or error}); nothing is left"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    _tell(report, found, folder)
+    with whole_folder(out) as part:
+        found = load_source(source, tokenizer)
+        dtype = dtype or ("fp16" if format == "compressed-tensors" else "fp32")
+        types = DTYPES[dtype], DTYPES[scale_dtype]
+        packed = PackedModel(
+            found.module,
+            {},
+            *types,
+            found.batch,
+            template=given,
+            target=target,
+            int8_activations=int8_activations,
+            storage_bits=storage_bits,
+            images=found.images,
+            classes=found.classes,
+            tokenizer=found.tokenizer,
+        )
+        writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
+        writer.check(packed)  # before anything is computed, what does not depend on the layers
+        _, trained = evaluate(found.module, found.batch)
+        losses = {"trained": trained}
+        if embedding_bits is not None:
+            quantize_embeddings(found.module, embedding_bits)
+            losses["embeddings_quantized"] = evaluate(found.module, found.batch)[1]
+        packed = replace(packed, layers=pack(found.module, *types))
+        writer.check(packed)
+        logits, losses["file"] = evaluate(found.module, found.batch)
+        try:
+            _write(writer, found, packed, part)
+            differences = _compare(format, writer.read(packed, part), packed, logits)
+            report: dict[str, Any] = {
+                "format": format,
+                "source": str(found.checkpoint),
+                "step": found.step,
+                "val_loss": found.val_loss,
+                "dtype": dtype,
+                "scale_dtype": scale_dtype,
+                **_sizes(writer, packed, part),
+                **differences,
+                "batch": found.batch_of,
+                "loss": losses,
+                "notes": [*(writer.notes(packed) if hasattr(writer, "notes") else []), *_unknown(packed)],
+                "versions": _versions(format),
+            }
+            _describe(found, packed, report, part)
+            report["sha256"] = {p.relative_to(part).as_posix(): _sha256(p) for p in _files(part)}
+            for file in _files(part):
+                file.chmod(0o644)  # safetensors makes them private
+            (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise cannot_write(out, error) from error
+    _tell(report, found, out)
     return 0
 
 
@@ -159,15 +150,6 @@ def _check_libraries(format: str) -> None:
 
     if missing := [name for name in LIBRARIES[format] if find_spec(name.replace("-", "_")) is None]:
         raise UserError(f"format: {format} needs {', '.join(missing)}; pip install 'stableqat[export]'")
-
-
-def _part(folder: Path) -> Path:
-    try:
-        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        part.mkdir(parents=True)
-        return part
-    except OSError as error:
-        raise UserError(f"out: {folder} cannot be written ({error.strerror}); name another folder") from error
 
 
 def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> None:
@@ -278,7 +260,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _tell(report: dict[str, Any], found: "Source", folder: Path) -> None:
+def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
     left = ", ".join(report["layers_left"]) or "none"
     share, say = report["bytes"] / report["bytes_bf16"], terminal().print
     step = "" if found.step is None else f" (step {found.step})"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +19,7 @@ from stableqat.modules.architecture import pretrained_config, resolve_config
 logger = logging.getLogger(__name__)
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXTRAS = ("w_bits", "sine_soft_q", "efficient")  # settings of the released layers
 _RENAMED = ("rope_scaling", "rope_theta", "torch_dtype")  # by transformers 5, which reads them all the same
 
@@ -33,14 +35,57 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint: {folder} has no config.json; name the folder that the code saved")
-    config = pretrained_config("checkpoint", str(folder))
-    known = type(config)().to_dict()
-    keys = {k: v for k, v in config.to_dict().items() if k in known}
-    resolve_config(keys, None)  # refuses what is no language model of ours
-    named = json.loads((folder / "config.json").read_text())
+    named = _mapping(folder / "config.json")
+    try:
+        config = pretrained_config("checkpoint", str(folder))
+        known = type(config)().to_dict()
+        keys = {k: v for k, v in config.to_dict().items() if k in known}
+        resolve_config(keys, None)  # refuses what is no language model of ours
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks keys with several types of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}/config.json: no configuration of a model: {reason}") from error
     if strange := sorted(named.keys() - known.keys() - {*_EXTRAS, *_RENAMED, *config.attribute_map}):
         logger.warning("%s: keys that its architecture does not have are left out: %s", folder, strange)
     return keys, {k: named[k] for k in _EXTRAS if k in named}
+
+
+def check_sizes(config: dict[str, Any], state: dict[str, Tensor], source: str) -> None:
+    """Compare the sizes that config.json names with the tensors, before anything of these sizes is made.
+
+    Args:
+        config: Architecture.
+        state: Tensors of the checkpoint.
+        source: The checkpoint, for messages.
+
+    Raises:
+        UserError: Naming the key.
+    """
+    names = ("embed_tokens", "layers.0.mlp.up_proj", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj")
+    shapes: list[tuple[int, ...]] = []
+    for name in names:
+        key = f"model.{name}.weight"
+        if key not in state or state[key].ndim != 2:
+            raise UserError(f"{source}: {key} is missing or no matrix; get the checkpoint again")
+        shapes.append(tuple(state[key].shape))
+    (vocabulary, hidden), (intermediate, _), (queries, _), (keys, _) = shapes
+    layers = {match[1] for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    width = config.get("head_dim") or 0
+    for key, said, found in (
+        ("num_hidden_layers", config["num_hidden_layers"], len(layers)),
+        ("vocab_size", config["vocab_size"], vocabulary),
+        ("hidden_size", config["hidden_size"], hidden),
+        ("intermediate_size", config["intermediate_size"], intermediate),
+        ("num_attention_heads times head_dim", config["num_attention_heads"] * width, queries),
+        ("num_key_value_heads times head_dim", config["num_key_value_heads"] * width, keys),
+    ):
+        if said != found:
+            raise UserError(
+                f"{source}/config.json: {key} is {said!s:.40}, but the weights have {found}; get both again"
+            )
+    if config["max_position_embeddings"] < 1:
+        raise UserError(f"{source}/config.json: max_position_embeddings must be at least 1; correct it")
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
@@ -63,23 +108,46 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"checkpoint: {folder} has neither {' nor '.join(_FILES)}")
 
 
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: no readable JSON; get the file again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: holds no mapping; get the file again")
+    return found
+
+
 def _parts(index: Path) -> list[Path]:
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [index.parent / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no index of weight files; get the file again") from error
+        weight_map = _mapping(index).get("weight_map")
+    except UserError:
+        weight_map = None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    # each a file beside it, not one elsewhere
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{index}: no index of weight files; get the file again")
+    return [index.parent / name for name in sorted(set(names))]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except UnpicklingError as error:
         raise UserError(f"{path}: holds more than tensors and plain values; refused") from error
-    except (SafetensorError, RuntimeError, EOFError, BadZipFile, OSError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, BadZipFile, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: missing, cut short or damaged; get the file again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state dict")
+    for key, x in state.items():
+        plain = x.device.type == "cpu" and x.layout == torch.strided and not x.is_nested
+        if not isinstance(key, str) or not plain or x.dtype not in _TYPES:
+            kind = str(x.dtype if plain else x.layout).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {key} ({kind}) is no plain tensor of float32, bfloat16 or float16, in which the "
+                "released codes save; get the checkpoint again"
+            )
     return state

@@ -5,13 +5,13 @@ layer computes, weight by weight, in the arithmetic of the checkpoint's type, an
 `validate`, to `--model.init_from`, to every exact format.
 """
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from stableqat.errors import UserError
 from stableqat.terminal import terminal
+from stableqat.whole import cannot_write, whole_folder
 
 
 def import_(
@@ -29,38 +29,43 @@ def import_(
     Returns:
         0.
     """
-    source, run = Path(checkpoint).expanduser(), Path(out).expanduser()
-    if run.exists():
-        raise UserError(f"out: {run} exists already; name a new folder")
-
-    from stableqat.importing.checkpoint import read_config, read_state
-    from stableqat.importing.released import SHARPNESS, ReleasedLayer, transfer
-    from stableqat.modules import LlamaModule
+    from stableqat.importing.checkpoint import check_sizes, read_config, read_state
+    from stableqat.importing.released import SHARPNESS, ReleasedLayer, check_computes, transfer
     from stableqat.modules.base import state_dict_follows
 
-    config, extras = read_config(source)
-    state = read_state(source)
-    dsq = any(name.endswith(f".{SHARPNESS}") for name in state)
-    released = ReleasedLayer.read(from_, bits, config, extras, dsq)
-    module = LlamaModule(config=config, quantizer=partial(released.method, **released.options))
-    with state_dict_follows():
-        module.configure_model()
-    assert module.model is not None
-    moved = transfer(state, module.model, released, str(source))
-
-    part = run.with_name(f".{run.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a call that was killed
-    try:
-        _write(module, source, run, part)
-        part.rename(run)
-    except (OSError, RuntimeError) as error:  # torch's writer has only the latter for a full disk
-        raise UserError(f"out: {run} cannot be written: {' '.join(str(error).split())}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    source, run = Path(checkpoint).expanduser(), Path(out).expanduser()
+    with whole_folder(out) as part:
+        config, extras = read_config(source)
+        state = read_state(source)
+        check_sizes(config, state, str(source))
+        dsq = any(name.endswith(f".{SHARPNESS}") for name in state)
+        released = ReleasedLayer.read(from_, bits, config, extras, dsq)
+        module = _module(config, released, source)
+        with state_dict_follows():
+            module.configure_model()
+        assert module.model is not None
+        moved = transfer(state, module.model, released, str(source))
+        check_computes(module.eval(), str(source))
+        try:
+            _write(module, source, run, part)
+        except (OSError, RuntimeError) as error:  # torch's writer has only the latter for a full disk
+            raise cannot_write(out, error) from error
     say = terminal().print
     say(f"{run}: {moved}")
     say(f"stableqat validate -c {run}/config.yaml --ckpt_path last")
     return 0
+
+
+def _module(config: dict[str, Any], released: Any, source: Path) -> Any:
+    from stableqat.modules import LlamaModule
+
+    try:
+        return LlamaModule(config=config, quantizer=partial(released.method, **released.options))
+    except UserError:
+        raise
+    except Exception as error:  # transformers fails in many ways over values that it has not checked
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{source}/config.json: transformers cannot build this model ({reason})") from error
 
 
 def _write(module: Any, source: Path, run: Path, part: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stableqat.errors import UserError
 from stableqat.modules.start import load_weights
+from stableqat.ops import Fourier
 from stableqat.quantizers import DSQ, STE, ParetoQ, Quantizer, StableQAT
 from stableqat.quantizers.base import FLOOR
 from stableqat.surgery import quantized_layers
@@ -64,12 +65,14 @@ class ReleasedLayer:
             return cls(code, width, ParetoQ, options)
         if dsq:
             return cls(code, width, DSQ, options)
-        surrogate = extras.get("sine_soft_q") or {"enable": True}
-        reciprocal = bool(extras.get("efficient")) and config["model_type"] == "llama"  # Qwen3 never took it
-        if not surrogate.get("enable"):
+        efficient = extras.get("efficient")
+        if not (efficient is None or isinstance(efficient, bool)):
+            raise UserError(f"config.json: efficient: must be true or false, not {efficient!r:.60}")
+        reciprocal = bool(efficient) and config["model_type"] == "llama"  # Qwen3 never took it
+        amplitude = _amplitude(extras.get("sine_soft_q"))
+        if amplitude is None:
             return cls(code, width, STE, options, reciprocal)
-        amplitudes = surrogate.get("amplitude") or [0.21]
-        return cls(code, width, StableQAT, {**options, "amplitude": amplitudes[0]}, reciprocal)
+        return cls(code, width, StableQAT, {**options, "amplitude": amplitude}, reciprocal)
 
     def values(self, weight: Tensor, clip: Tensor, sharpness: Tensor | None) -> Tensor:
         """What the layer multiplies with.
@@ -193,6 +196,24 @@ def transfer(state: dict[str, Tensor], model: nn.Module, released: ReleasedLayer
     return report
 
 
+@torch.no_grad()
+def check_computes(module: nn.Module, source: str) -> None:
+    """Refuse a model that computes NaN, for a constant of its config.json or for its size of weights.
+
+    Args:
+        module: The language model.
+        source: The checkpoint, for messages.
+
+    Raises:
+        UserError: If logits of a few tokens are not finite.
+    """
+    if not torch.isfinite(module(torch.arange(4)[None])).all():
+        raise UserError(
+            f"{source}: the model computes NaN or infinity; look at rms_norm_eps and rope_parameters in "
+            "config.json, or take an earlier checkpoint"
+        )
+
+
 def _agreeing(quantizer: Quantizer, latent: Tensor, theirs: Tensor, report: Transfer) -> Tensor:
     """The latent weight, put on the released layer's level where ours would give it another."""
     other = quantizer.quantize(latent).dequantize().to(theirs.dtype) != theirs
@@ -211,6 +232,8 @@ def _check(name: str, keys: tuple[str, ...], state: dict[str, Tensor], source: s
             f"{source}: {name}.{missing[0]} is missing; only checkpoints with every linear layer but lm_head "
             "quantized can be imported"
         )
+    if state[f"{name}.weight"].ndim != 2:
+        raise UserError(f"{source}: {name}.weight is no matrix; get the checkpoint again")
     clip, rows = state[f"{name}.{CLIP}"], len(state[f"{name}.weight"])
     if tuple(clip.shape) != (rows, 1):
         raise UserError(
@@ -218,14 +241,39 @@ def _check(name: str, keys: tuple[str, ...], state: dict[str, Tensor], source: s
         )
 
 
+def _amplitude(saved: Any) -> float | None:
+    """The amplitude of the Fourier surrogate, None where it is off.
+
+    The released code gives each of several amplitudes a harmonic of its own, which ours does not.
+    """
+    saved = {"enable": True} if saved is None else saved
+    key = "config.json: sine_soft_q"
+    if not isinstance(saved, dict) or not isinstance(saved.get("enable"), bool):
+        raise UserError(f"{key}: must be a mapping with enable: true or false, not {saved!r:.60}")
+    amplitudes = saved.get("amplitude")
+    if not saved["enable"]:
+        return None
+    if amplitudes is None:
+        return 0.21
+    if not isinstance(amplitudes, list) or len(amplitudes) != 1 or type(amplitudes[0]) not in (int, float):
+        raise UserError(f"{key}.amplitude: must be a list of one number, not {amplitudes!r:.60}")
+    try:
+        Fourier("range", amplitudes[0], 1)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from error
+    return amplitudes[0]
+
+
 def _bits(asked: int | None, saved: Any) -> int:
-    if saved is not None and (not isinstance(saved, int) or isinstance(saved, bool)):
-        raise UserError(f"config.json: w_bits is {saved}; layers of mixed bits cannot be imported")
+    if isinstance(saved, list | dict):
+        raise UserError(f"config.json: w_bits is {saved!s:.60}; layers of mixed bits cannot be imported")
+    if saved is not None and type(saved) is not int:
+        raise UserError(f"config.json: w_bits: must be a whole number, not {saved!r:.60}; correct it")
     if asked is None and saved is None:
         raise UserError("bits: config.json has no w_bits; say with --bits what the model was trained for")
     if asked is not None and saved is not None and asked != saved:
         raise UserError(f"bits: {asked}, but the checkpoint's config.json says w_bits {saved}; leave it out")
     bits = saved if asked is None else asked
     if bits not in (0, 1, 2, 3, 4):
-        raise UserError(f"bits: the released codes have 1 to 4, and 0 for ternary, not {bits}")
+        raise UserError(f"bits: the released codes have 1 to 4, and 0 for ternary, not {bits!s:.20}")
     return bits
