@@ -65,12 +65,13 @@ def make(
     family: str = "llama",
     files: str = "safetensors",
     dsq: bool = False,
+    heads: int = 2,
     **extras,
 ) -> dict[str, Tensor]:
     """Write a checkpoint; return its tensors."""
     torch.manual_seed(0)
     sizes = {k: v for k, v in tiny.LLAMA.items() if k != "model_type"} | {"vocab_size": 300}
-    config = AutoConfig.for_model(family, **sizes, initializer_range=0.15)
+    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=heads, initializer_range=0.15)
     state = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
     for name in [name for name in state if name.endswith(tuple(f"{p}.weight" for p in PROJECTIONS))]:
         state[f"{name}_clip_val"] = released_start(state[name], code, bits)
@@ -507,6 +508,14 @@ def test_sharpness_that_makes_nan_is_refused(tmp_path, capsys):
         main(["import", "--from", "stableqat", str(tmp_path / "theirs"), "--out", str(tmp_path / "run")]) == 2
     )
     assert f"{LAYER}: the released layer computes NaN" in capsys.readouterr().err
+
+
+def test_heads_that_do_not_share_are_refused(tmp_path, capsys):
+    """As Qwen3's defaults have them, where config.json names the query heads alone."""
+    make(tmp_path / "theirs", family="qwen3", heads=32)
+    asked = ["import", "--from", "paretoq", str(tmp_path / "theirs"), "--out", str(tmp_path / "run")]
+    assert main(asked) == 2
+    assert "num_key_value_heads 32 does not divide num_attention_heads 2" in capsys.readouterr().err
 
 
 def test_what_the_flags_and_the_file_say_must_agree(tmp_path, capsys):
