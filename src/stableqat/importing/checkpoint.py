@@ -87,8 +87,8 @@ def check_sizes(config: dict[str, Any], state: dict[str, Tensor], source: str) -
     heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % shared:
         raise UserError(
-            f"{source}/config.json: num_key_value_heads {shared} does not divide num_attention_heads {heads}; "
-            "correct it"
+            f"{source}/config.json: num_key_value_heads {shared} does not divide num_attention_heads "
+            f"{heads}; correct it"
         )
     if config["max_position_embeddings"] < 1:
         raise UserError(f"{source}/config.json: max_position_embeddings must be at least 1; correct it")
