@@ -18,8 +18,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.modules import QATModule
+from stableqat.modules.base import LARGEST
 from stableqat.modules.sharded import is_sharded
 from stableqat.modules.start import check_sums, last_checkpoints, read_checkpoint, read_rest
 
@@ -30,7 +31,11 @@ AT_LEAST = {
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
     "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "min_epochs": 0,
+    "min_steps": 0,
     "num_nodes": 1,
+    "num_sanity_val_steps": -1,
 }
 
 
@@ -50,8 +55,12 @@ def check_seed(seed: int | bool) -> None:
 def check_trainer(trainer: Namespace) -> None:
     """Strategy, accelerator and devices must exist; counts that Lightning divides by must not be 0."""
     for key, least in AT_LEAST.items():
-        if trainer[key] is not None and not trainer[key] >= least:
-            raise UserError(f"trainer.{key}: must be at least {least}, not {trainer[key]}")
+        if trainer[key] is not None:
+            check_range(f"trainer.{key}", trainer[key], least)
+    if trainer.val_check_interval == 0:
+        raise UserError(
+            "trainer.val_check_interval: must be above 0; --trainer.limit_val_batches 0 leaves validation out"
+        )
     strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
     if (strategy.startswith("fsdp") and strategy != "fsdp2") or strategy.endswith(".FSDPStrategy"):
         raise UserError(
@@ -92,12 +101,23 @@ def check_optimizer(model: QATModule, trainer: L.Trainer) -> None:
         optimizer = model.optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model.optimizer: {first_line(error)}; correct this setting") from error
+    for key, value in optimizer.defaults.items():
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, int | float) and not abs(number) <= LARGEST:
+                raise UserError(f"model.optimizer.{key}: must be at most {LARGEST:g}, not {number}")
+    for group in ("scale", "weight"):
+        multiplier = getattr(model, f"{group}_lr_multiplier")
+        if not optimizer.defaults["lr"] * multiplier <= LARGEST:
+            raise UserError(
+                f"model.{group}_lr_multiplier: {multiplier} makes an infinite learning rate; lower it"
+            )
     if model.lr_scheduler is None:
         return
     try:
         model.check_schedule(model.lr_scheduler(optimizer), trainer)
     except UserError as error:
-        raise UserError(f"model.lr_scheduler.{error}") from error
+        group = "model" if str(error).startswith("lr_scheduler") else "model.lr_scheduler"
+        raise UserError(f"{group}.{error}") from error
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"model.lr_scheduler: {first_line(error)}; correct this setting") from error
 

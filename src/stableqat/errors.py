@@ -4,9 +4,35 @@ The command line turns it into a single line on stderr and exit code 2; every ot
 exception is a fault of the program and keeps its traceback.
 """
 
+from math import inf
+
 
 class UserError(ValueError):
     """A mistake in a user's configuration, file or argument.
 
     The message is one line: what is wrong (with the key, file or layer) and what to do.
     """
+
+
+def check_range(
+    key: str, value: float | None, least: float, most: float = inf, *, below: float = inf, null: bool = False
+) -> None:
+    """Refuse a number outside of a range; NaN is outside of every one.
+
+    Args:
+        key: What the number is for, as the user writes it.
+        value: The number.
+        least: It may be as small as that.
+        most: It may be as large as that.
+        below: It must be smaller than that, where that is not infinite.
+        null: None is allowed, too.
+
+    Raises:
+        UserError: Naming the key, the range and the number.
+    """
+    if value is None and null:
+        return
+    if value is not None and least <= value <= most and (value < below or below == inf):
+        return
+    end = f" and below {below}" if below < inf else f" and at most {most:g}" if most < inf else ""
+    raise UserError(f"{key}: must be at least {least}{end}{' or null' if null else ''}, not {value}")

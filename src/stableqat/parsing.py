@@ -70,6 +70,10 @@ class OneLineErrors:
 
     exit_on_error: bool
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take whole names only: part of one may be another setting, in another version."""
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[call-arg]
+
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a config file; what is wrong with it is told with its name."""
         try:
@@ -184,8 +188,10 @@ def _suggestion(given: str, bases: list[type]) -> str:
     known = {derived.__name__.lower(): derived for base in bases for derived in _derived(base)}
     leaves = {name: derived.__name__ for name, derived in known.items() if not derived.__subclasses__()}
     name = given.split(".")[-1].lower()
-    if name in known:  # in other letters
-        return f"; did you mean {known[name].__name__}?"
+    if name in known:  # in other letters, or one of several of that name
+        match = known[name]
+        whole = f"{match.__module__}.{match.__qualname__}" if match.__name__ == given else match.__name__
+        return f"; did you mean {whole}?"
     if near := difflib.get_close_matches(name, leaves, 1, cutoff=0.7):
         return f"; did you mean {leaves[near[0]]}?"
     return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= _LISTED else ""

@@ -324,7 +324,7 @@ def attend(cache):
     "forward",
     [lambda *, cache, **rest: attend(cache), lambda *, past_key_values, **rest: attend(past_key_values)],
 )
-def test_a_cache_goes_by_the_name_that_the_model_has_for_it(forward):
+def test_a_cache_goes_by_the_name_that_the_release_has_for_it(forward):
     model = torch.nn.Module()
     model.forward = forward
     cache = [torch.zeros(1, 1, 4, 2) for _ in range(2)]

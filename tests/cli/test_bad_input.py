@@ -1,13 +1,17 @@
 """A mistake of the user: one line that names the key or file and the remedy, exit code 2, nothing lost."""
 
 import pickle
+import re
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from stableqat.callbacks import DivergenceGuard, Evaluate, GradientMismatch, LastCheckpoint, QuantizerMonitor
 from stableqat.cli import main
+from stableqat.errors import UserError
 
 
 def contents(folder):
@@ -48,6 +52,10 @@ def vit(*flags):
 
 BITS = "bits: must be a whole number from 1 to 8, not "
 DSQ = ["--model.quantizer", "stableqat.quantizers.DSQ", "--model.quantizer.bits", "2"]
+PLATEAU = ["--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau"]
+PLATEAU += ["--model.lr_scheduler.monitor", "val/loss"]
+ONE_CYCLE = ["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "1e-3"]
+ONE_CYCLE += ["--model.lr_scheduler.total_steps", "3"]
 COSINE = ["--model.lr_scheduler", "stableqat.modules.CosineWarmup"]
 
 # command, the pieces of the line
@@ -72,6 +80,18 @@ SETTINGS = {
     "a misspelt key of the trainer": (
         llama("--trainer.max_stepz", "1"),
         ["trainer.max_stepz: unknown key; did you mean trainer.max_steps?"],
+    ),
+    "a key cut short": (
+        llama("--trainer.max_step", "5"),
+        ["trainer.max_step: unknown key; did you mean trainer.max_steps?"],
+    ),
+    "a key cut short, with its value": (
+        vit("--data.batch=5"),
+        ["data.batch: unknown key; did you mean data.batch_size?"],
+    ),
+    "a key of the model cut short": (
+        llama("--model.init", "none"),
+        ["model.init: unknown key; did you mean model.init_from?"],
     ),
     "a key without its group": (
         llama("--max_steps", "1"),
@@ -166,7 +186,50 @@ SETTINGS = {
     ),
     "a negative warm-up": (
         llama(*COSINE, "--model.lr_scheduler.warmup_steps", "-3"),
-        ["model.lr_scheduler.warmup_steps: must not be negative"],
+        ["model.lr_scheduler.warmup_steps: must be at least 0, not -3"],
+    ),
+    "a learning rate that float32 does not hold": (
+        llama("--model.optimizer.lr", "1e300"),
+        ["model.optimizer.lr: must be at most 3.40282e+38, not 1e+300"],
+    ),
+    "an infinite weight decay": (
+        llama("--model.optimizer.weight_decay", ".inf"),
+        ["model.optimizer.weight_decay: must be at most 3.40282e+38, not inf"],
+    ),
+    "learning rates whose product is infinite": (
+        llama("--model.optimizer.lr", "1e10", "--model.weight_lr_multiplier", "1e30"),
+        ["model.weight_lr_multiplier: 1e+30 makes an infinite learning rate; lower it"],
+    ),
+    "a schedule that ends nowhere": (
+        llama(*COSINE, "--model.lr_scheduler.final_ratio", ".nan"),
+        ["model.lr_scheduler.final_ratio: must be at least 0 and at most 1, not nan"],
+    ),
+    "a schedule that follows a metric": (
+        llama(*PLATEAU),
+        ["model.lr_scheduler: ReduceLROnPlateau follows a metric", "take stableqat.modules.CosineWarmup"],
+    ),
+    "a name that two classes have": (
+        llama("--model.lr_scheduler", "ReduceLROnPlateau"),
+        [
+            "model.lr_scheduler: ReduceLROnPlateau is no LRScheduler",
+            "did you mean torch.optim.lr_scheduler.R",
+        ],
+    ),
+    "a schedule that is over before the run": (
+        llama(*ONE_CYCLE, "--trainer.max_steps", "5"),
+        ["model.lr_scheduler.total_steps: OneCycleLR ends after 3 steps, but the run takes 5; set it"],
+    ),
+    "a search for the learning rate": (
+        llama("--trainer.callbacks+=LearningRateFinder"),
+        ["trainer.callbacks: LearningRateFinder tries rates", "stableqat sweep, and set model.optimizer.lr"],
+    ),
+    "a search for the batch size": (
+        llama("--trainer.callbacks+=BatchSizeFinder"),
+        ["trainer.callbacks: BatchSizeFinder trains on batches of other sizes", "set data.batch_size"],
+    ),
+    "weights averaged before there are any": (
+        vit("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1"),
+        ["trainer.callbacks: StochasticWeightAveraging copies the module", "take WeightAveraging or EMA"],
     ),
     "a negative number of steps": (llama("--trainer.max_steps", "-5"), ["trainer", "`max_steps`", "-5"]),
     "a schedule that ends with a run without end": (
@@ -279,6 +342,29 @@ SETTINGS = {
         ["none: no event files", "name the folder of a study"],
     ),
     "a misspelt key of a tool": (["compare", "none", "--ot", "x"], ["ot: unknown key; did you mean out?"]),
+    "a key of a tool cut short": (
+        ["export", "none", "--form", "gguf"],
+        ["form: unknown key; did you mean format?"],
+    ),
+    "a key of another tool cut short": (
+        ["data", "sample", "--tok", "5"],
+        ["tok: unknown key; did you mean tokens?"],
+    ),
+}
+VALIDATED = "above 0; --trainer.limit_val_batches 0 leaves validation out"
+SETTINGS |= {
+    f"{key} {value}": (llama(f"--{key}", value), [f"{key}: must be {range}"])
+    for key, value, range in [
+        ("guard.patience", "-1", "at least 1, not -1"),
+        ("monitor.rows", "0", "at least 1, not 0"),
+        ("evaluate.limit", "-3", "at least 1 or null, not -3"),
+        ("last.every_n_train_steps", "0", "at least 1 or null, not 0"),
+        ("trainer.gradient_clip_val", ".nan", "at least 0, not nan"),
+        ("trainer.log_every_n_steps", "-1", "at least 0, not -1"),
+        ("trainer.num_sanity_val_steps", "-2", "at least -1, not -2"),
+        ("trainer.min_steps", "-1", "at least 0, not -1"),
+        ("trainer.val_check_interval", "0", VALIDATED),
+    ]
 }
 
 
@@ -289,6 +375,30 @@ def test_a_setting_is_refused_before_anything_is_written(case, refuse):
     for piece in pieces:
         assert piece in line
     assert not made
+
+
+OUT_OF_RANGE = [
+    (DivergenceGuard, "guard", {"margin": [nan, -1.0], "patience": [0, -1], "decay": [5.0, 1.0, -0.1, nan]}),
+    (DivergenceGuard, "guard", {"check_parameters_every": [0, -1]}),
+    (QuantizerMonitor, "monitor", {"rows": [0, -1], "every_n_steps": [-1]}),
+    (GradientMismatch, "mismatch", {"every_n_steps": [-1], "directions": [1, -1], "sigma": [0.0, nan, inf]}),
+    (Evaluate, "evaluate", {"every_n_steps": [-1], "stride": [0, -8], "limit": [0, -3], "batch_size": [0]}),
+    (LastCheckpoint, "last", {"every_n_train_steps": [0, -1]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "key", "value"),
+    [
+        (kind, group, k, v)
+        for kind, group, wrong in OUT_OF_RANGE
+        for k, values in wrong.items()
+        for v in values
+    ],
+)
+def test_a_number_that_would_end_or_silence_a_run_is_refused(kind, group, key, value):
+    with pytest.raises(UserError, match=rf"^{group}\.{key}: must be .*, not {re.escape(str(value))}$"):
+        kind(**{key: value})
 
 
 # what the file holds (None: the name alone), the pieces of the line

@@ -53,7 +53,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.in_place = model, in_place
         taken = signature(model.forward).parameters
-        self.keyword = "cache" if "cache" in taken else "past_key_values"  # as transformers before 5.24 says
+        self.keyword = "cache" if "cache" in taken else "past_key_values"  # as earlier releases say
 
     def forward(self, token: Tensor, position: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
         """Logits `(1, vocabulary)` and the cache: keys and values, layer by layer."""
@@ -75,6 +75,10 @@ class _Cache:
     def __init__(self, entries: list[Tensor], position: Tensor, in_place: bool) -> None:
         self.entries, self.position = entries, position
         self.write = Tensor.index_copy_ if in_place else Tensor.index_copy
+
+    def get_seq_length(self) -> int:
+        """What earlier releases of transformers derive positions from; `Step` gives them itself."""
+        return 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> list[Tensor]:
         for place, new in ((2 * layer, keys), (2 * layer + 1, values)):

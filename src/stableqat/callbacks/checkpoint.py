@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.callbacks.divergence import DivergenceGuard
 from stableqat.callbacks.interruption import between_steps
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,7 @@ class LastCheckpoint(_GuardedCheckpoint):
     """
 
     def __init__(self, every_n_train_steps: int | None = None, enabled: bool = True) -> None:
+        check_range("last.every_n_train_steps", every_n_train_steps, 1, null=True)
         self.enabled = enabled
         super().__init__(
             filename="last",

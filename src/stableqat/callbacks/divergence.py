@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stableqat.errors import check_range
 from stableqat.quantizers.base import local
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,18 @@ class DivergenceGuard(L.Callback):
         patience: Optimizer steps in a row that it may stay above.
         decay: Decay of the moving average.
         check_parameters_every: Steps between checks that every weight and scale is finite.
+
+    Raises:
+        UserError: If a setting is out of range: a healthy run would end, or a diverged one go on.
     """
 
     def __init__(
         self, margin: float = 1.0, patience: int = 20, decay: float = 0.9, check_parameters_every: int = 50
     ) -> None:
+        check_range("guard.margin", margin, 0)
+        check_range("guard.patience", patience, 1)
+        check_range("guard.decay", decay, 0, below=1)
+        check_range("guard.check_parameters_every", check_parameters_every, 1)
         self.margin = margin
         self.patience = patience
         self.decay = decay

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 from stableqat.callbacks.throughput import untimed
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from stableqat.evaluate.perplexity import Windows
@@ -41,8 +41,10 @@ class Evaluate(L.Callback):
         limit: int | None = None,
         batch_size: int = 8,
     ) -> None:
-        if every_n_steps < 0 or batch_size < 1 or limit == 0:
-            raise UserError("evaluate: every_n_steps must be 0 or more, batch_size and limit at least 1")
+        check_range("evaluate.every_n_steps", every_n_steps, 0)
+        check_range("evaluate.stride", stride, 1, null=True)
+        check_range("evaluate.limit", limit, 1, null=True)
+        check_range("evaluate.batch_size", batch_size, 1)
         self.data = data or []
         self.tasks = tasks
         self.tasks_path = tasks_path

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from stableqat.callbacks.throughput import untimed
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.surgery import quantized_layers, release_weights
 
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the surrogate's gradient
@@ -43,9 +43,8 @@ class GradientMismatch(L.Callback):
     """
 
     def __init__(self, every_n_steps: int = 0, directions: int = 32, sigma: float = 0.1) -> None:
-        for key, value, least in (("every_n_steps", every_n_steps, 0), ("directions", directions, 2)):
-            if value < least:
-                raise UserError(f"mismatch.{key}: must be at least {least}, not {value}")
+        check_range("mismatch.every_n_steps", every_n_steps, 0)
+        check_range("mismatch.directions", directions, 2)
         if not 0 < sigma < float("inf"):
             raise UserError(f"mismatch.sigma: must be a number above 0, not {sigma}")
         self.every_n_steps = every_n_steps

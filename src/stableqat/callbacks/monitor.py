@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from stableqat import ops
+from stableqat.errors import check_range
 from stableqat.quantizers.base import local
 from stableqat.surgery import QuantLinear, quantized_layers
 
@@ -151,9 +152,14 @@ class QuantizerMonitor(L.Callback):
         every_n_steps: Steps between log entries, 0 for none; None takes the trainer's `log_every_n_steps`.
             Flips are counted every step.
         per_layer: Log every layer beside the means.
+
+    Raises:
+        UserError: If a number is out of range.
     """
 
     def __init__(self, rows: int = 64, every_n_steps: int | None = None, per_layer: bool = True) -> None:
+        check_range("monitor.rows", rows, 1)
+        check_range("monitor.every_n_steps", every_n_steps, 0, null=True)
         self.rows = slice(0, rows)
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer

@@ -24,18 +24,19 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 
 from stableqat.calls import Calls, check_calls, show_weights
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.linears import SurgeryReport
+from stableqat.modules.callbacks import check_callbacks
 from stableqat.modules.schedule import check_end, place
 from stableqat.modules.start import load_start, read_checkpoint
 from stableqat.qat import parameter_groups
@@ -45,6 +46,8 @@ from stableqat.surgery import hold_weights, quantize_linears, quantized_layers, 
 from stableqat.trust import arguments, find_class
 
 logger = logging.getLogger(__name__)
+
+LARGEST = torch.finfo(torch.float32).max
 
 _STATE_DICT_FOLLOWS: ContextVar[bool] = ContextVar("state_dict_follows", default=False)
 
@@ -95,8 +98,7 @@ class QATModule(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         for name, multiplier in (("scale", scale_lr_multiplier), ("weight", weight_lr_multiplier)):
-            if not multiplier >= 0:
-                raise UserError(f"{name}_lr_multiplier: must be 0 or more, not {multiplier}")
+            check_range(f"{name}_lr_multiplier", multiplier, 0, LARGEST)
         self.quantizer = quantizer
         self.skip = skip
         self.init_from = init_from
@@ -196,35 +198,21 @@ class QATModule(L.LightningModule, ABC):
             self.check_data(datamodule)
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Refuse what silently trains another model, or none.
-
-        Half-precision masters round scales, and rotary tables too. Some of Lightning's callbacks look at the
-        parameters before `configure_model` has built them.
-        """
+        """Refuse callbacks that do not fit, and half-precision masters: they round scales and tables."""
         if isinstance(trainer.precision_plugin, HalfPrecision):
             precision = trainer.precision
             mixed = precision.replace("true", "mixed")
             raise UserError(f"trainer.precision: {precision} would round weights and scales; take {mixed}")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            name = type(callback).__name__
-            if isinstance(callback, StochasticWeightAveraging):
-                raise UserError(
-                    f"trainer.callbacks: {name} copies the module before its model is built and averages "
-                    "nothing; take WeightAveraging or EMAWeightAveraging"
-                )
-            if isinstance(callback, ModelPruning):
-                raise UserError(
-                    f"trainer.callbacks: {name} picks its weights before the model is built; prune the "
-                    "start, and name it with model.init_from"
-                )
-            if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
-                raise UserError(
-                    f"trainer.callbacks: {name} averages no sharded weights; take --trainer.strategy ddp"
-                )
+        check_callbacks(trainer)
 
     @staticmethod
     def check_schedule(scheduler: object, trainer: L.Trainer) -> None:
-        """Refuse a schedule that ends with a run that has no end, and one that fails beyond its own."""
+        """Refuse a schedule of no steps, one that ends with an endless run, one that fails beyond its end."""
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError(
+                "lr_scheduler: ReduceLROnPlateau follows a metric, and rates here follow the step, so that "
+                "runs compare and resume; take stableqat.modules.CosineWarmup, or another schedule of torch's"
+            )
         epochs = trainer.max_epochs
         if epochs is None and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             epochs = -1  # what Lightning takes once it begins

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 
 
 class CosineWarmup(LambdaLR):
@@ -32,8 +32,8 @@ class CosineWarmup(LambdaLR):
         total_steps: int | None = None,
         final_ratio: float = 0.0,
     ) -> None:
-        if warmup_steps < 0:
-            raise UserError(f"warmup_steps: must not be negative, not {warmup_steps}")
+        check_range("warmup_steps", warmup_steps, 0)
+        check_range("final_ratio", final_ratio, 0, 1)
         if total_steps is not None and total_steps <= warmup_steps:
             raise UserError(f"total_steps: {total_steps} must be more than warmup_steps, {warmup_steps}")
         self.warmup_steps = warmup_steps
