@@ -152,8 +152,8 @@ class Comparison:
 
     def named(self, folder: Path) -> str | None:
         """What tells a run's arm apart beside its hyper-parameters, if anything has to."""
-        runs = (run for arm in self.arms for run in arm.runs if run.folder == folder)
-        return next((run.hparams.get(NAMED) for run in runs), None)
+        runs = (run for arm in self.arms for run in arm.runs)
+        return next((run.hparams.get(NAMED) for run in runs if run.folder == folder), None)
 
     @cached_property
     def lrs(self) -> list[float]:
@@ -344,8 +344,8 @@ def _told_apart(runs: list[Run]) -> list[Run]:
                 if both := _twice([run for run in group if run.hparams[NAMED] == name]):
                     names = printable(f"{both[0].folder} and {both[1].folder}")
                     raise UserError(
-                        f"{names} share all hyper-parameters and the seed, so are neither two arms nor two seeds:"
-                        " move one of them away"
+                        f"{names} share all hyper-parameters and the seed, so they are neither two arms"
+                        " nor two seeds: move one of them away"
                     )
         told += group
     return told
