@@ -15,7 +15,8 @@ from raw import full_disk
 from sample_documents import document
 
 from stableqat.data import ImageDataModule, TextDataModule, source
-from stableqat.data.source import TEXT_FORMATS, _zst_is_whole
+from stableqat.data.files import _zst_is_whole
+from stableqat.data.source import TEXT_FORMATS
 from stableqat.data.tokenize import tokenize
 from stableqat.data.tokenizer import encode_batch, load_tokenizer
 from stableqat.errors import UserError
@@ -336,6 +337,17 @@ def test_parquet_without_text(tmp_path, column, says):
     data = TextDataModule(parquet(tmp_path, {"text": column}), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=says):
         data.setup()
+
+
+def test_names_are_no_patterns(tmp_path):
+    """`datasets` takes names for patterns: [1] would read the 1 beside it."""
+    write(tmp_path, "set1.jsonl", json.dumps({"text": "wrong"}))
+    for name in ("set[1].jsonl", "s*.jsonl", "set?.jsonl", "s**t.jsonl", "set{1,2}.jsonl"):
+        path = write(tmp_path, name, json.dumps({"text": name}))
+        data = TextDataModule(path, cache_dir=str(tmp_path / "cache"))
+        assert data._documents[path].splits["train"]["text"][:] == [name]
+    with pytest.raises(UserError, match=r"a::b.jsonl: cannot read a path with :: in it; rename it"):
+        TextDataModule(write(tmp_path, "a::b.jsonl", lines()))
 
 
 def test_a_link_to_nothing_is_told(tmp_path):

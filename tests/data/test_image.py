@@ -224,6 +224,40 @@ def test_an_unreadable_row_is_numbered(tmp_path, make):
         list(data.val_dataloader()), list(data.train_dataloader())
 
 
+@pytest.mark.parametrize("names", [["1.png", "2.png"], ["cat/1.png", "2.png"], ["cat/1.png", "cat/x/2.png"]])
+def test_images_outside_of_class_folders_are_told(tmp_path, make, names):
+    for number, name in enumerate(names):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(tmp_path / "pets" / name)
+    with pytest.raises(UserError, match=r"pets has images outside of the folders of their classes"):
+        make(tmp_path / "pets")
+
+
+def test_a_class_that_training_lacks_is_told(tmp_path, make, caplog):
+    image_folder(tmp_path / "pets", {"cat": 2, "dog": 2}, ("train", "val"))
+    image_folder(tmp_path / "pets", {"zebra": 2}, ("val",))
+    make(tmp_path / "pets")
+    assert "pets: no training image is of 1 classes of validation: zebra" in caplog.text
+
+
+def test_class_folders_are_no_patterns(tmp_path, make):
+    data = make(image_folder(tmp_path / "pets[1]*", {"cat?": 10, "dog[2]": 10, "dog2": 10}))
+    assert data.class_names == ["cat?", "dog2", "dog[2]"]
+    assert np.bincount(np.concatenate([rows.labels for rows in data.splits.values()])).tolist() == [10] * 3
+
+
+def test_a_path_that_is_no_file_is_not_opened(tmp_path, make):
+    import pyarrow.parquet
+
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    paths = [str(tmp_path / "pipe"), "/dev/zero", "http://127.0.0.1:9/a.png", "zip://a.png::b.zip"]
+    for number, path in enumerate(paths):
+        table = pyarrow.table({"image": [{"bytes": None, "path": path}] * 4, "label": [0, 1] * 2})
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet")
+        with pytest.raises(UserError, match=rf"^{re.escape(path)} is no file: repair or remove it"):
+            make(tmp_path / f"{number}.parquet", validation_fraction=0.5)
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="no data")
 def test_cifar10_as_the_hub_has_it(make):
     data = make(next((DATA / "cifar10").glob("test-*.parquet")), image_size=32, batch_size=32)

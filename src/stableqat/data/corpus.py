@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stableqat.data.source import SPLITS, decompressed, file_format, local_files, wrong_column
+from stableqat.data.files import decompressed, file_format
+from stableqat.data.source import SPLITS, local_files, wrong_column
 from stableqat.errors import UserError
 
 #: File suffix -> how documents lie in it. A `.json` file is read as JSON lines, as C4 names them.

@@ -291,6 +291,12 @@ class ImageDataModule(DataModule):
         if not holds_images(self.image_column):
             raise UserError(f"column {self.image_column} of {self.source} holds no images: set image_column")
         labelled = any(isinstance(feature, ClassLabel) for feature in features.values())
+        local = None if labelled or "label" in features else local_files(self.source, IMAGE_FORMATS)
+        if local is not None and local[0] == "imagefolder":
+            raise UserError(
+                f"{self.source} has images outside of the folders of their classes, or one class only: put "
+                "each into the folder of its class, such as cat/1.png and dog/2.png, all equally deep"
+            )
         self.label_column = find(
             self.label_column,
             "label",
@@ -365,6 +371,12 @@ class ImageDataModule(DataModule):
             }
 
         labels = {split: self._labels(split) for split in self._images}
+        for split in labels:
+            if unseen := set(labels[split].tolist()) - set(labels["train"].tolist()):
+                names = ", ".join(self.class_names[label] for label in sorted(unseen)[:10])
+                log.warning(
+                    "%s: no training image is of %d classes of %s: %s", self.source, len(unseen), split, names
+                )
         # Split -> the split of the source it comes from, and its rows there.
         chosen = {split: (split, np.arange(len(labels[split]))) for split in labels}
         if "validation" not in labels:

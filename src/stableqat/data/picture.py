@@ -8,6 +8,7 @@ torchvision drop them; of an animation the first frame counts.
 """
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ def read(source: bytes | str, where: str) -> "Image":
 def _opened(source: bytes | str, where: str) -> Iterator["Image"]:
     import PIL.Image
 
+    if isinstance(source, str) and not os.path.isfile(source):  # a parquet file may name anything
+        raise UserError(f"{where} is no file: repair or remove it")
     try:
         with PIL.Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, "r", FORMATS
