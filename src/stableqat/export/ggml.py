@@ -28,7 +28,7 @@ class Encoding:
         fits: Whether a weight's grid has a place in it.
         blocks: Bytes of each block, `(blocks, bytes)`, from codes `(blocks, block)` and scales `(blocks, 1)`.
         integers: Whether it takes half-integer grids, as odd integers.
-        gpu: Whether llama.cpp has it on GPUs.
+        gpu: Whether llama.cpp computes it on GPUs of all makes.
     """
 
     type: str

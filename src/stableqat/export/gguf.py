@@ -109,7 +109,8 @@ def notes(packed: PackedModel) -> list[str]:
     kinds = {kind for kind, _, _ in taken}
     if "TQ2_0" in kinds:
         lines.append(
-            "llama.cpp computes TQ2_0 on CPUs alone; --target gpu takes Q2_K, which is a quarter larger"
+            "llama.cpp has no CUDA kernel for TQ2_0: for a GPU take --target gpu, which is Q2_K, a quarter "
+            "larger"
         )
     if "Q1_0" in kinds:
         lines.append("Q1_0 is new: a llama.cpp that does not know it refuses the file")
