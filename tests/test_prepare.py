@@ -14,7 +14,18 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 import stableqat
 import tiny
@@ -147,6 +158,142 @@ def test_a_method_by_name_by_class_or_with_options(quantizer):
         assert type(layer.weight_quantizer) is StableQAT
         assert layer.weight_quantizer.bits == 3
         assert layer.weight_quantizer.surrogate.amplitude == (0.1 if isinstance(quantizer, partial) else 0.21)
+
+
+@pytest.mark.parametrize(
+    ("again", "key"),
+    [
+        ({"quantizer": "stableqat", "bits": 4}, "method STE instead of StableQAT"),
+        ({"bits": 4}, "bits 2 instead of 4"),
+    ],
+)
+def test_preparing_otherwise_is_refused(again, key):
+    model = stableqat.prepare(llama(), "ste", bits=2)
+    layers = quantized_layers(model)
+    with pytest.raises(
+        UserError, match=f"^layer model.layers.0.self_attn.q_proj: quantized already, with {key};"
+    ):
+        stableqat.prepare(model, **{"quantizer": "ste", **again})
+    assert quantized_layers(model) == layers
+    module = Foreign()
+    lightning(1).fit(module, samples())
+    with pytest.raises(UserError, match="method DSQ instead of STE"):
+        lightning(1, callbacks=[stableqat.PrepareQAT("ste", skip="net.4", bits=2)]).fit(module, samples())
+
+
+def test_one_pattern_may_be_a_string():
+    model = stableqat.prepare(llama(), "ste", skip="lm_head", bits=2)
+    assert (
+        quantized_layers(model).keys() == quantized_layers(stableqat.prepare(llama(), "ste", bits=2)).keys()
+    )
+
+
+class Adapter(nn.Module):
+    """As peft builds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(8, 8)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_adapters_are_not_quantized_and_merging_them_afterwards_is_warned_of(caplog):
+    model = nn.Sequential(Adapter(), nn.ReLU(), Adapter())
+    with pytest.raises(UserError, match=r"^layer 0\.lora_A\.default: an adapter, .* add lora_A to skip$"):
+        stableqat.prepare(model, bits=2)
+    stableqat.prepare(model, bits=2, skip="lora_*")
+    assert list(quantized_layers(model)) == ["0.base_layer", "2.base_layer"]
+    stableqat.convert(model)
+    assert "0 has an adapter: keep it apart" in caplog.text
+
+
+MIXTURE = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+}
+MIXTURES = {
+    "mixtral": lambda: MixtralConfig(**MIXTURE, num_local_experts=3),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**MIXTURE, moe_intermediate_size=8, num_experts=3),
+    "gpt_oss, transposed": lambda: GptOssConfig(
+        **MIXTURE, head_dim=8, num_local_experts=3, pad_token_id=0, eos_token_id=1
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_fused_experts_are_quantized_a_scale_for_each_expert_and_row(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MIXTURES[kind]())
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    plain, ids = copy.deepcopy(model), torch.arange(24).reshape(2, 12)
+    keys = set(model.state_dict())
+    stableqat.prepare(model, "stableqat", bits=2)
+    experts = model.model.layers[0].mlp.experts
+    latent = {name: p for name, p in experts.named_parameters(recurse=False) if p.ndim == 3}
+    assert latent.keys() == {"gate_up_proj", "down_proj"}
+    model(input_ids=ids).logits.square().sum().backward()
+    for name, weight in latent.items():
+        quantizer = experts.get_submodule(f"{name}_quantizer")
+        transposed = weight.transpose(1, 2) if experts.is_transposed else weight
+        assert quantizer.scale.shape == (transposed.shape[0] * transposed.shape[1], 1)
+        assert quantizer.scale.grad.abs().sum() > 0
+        assert weight.grad.abs().sum() > 0
+        assert getattr(experts, name) is weight
+    groups = {group["name"]: group["params"] for group in stableqat.parameter_groups(model)}
+    assert any(p is experts.down_proj_quantizer.scale for p in groups["scales"])
+    fresh = stableqat.prepare(copy.deepcopy(plain), "stableqat", bits=2)
+    fresh.load_state_dict(model.state_dict())
+
+    deployed = stableqat.convert(copy.deepcopy(model)).eval()
+    with torch.no_grad():
+        found = model.eval()(input_ids=ids).logits
+        assert torch.equal(found, deployed(input_ids=ids).logits)
+        assert (found - plain.eval()(input_ids=ids).logits).abs().max() > 1e-3
+    assert set(deployed.state_dict()) == keys
+    for name in latent:
+        weight = getattr(deployed.model.layers[0].mlp.experts, name).detach()
+        rows = (weight.transpose(1, 2) if experts.is_transposed else weight).flatten(0, 1)
+        assert all(len(row.unique()) <= 4 for row in rows)
+
+
+def test_fused_experts_may_be_skipped_and_are_named_with_their_share(caplog):
+    model = AutoModelForCausalLM.from_config(MIXTURES["mixtral"]())
+    stableqat.prepare(model, "stableqat", bits=2, skip=["experts", "lm_head"])
+    assert not any("quantizer" in name for name, _ in model.model.layers[0].mlp.named_modules())
+    assert "less than half of the model is quantized" in caplog.text
+    assert "model.layers.0.mlp.experts (7" in caplog.text
+
+
+def test_a_model_of_which_nothing_can_be_quantized_is_refused():
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    with pytest.raises(UserError, match=r"none of the model's weights .* a Doubled, not a plain Linear"):
+        stableqat.prepare(nn.Sequential(Doubled(4, 4), nn.Conv1d(4, 4, 1)), bits=2)
+
+
+def test_falcons_layers_are_quantized():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = FalconForCausalLM(FalconConfig(**sizes, bos_token_id=0, eos_token_id=1)).eval()
+    plain = copy.deepcopy(model)
+    stableqat.prepare(model, "stableqat", bits=2)
+    assert len(quantized_layers(model)) == 4
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_preparing_twice_changes_nothing():

@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from stableqat import QuantLinear, convert, quantize_linears
@@ -281,6 +282,96 @@ def test_only_the_exact_type_is_swapped():
         "attention.out_proj": "a NonDynamicallyQuantizableLinear, not a plain Linear",
     }
     assert type(net["subclass"]) is LowRank
+
+
+class Renamed(nn.Linear):
+    """Computes what its base does, as a subclass that only has another constructor."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+
+
+class Spelt(nn.Linear):
+    """Computes what its base does in other words, as Falcon's."""
+
+    def forward(self, input):
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Scaled(nn.Linear):
+    scale = 2.0
+
+    def forward(self, input):
+        return F.linear(input, self.weight * self.scale, self.bias)
+
+
+class Dropping(nn.Linear):
+    def forward(self, input):
+        return F.linear(F.dropout(input, training=self.training), self.weight, self.bias)
+
+
+class Adapted(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.more = nn.Parameter(torch.ones(4))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("make", "swapped"),
+    [(Renamed, True), (Spelt, True), (Scaled, False), (Dropping, False), (Adapted, False)],
+)
+def test_a_subclass_is_swapped_where_it_computes_the_same(make, swapped, bias):
+    linear = make() if make is Renamed else make(4, 4)
+    linear.bias = linear.bias if bias else None
+    net, state = nn.ModuleDict({"a": linear}), torch.get_rng_state()
+    report = quantize_linears(net, partial(STE, bits=2))
+    assert report.swapped == ["a"] * swapped
+    assert swapped or report.skipped == {"a": f"a {make.__name__}, not a plain Linear"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+REPARAMETRISED = {
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "weight_orig"),
+    "weight norm": (parametrizations.weight_norm, r"a parametrization \(_WeightNorm\)"),
+    "spectral norm": (parametrizations.spectral_norm, r"a parametrization \(_SpectralNorm\)"),
+    "old spectral norm": (nn.utils.spectral_norm, "weight_orig"),
+}
+
+
+@pytest.mark.parametrize("kind", REPARAMETRISED)
+def test_a_weight_that_is_computed_in_every_forward_is_refused(kind):
+    change, parts = REPARAMETRISED[kind]
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    change(net["b"])
+    with pytest.raises(UserError, match=rf"^layer b: its weight is computed from {parts} .*add b to skip$"):
+        quantize_linears(net, TWO_BITS)
+    assert not quantized_layers(net)
+    assert quantize_linears(net, TWO_BITS, ["b"]).swapped == ["a"]
+
+
+def test_the_report_counts_matrices_once_and_neither_embeddings_nor_heads():
+    net = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(100, 8),
+            "conv": nn.Conv2d(3, 8, 2),  # 96
+            "up": nn.Linear(8, 16),  # 128
+            "kept": nn.Linear(16, 8),  # 128
+            "attention": nn.MultiheadAttention(8, 2),  # 192 and 64
+            "head": nn.Linear(8, 100),
+        }
+    )
+    net["again"], net["norm"] = net["up"], nn.LayerNorm(8)
+    net.register_parameter("positions", nn.Parameter(torch.zeros(1, 9, 8)))
+    report = quantize_linears(net, TWO_BITS, ["head", "kept"])
+    assert (report.quantized_weights, report.matrix_weights) == (128, 608)
+    assert report.quantized_share == pytest.approx(128 / 608)
+    assert report.others == pytest.approx({"conv": 96 / 608, "attention": 192 / 608})
+    assert "21.1% of the matrix weights outside embeddings and heads" in str(report)
+    assert "\n  attention: 31.58% of the weights\n" in report.lines()
+    every = quantize_linears(nn.Sequential(nn.Linear(8, 8)), TWO_BITS)
+    assert every.quantized_share == 1
 
 
 @pytest.mark.parametrize(

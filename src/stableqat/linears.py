@@ -21,7 +21,9 @@ class SurgeryReport:
     """What `quantize_linears` did.
 
     Attributes:
-        swapped: Names of the layers that are quantized now.
+        swapped: Names of the layers, and at the end of the parameters of fused experts, that are quantized
+            now.
+        fused: Number of the latter.
         skipped: Names of linear layers left alone, each with the reason.
         unmatched: Skip patterns that matched no linear layer.
         quantized_weights: Number of quantized weights.
@@ -32,6 +34,7 @@ class SurgeryReport:
     """
 
     swapped: list[str] = field(default_factory=list)
+    fused: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     quantized_weights: int = 0
@@ -60,14 +63,21 @@ class SurgeryReport:
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
-        quantized, left = len(self.swapped), len(self.skipped)
+        quantized, left = len(self.swapped) - self.fused, len(self.skipped)
+        fused = f" and {self.fused} parameters of fused experts" if self.fused else ""
         largest = sorted(self.others, key=self.others.__getitem__, reverse=True)
         others = "".join(f"; {name} ({self.others[name]:.1%} of the weights)" for name in largest[:3])
         more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
         return (
-            f"{quantized} linear layers quantized, {self.quantized_share:.1%} of the matrix weights outside "
-            f"embeddings and heads; {left} left alone: {reasons or 'none'}{others}{more}"
+            f"{quantized} linear layers{fused} quantized, {self.quantized_share:.1%} of the matrix weights "
+            f"outside embeddings and heads; {left} left alone: {reasons or 'none'}{others}{more}"
         )
+
+    def lines(self) -> str:
+        """All of it, a line for each layer."""
+        left = {**self.skipped, **{name: f"{part:.2%} of the weights" for name, part in self.others.items()}}
+        parts = [str(self).partition(";")[0], "", "quantized:", *[f"  {name}" for name in self.swapped]]
+        return "\n".join([*parts, "", "left alone:", *[f"  {k}: {why}" for k, why in left.items()], ""])
 
     def count(self, model: nn.Module, quantized: set[Tensor]) -> None:
         """Fill in the numbers of weights.
@@ -78,14 +88,15 @@ class SurgeryReport:
         """
         uncounted = {p for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
         for name, module in model.named_modules():
-            head = isinstance(module, nn.Linear) and name.split(".")[-1] in HEADS
+            head = isinstance(module, nn.Linear) and not {*HEADS}.isdisjoint(name.split("."))
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) or head:
                 uncounted.update(set(module.parameters(recurse=False)) - quantized)
         others: dict[str, int] = {}
         for name, module in model.named_modules():
-            for parameter in module.parameters(recurse=False):
+            for key, parameter in module.named_parameters(recurse=False):
                 # a first dimension of one is that of a table of positions or a token
-                if parameter.ndim < 2 or parameter.shape[0] == 1 or parameter in uncounted:
+                few = parameter.ndim < 2 or parameter.shape[0] == 1 or key.endswith("bias")
+                if few or parameter in uncounted:
                     continue
                 uncounted.add(parameter)  # once
                 self.matrix_weights += parameter.numel()
@@ -110,6 +121,8 @@ def computed_from(linear: nn.Linear) -> str | None:
 def is_plain(linear: nn.Linear) -> bool:
     """Whether a layer computes what `nn.Linear` does; of a subclass a trial on a tiny weight tells."""
     kind = type(linear)
+    if "forward" in vars(linear):
+        return False
     if kind is nn.Linear:
         return True
     alone = {*linear._parameters} <= {"weight", "bias"} and not (linear._buffers or linear._modules)

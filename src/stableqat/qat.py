@@ -9,7 +9,7 @@ of this suite are built from the same pieces.
 import difflib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +18,8 @@ from torch import nn
 from stableqat import quantizers
 from stableqat.calls import check_calls, forget_calls
 from stableqat.errors import UserError
-from stableqat.linears import HEADS
+from stableqat.experts import fused_experts, make_plain
+from stableqat.linears import HEADS, SurgeryReport
 from stableqat.quantizers import Quantizer, QuantizerFactory
 from stableqat.surgery import QuantLinear, matches, put_back, quantize_linears, quantized_layers
 
@@ -40,9 +41,10 @@ def prepare(
 ) -> Model:
     """Make a model train for low bits: its linear layers are swapped for quantized ones, in place.
 
-    Weights and biases stay the same Parameters; each quantized layer gains a `weight_quantizer` with a
-    learned `scale`, set from the weight. Make the optimizer afterwards, from `parameter_groups`. Where the
-    model multiplies with a layer's weight itself, it is given the fake-quantized one.
+    So are the experts of a mixture, be they linear layers or fused in one parameter. Weights and biases stay
+    the same Parameters; each quantized layer gains a `weight_quantizer` with a learned `scale`, set from the
+    weight. Make the optimizer afterwards, from `parameter_groups`. Where the model multiplies with a layer's
+    weight itself, it is given the fake-quantized one.
 
     Args:
         model: Any module, its weights loaded, in float32. To go on from a checkpoint of a prepared model,
@@ -65,11 +67,23 @@ def prepare(
             otherwise already, or a weight that would be quantized is used by another module as well, or in a
             way that would go on with its latent values. The model is then as it was.
     """
+    prepare_and_report(model, quantizer, skip, example_inputs=example_inputs, **options)
+    return model
+
+
+def prepare_and_report(
+    model: nn.Module,
+    quantizer: str | QuantizerFactory,
+    skip: str | Sequence[str],
+    *,
+    example_inputs: Any = None,
+    **options: Any,
+) -> SurgeryReport:
+    """`prepare`, for those who keep its report."""
     skip = [skip] if isinstance(skip, str) else skip
-    factory = _factory(quantizer)
-    _check_options(factory, options)
+    factory = make_factory(quantizer, options)
     _check(model, skip)
-    factory = partial(factory, **options) if options else factory
+    _refuse_adapters(model, skip)
     refuse_another(model, factory, skip)
     linears = {
         n: m
@@ -82,7 +96,7 @@ def prepare(
         if report.swapped:
             check_calls(model, _example(example_inputs))
     except UserError:
-        put_back(model, {name: linears[name] for name in report.swapped})
+        put_back(model, {name: linears[name] for name in report.swapped if name in linears})
         raise
     layers = quantized_layers(model).values()
     if half := next((x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4), None):
@@ -90,7 +104,7 @@ def prepare(
             "weights are %s: small updates are lost in them; load them as float32 and train with autocast",
             half,
         )
-    return model
+    return report
 
 
 def convert(model: Model) -> Model:
@@ -113,8 +127,12 @@ def convert(model: Model) -> Model:
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
     if not layers:
         raise UserError("the model has no quantized layer to convert; prepare it first")
+    names = {name for name, _ in layers}
+    if beside := [name for name, _ in _adapters(model) if f"{name}.base_layer" in names]:
+        logger.warning("%s has an adapter: keep it apart, merged the weight leaves its grid", beside[0])
     _record_grids(model)
     forget_calls(model)
+    make_plain(model)
     plain = {layer: layer.to_linear() for layer in dict.fromkeys(layer for _, layer in layers)}
     for name, layer in layers:
         model.set_submodule(name, plain[layer])
@@ -178,6 +196,17 @@ def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
+def make_factory(quantizer: str | QuantizerFactory, options: dict[str, Any]) -> QuantizerFactory:
+    """What makes the quantizer of a weight.
+
+    Raises:
+        UserError: If the method or an option is unknown.
+    """
+    factory = _factory(quantizer)
+    _check_options(factory, options)
+    return partial(factory, **options) if options else factory
+
+
 def refuse_another(model: nn.Module, factory: QuantizerFactory, skip: Sequence[str]) -> None:
     """Refuse to keep a layer that is quantized in another way than the one that is asked for."""
     for name, layer in quantized_layers(model).items():
@@ -189,6 +218,25 @@ def refuse_another(model: nn.Module, factory: QuantizerFactory, skip: Sequence[s
             raise UserError(
                 f"layer {name}: quantized already, with {key} {own.get(key)} instead of {asked.get(key)}; "
                 "prepare the model as it was loaded, or add the layer to skip"
+            )
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Linear layers beside a `base_layer`, as peft has them: names of the module and of the layer in it."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Linear):
+            for below, layer in module.named_modules():
+                if isinstance(layer, nn.Linear) and below.split(".")[0] != "base_layer":
+                    yield name, below
+
+
+def _refuse_adapters(model: nn.Module, skip: Sequence[str]) -> None:
+    """Refuse to quantize adapters: one of a pair starts at zero, and would stay there."""
+    for name, below in _adapters(model):
+        if not any(matches(f"{name}.{below}" if name else below, pattern) for pattern in skip):
+            raise UserError(
+                f"layer {name}.{below}: an adapter, which would stay at zero in few bits; merge adapters "
+                f"before the model is prepared, or keep them beside it: add {below.split('.')[0]} to skip"
             )
 
 
@@ -261,6 +309,7 @@ def _plain_embedding(embedding: nn.Embedding) -> nn.Embedding:
 def _check(model: nn.Module, skip: Sequence[str]) -> None:
     """Refuse a `skip` that leaves nothing, or names what is not there."""
     linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    linears += [f"{name}.{key}" if name else key for name, _, key in fused_experts(model)]
     if all(any(matches(name, pattern) for pattern in skip) for name in linears):
         raise UserError(
             f"skip: {', '.join(skip)} leaves none of the model's {len(linears)} linear layers to quantize"

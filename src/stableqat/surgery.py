@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stableqat import ops
 from stableqat.errors import UserError
+from stableqat.experts import as_rows, fused_experts, make_plain, quantize_experts, quantized_experts
 from stableqat.linears import SurgeryReport, computed_from, is_plain
 from stableqat.quantizers import Quantizer, QuantizerFactory
 
@@ -253,7 +254,7 @@ def quantize_linears(
     recompute: bool | None = None,
     tied: bool = True,
 ) -> SurgeryReport:
-    """Replace the linear layers of `model` in place.
+    """Replace the linear layers of `model` in place, and quantize the matrices of fused experts.
 
     Args:
         model: Any module; may live on the meta device.
@@ -306,13 +307,17 @@ def quantize_linears(
                 raise UserError(f"layer {name}: {error}") from error
             replacements[linear] = QuantLinear.from_linear(linear, made)
             replacements[linear].recompute = recompute
+    experts = _quantizers_of_experts(model, quantizer, skip, initialize, report, used_patterns)
     for name, linear in chosen.items():  # once every weight has its quantizer: all layers or none
         model.set_submodule(name, replacements[linear])
-    report.swapped = list(chosen)
+    for module, key, made in experts.values():
+        quantize_experts(module, key, made)
+    report.swapped, report.fused = [*chosen, *experts], len(experts)
     _group(model, list(replacements.values()))
     report.unmatched = [p for p in skip if p not in used_patterns]
     _leave_fast_path(model)
-    report.count(model, {layer.latent for layer in quantized_layers(model).values()})
+    of_experts = {cast(Tensor, m._parameters[key]) for m, key, _ in quantized_experts(model).values()}
+    report.count(model, of_experts | {layer.latent for layer in quantized_layers(model).values()})
     logger.info("%s", report)
     return report
 
@@ -324,6 +329,7 @@ def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
         model: The model.
         linears: The layers that were there before, by name.
     """
+    make_plain(model, deploy=False)
     for name, linear in linears.items():
         layer = model.get_submodule(name)
         if isinstance(layer, QuantLinear):
@@ -385,6 +391,32 @@ def _group(model: nn.Module, layers: list[QuantLinear]) -> None:
             if 1 < len(within) <= MOST_IN_GROUP:
                 _Group(within).attach(module)
                 alike.difference_update(within)
+
+
+def _quantizers_of_experts(
+    model: nn.Module,
+    factory: QuantizerFactory,
+    skip: Sequence[str],
+    initialize: bool,
+    report: SurgeryReport,
+    used_patterns: set[str],
+) -> dict[str, tuple[nn.Module, str, Quantizer]]:
+    """Module, parameter's name and new quantizer of the fused experts to quantize, by full name."""
+    made = {}
+    for prefix, module, key in fused_experts(model):
+        name = f"{prefix}.{key}" if prefix else key
+        matching = [p for p in skip if matches(name, p)]
+        used_patterns.update(matching)
+        if name in quantized_experts(model):
+            report.skipped[name] = "quantized already"
+        elif matching:
+            report.skipped[name] = f"skip: {matching[0]}"
+        else:
+            try:
+                made[name] = module, key, _make_quantizer(as_rows(module, key), factory, initialize)
+            except UserError as error:
+                raise UserError(f"layer {name}: {error}") from error
+    return made
 
 
 def _refuse_shared(model: nn.Module, layers: dict[str, nn.Linear], tied: bool) -> None:

@@ -54,6 +54,20 @@ def plugin_data(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def test_a_run_keeps_which_share_of_its_weights_is_quantized(runs):
+    for (family, method), (run, folder) in runs.items():
+        kept = folder / "surgery.txt"
+        assert kept.exists() == (method != "fp")
+        share = run.hparams.get("quantized_share")
+        if method == "fp":
+            assert share is None
+            continue
+        assert share == {"llama": 1, "vit": 0.9948}[family]
+        layer = {"llama": "model.layers.0.mlp.up_proj", "vit": "blocks.0.mlp.fc1"}[family]
+        assert f"\n  {layer}\n" in kept.read_text()
+        assert f"{share:.1%} of the matrix weights" in kept.read_text()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("record")

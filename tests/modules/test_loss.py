@@ -296,3 +296,20 @@ def test_a_quantized_tied_head_survives_a_checkpoint(quantizer, tmp_path):
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     ids = batch()["input_ids"]
     assert torch.equal(loaded(ids), made.eval()(ids))
+
+
+@pytest.mark.parametrize("kind", ["lean loss", "layer", "weight", "weights together"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_what_is_differentiable_once_says_so(kind, power):
+    (hidden, weight), labels = inputs()
+    quantizer = STE(weight, bits=4)
+    loss = {
+        "lean loss": lambda: lean_cross_entropy(hidden, weight, labels),
+        "layer": lambda: quantizer.linear(hidden, weight),
+        "weight": lambda: quantizer(weight),
+        "weights together": lambda: quantizer.many([quantizer.bundle(weight)], [None])[0],
+    }[kind]()
+    # of a sum the incoming gradient has no graph, and yet the gradient depends on what was saved
+    (gradient,) = torch.autograd.grad(loss.pow(power).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.square().sum().backward()

@@ -11,8 +11,10 @@ import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch.distributed.tensor import DTensor
 
+from stableqat.callbacks.record import keep_report
 from stableqat.errors import UserError
-from stableqat.qat import HEADS, prepare, was_converted
+from stableqat.linears import HEADS, SurgeryReport
+from stableqat.qat import make_factory, prepare_and_report, refuse_another, was_converted
 from stableqat.quantizers import Quantizer, QuantizerFactory
 from stableqat.surgery import hold_weights, quantized_layers, release_weights
 
@@ -26,6 +28,7 @@ class PrepareQAT(L.Callback):
     Args:
         quantizer: A method by name, or what makes the quantizer of a weight.
         skip: Linear layers that stay as they are: shell patterns over names or parts of them.
+        example_inputs: What the module's forward takes; None waits for the first forward of it or its parts.
         options: Options of the quantizer, `bits=2` for example.
     """
 
@@ -33,9 +36,12 @@ class PrepareQAT(L.Callback):
         self,
         quantizer: str | QuantizerFactory = "stableqat",
         skip: str | Sequence[str] = HEADS,
+        *,
+        example_inputs: Any = None,
         **options: Any,
     ) -> None:
-        self.quantizer, self.options = quantizer, options
+        self.quantizer, self.options, self.example_inputs = quantizer, options, example_inputs
+        self.report: SurgeryReport | None = None
         self.skip = [skip] if isinstance(skip, str) else skip
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -48,7 +54,10 @@ class PrepareQAT(L.Callback):
         """
         if stage == "fit":
             self._check_averaging(trainer.callbacks)  # type: ignore[attr-defined]
-        if quantized_layers(pl_module) or (stage != "fit" and was_converted(pl_module)):
+        if quantized_layers(pl_module):
+            refuse_another(pl_module, make_factory(self.quantizer, self.options), self.skip)
+            return
+        if stage != "fit" and was_converted(pl_module):
             return
         configure = pl_module.configure_model
 
@@ -60,7 +69,9 @@ class PrepareQAT(L.Callback):
                     "PrepareQAT: configure_model shards the model; call stableqat.prepare there, before "
                     "fully_shard, and leave the callback out"
                 )
-            prepare(pl_module, self.quantizer, self.skip, **self.options)
+            self.report = prepare_and_report(
+                pl_module, self.quantizer, self.skip, example_inputs=self.example_inputs, **self.options
+            )
 
         vars(pl_module)["configure_model"] = configure_and_prepare
 
@@ -85,7 +96,8 @@ class PrepareQAT(L.Callback):
         vars(pl_module).pop("configure_model", None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse an optimizer without the scales: they would silently stay as they are."""
+        """Keep the report; refuse an optimizer without the scales: they would silently stay as they are."""
+        keep_report(self.report, trainer)
         optimized = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
         learned = [p for m in pl_module.modules() if isinstance(m, Quantizer) for p in m.parameters()]
         lost = sum(p.requires_grad and id(p) not in optimized for p in learned)

@@ -5,12 +5,17 @@ method x learning rate x seed grid shows in its parallel-coordinates view.
 """
 
 from math import isfinite, nan
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from stableqat.callbacks.divergence import DivergenceGuard
+from stableqat.linears import SurgeryReport
+from stableqat.whole import whole
+
+SURGERY = "surgery.txt"  # in a run's folder
 
 
 class RunRecord(L.Callback):
@@ -69,6 +74,7 @@ class RunRecord(L.Callback):
             settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
             if describe := getattr(getattr(trainer, "datamodule", None), "describe", None):
                 settings.update(describe())
+        keep_report(getattr(pl_module, "surgery", None), trainer)
         metrics = {**self._losses, **_progress(trainer), "hp/finished": 0.0}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -78,6 +84,14 @@ class RunRecord(L.Callback):
         metrics = {**self._losses, **_progress(trainer), "hp/finished": float(finished)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
+    """Write which layers are quantized, and which share of the weights that is, into the run's folder."""
+    folder = trainer.log_dir
+    if report is not None and folder is not None and trainer.is_global_zero and Path(folder).is_dir():
+        with whole(Path(folder) / SURGERY) as part:
+            part.write_text(report.lines())
 
 
 def _progress(trainer: L.Trainer) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from stableqat.modules.tied import effective_weight
+from stableqat.ops.once import once_differentiable
 from stableqat.surgery import QuantLinear
 
 IGNORED = -100
@@ -171,6 +172,7 @@ class _RowLosses(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         # in place, for memory: a second backward is then refused by autograd itself
         gradients = [

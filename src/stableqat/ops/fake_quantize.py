@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stableqat.ops import reference
 from stableqat.ops.dispatch import gradients_of, gradients_of_many, implementation, value_of, values_of
 from stableqat.ops.grids import Grid
+from stableqat.ops.once import once_differentiable
 from stableqat.ops.spec import Spec, from_text, to_text
 from stableqat.ops.surrogates import Surrogate
 from stableqat.ops.weight import Weight

@@ -1,0 +1,113 @@
+"""Fused experts: all experts of a mixture's layer have their matrices in one parameter of three dimensions.
+
+Mixtral, Qwen3-MoE and others are built so in transformers 5; no linear layer is there to swap. The parameter
+stays, a quantizer stands beside it (`gate_up_proj_quantizer`) with a scale for each expert and row, and while
+the module's forward runs, it reads the fake-quantized weight.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stableqat.quantizers import Quantizer
+
+_SUFFIX = "_quantizer"
+
+
+def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name of a module, the module and the name of its parameter, for all matrices of fused experts.
+
+    transformers says of such a module whether its matrices are transposed; of another nobody knows.
+    """
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "is_transposed", None), bool):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and parameter.is_floating_point():
+                    yield name, module, key
+
+
+def quantized_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str, Quantizer]]:
+    """Module, parameter's name and quantizer of experts that are quantized, by the parameter's full name."""
+    return {
+        f"{name}.{key}" if name else key: (module, key, quantizer)
+        for name, module, key in fused_experts(model)
+        if isinstance(quantizer := module._modules.get(key + _SUFFIX), Quantizer)
+    }
+
+
+def as_rows(module: nn.Module, key: str) -> Tensor:
+    """The matrices of all experts below each other, `(experts * out, in)`."""
+    weight = module._parameters[key]
+    assert weight is not None
+    return (weight.transpose(1, 2) if module.is_transposed else weight).flatten(0, 1)
+
+
+def quantize_experts(module: nn.Module, key: str, quantizer: Quantizer) -> None:
+    """Let a module of fused experts compute with a quantized weight.
+
+    Args:
+        module: The module.
+        key: Name of its parameter.
+        quantizer: Made for `as_rows` of it.
+    """
+    module.add_module(key + _SUFFIX, quantizer)
+    if not any(isinstance(getattr(h, "__self__", None), _Shown) for h in module._forward_pre_hooks.values()):
+        _Shown().attach(module)
+
+
+@torch.no_grad()
+def make_plain(model: nn.Module, *, deploy: bool = True) -> None:
+    """Take the quantizers of fused experts away.
+
+    Args:
+        model: The model.
+        deploy: Set each weight to its deployed value.
+    """
+    for module, key, quantizer in quantized_experts(model).values():
+        if deploy:
+            weight = module._parameters[key]
+            assert weight is not None
+            rows = as_rows(module, key)
+            weight.copy_(_back(module, quantizer.quantize(rows).dequantize(), weight.shape))
+        delattr(module, key + _SUFFIX)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(shown := getattr(hook, "__self__", None), _Shown):
+                for handle in shown.handles:
+                    handle.remove()
+
+
+class _Shown:
+    """While the module's forward runs, an attribute of the instance hides each quantized parameter."""
+
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Run around the module's forward."""
+        self.handles += [
+            module.register_forward_pre_hook(self.before),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook: compute what the module will read."""
+        for _, key, quantizer in quantized_experts(module).values():
+            weight = module._parameters[key]
+            assert weight is not None
+            value = _back(module, quantizer(as_rows(module, key)), weight.shape)
+            object.__setattr__(module, key, value)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also after an exception."""
+        for _, key, _ in quantized_experts(module).values():
+            vars(module).pop(key, None)
+
+
+def _back(module: nn.Module, rows: Tensor, shape: torch.Size) -> Tensor:
+    """`as_rows` undone."""
+    if not module.is_transposed:
+        return rows.reshape(shape)
+    return rows.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)

@@ -1,0 +1,31 @@
+"""A backward that cannot be differentiated, and says so."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ERROR = b"this operation of stableqat is differentiable once: its gradient has none (once_differentiable)"
+
+
+def once_differentiable(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Let whoever differentiates what a backward returns get an error.
+
+    Torch's own decorator does where the incoming gradient has a graph. A gradient also depends on what the
+    forward saved: without this, a Hessian-vector product would silently lose that term.
+    """
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # nobody asked for a graph
+            return outputs
+        made = [None if x is None else x.detach().requires_grad_() for x in outputs]
+        return torch._C._functions.DelayedError(_ERROR, len(made))(*made)  # type: ignore[arg-type]
+
+    return wrapped
