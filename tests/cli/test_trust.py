@@ -329,3 +329,68 @@ def test_settings_end(here):
 def test_the_suite_s_own_configurations_are_trusted():
     for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")):
         check_settings(yaml.safe_load(path.read_text()), str(path))
+
+
+BROKEN = {
+    "empty": b"",
+    "binary": b"\x00\x01\xfe\xff",
+    "Latin-1": "# Größe\nmodel: {}\n".encode("latin-1"),
+    "a list": b"- 1\n- 2\n",
+    "plain text": b"nothing but words\n",
+    "a Python tag": b"model: !!python/object/apply:os.system ['touch marker']\n",
+    "a self-referring block": b"model: &a\n  init_args: *a\n",
+    "no YAML": b"model: {\n",
+    "a list of settings": b"data: [1, 2]\n",
+    "text for a block": b"data: {class_path: stableqat.data.TextDataModule, init_args: words}\n",
+}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_run_s_broken_configuration_is_one_line(case, verb, saved, here, capsys):
+    write(saved["llama"])
+    Path("run/config.yaml").write_bytes(BROKEN[case])
+    assert "run/config.yaml: " in refused(VERBS[verb], capsys)
+
+
+CHANGED = {
+    "hyper-parameters that are a list": ({"hyper_parameters": [1]}, "hyper_parameters: must be a mapping"),
+    "bits in words": ({"quantizer.init_args.bits": "two"}, "quantizer.bits: must be a whole number or null"),
+    "no number of bits": (
+        {"quantizer.init_args.bits": 2.5},
+        "quantizer.bits: must be a whole number or null",
+    ),
+    "an unknown key": (
+        {"quantizer.init_args.bitz": 2},
+        "quantizer.bitz is no setting of STE; did you mean bits?",
+    ),
+    "a rate in words": ({"optimizer.init_args.lr": "x"}, "optimizer.lr: must be a number"),
+    "skip of numbers": ({"skip": [1]}, "skip: must be a list"),
+    "skip of text": ({"skip": "lm_head"}, "skip: must be a list"),
+    "no callbacks": ({"callbacks": None}, "callbacks: must be a mapping, not None"),
+    "a step in words": ({"global_step": "ten"}, "global_step: must be a whole number, not ten"),
+    "a state of words": ({"state_dict": {"a": "b"}}, "its state_dict holds more than tensors"),
+    "a width beyond all": ({"config.hidden_size": 10**9}, "hidden_size: must be from 1 to 131072"),
+    "a width beyond the file": ({"config.hidden_size": 2**15}, "and it holds"),
+    "layers beyond all": ({"config.num_hidden_layers": 10**6}, "num_hidden_layers: must be from 1 to 1024"),
+    "a config of text": ({"config.vocab_size": "many"}, "vocab_size"),
+    "a class of no module": (
+        {"_class_path": "torch.optim.SGD"},
+        "torch.optim.SGD is no QATModule",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_checkpoint_is_one_line(case, saved, here, capsys):
+    changes, words = CHANGED[case]
+    checkpoint = copy.deepcopy(saved["llama"])
+    for key, value in changes.items():
+        inside = key.partition(".")[0] not in checkpoint
+        place = key.split(".")
+        block = checkpoint["hyper_parameters"] if inside else checkpoint
+        block.update(plant(block, place, value))
+    path = write(checkpoint)
+    line = refused(VERBS["export"], capsys)
+    assert path in line
+    assert words in line

@@ -5,11 +5,29 @@ put several causes into one.
 """
 
 import difflib
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stableqat.errors import UserError
 from stableqat.modules.start import find_checkpoint, read_checkpoint
+from stableqat.trust import check_plain
+
+# far above what any model has: time and memory go into what is built, so it is refused before
+_MOST = {
+    "num_hidden_layers": 2**10,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**28,
+}
+
+_SHAPES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SHAPES += ("num_key_value_heads", "head_dim", "vocab_size")
 
 
 def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -> Any:
@@ -35,7 +53,13 @@ def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -
         )
         if config is None:
             raise UserError(f"init_from: {init_from} is not a language model; give model.config")
-    resolved = pretrained_config(key, config) if isinstance(config, str) else _config_from_keys(config)
+    if isinstance(config, str):
+        where = f"{key}: {config}: "
+        config = _known_keys(pretrained_config(key, config), where)
+    else:
+        where = f"{key}." if key == "model.config" else f"{key}: {init_from}: "
+    resolved = _config_from_keys(config, where)
+    _check(resolved, where)
     resolved.use_cache = False
     return resolved
 
@@ -52,11 +76,17 @@ def pretrained_config(key: str, source: str) -> Any:
     """
     from transformers import AutoConfig
 
+    written = Path(source) / "config.json"
+    keys = None
+    with suppress(OSError, ValueError, RecursionError):  # transformers says what is wrong
+        keys = json.loads(written.read_text())
+    _check_sizes(keys, f"{key}: {source}: ")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers validates with several exception types of its own
         if Path(source).exists():
-            reason = f"is a folder without a readable config.json ({first_line(error)})"
+            told = first_line(error) if isinstance(error, OSError | ValueError) else str(error)
+            reason = f"is a folder without a readable config.json ({' '.join(told.split())[:200]})"
         else:
             reason = hub_refusal(source, error) or (
                 f"is neither here nor to be had from the hub ({first_line(error)})"
@@ -116,29 +146,91 @@ def hub_refusal(source: str, error: BaseException) -> str | None:
     return None
 
 
-def _config_from_keys(keys: dict[str, Any]) -> Any:
+def compare_configs(config: Any, source: str) -> None:
+    """Refuse an architecture that is not that of the folder or hub name whose weights it is to take.
+
+    Args:
+        config: The architecture.
+        source: Where the weights come from.
+
+    Raises:
+        UserError: Naming the key and both values, or as `pretrained_config`.
+    """
+    own = pretrained_config("init_from", source)
+    for key in _SHAPES:
+        mine, theirs = getattr(config, key, None), getattr(own, key, None)
+        if mine != theirs:
+            raise UserError(
+                f"model.config.{key}: {mine}, but {source}, which init_from names, has {theirs}; leave the "
+                "architecture to it: --model.config null"
+            )
+
+
+def _known_keys(config: Any, where: str) -> dict[str, Any]:
+    """Keys that a config's class has: what trainers leave in a config.json beside them says nothing."""
+    _check_type(config.model_type, where)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{where}is quantized already (quantization_config); start from what it was made of")
+    known = type(config)().to_dict()
+    return {key: value for key, value in config.to_dict().items() if key in known}
+
+
+def _config_from_keys(keys: dict[str, Any], where: str) -> Any:
     from transformers import AutoConfig
 
+    check_plain(keys, where.rstrip(".: "))
     keys = dict(keys)
     model_type = keys.pop("model_type", None)
-    if model_type not in ("llama", "qwen3"):
-        raise UserError(f"model.config.model_type: {model_type!r} is not supported; choose llama or qwen3")
-    known = set(AutoConfig.for_model(model_type).to_dict()) | {"torch_dtype", "rope_theta"}
-    for key in keys:
-        if key not in known:
+    _check_type(model_type, where)
+    _check_sizes(keys, where)
+    known = set(AutoConfig.for_model(model_type).to_dict()) | {"torch_dtype", "rope_theta", "rope_scaling"}
+    written = "transformers_version" in keys  # by a program, with what it knew; not by hand
+    for key in [key for key in keys if key not in known]:
+        if not written:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"model.config.{key}: unknown key of a {model_type} config{hint}")
+            raise UserError(f"{where}{key}: unknown key of a {model_type} config{hint}")
+        del keys[key]
     try:
         resolved = AutoConfig.for_model(model_type, **keys)
     except Exception as error:  # transformers validates with several exception types of its own
-        raise UserError(f"model.config: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where.rstrip('.: ')}: {' '.join(str(error).split())}") from error
     if resolved.hidden_size % resolved.num_attention_heads and "head_dim" not in keys:
         raise UserError(
-            f"model.config: hidden_size {resolved.hidden_size} is no multiple of num_attention_heads "
-            f"{resolved.num_attention_heads}"
+            f"{where.rstrip('.: ')}: hidden_size {resolved.hidden_size} is no multiple of "
+            f"num_attention_heads {resolved.num_attention_heads}"
         )
     return resolved
+
+
+def _check_type(model_type: Any, where: str) -> None:
+    if model_type not in ("llama", "qwen3"):
+        raise UserError(f"{where}model_type: {model_type!r} is not supported; choose llama or qwen3")
+
+
+def _check_sizes(keys: Any, where: str) -> None:
+    """Refuse sizes that no model has, before anything is made of them."""
+    for key, most in _MOST.items() if isinstance(keys, dict) else ():
+        if isinstance(value := keys.get(key), int) and not 0 < value <= most:
+            raise UserError(f"{where}{key}: must be from 1 to {most}, not {value}")
+
+
+def _check(config: Any, where: str) -> None:
+    """Refuse what transformers takes and cannot build or train."""
+    from transformers.activations import ACT2FN
+
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise UserError(
+            f"{where}num_key_value_heads: {groups} does not divide num_attention_heads {heads}; set it to a "
+            f"divisor, or to {heads} where keys and values are not shared"
+        )
+    if config.hidden_act not in ACT2FN:
+        near = difflib.get_close_matches(config.hidden_act, ACT2FN, 1)
+        hint = f"did you mean {near[0]}?" if near else "take silu, as Llama has"
+        raise UserError(f"{where}hidden_act: {config.hidden_act} is unknown; {hint}")
+    if not 0 <= config.attention_dropout < 1:
+        raise UserError(f"{where}attention_dropout: must lie in [0, 1), not {config.attention_dropout}")
 
 
 def first_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ from stableqat.qat import parameter_groups
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.base import local
 from stableqat.surgery import hold_weights, quantize_linears, quantized_layers, release_weights
-from stableqat.trust import arguments, find_class
+from stableqat.trust import arguments, check_plain, find_class
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +267,10 @@ class QATModule(L.LightningModule, ABC):
         found, values = cls.saved_arguments(path, read, replaced=changes)
         made = arguments(found, values, f"{path}: hyper_parameters")
         known = inspect.signature(found).parameters
-        return found(**made, **{key: value for key, value in changes.items() if key in known})
+        try:
+            return found(**made, **{key: value for key, value in changes.items() if key in known})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @classmethod
     def saved_arguments(
@@ -288,7 +291,10 @@ class QATModule(L.LightningModule, ABC):
         named = values.pop("_class_path", f"{cls.__module__}.{cls.__qualname__}")
         values.pop("_instantiator", None)  # Lightning's way: a function to import
         found = find_class(named, [cls], f"{where}._class_path")
-        return found, {key: value for key, value in values.items() if key not in replaced}
+        known = inspect.signature(found).parameters
+        for key in values.keys() - known.keys():  # settings of another version, left out
+            check_plain(values[key], f"{where}.{key}")
+        return found, {key: value for key, value in values.items() if key in known and key not in replaced}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

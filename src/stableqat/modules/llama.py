@@ -8,7 +8,6 @@ predicted tokens, summed in float64 over batches and ranks, not averaged over ba
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -18,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from stableqat.errors import UserError
-from stableqat.modules.architecture import first_line, hub_refusal, pretrained_config, resolve_config
+from stableqat.modules.architecture import compare_configs, first_line, hub_refusal, resolve_config
 from stableqat.modules.base import QATModule, state_dict_follows
 from stableqat.modules.evaluation import MeanLoss
 from stableqat.modules.loss import lean_forward, token_losses
@@ -118,10 +117,7 @@ class LlamaModule(QATModule):
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
-        if not Path(source).exists():
-            self.check_pretrained(
-                source
-            )  # of weights that it may not see transformers says they are not there
+        self.check_pretrained(source)  # of weights that it may not see transformers says they are not there
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -147,8 +143,8 @@ class LlamaModule(QATModule):
         return model.train()
 
     def check_pretrained(self, source: str) -> None:
-        """See `QATModule.check_pretrained`: the config must be there."""
-        pretrained_config("init_from", source)
+        """See `QATModule.check_pretrained`: the config must be there, and this model's."""
+        compare_configs(self.config, source)
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Decoder layers."""
