@@ -26,8 +26,16 @@ _MOST = {
     "max_position_embeddings": 2**28,
 }
 
-_SHAPES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SHAPES += ("num_key_value_heads", "head_dim", "vocab_size")
+_SHAPES = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -> Any:
