@@ -57,8 +57,16 @@ def open_trained(source: str) -> tuple[Path, dict[str, Any], QATModule]:
     with ours(path):
         with state_dict_follows():
             module = _built(path, read)
+        _check_numbers(path, module.state_dict(), read["state_dict"])
         module.load_state_dict(read["state_dict"])  # mapped: optimizer states stay on the disk
     return path, read, module.eval()
+
+
+def _check_numbers(path: Path, own: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuse integers and complex numbers for weights, which torch would cast without a word."""
+    for key, tensor in own.items():
+        if key in state and tensor.is_floating_point() != state[key].is_floating_point():
+            raise UserError(f"{path}: {key} holds {state[key].dtype}, not {tensor.dtype}; take another one")
 
 
 @contextmanager
@@ -165,7 +173,8 @@ def _own_tokenizer(checkpoint: Path) -> Any:
     if (named := tokenizer_of(checkpoint)) is not None:
         return load_tokenizer(named)
     datamodule, why_not = data_of(checkpoint)
-    if datamodule is None:
+    if not hasattr(datamodule, "tokenizer"):
+        why_not = why_not or "its data is not text"
         raise UserError(f"{checkpoint}: has no tokenizer ({why_not}); name one with --tokenizer")
     return datamodule.tokenizer
 

@@ -288,6 +288,57 @@ def test_a_scale_below_half_precision(trained, tmp_path, refused):
     assert main(["export", str(source), *options]) == 0
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype", "remedy"),
+    [
+        (1e-6, "fp16", "take --scale_dtype bf16"),
+        (1e6, "fp16", "take --scale_dtype bf16"),
+        (0.0, "fp16", "collapsed or diverged: take an earlier checkpoint"),
+        (1e-40, "fp16", "collapsed or diverged: take an earlier checkpoint"),
+        (1e-39, "bf16", "collapsed or diverged: take an earlier checkpoint"),
+        (1e-39, "fp32", "collapsed or diverged: take an earlier checkpoint"),
+    ],
+)
+def test_a_scale_beyond_a_type_is_refused_with_what_helps(scale, dtype, remedy, trained, tmp_path, refused):
+    def put(state):
+        for end in ("scale", "scale_floor"):
+            state[named(state, f"up_proj.weight_quantizer.{end}")][0] = scale
+
+    line = refused(changed(trained, tmp_path, put), "--scale_dtype", dtype)
+    assert f"up_proj: a scale of {scale:.2e} lies outside {dtype}'s normal range" in line
+    assert line.endswith(remedy) or f"{remedy}, in a format" in line
+
+
+def test_zeros_are_exported_as_zeros(trained, tmp_path):
+    """A pruned row, and padding of the vocabulary that export quantizes."""
+
+    def prune(state):
+        state[named(state, "up_proj.weight")][2] = 0
+        for end in ("embed_tokens.weight", "lm_head.weight"):
+            state[named(state, end)][5:9] = 0
+
+    out = tmp_path / "out"
+    source = str(changed(trained, tmp_path, prune))
+    assert main(["export", source, "--format", "hf", "--embedding_bits", "4", "--out", str(out)]) == 0
+    state = load_file(out / "model.safetensors")
+    assert not state["model.layers.0.mlp.up_proj.weight"][2].any()
+    assert not state["model.embed_tokens.weight"][5:9].any()
+    assert state["model.embed_tokens.weight"][9].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_weights_that_are_no_real_numbers(dtype, trained, tmp_path, refused):
+    key = "up_proj.weight"
+    source = changed(trained, tmp_path, lambda s: s.update({named(s, key): s[named(s, key)].to(dtype)}))
+    assert f"up_proj.weight holds {dtype}, not torch.float32" in refused(source, format="hf")
+
+
+def test_data_of_another_kind_is_not_taken(run, tmp_path, capsys):
+    (run / "config.yaml").write_text("data: {class_path: stableqat.data.ImageDataModule, init_args: {}}")
+    assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "model")]) == 0
+    assert "random rows: the run's data is not what its model takes" in capsys.readouterr().out
+
+
 def test_full_precision(tmp_path, refused):
     module = tiny.configured("llama", "fp")
     trainer = tiny.trainer(max_steps=1)
@@ -311,6 +362,7 @@ def test_options_that_do_not_belong(trained, refused, tmp_path):
     vit = checkpoint(tmp_path, "vit")
     line = refused(vit, "--embedding_bits", "4", format="hf")
     assert "a vision transformer has no token embedding" in line
+    assert "only language models have one" in refused(vit, "--tokenizer", "gpt2", format="hf")
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert "no such tokenizer file" in refused(trained, "--tokenizer", "nowhere.json", format="hf")
 

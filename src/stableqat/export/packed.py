@@ -243,9 +243,16 @@ def _snap(name: str, layer: QuantLinear, dtype: torch.dtype) -> None:
     lowest, highest = torch.finfo(dtype).smallest_normal * halves, torch.finfo(dtype).max
     if scale.min() < lowest or scale.max() > highest:
         wrong = scale.min() if scale.min() < lowest else scale.max()
+        remedy = "take --scale_dtype bf16, in a format other than gguf"
+        if (
+            not torch.finfo(torch.bfloat16).smallest_normal * halves
+            <= wrong
+            <= torch.finfo(torch.bfloat16).max
+        ):
+            remedy = "the run collapsed or diverged: take an earlier checkpoint"
         raise UserError(
             f"layer {name}: a scale of {wrong:.2e} lies outside {_short(dtype)}'s normal range "
-            f"({lowest:.1e} to {highest:.1e}); take --scale_dtype bf16, in a format other than gguf"
+            f"({lowest:.1e} to {highest:.1e}); {remedy}"
         )
     trained = quantizer.quantize(layer.weight)
     snapped = scale.to(dtype).float()

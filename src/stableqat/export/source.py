@@ -72,18 +72,22 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     classes = None
     if datamodule is not None:
         try:
-            batch = _validation_rows(datamodule)
-            batch_of = "validation data of the run"
+            batch, batch_of = _validation_rows(datamodule), "validation data of the run"
+            if not _suits(batch, module):
+                batch, batch_of = None, "the run's data is not what its model takes"
             classes = getattr(datamodule, "class_names", None)
         except (UserError, OSError) as error:
             batch_of = f"the run's data is not to be had ({error})"
     if batch is None:
         batch, batch_of = _random_rows(module), f"random rows: {batch_of}"
     found: Any = None
+    if "input_ids" not in batch and tokenizer is not None:
+        raise UserError("tokenizer: only language models have one; leave it out")
     if "input_ids" in batch:
         with suppress(UserError) if tokenizer is None else nullcontext():
             found = load_tokenizer_of(path, module.model, tokenizer)
-    val_loss = read.get("callbacks", {}).get("RunRecord", {}).get("hp/val_loss")
+    record = read.get("callbacks", {}).get("RunRecord")
+    val_loss = record.get("hp/val_loss") if isinstance(record, dict) else None
     step, batch = int(read.get("global_step", 0)), _bounded(batch, module)
     images = images_of(path)
     return Source(module, path, module.describe(), step, batch, batch_of, found, val_loss, images, classes)
@@ -126,6 +130,14 @@ def _validation_rows(datamodule: Any) -> dict[str, Tensor]:
         if count >= ROWS:
             break
     return {key: torch.cat(values)[:ROWS] for key, values in rows.items()}
+
+
+def _suits(batch: dict[str, Tensor], module: QATModule) -> bool:
+    """Whether a batch is of the kind that a model takes, its tokens in the vocabulary."""
+    config = getattr(module.model, "config", None)
+    if config is None:
+        return "pixel_values" in batch
+    return "input_ids" in batch and int(batch["input_ids"].max()) < config.vocab_size
 
 
 def _random_rows(module: QATModule) -> dict[str, Tensor]:
