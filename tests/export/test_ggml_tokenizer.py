@@ -1,5 +1,6 @@
 """llama.cpp makes the tokens of a tokenizer, or the export names what it lacks."""
 
+import json
 from dataclasses import replace
 
 import engine
@@ -67,12 +68,44 @@ def tokenizer(splitter, ignore_merges=False, normalizer=None, bos=None, eos_afte
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", bos_token=bos)
 
 
+def sentencepiece(complete=True, spaces=None):
+    """As transformers makes one of SentencePiece's: with every split of each token among its merges."""
+    special = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    before = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    made.normalizer = normalizers.Sequence(before)
+    reserved = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE - 10, special_tokens=reserved, max_token_length=6, show_progress=False
+    )
+    made.train_from_iterator(["the cat that sat on that mat at a seat", "eat the 12 oats, Tess!"], trainer)
+    described = json.loads(made.to_str())
+    model, described["added_tokens"] = described["model"], described["added_tokens"][: len(special)]
+    if complete:
+        tokens = dict.fromkeys("".join(merge) for merge in model["merges"])
+        splits = [(token[:at], token[at:]) for token in tokens for at in range(1, len(token))]
+        model["merges"] = [list(split) for split in splits if set(split) <= model["vocab"].keys()]
+    if spaces is not None:
+        described["normalizer"], described["pre_tokenizer"] = None, json.loads(spaces.__getstate__())
+    made = Tokenizer.from_str(json.dumps(described))
+    made.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", made.token_to_id("<|im_start|>"))]
+    )
+    made.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    ends = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **ends)
+
+
 KNOWN = {  # by the name that llama.cpp has
     "gpt-2": lambda: tokenizer(BYTES),
     "smollm": lambda: tokenizer(DIGITS, bos="<|im_start|>"),
     "qwen2": lambda: tokenizer(split(WORDS + r"\p{N}" + SIGNS), normalizer=normalizers.NFC()),
     "llama-bpe": lambda: tokenizer(
         split(WORDS + r"\p{N}{1,3}" + SIGNS), True, bos="<|im_start|>", eos_after=True
+    ),
+    "SentencePiece": sentencepiece,
+    "SentencePiece, no space in front": lambda: sentencepiece(
+        spaces=pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     ),
     "smaug-bpe": lambda: tokenizer(split(WORDS + r"\p{N}{1,3}" + SIGNS, invert=True), eos_after=True),
 }
@@ -138,13 +171,22 @@ def test_what_llama_cpp_leaves_out_is_said():
     assert ggml_tokenizer.notes(KNOWN["gpt-2"]()) == []
     (line,) = ggml_tokenizer.notes(KNOWN["qwen2"]())
     assert "leaves out the tokenizer's NFC" in line
+    first = sentencepiece(spaces=pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
+    assert ggml_tokenizer.fields(first, SIZE)["ggml.add_space_prefix"]
+    (line,) = ggml_tokenizer.notes(first)
+    assert "texts that begin with a space or hold special tokens make other tokens" in line
+    assert ggml_tokenizer.notes(sentencepiece()) == []
     stripping = KNOWN["gpt-2"]()
     stripping.add_tokens([AddedToken("<left>", lstrip=True), AddedToken("<word>", single_word=True)])
     assert [line.split()[-1] for line in ggml_tokenizer.notes(stripping)] == ["<left>", "<word>"]
 
 
 UNKNOWN = {
-    "sentencepiece": (lambda: tokenizer(pre_tokenizers.Metaspace(), byte_fallback=True), "no byte-level BPE"),
+    "fewer merges than splits": (lambda: sentencepiece(complete=False), "merges texts otherwise"),
+    "words by Metaspace": (
+        lambda: sentencepiece(spaces=pre_tokenizers.Metaspace()),
+        "merges texts otherwise",
+    ),
     "another pattern": (lambda: tokenizer(split(r"\p{L}+|\s+|\S")), "no name for how the tokenizer splits"),
     "a space in front": (lambda: tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)), "no name for"),
     "whole words of GPT-2": (lambda: tokenizer(BYTES, ignore_merges=True), "no name for how"),

@@ -1,13 +1,15 @@
 """A tokenizer of transformers as the metadata that llama.cpp makes the same tokens from.
 
-llama.cpp has byte-level BPE and, for each known tokenizer, a splitter of texts by name; a file says the name,
-not the pattern. Any other tokenizer needs llama.cpp's own converter, whose file is given as `--template`.
+llama.cpp has SentencePiece's BPE and the byte-level one, and for the latter, by name, the splitter of each
+tokenizer that it knows; a file says the name, not the pattern. Any other tokenizer needs llama.cpp's own
+converter, whose file is given as `--template`.
 """
 
 import json
 from typing import Any
 
 from stableqat.errors import UserError
+from stableqat.export import ggml_sentencepiece
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # ggml's types of a token
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -37,7 +39,6 @@ def fields(tokenizer: Any, size: int) -> dict[str, Any]:
         UserError: If llama.cpp would make other tokens of a text, saying what it lacks.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
-    name = _name(described)
     vocabulary, types = _vocabulary(described)
     if (largest := max(vocabulary)) >= size:
         raise UserError(
@@ -49,12 +50,9 @@ def fields(tokenizer: Any, size: int) -> dict[str, Any]:
     before, after = _ends(tokenizer)
     eos = tokenizer.eos_token_id
     bos = tokenizer.bos_token_id if before is None else before
-    found = {
-        "ggml.model": "gpt2",
-        "ggml.pre": name,
+    found = _model(described, vocabulary, size) | {
         "ggml.tokens": [vocabulary.get(number, f"[UNUSED{number}]") for number in range(size)],
         "ggml.token_type": [types.get(number, UNUSED) for number in range(size)],
-        "ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]],
         "ggml.bos_token_id": eos if bos is None else bos,  # without any, llama.cpp takes the token 11
         "ggml.eos_token_id": eos if after is None else after,
         "ggml.padding_token_id": tokenizer.pad_token_id,
@@ -69,10 +67,15 @@ def fields(tokenizer: Any, size: int) -> dict[str, Any]:
 def notes(tokenizer: Any) -> list[str]:
     """What llama.cpp leaves out, though it makes the same tokens of nearly any text."""
     described, lines = json.loads(tokenizer.backend_tokenizer.to_str()), []
-    if described.get("normalizer") is not None:
+    if (described.get("normalizer") or {}).get("type") == "NFC":
         lines.append(
             "llama.cpp leaves out the tokenizer's NFC normalizer: an accent that is a character of its own, "
             "after its letter, makes other tokens"
+        )
+    if ggml_sentencepiece.is_sentencepiece(described) and not ggml_sentencepiece.is_exact(described):
+        lines.append(
+            "llama.cpp puts a space before every text and after special tokens, the tokenizer only before "
+            "the first word: texts that begin with a space or hold special tokens make other tokens"
         )
     for key, what in (
         ("lstrip", "keeps the spaces before"),
@@ -105,11 +108,29 @@ def check_tokens(tokenizer: Any, tokens: list[str], source: str) -> None:
             )
 
 
+def _model(described: dict[str, Any], texts: dict[int, str], size: int) -> dict[str, Any]:
+    """What the merging of texts into tokens hangs on."""
+    if described["model"]["type"] != "BPE":
+        raise UserError(f"gguf: the tokenizer is no BPE; {_REMEDY}")
+    if not ggml_sentencepiece.is_sentencepiece(described):
+        merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
+        return {"ggml.model": "gpt2", "ggml.pre": _name(described), "ggml.merges": merges}
+    scores = ggml_sentencepiece.scores(described, texts)
+    if scores is None:
+        raise UserError(
+            f"gguf: llama.cpp merges texts otherwise than the tokenizer's bytes and spaces; {_REMEDY}"
+        )
+    return {
+        "ggml.model": "llama",
+        "ggml.pre": "default",
+        "ggml.scores": [scores.get(number, 0.0) for number in range(size)],
+        "ggml.add_space_prefix": ggml_sentencepiece.space_in_front(described),
+    }
+
+
 def _name(described: dict[str, Any]) -> str:
     """The name that llama.cpp has for how a tokenizer splits texts."""
     model = described["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise UserError(f"gguf: the tokenizer is no byte-level BPE; {_REMEDY}")
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
         raise UserError(f"gguf: the tokenizer marks parts of words; {_REMEDY}")
     kinds = [step["type"] for step in _steps(described.get("normalizer"), "normalizers")]
@@ -149,9 +170,12 @@ def _vocabulary(described: dict[str, Any]) -> tuple[dict[int, str], dict[int, in
     """Texts and types by number."""
     texts = {number: token for token, number in described["model"]["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL)
+    if ggml_sentencepiece.is_sentencepiece(described):
+        types |= ggml_sentencepiece.types(described)
     for each in described["added_tokens"]:
         texts[each["id"]] = each["content"]
-        types[each["id"]] = CONTROL if each["special"] else USER_DEFINED
+        if types.get(each["id"]) != ggml_sentencepiece.UNKNOWN:
+            types[each["id"]] = CONTROL if each["special"] else USER_DEFINED
     return texts, types
 
 
