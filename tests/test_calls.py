@@ -318,12 +318,14 @@ def test_an_example_that_does_not_fit_is_refused():
     assert not quantized_layers(model)
 
 
-def test_layers_that_are_not_called_are_named():
+def test_layers_that_are_not_called_are_named(caplog):
     model = nn.ModuleDict({"net": Net()})["net"]
     model.extra = nn.Linear(8, 8)
     quantize_linears(model, TWO_BITS)
     calls = try_calls(model, rows())
     assert calls == Calls(reads={f"blocks.{i}": {f"blocks.{i}.qkv"} for i in (0, 1)}, idle={"extra"})
+    calls.tell()
+    assert "1 quantized layers were not called in a trial: extra" in caplog.text
 
 
 def test_a_training_system_shows_weights_that_its_model_reads():

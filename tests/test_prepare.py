@@ -605,6 +605,34 @@ def test_a_converted_module_is_evaluated_as_it_is_and_trained_anew():
     assert list(quantized_layers(plain)) == ["net.0", "net.2"]
 
 
+@pytest.mark.parametrize("where", ["forward", "training_step"])
+def test_a_weight_that_the_module_reads_itself_is_shown_or_refused(where):
+    class Reads(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, 4, bias=False)
+
+        def read(self, x):
+            return F.linear(self.net(x), self.out.weight)
+
+        def forward(self, x):
+            return self.read(x) if where == "forward" else self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            made = self(batch[0]) if where == "forward" else self.read(batch[0])
+            return F.cross_entropy(made, batch[1])
+
+    module, batches = Reads(), samples()
+    if where == "training_step":
+        with pytest.raises(UserError, match=r"^layer out: its weight is used .* add out to skip$"):
+            lightning(2).fit(module, batches)
+        return
+    lightning(1).fit(module, batches)
+    assert module.out.weight_quantizer.scale.grad is not None
+    x = next(iter(batches))[0]
+    assert torch.equal(module(x), stableqat.convert(copy.deepcopy(module))(x))
+
+
 def test_an_optimizer_without_the_scales_is_refused():
     with pytest.raises(UserError, match="4 learned parameters of quantizers are in no optimizer"):
         lightning(2).fit(Foreign(groups=False), samples())

@@ -48,6 +48,12 @@ class Calls:
     reads: dict[str, set[str]] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
 
+    def tell(self) -> None:
+        """Warn of layers that nothing uses: they are quantized, and never trained."""
+        if self.idle:
+            first = ", ".join(sorted(self.idle)[:3])
+            logger.warning("%d quantized layers were not called in a trial: %s", len(self.idle), first)
+
 
 def try_calls(model: nn.Module, *args: Any, **kwargs: Any) -> Calls:
     """Run a model once in training and once in evaluation mode, and see how it uses its quantized layers.

@@ -93,8 +93,8 @@ def prepare_and_report(
     report = quantize_linears(model, factory, skip, tied=False)
     try:
         report.check()
-        if report.swapped:
-            check_calls(model, _example(example_inputs))
+        if report.swapped and (calls := check_calls(model, _example(example_inputs))):
+            calls.tell()
     except UserError:
         put_back(model, {name: linears[name] for name in report.swapped if name in linears})
         raise

@@ -256,6 +256,9 @@ def quantize_linears(
 ) -> SurgeryReport:
     """Replace the linear layers of `model` in place, and quantize the matrices of fused experts.
 
+    Whether the model calls the layers, or reads their weights itself, the caller checks, as `prepare`
+    and the training systems do.
+
     Args:
         model: Any module; may live on the meta device.
         quantizer: Makes a layer's quantizer from its weight.

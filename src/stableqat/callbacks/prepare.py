@@ -42,6 +42,7 @@ class PrepareQAT(L.Callback):
     ) -> None:
         self.quantizer, self.options, self.example_inputs = quantizer, options, example_inputs
         self.report: SurgeryReport | None = None
+        self.checked = False
         self.skip = [skip] if isinstance(skip, str) else skip
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -106,6 +107,22 @@ class PrepareQAT(L.Callback):
                 f"PrepareQAT: {lost} learned parameters of quantizers are in no optimizer; make it in "
                 "configure_optimizers from stableqat.parameter_groups(self, lr)"
             )
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a weight that the module's steps read themselves: no forward that a trial could see does.
+
+        Its gradient comes past the quantizer, whose scale has none.
+        """
+        if self.checked:
+            return
+        self.checked = True
+        for name, layer in quantized_layers(pl_module).items():
+            scale = layer.weight_quantizer.scale
+            if layer.latent.grad is not None and scale.requires_grad and scale.grad is None:
+                raise UserError(
+                    f"layer {name}: its weight is used without calling the layer, with latent values; call "
+                    f"the layer, or add {name.split('.')[-1]} to skip"
+                )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Weights stay as they are from here on: compute what they become once."""

@@ -242,6 +242,7 @@ class QATModule(L.LightningModule, ABC):
                 check_calls(model)
             else:
                 show_weights(model, self.calls)
+                self.calls.tell()
         self.adapt(model)
         if self.activation_checkpointing:
             _checkpoint(self.blocks(model))
