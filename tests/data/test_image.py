@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from stableqat.data import ImageDataModule
 from stableqat.data.image import held_out
-from stableqat.data.order import PAD
+from stableqat.data.order import PAD, EvaluationOrder, Loader
 from stableqat.errors import UserError
 
 DATA = Path(os.environ.get("STABLEQAT_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
@@ -207,6 +208,24 @@ def test_an_unreadable_image_is_named(tmp_path, make, workers, end):
     # Nothing may hold the error, whose traceback keeps the workers.
     with pytest.raises(UserError, match=f"^{re.escape(str(bad))} is not an image that can be read: [a-z ]+$"):
         list(data.val_dataloader())
+
+
+class Suicidal:
+    """Rows whose first batch costs the worker its life."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, keys):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_end_of_a_worker_is_told():
+    loader = Loader(Suicidal(), batch_size=None, sampler=EvaluationOrder(8, 2), num_workers=1)
+    with pytest.raises(
+        UserError, match=r"^a process that loads batches was ended .*: lower data.num_workers$"
+    ):
+        list(loader)
 
 
 def test_an_unreadable_row_is_numbered(tmp_path, make):

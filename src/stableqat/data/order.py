@@ -124,7 +124,7 @@ class EvaluationOrder(SequentialSampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader that keeps a user's error to its one line when a worker raises it."""
+    """A DataLoader that keeps a user's error, or the end of a worker, to one line."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
@@ -134,6 +134,12 @@ class Loader(DataLoader):
             # Its traceback ends in torch's frame that holds it: a cycle that would keep the workers alive.
             cause = error.with_traceback(None)
             raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from cause
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                "a process that loads batches was ended (for memory?): lower data.num_workers"
+            ) from error
 
 
 class TrainingLoader(Loader):
