@@ -72,7 +72,7 @@ def space_in_front(described: dict[str, Any]) -> bool | None:
 
 
 def is_exact(described: dict[str, Any]) -> bool:
-    """Whether llama.cpp's spaces are the tokenizer's: it puts one before spaces and after special tokens, too."""
+    """Whether llama.cpp puts no other spaces: it also has one before spaces and after special tokens."""
     return _prepends(described) or not space_in_front(described)
 
 
