@@ -203,6 +203,17 @@ def data_of(checkpoint: Path, **changes: Any) -> tuple[Any, str]:
         return None, f"the run's data is not to be had ({error})"
 
 
+def validated_rows(read: dict[str, Any]) -> int | None:
+    """Of how many rows, the first of the validation split, a run's last loss is; None if it does not say.
+
+    Args:
+        read: What `read_checkpoint` made of its checkpoint.
+    """
+    record = read.get("callbacks", {}).get("RunRecord")
+    rows = record.get("validation_rows") if isinstance(record, dict) else None
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
 def images_of(checkpoint: Path) -> dict[str, Any] | None:
     """How the run that a checkpoint lies in resizes and normalises images; None if it has none."""
     settings = _settings(checkpoint, "data")

@@ -1,8 +1,10 @@
 """The verb: runs, checkpoints and folders side by side, in a table, a file and TensorBoard."""
 
+import errno
 import json
+import os
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from stableqat.analysis.events import find_runs, read_run
 from stableqat.cli import main
 from stableqat.data.tokenizer import train_bpe
+from stableqat.evaluate import report
 from stableqat.evaluate.subject import labels
 
 
@@ -294,3 +297,52 @@ def test_a_run_whose_data_is_gone(run, place, tasks, tmp_path, refused, capsys):
         assert f"no perplexity of {copy}: data: {copy}: the run's data is not" in capsys.readouterr().out
     assert call(copy, "--tokenizer", tokenizer, "--data", place / "further.txt", "--block_size", 16) == 0
     assert "perplexity/further.txt" in capsys.readouterr().out
+
+
+def test_a_run_that_takes_no_event_file(run, tmp_path, capsys, monkeypatch, caplog):
+    """A read-only or full disk under the run costs the event file alone, in one line."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    before = set(copy.iterdir())
+    real = report.whole
+
+    @contextmanager
+    def refuse(path):
+        if path.parent == copy:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        with real(path) as part:
+            yield part
+
+    monkeypatch.setattr(report, "whole", refuse)
+    told = results(tmp_path, copy)
+    assert f"{told['sources'][0]['perplexity']['validation']['loss']:.4f}" in capsys.readouterr().out
+    assert f"{copy}: takes no event file (Read-only file system)" in caplog.text
+    assert set(copy.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--device", "meta"], "device: meta computes nothing here; take cpu, cuda or cuda:1"),
+        (["--device", "xla"], "device: xla computes nothing here"),
+        (["--num_fewshot", -3, "--tasks", "piqa"], "num_fewshot: must be at least 0, not -3"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(options, line, run, capsys):
+    assert main(["evaluate", str(run), *map(str, options)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"stableqat: {line}")
+    assert "\n" not in err
+
+
+@pytest.mark.parametrize("what", ["a file", "below a file"])
+def test_a_cache_that_cannot_be_written_is_one_line(what, run, place, tmp_path, refused, monkeypatch):
+    (tmp_path / "file").touch()
+    where = tmp_path / "file" if what == "a file" else tmp_path / "file" / "below"
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(str(place / "cache"), str(where)))
+    assert f"the cache folder {where} can't be written" in refused(copy)
+    assert f"the cache folder {where} can't be written" in refused(copy, "--split", "train")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", where)
+    line = refused(copy, "--data", place / "further.txt")
+    assert f"the cache folder {where} (below $HF_HOME) can't be written" in line

@@ -23,6 +23,7 @@ class RunRecord(L.Callback):
 
     def __init__(self) -> None:
         self._losses = {"hp/val_loss": nan, "hp/best_val_loss": nan}
+        self._rows: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the record of a training run."""
@@ -39,6 +40,7 @@ class RunRecord(L.Callback):
             loss = trainer.callback_metrics["val/loss"].item()
             best = min(filter(isfinite, (self._losses["hp/best_val_loss"], loss)), default=nan)
             self._losses = {"hp/val_loss": loss, "hp/best_val_loss": best}
+            self._rows = _validated_rows(trainer)
             self._log(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -54,12 +56,13 @@ class RunRecord(L.Callback):
                 logger.experiment.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses so far, so that a resumed run does not forget them."""
-        return dict(self._losses)
+        """The losses so far, so that a resumed run does not forget them, and the rows that the last is of."""
+        return {**self._losses, "validation_rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self._losses = state_dict
+        self._rows = state_dict.get("validation_rows")
+        self._losses = {key: state_dict[key] for key in self._losses}
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, subcommand: str) -> None:
         settings = {**pl_module.describe(), "subcommand": subcommand}  # type: ignore[operator]
@@ -92,6 +95,14 @@ def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
     if report is not None and folder is not None and trainer.is_global_zero and Path(folder).is_dir():
         with whole(Path(folder) / SURGERY) as part:
             part.write_text(report.lines())
+
+
+def _validated_rows(trainer: L.Trainer) -> int | None:
+    """The first so many rows of the split that a validation takes, on all processes together."""
+    order = getattr(trainer.val_dataloaders, "sampler", None)
+    if not hasattr(order, "global_batch"):
+        return None
+    return min(order.size, int(trainer.num_val_batches[0]) * order.global_batch)  # type: ignore[union-attr]
 
 
 def _progress(trainer: L.Trainer) -> dict[str, float]:

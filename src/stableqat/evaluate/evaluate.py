@@ -49,7 +49,8 @@ def evaluate(
         data_name: Configuration of a hub data set.
         text_column: Column of data that holds the text.
         split: Split of data. If not given, test, or validation; a text that has neither is taken whole, of
-            images a share of each class is held out. A run's is validation.
+            images a share of each class is held out. A run's is validation, of which only the rows are taken
+            that it validated on itself (trainer.limit_val_batches); a split that is named is taken whole.
         documents: How a text's documents follow one another: each ended by EOS, as in training, or joined by
             blank lines and encoded as one text, as published WikiText figures have it.
         block_size: Tokens of a block; if not given, those of the run's rows, or 2048 or as many as the model
@@ -72,8 +73,9 @@ def evaluate(
     Returns:
         0.
     """
-    for key, number in (("block_size", block_size), ("batch_size", batch_size), ("limit", limit)):
-        if number is not None and number < (least := 2 if key == "block_size" else 1):
+    counts = {"block_size": (block_size, 2), "batch_size": (batch_size, 1), "limit": (limit, 1)}
+    for key, (number, least) in {**counts, "num_fewshot": (num_fewshot, 0)}.items():
+        if number is not None and number < least:
             raise UserError(f"{key}: must be at least {least}, not {number}")
     if tasks is None and (tasks_path or num_fewshot is not None or limit is not None):
         raise UserError("tasks: name the tasks that tasks_path, num_fewshot and limit are for")

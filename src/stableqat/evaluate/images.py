@@ -25,6 +25,7 @@ def classify(
     datamodule: ImageDataModule,
     *,
     split: str | None,
+    rows: int | None = None,
     batch_size: int,
     device: torch.device,
     share: Share,
@@ -35,6 +36,7 @@ def classify(
         model: Vision transformer of timm, in evaluation mode.
         datamodule: Its images.
         split: Split to take; None takes test or, where there is none, validation.
+        rows: Take the first so many of its images; None takes all.
         batch_size: Images a forward.
         device: Where the model is.
         share: This process's share of the images.
@@ -51,7 +53,8 @@ def classify(
     found = split or ("test" if "test" in splits else "validation")
     if found not in splits:
         raise UserError(f"split: the images have no {found} (they have {', '.join(splits)})")
-    rows, classes = splits[found], datamodule.num_classes
+    images, classes = splits[found], datamodule.num_classes
+    count = len(images) if rows is None else min(rows, len(images))
     metrics = {
         "top1": MulticlassAccuracy(classes, average="micro", ignore_index=-100),
         "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes), ignore_index=-100),
@@ -60,10 +63,10 @@ def classify(
     loss = MeanLoss().to(device)
     for metric in metrics.values():
         metric.to(device)
-    for keys in EvaluationOrder(len(rows), batch_size, rank=share.rank, world_size=share.count):
-        batch = rows[keys]
-        images, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
-        logits = model(images).float()
+    for keys in EvaluationOrder(count, batch_size, rank=share.rank, world_size=share.count):
+        batch = images[keys]
+        labels = batch["labels"].to(device)
+        logits = model(batch["pixel_values"].to(device)).float()
         losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
         loss.update(losses.double().sum(), (labels != -100).sum(), 0)
         for metric in metrics.values():
@@ -74,10 +77,15 @@ def classify(
         "top5": values["top5"].item(),
         "loss": loss.compute()["loss"].item(),
         "images": int(values["confusion"].sum()),
-        "split": found,
+        "split": part_of(found, count, len(images)),
         "classes": datamodule.class_names,
         "confusion": values["confusion"].tolist(),
     }
+
+
+def part_of(split: str, rows: int, there: int) -> str:
+    """A split in words, and how much of it."""
+    return split if rows == there else f"{split} (the first {rows} of {there} rows, as in training)"
 
 
 def _check(model: Any, datamodule: ImageDataModule) -> None:

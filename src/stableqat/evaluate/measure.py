@@ -1,7 +1,7 @@
 """The figures of one model: it is moved to its device, its quantized weights computed once, and asked."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from stableqat.data.tokenizer import tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.evaluate import text
 from stableqat.evaluate.harness import run_tasks, scores
-from stableqat.evaluate.images import classify
+from stableqat.evaluate.images import classify, part_of
 from stableqat.evaluate.perplexity import Windows, blocks, perplexity, strided
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.quiet import quiet
 from stableqat.evaluate.subject import Subject, is_run
 from stableqat.evaluate.undisturbed import undisturbed
-from stableqat.trained import data_of, find_trained
+from stableqat.modules.start import read_checkpoint
+from stableqat.trained import data_of, find_trained, validated_rows
 
 MOST_TOKENS = 2048  # of a block, where neither a user nor a run says
 
@@ -140,6 +141,10 @@ def _text(source: str, subject: Subject, plan: Plan) -> tuple[text.Text, Windows
                 "nothing; name a text with --data"
             )
         read = text.run_text(datamodule, plan.split)
+        if plan.stride is None and block_size == _of_run(source, TextDataModule).block_size:
+            count, there = _count(source, plan), len(read.rows)
+            read = replace(read, split=part_of(read.split, min(count or there, there), there))
+            return read, blocks(read.rows, block_size, count)
     else:
         read = text.read_text(
             source,
@@ -153,6 +158,11 @@ def _text(source: str, subject: Subject, plan: Plan) -> tuple[text.Text, Windows
     if plan.stride is None:
         return read, blocks(read.rows, block_size)
     return read, strided(read.rows, block_size, plan.stride)
+
+
+def _count(run: str, plan: Plan) -> int | None:
+    """Of how many rows a run's validation data is what it validated on; None is all, as for a named split."""
+    return None if plan.split is not None else validated_rows(read_checkpoint(find_trained(run)))
 
 
 def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
@@ -177,6 +187,7 @@ def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) ->
             subject.model,
             datamodule,
             split=split,
+            rows=_count(source, plan) if is_run(source) else None,
             batch_size=plan.batch_size,
             device=device,
             share=share,

@@ -37,15 +37,16 @@ class Windows:
     how: str
 
 
-def blocks(rows: TokenRows, block_size: int) -> Windows:
+def blocks(rows: TokenRows, block_size: int, count: int | None = None) -> Windows:
     """Non-overlapping blocks.
 
     Args:
         rows: Rows of `block_size` tokens.
         block_size: Their length, for the record.
+        count: Take the first so many; None takes all.
     """
     how = f"non-overlapping blocks of {block_size} tokens, all but the first of each"
-    return Windows(len(rows), lambda index: (rows.row(index), 1), how)
+    return Windows(min(count or len(rows), len(rows)), lambda index: (rows.row(index), 1), how)
 
 
 def strided(rows: TokenRows, block_size: int, stride: int) -> Windows:

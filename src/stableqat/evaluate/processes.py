@@ -78,6 +78,11 @@ def _device(asked: str | None, local: int) -> torch.device:
         chosen = torch.device(asked or ("cuda" if gpus else "cpu"))
     except RuntimeError as error:
         raise UserError(f"device: {asked} is none that PyTorch knows; take cpu, cuda or cuda:1") from error
+    if chosen.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=chosen).item()
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            raise UserError(f"device: {asked} computes nothing here; take cpu, cuda or cuda:1") from error
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
         if chosen.index >= gpus:

@@ -4,9 +4,13 @@ A run's folder gets an event file of its own for each evaluation, its other file
 figure that was taken twice at the same step, readers show the last.
 """
 
+import io
 import json
 import logging
 import os
+import socket
+import textwrap
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +22,7 @@ from stableqat.whole import whole
 
 logger = logging.getLogger(__name__)
 
+_TITLE = 38  # letters that a panel's width holds
 LIBRARIES = ("stableqat", "torch", "transformers", "timm", "torchmetrics")
 
 
@@ -57,8 +62,11 @@ def show(records: list[dict[str, Any]], file: Path | None) -> None:
     console.print(table(records))
     texts = {data: told for each in reversed(records) for data, told in each.get("perplexity", {}).items()}
     for data, told in texts.items():
-        what = f"{told['split']} split, documents {told['documents']}; {told['tokens']} tokens scored"
+        what = f"{told['split']}, documents {told['documents']}; {told['tokens']} tokens scored"
         console.print(f"{data}: {what}, {told['how']}", soft_wrap=True)
+    pictures = {data: told for each in reversed(records) for data, told in each.get("images", {}).items()}
+    for data, told in pictures.items():
+        console.print(f"{data}: {told['split']}; {told['images']} images", soft_wrap=True)
     for record in records:
         if "left_out" in record:
             console.print(f"no perplexity of {record['source']}: {record['left_out']}", soft_wrap=True)
@@ -116,29 +124,47 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = [(each, *image) for each in records for image in each.get("images", {}).items()]
-    figure = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 4.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     names = labels(record["source"] for record in records)
     for axis, (record, data, told) in zip(axes, panels, strict=True):
-        title = f"{names[record['source']]}, {record['about']}"
+        title = [names[record["source"]], record["about"], f"{data}, top-1 {told['top1']:.4f}"]
+        lines = [line for part in title for line in textwrap.wrap(part, _TITLE)]
         confusion, classes = np.array(told["confusion"], float), told["classes"]
         shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-        axis.set(xlabel="predicted", ylabel="true", title=f"{title}\n{data}, top-1 {told['top1']:.4f}")
+        axis.set(xlabel="predicted", ylabel="true")
+        axis.set_title("\n".join(lines), fontsize="medium", parse_math=False)  # names may hold a $
         if len(classes) <= 20:  # more names cannot be read
-            axis.set_xticks(range(len(classes)), classes, rotation=90)
-            axis.set_yticks(range(len(classes)), classes)
+            axis.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+            axis.set_yticks(range(len(classes)), classes, parse_math=False)
     figure.colorbar(image, ax=list(axes), shrink=0.8)
     with whole(file) as part:
         figure.savefig(part, format="png", dpi=120)
 
 
 def _log(run: Path, record: dict[str, Any]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
+    """Write an event file at once; TensorBoard's own writer does so in a thread, whose errors nobody gets."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard.summary import scalar
 
+    stamp, content = time.time_ns(), io.BytesIO()
+    now = stamp / 1e9
+    writer = RecordWriter(content)
+    events = [Event(wall_time=now, file_version="brain.Event:2")]
+    events += [
+        Event(wall_time=now, step=record["step"], summary=scalar(f"eval/{name}", value))
+        for name, value, _ in figures(record)
+    ]
+    for event in events:
+        writer.write(event.SerializeToString())
+    second, rest = divmod(stamp, 10**9)
+    name = f"events.out.tfevents.{second}.{socket.gethostname()}.{os.getpid()}.{rest}.evaluate"
     try:
-        with SummaryWriter(run, filename_suffix=".evaluate") as writer:
-            for name, value, _ in figures(record):
-                writer.add_scalar(f"eval/{name}", value, record["step"])
+        with whole(run / name) as part:
+            part.write_bytes(content.getvalue())
     except OSError as error:
-        logger.warning("%s: no event file could be written (%s)", run, error.strerror or error)
+        logger.warning(
+            "%s: takes no event file (%s); the figures are not logged", run, error.strerror or error
+        )

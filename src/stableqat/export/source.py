@@ -17,7 +17,14 @@ from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.export.converted import is_model_folder, open_converted
 from stableqat.modules import QATModule
-from stableqat.trained import check_vocabulary, data_of, images_of, load_tokenizer_of, open_trained
+from stableqat.trained import (
+    check_vocabulary,
+    data_of,
+    images_of,
+    load_tokenizer_of,
+    open_trained,
+    validated_rows,
+)
 
 ROWS = 16  # of the batch on which file and model are compared
 LOGITS = 2**28  # that it may have: a gigabyte, of which there are a few copies
@@ -72,14 +79,16 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     classes = None
     if datamodule is not None:
         try:
-            batch, batch_of = _validation_rows(datamodule), "validation data of the run"
+            batch, validated = _validation_rows(datamodule, validated_rows(read))
             if not _suits(batch, module):
                 batch, batch_of = None, "the run's data is not what its model takes"
             classes = getattr(datamodule, "class_names", None)
         except (UserError, OSError) as error:
             batch_of = f"the run's data is not to be had ({error})"
     if batch is None:
-        batch, batch_of = _random_rows(module), f"random rows: {batch_of}"
+        batch, batch_of = _bounded(_random_rows(module), module), f"random rows: {batch_of}"
+    else:
+        batch_of = _part(batch := _bounded(batch, module), validated)
     found: Any = None
     if "input_ids" not in batch and tokenizer is not None:
         raise UserError("tokenizer: only language models have one; leave it out")
@@ -88,7 +97,7 @@ def load_source(source: str, tokenizer: str | None) -> Source:
             found = load_tokenizer_of(path, module.model, tokenizer)
     record = read.get("callbacks", {}).get("RunRecord")
     val_loss = record.get("hp/val_loss") if isinstance(record, dict) else None
-    step, batch = int(read.get("global_step", 0)), _bounded(batch, module)
+    step = int(read.get("global_step", 0))
     images = images_of(path)
     return Source(module, path, module.describe(), step, batch, batch_of, found, val_loss, images, classes)
 
@@ -118,9 +127,12 @@ def _bounded(batch: dict[str, Tensor], module: QATModule) -> dict[str, Tensor]:
     return {key: value[:rows, :tokens] for key, value in batch.items()}
 
 
-def _validation_rows(datamodule: Any) -> dict[str, Tensor]:
+def _validation_rows(datamodule: Any, validated: int | None) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """The first rows of those that the run validated on, and the shape of all of these."""
     datamodule.prepare_data()
     datamodule.setup("validate")
+    there = len(datamodule.splits["validation"])
+    there = there if validated is None else min(validated, there)
     rows: dict[str, list[Tensor]] = {}
     count = 0
     for batch in datamodule.val_dataloader():
@@ -129,7 +141,16 @@ def _validation_rows(datamodule: Any) -> dict[str, Tensor]:
         count += len(batch["labels"])
         if count >= ROWS:
             break
-    return {key: torch.cat(values)[:ROWS] for key, values in rows.items()}
+    taken = {key: torch.cat(values)[: min(ROWS, there)] for key, values in rows.items()}
+    return taken, (there, *taken["labels"].shape[1:])
+
+
+def _part(batch: dict[str, Tensor], validated: tuple[int, ...]) -> str:
+    shape = tuple(batch["labels"].shape)
+    if shape == validated:
+        return "validation data of the run"
+    tokens = "" if shape[1:] == validated[1:] else f" ({shape[1]} of {validated[1]} tokens)"
+    return f"the first {shape[0]} of {validated[0]} rows{tokens} of the run's validation data"
 
 
 def _suits(batch: dict[str, Tensor], module: QATModule) -> bool:
