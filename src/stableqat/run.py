@@ -260,15 +260,16 @@ class RunConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write what a resumed run has not."""
-        log_dir = trainer.log_dir
+        # broadcast, and so asked of all processes together: `save_config` is called on the first alone
+        self._log_dir = log_dir = trainer.log_dir
         if log_dir is None or not trainer.strategy.broadcast((Path(log_dir) / self.config_filename).exists()):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep the data's tokenizer beside the configuration: the run is then enough to go on from."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if trainer.log_dir is not None and tokenizer is not None:
-            keep_tokenizer(tokenizer, Path(trainer.log_dir) / TOKENIZER)
+        if self._log_dir is not None and tokenizer is not None:
+            keep_tokenizer(tokenizer, Path(self._log_dir) / TOKENIZER)
 
 
 def _configure_logging() -> None:
