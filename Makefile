@@ -5,7 +5,7 @@ STAMP := $(VENV)/installed
 NEWEST := .venv-newest
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-gpu test-newest lock lint
+.PHONY: demo test test-shuffled test-gpu test-newest lock lint
 
 demo: $(STAMP)
 	$(BIN)/stableqat sweep configs/llama/demo-study.yaml configs/vit/demo-study.yaml
@@ -13,6 +13,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
+
+# in random order, another one each time: `make test-shuffled SEED=1` repeats one
+SEED = $(shell date +%s)
+test-shuffled: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) --shuffle $(SEED)
 
 # the kernels and quantizers on a GPU; `make test` sees none
 test-gpu: $(STAMP)

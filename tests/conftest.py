@@ -40,9 +40,18 @@ def pytest_configure(config: pytest.Config) -> None:
     )  # as the command does, and for its reason
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and their tests, in random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first: a worker that got one last would keep the others waiting."""
     items.sort(key=lambda item: "systems" not in item.path.parts)
+    if (seed := config.getoption("shuffle")) is not None:
+        chance = random.Random(seed)
+        order = {path: chance.random() for path in dict.fromkeys(item.path for item in items)}
+        chance.shuffle(items)
+        items.sort(key=lambda item: order[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ def test_a_run_is_a_folder(run, at):
     assert (at / run / "checkpoints/last.ckpt").stat().st_size
 
 
-def test_news_begin_with_the_run(at, capsys):
+def test_news_begin_with_the_run(run, at, capsys):  # one before has made the tokenizer
     assert main(llama("fit", "news")) == 0
     err = capsys.readouterr().err
     assert err.startswith("stableqat: 7 linear layers quantized, ")
