@@ -21,9 +21,9 @@ LOCKED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(
     [
         ("lightning", "2.6.3", "2.6.6"),  # 2.6.2 and 2.6.3 were compromised uploads
         ("jsonargparse", "5.0", "4.53"),
-        ("jsonargparse", "4.41", "4.42"),
+        ("jsonargparse", "4.51", "4.52"),  # builds what any file names
         ("omegaconf", "2.3.0", "2.4.0"),
-        ("datasets", "3.6", "5.2"),  # loading scripts
+        ("datasets", "4.8.3", "5.2"),  # looks for what torchvision has dropped
         ("transformers", "4.57", "5.23"),
         ("timm", "1.0.25", "1.0.31"),  # unpickles what it finds beside a model
     ],
