@@ -265,8 +265,14 @@ SCHEDULES = {  # by the run's number of steps
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming")
-@pytest.mark.parametrize("unit", ["max_steps", "max_epochs"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "unit"),
+    [
+        *((schedule, "max_steps") for schedule in SCHEDULES),
+        ("warmup", "max_epochs"),
+        ("linear", "max_epochs"),
+    ],
+)
 def test_a_run_that_resumes_with_more_steps_follows_the_longer_schedule(schedule, unit, tmp_path):
     """From its first step on: the rate in the checkpoint is that of the shorter schedule's end."""
     first, whole = ({"max_steps": 8}, {"max_steps": 16})
