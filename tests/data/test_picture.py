@@ -85,7 +85,7 @@ COLOURS = {
     "GIF": (encoded(Image.fromarray(RGB).quantize(4), "gif"), 0),
     "BMP": (encoded(Image.fromarray(RGB), "bmp"), 0),
     "CMYK TIFF": (encoded(Image.fromarray(RGB).convert("CMYK"), "tiff"), 1),
-    "YCbCr TIFF": (encoded(Image.fromarray(RGB).convert("YCbCr"), "tiff"), 3),
+    "YCbCr TIFF": (encoded(Image.fromarray(RGB).convert("YCbCr"), "tiff", compression="tiff_lzw"), 3),
     "LAB TIFF": (encoded(Image.fromarray(RGB).convert("LAB"), "tiff"), 20),
 }
 

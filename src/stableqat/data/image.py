@@ -130,8 +130,9 @@ class ImageDataModule(DataModule):
 
     Args:
         source: an image folder (a folder a class), a parquet file or folder with an image column, or a hub
-            name; null takes the embedded digits. In a folder, parquet files whose names start with train,
-            validation (valid, val, dev) or test, or folders named so, make the splits.
+            name; null takes the embedded digits. Images are PNG, JPEG, WebP, BMP, TIFF or GIF, of 8 or 16
+            bits, or TIFF in floating point within [0, 1]. In a folder, parquet files whose names start with
+            train, validation (valid, val, dev) or test, or folders named so, make the splits.
         name: configuration of a hub data set.
         image_column: the column of images; null takes the one that holds images.
         label_column: the column of classes; null takes the one that holds class labels, or is named label.
