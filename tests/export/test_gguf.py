@@ -61,6 +61,8 @@ def test_a_file_and_one_with_a_templates_metadata_equal_the_model(rope, family, 
     written = gguf.GGUFReader(tmp_path / into.FILE)
     assert written.get_field("stableqat.words").contents() == ["one", "two"]
     assert {tensor.name for tensor in written.tensors} == template.tensors.keys()
+    for each in (model, replace(model, template=template)):
+        assert "the file has no tokenizer: llama.cpp's programs end on it" in into.notes(each)[-1]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -118,9 +118,10 @@ def notes(packed: PackedModel) -> list[str]:
         lines.append(
             "rows or groups that are no multiple of 256 weights take 32-weight blocks, which are wider"
         )
-    if packed.template is None and packed.tokenizer is None:
+    template = packed.template
+    if packed.tokenizer is None if template is None else template.get("tokenizer.ggml.tokens") is None:
         lines.append("the file has no tokenizer: llama.cpp's programs end on it, its library takes token ids")
-    elif packed.template is None:
+    elif template is None:
         lines += ggml_tokenizer.notes(packed.tokenizer)
     return lines
 
