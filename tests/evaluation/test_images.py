@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -144,3 +145,26 @@ def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
     (tmp_path / "one.yaml").write_text("task: one\n")
     line = refused(vit, "--tasks", "one", "--tasks_path", tmp_path)
     assert f"tasks: are for language models, and {vit} classifies images" in line
+
+
+def test_titles_of_confusion_matrices_stand_apart(tmp_path, monkeypatch):
+    """Long names, that of a baseline and one that TeX would take for mathematics."""
+    from matplotlib.figure import Figure
+
+    from stableqat.evaluate.report import _draw
+
+    drawn = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), real(self, *a, **k)))
+    matrix = {"confusion": [[3, 1], [0, 2]], "classes": ["a$", "b$"], "top1": 0.8}
+    about = ["StableQAT, 2 bits, integer", "its start, rounded to nearest, StableQAT, 2 bits, integer"]
+    records = [
+        {"source": "logs/stable$qat-b2-lr1e-3-s0-and_more$", "about": each, "images": {"validation": matrix}}
+        for each in (*about, about[1])
+    ]
+    _draw(records, tmp_path / "confusion.png")
+    (figure,) = drawn
+    boxes = [axis.title.get_window_extent() for axis in figure.axes[:3]]
+    assert boxes[0].x0 >= 0
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert max(box.y1 for box in boxes) <= figure.bbox.y1

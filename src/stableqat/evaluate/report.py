@@ -124,7 +124,7 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = [(each, *image) for each in records for image in each.get("images", {}).items()]
-    figure = Figure(figsize=(4.2 * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 5), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     names = labels(record["source"] for record in records)
     for axis, (record, data, told) in zip(axes, panels, strict=True):
