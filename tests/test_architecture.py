@@ -1,6 +1,7 @@
 """The layout keeps its promises: imports point one way, and forbidden habits stay out."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -113,6 +114,28 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+
+
+def test_a_misspelt_file_is_noticed_before_heavy_imports(tmp_path: Path) -> None:
+    commands = [
+        ["fit", "-c", "none.yaml"],
+        ["validate", "-c", str(ROOT / "configs/llama/base.yaml"), "--ckpt_path", "none.ckpt"],
+        ["evaluate", "none.ckpt"],
+        ["export", "none", "--format", "hf", "--out", "out"],
+        ["consolidate", "none.ckpt"],
+        ["import", "none", "--from", "paretoq", "--out", "out"],
+        ["sweep", "none.yaml"],
+        ["compare", "none"],
+        ["publish", "none"],
+    ]
+    code = (
+        "import json, sys; from stableqat.cli import main; codes = list(map(main, json.loads(sys.argv[1])));"
+        "assert set(codes) == {2}, codes; assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    argv = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(commands)
 
 
 def test_every_published_name_resolves() -> None:

@@ -5,10 +5,13 @@ from nothing where there is no checkpoint, and lets a checkpoint's settings repl
 """
 
 import difflib
+import errno
+import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from stableqat.errors import UserError, check_range
@@ -27,6 +31,7 @@ from stableqat.modules.start import check_sums, last_checkpoints, read_checkpoin
 logger = logging.getLogger(__name__)
 
 GPU = ("gpu", "cuda")
+_NUMBERED = (CSVLogger, TensorBoardLogger)  # a folder for each run
 AT_LEAST = {
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
@@ -69,6 +74,12 @@ def check_trainer(trainer: Namespace) -> None:
         )
     if isinstance(trainer.strategy, str):
         _check_name("trainer.strategy", strategy, ["auto", *StrategyRegistry.available_strategies()])
+    for each in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+        place = each.get("init_args") if isinstance(each, Namespace) else None
+        if place is not None and "save_dir" in place and not place.save_dir:
+            raise UserError(
+                "trainer.logger.save_dir: missing; name the folder of all runs, as lightning_logs"
+            )
     if trainer.logger is False and not trainer.fast_dev_run:
         raise UserError(
             "trainer.logger: a run is kept in its logger's folder; leave the logger on, or try settings with "
@@ -226,6 +237,71 @@ def check_run_folder(log_dir: str, ckpt_path: str | None) -> None:
                 else "remove it (it has no checkpoint to resume from)"
             )
         )
+
+
+@contextmanager
+def claimed(trainer: L.Trainer, settings: Namespace) -> Iterator[None]:
+    """Inside, the run's folder is this process's alone; the operating system frees it, however the run ends.
+
+    A number that another run has taken since it was chosen is replaced by the next one. What is still empty
+    at the end is removed.
+
+    Args:
+        trainer: The trainer.
+        settings: Of the verb.
+
+    Raises:
+        UserError: If another process is writing the run, or has written one meanwhile.
+    """
+    loggers: list[Any] = [each for each in trainer.loggers if isinstance(each, _NUMBERED)][:1]
+    if not (loggers and trainer.is_global_zero):
+        yield
+        return
+    [own] = loggers
+    asked = settings.trainer.logger
+    asked = asked[0] if isinstance(asked, list) else asked
+    numbered = not isinstance(asked, Namespace) or asked.get("init_args.version") is None
+    made = [each for each in Path(own.log_dir).absolute().parents if not each.exists()]
+    while True:
+        folder = Path(own.log_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=not numbered)
+            break
+        except FileExistsError:
+            own._version = None
+    lock = folder / ".lock"
+    try:
+        with _locked(lock) as held:
+            if not held:
+                raise UserError(
+                    f"{folder}: another process is writing this run; wait until it ends, or choose another "
+                    "--trainer.logger.version"
+                )
+            check_run_folder(str(folder), settings.ckpt_path)
+            yield
+    finally:
+        for empty in (folder, *made):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether a lock is this process's, and not that of one that forked it; its file goes with it."""
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # a file system without locks protects nobody
+                yield error.errno not in (errno.EACCES, errno.EAGAIN)
+                return
+            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                continue  # its holder has just removed it
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def first_line(error: BaseException) -> str:

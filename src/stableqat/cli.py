@@ -14,7 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from inspect import signature
+from itertools import pairwise
 from keyword import iskeyword
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from stableqat.errors import UserError
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes them from the command line.
 
     Returns:
-        0 if it is done (a diverged run is), 1 if points of a study failed, 2 after a user's mistake.
+        0 if it is done (a diverged run is), 1 if points of a study failed, 2 after a user's mistake, 130
+        after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -67,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = str(error).rpartition("UserError: ")[2]
         print(f"stableqat: {plain(line)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("stableqat: interrupted", file=sys.stderr)
+        return 130
     except SystemExit as stop:  # argument parsers end with it, after help for example
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
 
@@ -84,6 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"stableqat {version('stableqat')}")
         return 0
     if verb in RUN_VERBS:
+        _check_files(arguments)
         # Libraries read these once, at import
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it would say, our own error says
@@ -96,6 +105,17 @@ def _dispatch(arguments: list[str]) -> int:
     near = difflib.get_close_matches(verb, verbs, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}"
     raise UserError(f"{verb} is not a verb of stableqat; {hint}")
+
+
+def _check_files(arguments: list[str]) -> None:
+    """Notice a file that is not there before the libraries are imported, which takes seconds."""
+    for flag, value in pairwise(arguments):
+        if flag in ("-c", "--config") and value.endswith((".yaml", ".yml")) and not Path(value).exists():
+            raise UserError(f"{value}: file does not exist; -c takes a YAML file")
+        if flag == "--ckpt_path" and value not in ("last", "best", "null") and not Path(value).exists():
+            raise UserError(
+                f"ckpt_path: {value} does not exist; name a checkpoint, or leave it out to start anew"
+            )
 
 
 def _parser(group: str) -> argparse.ArgumentParser:

@@ -22,6 +22,8 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
     Raises:
         UserError: If the folder is no sharded checkpoint or damaged, or the file exists or can't be written.
     """
+    if not Path(checkpoint).exists():
+        raise UserError(f"{checkpoint}: there is no such checkpoint; name a folder that fsdp2 saved")
     from stableqat.callbacks.checkpoint import PARTIAL, StreamedCheckpointIO, on_disk
     from stableqat.modules.sharded import is_sharded
     from stableqat.modules.start import check_sums, read_consolidated

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,12 @@ class QATCommand(LightningCLI):
             for line in self._inherited:
                 logger.info(line)
         try:
-            with _together(self.trainer), state_dict_follows(bool(self.config[subcommand].get("ckpt_path"))):
+            settings = self.config[subcommand]
+            with ExitStack() as stack:
+                if subcommand == "fit" or settings.ckpt_path is None:  # others may look at a run being made
+                    stack.enter_context(checks.claimed(self.trainer, settings))
+                stack.enter_context(_together(self.trainer))
+                stack.enter_context(state_dict_follows(bool(settings.ckpt_path)))
                 super()._run_subcommand(subcommand)
         except SIGTERMException as stop:
             if self.trainer.is_global_zero:
@@ -216,7 +221,7 @@ class QATCommand(LightningCLI):
         except MisconfigurationException as error:
             raise UserError(f"{checks.first_line(error)}; correct this setting") from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
                 raise
             where = error.filename or self.trainer.log_dir
             raise UserError(
@@ -260,16 +265,17 @@ class RunConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write what a resumed run has not."""
-        # broadcast, and so asked of all processes together: `save_config` is called on the first alone
-        self._log_dir = log_dir = trainer.log_dir
-        if log_dir is None or not trainer.strategy.broadcast((Path(log_dir) / self.config_filename).exists()):
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the data's tokenizer beside the configuration: the run is then enough to go on from."""
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if self._log_dir is not None and tokenizer is not None:
-            keep_tokenizer(tokenizer, Path(self._log_dir) / TOKENIZER)
+        log_dir = trainer.log_dir  # broadcast, and so asked of all processes together
+        if self.already_saved or log_dir is None:
+            return
+        self.already_saved, path = True, Path(log_dir) / self.config_filename
+        if trainer.is_global_zero and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # beside the configuration: the run is then enough to go on from
+            if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
+                keep_tokenizer(tokenizer, path.parent / TOKENIZER)
+            with whole(path) as part:
+                self.parser.save(self.config, part, skip_none=False, multifile=False)
 
 
 def _configure_logging() -> None:

@@ -80,6 +80,10 @@ def evaluate(
     if tasks is None and (tasks_path or num_fewshot is not None or limit is not None):
         raise UserError("tasks: name the tasks that tasks_path, num_fewshot and limit are for")
     file = None if out is None else _new(out)
+    for source in sources:  # of other names the hub may know more
+        local = Path(source).is_absolute() or source[:1] in ".~" or source.count("/") > 1
+        if (local or source.endswith(".ckpt")) and not Path(source).expanduser().exists():
+            raise UserError(f"{source}: there is no such run or checkpoint")
     from stableqat.evaluate.harness import task_names
 
     names = [] if tasks is None else task_names(tasks)

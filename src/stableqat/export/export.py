@@ -84,6 +84,8 @@ def export(
         raise UserError(f"target: only gguf has one, not {format}; leave it out")
     if int8_activations and format != "onnx":
         raise UserError(f"int8_activations: only onnx has them, not {format}; leave it out")
+    if not Path(source).expanduser().exists():
+        raise UserError(f"{source}: there is no such run or checkpoint")
     # torch is heavy; help does without it
     from stableqat.export import gguf_template
     from stableqat.export.packed import DTYPES, PackedModel, evaluate, pack, quantize_embeddings

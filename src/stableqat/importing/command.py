@@ -29,6 +29,9 @@ def import_(
     Returns:
         0.
     """
+    if not (Path(checkpoint).expanduser() / "config.json").is_file():
+        raise UserError(f"checkpoint: {checkpoint} has no config.json; name the folder that the code saved")
+    # torch is heavy; a misspelt name does without it
     from stableqat.importing.checkpoint import check_sizes, read_config, read_state
     from stableqat.importing.released import SHARPNESS, ReleasedLayer, check_computes, transfer
     from stableqat.modules.base import state_dict_follows
