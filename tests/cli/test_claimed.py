@@ -132,6 +132,6 @@ def test_a_configuration_is_written_whole_or_not_at_all(at, monkeypatch, capsys)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Parser, "save", full)
-    assert main(["fit", "-c", "llama.yaml", "--trainer.logger.version", "full"]) == 2
+    assert main(["fit", "-c", "llama.yaml", "--trainer.logger.version", "unwritten"]) == 2
     assert "the disk takes no more" in capsys.readouterr().err
-    assert not list(Path("logs/llama/full").rglob("*config.yaml*"))
+    assert not list(Path("logs/llama/unwritten").rglob("*config.yaml*"))
