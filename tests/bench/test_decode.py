@@ -62,8 +62,7 @@ def home(tmp_path_factory):
 
 def packed_model(home, bits, family="llama"):
     architecture = read_architecture(str(home / f"{family}.yaml"))
-    quantizer = {"quantizer": partial(STE, bits=bits)}
-    module = replace(architecture, init_args=architecture.init_args | quantizer).module()
+    module = architecture.module(quantizer=partial(STE, bits=bits))
     torch.manual_seed(0)
     module.configure_model()
     layers = pack(module, torch.float32, torch.bfloat16)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stableqat.errors import UserError
-from stableqat.trust import build, find_class
+from stableqat.trust import arguments, find_class
 
 if TYPE_CHECKING:
     from stableqat.modules import QATModule
@@ -47,8 +47,11 @@ class Architecture:
     class_path: str
     init_args: dict[str, Any]
 
-    def module(self) -> "QATModule":
-        """The training system around the model, in full precision.
+    def module(self, **options: Any) -> "QATModule":
+        """The training system around the model, in full precision if nothing else is asked for.
+
+        Args:
+            options: Further arguments of the class; unlike those of the file, of any kind.
 
         Raises:
             UserError: If the class is none, or the arguments do not fit it.
@@ -57,7 +60,8 @@ class Architecture:
 
         named = self.class_path if "." in self.class_path else f"stableqat.modules.{self.class_path}"
         where = f"model: {self.source}: model"
-        return build(find_class(named, [QATModule], where), self.init_args, where)
+        cls = find_class(named, [QATModule], where)
+        return cls(**arguments(cls, self.init_args, where), **options)
 
 
 def read_architecture(model: str) -> Architecture:

@@ -9,7 +9,7 @@ memory. Embedding and head stay as they are, and so does what else the surgery s
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
@@ -232,7 +232,7 @@ def _packed(
 ) -> PackedModel:
     """The random model, packed at a width; with nothing packed if it has none."""
     extra = {} if bits is None else {"quantizer": partial(STE, bits=bits, grid=grid)}
-    module = replace(architecture, init_args=architecture.init_args | extra).module()
+    module = architecture.module(**extra)
     torch.manual_seed(0)
     module.configure_model()
     layers = {} if bits is None else pack(module, torch.float32, torch.bfloat16)
