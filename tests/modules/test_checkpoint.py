@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import tiny
+import words
 from stableqat import ops
 from stableqat.cli import main
+from stableqat.data.tokenizer import train_bpe
 from stableqat.modules import LlamaModule
 from stableqat.quantizers import DSQ, STE
 
@@ -137,6 +139,7 @@ def test_the_original_folder_may_be_deleted(key, folder, tmp_path):
 def test_a_run_of_the_command_outlives_its_original_folder(folder, tmp_path, monkeypatch):
     """It resumes by the same command, and its checkpoint loads in Python."""
     monkeypatch.chdir(tmp_path.parents[0])
+    train_bpe(words.DOCUMENTS, 300).save_pretrained(folder)
     settings = f"""
         --model stableqat.modules.LlamaModule --model.init_from {folder} --data stableqat.data.TextDataModule
         --data.vocab_size 512 --data.block_size 16 --data.batch_size 2 --trainer.accelerator cpu
