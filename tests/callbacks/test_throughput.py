@@ -154,7 +154,9 @@ def test_arithmetic_of_a_llama(options):
     plain = tiny.configured("llama", "fp").model
     matrices = sum(m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Linear))
     tokens, layers, width = 16, 2, 32
-    assert measured == 6 * matrices * tokens + 12 * layers * width * tokens**2
+    rotary = 6 * tokens * plain.config.head_dim // 2  # a product of matrices in transformers before 5.18
+    extra = measured - (6 * matrices * tokens + 12 * layers * width * tokens**2)
+    assert extra in (0, rotary)
 
 
 def test_arithmetic_of_a_vit():

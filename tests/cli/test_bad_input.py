@@ -615,7 +615,5 @@ def test_a_hub_that_cannot_be_reached_is_told_before_data_is_prepared(argv, refu
 
 def test_a_start_folder_without_weights_is_refused(refuse, at):
     (at / "hollow").mkdir(exist_ok=True)
-    assert (
-        "hollow is a folder without a readable config.json" in refuse(llama("--model.init_from", "hollow"))[0]
-    )
+    assert "hollow has no usable config.json" in refuse(llama("--model.init_from", "hollow"))[0]
     assert "hollow holds no .safetensors or .pth file" in refuse(vit("--model.init_from", "hollow"))[0]

@@ -201,7 +201,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_read(
     (tmp_path / "a link").symlink_to("nowhere")
     out = "x" * 300 if out == "long" else out
     monkeypatch.setattr(source, "load_source", None)
-    assert main(["export", "no.ckpt", "--format", "hf", "--out", out]) == 2
+    assert main(["export", str(tmp_path), "--format", "hf", "--out", out]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "out: " in said

@@ -91,10 +91,13 @@ class RunRecord(L.Callback):
 
 def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
     """Write which layers are quantized, and which share of the weights that is, into the run's folder."""
-    folder = trainer.log_dir
-    if report is not None and folder is not None and trainer.is_global_zero and Path(folder).is_dir():
-        with whole(Path(folder) / SURGERY) as part:
-            part.write_text(report.lines())
+    if report is None or not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers[:1]:  # trainer.log_dir would ask the other processes
+        folder = Path(getattr(logger, "log_dir", None) or logger.save_dir or ".")
+        if folder.is_dir():
+            with whole(folder / SURGERY) as part:
+                part.write_text(report.lines())
 
 
 def _validated_rows(trainer: L.Trainer) -> int | None:

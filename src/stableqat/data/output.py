@@ -153,6 +153,14 @@ class Output:
             self.part.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.part / ".lock", "w")  # noqa: SIM115 - locked as long as it is open
         try:
+            self._begin()
+        except BaseException:
+            self._lock.close()  # the error's traceback would keep it locked
+            raise
+
+    def _begin(self) -> None:
+        assert self._lock is not None
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{self.part} is being written by another process") from error
@@ -160,7 +168,7 @@ class Output:
             self._compare(begun, self.part, "delete it or give another --out")
         with self._writing():
             if not begun:
-                self.save(_REQUEST, {"kind": kind, "request": request})
+                self.save(_REQUEST, {"kind": self.kind, "request": self.request})
             if (self.part / MANIFEST).is_file():  # killed in the last moment
                 self._publish()
                 self.done = True

@@ -41,8 +41,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         known = type(config)().to_dict()
         keys = {k: v for k, v in config.to_dict().items() if k in known}
         resolve_config(keys, None)  # refuses what is no language model of ours
-    except UserError:
-        raise
+    except UserError as error:
+        said = str(error).removeprefix("checkpoint: ").removeprefix(f"{folder}: ")
+        raise UserError(f"{folder}/config.json: {said.removeprefix('model.config.')}") from error
     except Exception as error:  # transformers checks keys with several types of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}/config.json: no configuration of a model: {reason}") from error
@@ -84,14 +85,6 @@ def check_sizes(config: dict[str, Any], state: dict[str, Tensor], source: str) -
             raise UserError(
                 f"{source}/config.json: {key} is {said!s:.40}, but the weights have {found}; get both again"
             )
-    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
-    if heads % shared:
-        raise UserError(
-            f"{source}/config.json: num_key_value_heads {shared} does not divide num_attention_heads "
-            f"{heads}; correct it"
-        )
-    if config["max_position_embeddings"] < 1:
-        raise UserError(f"{source}/config.json: max_position_embeddings must be at least 1; correct it")
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:

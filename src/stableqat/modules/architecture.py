@@ -94,7 +94,7 @@ def pretrained_config(key: str, source: str) -> Any:
     except Exception as error:  # transformers validates with several exception types of its own
         if Path(source).exists():
             told = first_line(error) if isinstance(error, OSError | ValueError) else str(error)
-            reason = f"is a folder without a readable config.json ({' '.join(told.split())[:200]})"
+            reason = f"has no usable config.json ({' '.join(told.split())[:200]})"
         else:
             reason = hub_refusal(source, error) or (
                 f"is neither here nor to be had from the hub ({first_line(error)})"
