@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import Namespace
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -109,6 +110,40 @@ def test_a_model_folder_brings_its_tokenizer(model_type, at, capsys):
     assert trained_with(f"from-{model_type}") == tokenizer_hash(load_tokenizer(model_type))
     kept = yaml.safe_load(Path(f"logs/from-{model_type}/config.yaml").read_text())
     assert kept["data"]["init_args"]["tokenizer"] == model_type
+
+
+LEFTOVERS = {
+    "llama": {
+        "unsloth_version": "2025.1",
+        "nested": {"a": [1]},
+        "rope_theta": 5e5,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen3": {"auto_map": {"AutoConfig": "theirs.Config"}, "max_window_layers": 0, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("model_type", LEFTOVERS)
+def test_a_run_of_a_folder_with_keys_of_others_is_resumed_evaluated_and_exported(model_type, at, tmp_path):
+    folder = shutil.copytree(model_type, tmp_path / "start")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters")
+    (folder / "config.json").write_text(json.dumps(config | LEFTOVERS[model_type]))
+    version = f"leftovers-{model_type}"
+    quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
+    assert call(version, init_from=str(folder), quantizer=quantizer) == 0
+    shutil.rmtree(folder)
+    on = ["--ckpt_path", "last", "--trainer.max_steps", 2]
+    assert call(version, *on, init_from=str(folder), quantizer=quantizer) == 0
+    assert main(["evaluate", f"logs/{version}", "--out", str(tmp_path / "found.json")]) == 0
+    assert main(["export", f"logs/{version}", "--format", "hf", "--out", str(tmp_path / "out")]) == 0
+    module = LlamaModule.load_from_checkpoint(f"logs/{version}/checkpoints/last.ckpt")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected, found = module.eval()(ids), exported(ids).logits
+    assert module.config.rope_parameters["rope_theta"] == LEFTOVERS[model_type].get("rope_theta", 10_000)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("part", ["", "/checkpoints/last.ckpt"])

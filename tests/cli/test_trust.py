@@ -144,7 +144,10 @@ def test_no_field_of_a_checkpoint_is_built(family, payload, saved, here):
 VERBS = {
     "evaluate": ["evaluate", "run"],
     "export": ["export", "run", "--format", "hf", "--out", "out"],
-    "validate": ["validate", "-c", "llama.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"],
+    **{
+        verb: [verb, "-c", "llama.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
+        for verb in ("validate", "test", "predict")
+    },
     "fit on": ["fit", "-c", "llama.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"],
     "fit from": ["fit", "-c", "llama.yaml", "--model.init_from", "run/checkpoints/last.ckpt"],
 }
@@ -174,6 +177,22 @@ def test_no_verb_builds_what_a_checkpoint_names(family, verb, saved, here, capsy
         assert path in line
         assert f"hyper_parameters: {'.'.join(place)}" in line
         assert PAYLOADS[payload]["class_path"] in line
+
+
+def test_no_teacher_is_built_of_what_a_checkpoint_names(saved, here, capsys):
+    path = write(
+        {
+            **saved["llama"],
+            "hyper_parameters": plant(
+                saved["llama"]["hyper_parameters"], ("quantizer",), PAYLOADS["a module beside the file"]
+            ),
+        },
+        "llama",
+    )
+    taught = ["--model.teacher.source", path, "--model.teacher.weight", "1"]
+    assert main(["fit", "-c", "llama.yaml", *taught]) == 2
+    assert "teacher.source: run/checkpoints/last.ckpt: hyper_parameters: quantizer" in capsys.readouterr().err
+    assert not Path("marker").exists()
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])

@@ -28,7 +28,7 @@ def check(packed: PackedModel) -> None:
     if packed.family == "vit":
         raise UserError(
             "compressed-tensors: its loaders read transformers language models, not timm's vision "
-            "transformers; take onnx (packed) or hf (baked)"
+            "transformers; take onnx (packed) or hf (plain)"
         )
     for name, weight in packed.layers.items():
         if isinstance(packed.model.get_submodule(name), torch.nn.Embedding):

@@ -30,7 +30,7 @@ def check(packed: PackedModel) -> None:
     if packed.family not in ("llama", "qwen3"):
         raise UserError(
             "gguf: llama.cpp has no architecture for timm's vision transformers; take onnx (packed) or hf "
-            "(baked)"
+            "(plain)"
         )
     if packed.scale_dtype != torch.float16:
         raise UserError(

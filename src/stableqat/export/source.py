@@ -7,6 +7,7 @@ A folder that `convert(model).save_pretrained` made brings its tokenizer, if it 
 
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def load_source(source: str, tokenizer: str | None) -> Source:
             found = load_tokenizer_of(path, module.model, tokenizer)
     record = read.get("callbacks", {}).get("RunRecord")
     val_loss = record.get("hp/val_loss") if isinstance(record, dict) else None
+    if val_loss is not None and not isfinite(val_loss):  # it never validated
+        val_loss = None
     step = int(read.get("global_step", 0))
     images = images_of(path)
     return Source(module, path, module.describe(), step, batch, batch_of, found, val_loss, images, classes)

@@ -28,7 +28,7 @@ def check(packed: PackedModel) -> None:
     if packed.family == "vit":
         raise UserError(
             "torchao: transformers loads its language models, nothing loads timm's vision transformers; take "
-            "onnx (packed) or hf (baked)"
+            "onnx (packed) or hf (plain)"
         )
 
 
