@@ -181,7 +181,7 @@ class ViTModule(QATModule):
             if given is not None and value is not None and given != value:
                 name = "img_size" if key == "image_size" else key
                 raise UserError(
-                    f"model.model_args.{name}: the model takes {value}, the data has {key} {given}; set either, "
+                    f"model.model_args.{name}: the model takes {value}, the data has {key} {given}; set it, "
                     "or leave the architecture to model_name with --model.model_args null"
                 )
 
