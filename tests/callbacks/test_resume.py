@@ -8,6 +8,7 @@ from contextlib import suppress
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import tiny
@@ -188,6 +189,41 @@ def test_a_moved_run_knows_its_best(tmp_path):
     assert (checkpoints / "best.ckpt").read_bytes() == good
     run(tmp_path / "elsewhere", checkpoints / "last.ckpt", val_check_interval=2, max_steps=8)
     assert (tmp_path / "elsewhere" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_no_path_in_a_checkpoint_is_removed(theirs, tmp_path):
+    """Lightning's callbacks remove the checkpoint that a new one replaces, by the name in their state."""
+
+    def go(ckpt_path, steps):
+        mine = [BestCheckpoint(), LastCheckpoint(2)]
+        plain = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=2)
+        trainer = tiny.trainer(
+            default_root_dir=folder,
+            enable_checkpointing=True,
+            max_steps=steps,
+            val_check_interval=2,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1,
+            callbacks=[*mine, plain] if theirs else mine,
+        )
+        data = Data(batch_size=4, seed=0)
+        trainer.fit(tiny.configured("llama"), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    go(None, 2)
+    victim.mkdir()
+    (victim / "kept").touch()
+    state = torch.load(last(folder), weights_only=True)
+    path = str(folder / "checkpoints" / ".." / ".." / "victim")
+    for name, callback in state["callbacks"].items():
+        if "Checkpoint" in name:
+            callback |= {"best_model_path": path, "kth_best_model_path": path, "best_model_score": None}
+            callback["best_k_models"] = {path: torch.tensor(99.0)}
+    torch.save(state, last(folder))
+    go(last(folder), 6)
+    assert (victim / "kept").exists()
+    assert processed(last(folder)) == 6
 
 
 def test_another_batch_size_after_an_epochs_end(tmp_path):

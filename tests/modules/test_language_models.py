@@ -80,6 +80,8 @@ IMPOSSIBLE = {
     "vocab_size": (0, "vocab_size: must be from 1"),
     "attention_dropout": (5, "attention_dropout"),
     "hidden_act": ("sillu", "hidden_act: sillu is unknown; did you mean silu?"),
+    "pad_token_id": (64, "pad_token_id: 64 is none of the 64 tokens"),
+    "rope_parameters": ({"rope_type": "nope", "rope_theta": 1.0}, "rope_type"),
     "num_key_value_heads": (3, "num_key_value_heads: 3 does not divide num_attention_heads 4"),
     "model_type": ("mistral", "model_type: 'mistral' is not supported; choose llama or qwen3"),
     "quantization_config": ({"quant_method": "gptq"}, "is quantized already"),

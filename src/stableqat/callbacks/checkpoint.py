@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.callbacks.divergence import DivergenceGuard
@@ -151,11 +152,12 @@ class BestCheckpoint(_GuardedCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know the best of the run's folder again, by whatever name that goes now."""
         folder, resumed = Path(str(self.dirpath)), Path(str(self._trainer.ckpt_path))
-        if resumed.parent.resolve() == folder.resolve() and state_dict["best_model_path"]:
-            best, score = str(folder / f"{self.filename}.ckpt"), state_dict["best_model_score"]
-            state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": best}
-            state_dict |= {"kth_best_model_path": best, "best_k_models": {best: score}}
-        super().load_state_dict(state_dict)
+        score = state_dict.get("best_model_score")
+        if resumed.parent.resolve() == folder.resolve() and isinstance(score, Tensor) and score.numel() == 1:
+            best = str(folder / f"{self.filename}.ckpt")
+            self.best_model_path = self.kth_best_model_path = best
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {best: score}
 
 
 class LastCheckpoint(_GuardedCheckpoint):
@@ -178,6 +180,9 @@ class LastCheckpoint(_GuardedCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing: Lightning removes what a checkpoint says was saved before it."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final state, unless the last save was at this very step, or nothing is to be saved."""

@@ -230,9 +230,21 @@ def _pretrained(source: str, tokenizer: Any, about: str) -> Subject:
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",  # the folder's own may name a kernel of the hub
             )
-    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise UserError(f"{source}: transformers cannot load it: {first_line(error)}") from error
     model, info = loaded
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:

@@ -226,6 +226,7 @@ def _check_sizes(keys: Any, where: str) -> None:
 def _check(config: Any, where: str) -> None:
     """Refuse what transformers takes and cannot build or train."""
     from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
@@ -237,6 +238,12 @@ def _check(config: Any, where: str) -> None:
         near = difflib.get_close_matches(config.hidden_act, ACT2FN, 1)
         hint = f"did you mean {near[0]}?" if near else "take silu, as Llama has"
         raise UserError(f"{where}hidden_act: {config.hidden_act} is unknown; {hint}")
+    if (pad := config.pad_token_id) is not None and not -1 <= pad < config.vocab_size:
+        raise UserError(f"{where}pad_token_id: {pad} is none of the {config.vocab_size} tokens; leave it out")
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope not in (known := ("default", *ROPE_INIT_FUNCTIONS)):
+        raise UserError(f"{where}rope_parameters.rope_type: {rope} is unknown; choose {', '.join(known)}")
+    config.return_dict = True
     if not 0 <= config.attention_dropout < 1:
         raise UserError(f"{where}attention_dropout: must lie in [0, 1), not {config.attention_dropout}")
 

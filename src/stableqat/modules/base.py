@@ -326,6 +326,21 @@ class QATModule(L.LightningModule, ABC):
         module.load_state_dict(read["state_dict"], strict=strict)
         return module if map_location is None else module.to(map_location)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take no path that leads elsewhere: a `ModelCheckpoint` removes the file that it replaces."""
+        states = checkpoint.get("callbacks")
+        for state in states.values() if isinstance(states, dict) else ():
+            paths = {
+                "best_model_path": "",
+                "kth_best_model_path": "",
+                "last_model_path": "",
+                "best_k_models": {},
+            }
+            if isinstance(state, dict) and "best_model_path" in state:
+                named = [*(state.get("best_k_models") or {}), *(state.get(key) or "" for key in paths)]
+                if any("://" in str(path) or ".." in Path(str(path)).parts for path in named):
+                    state.update(paths)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint enough by itself: no way back to `init_from`, optimizer states under names.
 

@@ -110,11 +110,16 @@ class ViTModule(QATModule):
         """See `QATModule.build_model`."""
         import timm
 
+        if ":" in self.model_name:
+            raise UserError(
+                f"model.model_name: {self.model_name} is a place, not a name of timm's; give the place as "
+                "model.init_from and the architecture's name here"
+            )
         try:
             model = timm.create_model(
                 self.model_name, pretrained=False, num_classes=self.num_classes, **self.model_args
             )
-        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, OSError) as error:
             known = timm.list_models(["vit_*", "deit*"])
             near = difflib.get_close_matches(self.model_name, known, 1, cutoff=0.4)
             if near and near[0] != self.model_name:
