@@ -133,6 +133,16 @@ def test_a_folder_of_timm_brings_its_preprocessing_size_and_weights(run, at, tmp
         )
 
 
+def test_a_run_is_evaluated_on_all_images_of_a_source(run, at, tmp_path, capsys):
+    """Its share of validation is of its own images, not of others that --data names."""
+    copy, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree("pictures", tmp_path / "other")
+    count = len(list(other.rglob("*.png")))
+    shutil.copytree(other, tmp_path / "named" / "test")
+    for name, told in (("other", "all"), ("named", "test")):
+        assert main(["evaluate", str(copy), "--data", str(tmp_path / name), "--device", "cpu"]) == 0
+        assert f"{name}: {told}; {count} images" in capsys.readouterr().out
+
+
 def test_each_model_is_evaluated_on_images_prepared_for_it(run, at, tmp_path):
     """A folder beside a run is not measured with the run's preprocessing."""
     timm_folder(tmp_path / "two", classes=2)

@@ -216,12 +216,16 @@ def validated_rows(read: dict[str, Any]) -> int | None:
 
 def images_of(checkpoint: Path) -> dict[str, Any] | None:
     """How the run that a checkpoint lies in resizes and normalises images; None if it has none."""
+    kept = image_arguments_of(checkpoint)
+    return None if kept is None else data.ImageDataModule.evaluation_settings(kept)
+
+
+def image_arguments_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The arguments of the images of the run that a checkpoint lies in; None if it has none."""
     settings = _settings(checkpoint, "data")
     if not str(settings.get("class_path")).endswith("ImageDataModule"):
         return None
-    run = run_of(checkpoint)
-    kept = arguments(data.ImageDataModule, settings["init_args"], f"{run}/config.yaml: data")
-    return data.ImageDataModule.evaluation_settings(kept)
+    return arguments(data.ImageDataModule, settings["init_args"], f"{run_of(checkpoint)}/config.yaml: data")
 
 
 def image_size_of(checkpoint: Path) -> int | None:

@@ -158,6 +158,9 @@ def test_folders_are_checked_before_anything_is_read(tmp_path):
     write(tmp_path, "train-0.txt", "text")
     with pytest.raises(UserError, match=r"mixes file formats \(.jsonl, .txt\)"):
         TextDataModule(str(tmp_path))
+    write(tmp_path, "images/test-0.parquet", "")
+    with pytest.raises(UserError, match=r"no training file in .*: name files train\*"):
+        ImageDataModule(str(tmp_path / "images"))
 
 
 def pieces(content, size=1000):
@@ -455,6 +458,11 @@ def test_a_hub_data_set_without_a_train_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"test": None, "dev": None})
     with pytest.raises(UserError, match=r"someone/thing has no train split \(it has test, dev\)"):
         source.load_splits("someone/thing", None, formats=TEXT_FORMATS, cache_dir=None)
+    options = {"formats": TEXT_FORMATS, "cache_dir": None, "training": False}
+    assert source.load_splits("someone/thing", None, **options).keys() == {"test", "validation"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"extra": None})
+    with pytest.raises(UserError, match=r"has no train, validation or test split \(it has extra\)"):
+        source.load_splits("someone/thing", None, **options)
 
 
 @pytest.mark.parametrize(

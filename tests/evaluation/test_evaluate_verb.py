@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import words
 from stableqat.analysis.events import find_runs, read_run
 from stableqat.cli import main
 from stableqat.data.tokenizer import train_bpe
@@ -106,6 +107,20 @@ def test_texts_of_any_kind(run, place, tmp_path):
     assert two.keys() == {"further.txt", "train"}
     assert two["further.txt"]["loss"] > strided["loss"] - 1
     assert two["train"]["tokens"] > two["further.txt"]["tokens"] > 0
+
+
+def test_splits_that_are_there(run, tmp_path, refused, capsys):
+    """A folder needs no training files to be evaluated on."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    copy = shutil.copytree(run, tmp_path / "run")
+    for split in ("test", "validation"):
+        words.write_text(folder / f"{split}-00000-of-00001.jsonl")
+        options = ["--data", folder, "--block_size", 16]
+        for more, told in (([], "test"), (["--split", split], split)):
+            assert call(copy, *options, *more) == 0
+            assert f"texts: {told}, documents each ended by EOS" in capsys.readouterr().out
+    assert "has no train (it has " in refused(copy, *options, "--split", "train")
 
 
 def test_sources_of_the_same_name(run, tmp_path, capsys):

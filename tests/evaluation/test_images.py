@@ -91,7 +91,9 @@ def folders(tmp_path):
     return tmp_path / "images"
 
 
-def test_an_image_folder(folders, tmp_path, capsys):
+@pytest.fixture
+def timm_folder(tmp_path):
+    """A folder of timm, of a model of two classes, and the model."""
     import timm
     from safetensors.torch import save_model
 
@@ -105,21 +107,28 @@ def test_an_image_folder(folders, tmp_path, capsys):
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 2, "model_args": arguments}
     config["pretrained_cfg"] = {**pretrained, "classifier": "head"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    for split, count in (("validation", 2), ("train", 18)):
-        out = tmp_path / f"{split}.json"
-        assert call(tmp_path / "model", "--data", folders, "--split", split, "--out", out) == 0
-        told = json.loads(out.read_text())["sources"][0]["images"]["images"]
-        assert told["images"] == count
-        assert told["classes"] == ["class0", "class1"]
+    return tmp_path / "model", model
+
+
+def test_an_image_folder(timm_folder, folders, tmp_path, capsys):
+    import timm
+
+    place, model = timm_folder
+    assert call(place, "--data", folders, "--out", tmp_path / "one.json") == 0
+    told = json.loads((tmp_path / "one.json").read_text())["sources"][0]["images"]["images"]
+    assert (told["images"], told["split"]) == (20, "all")
+    assert told["classes"] == ["class0", "class1"]
     assert "top1/images" in capsys.readouterr().out
+    assert call(place, "--data", folders, "--split", "validation") == 2
+    assert "split: the images have no validation (they have train)" in capsys.readouterr().err
     other = shutil.copytree(folders, tmp_path / "other" / "images")
-    assert call(tmp_path / "model", "--data", folders, other, "--out", tmp_path / "two.json") == 0
+    assert call(place, "--data", folders, other, "--out", tmp_path / "two.json") == 0
     two = json.loads((tmp_path / "two.json").read_text())["sources"][0]["images"]
     assert {name: each["data"] for name, each in two.items()} == {
         f"{tmp_path.name}/images": str(folders),
         "other/images": str(other),
     }
-    # `told` is of the images that training takes, prepared as timm itself does for the model
+    # `told` is of images prepared as timm itself does for the model
     prepare = timm.data.create_transform((3, 8, 8), crop_pct=0.6, interpolation="bilinear",
                                          mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))  # fmt: skip
     losses = []
@@ -129,8 +138,37 @@ def test_an_image_folder(folders, tmp_path, capsys):
                 images = prepare(image)[None]
             with torch.no_grad():
                 losses.append(F.cross_entropy(model.eval()(images), torch.tensor([label])).item())
-    held = held_out(np.repeat([0, 1], 10), 0.1)
-    assert told["loss"] == pytest.approx(np.mean(np.array(losses)[~held]), rel=1e-5)
+    assert told["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def parquet(file, count):
+    """Images of two classes, told by numbers, in a parquet file."""
+    from datasets import Dataset, Features, Image, Value
+
+    pixels = [np.full((8, 8, 3), 9 * number, np.uint8) for number in range(count)]
+    labels = [number % 2 for number in range(count)]
+    features = Features({"image": Image(), "label": Value("int64")})
+    file.parent.mkdir(exist_ok=True)
+    Dataset.from_dict({"image": pixels, "label": labels}, features=features).to_parquet(file)
+
+
+def test_splits_that_are_there(timm_folder, tmp_path, capsys):
+    """A folder needs no training files to be evaluated on; a file that names no split is taken whole."""
+    parquet(tmp_path / "one" / "test-00000-of-00001.parquet", 12)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    parquet(tmp_path / "two" / "val-0.parquet", 7)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for data, split, told in (
+        (one, None, "one: test; 12 images"),
+        (one, "test", "one: test; 12 images"),
+        (one / "test-00000-of-00001.parquet", None, ".parquet: all; 12 images"),
+        (two, None, "two: test; 12 images"),
+        (two, "validation", "two: validation; 7 images"),
+    ):
+        assert call(timm_folder[0], "--data", data, *([] if split is None else ["--split", split])) == 0
+        assert told in capsys.readouterr().out
+    assert call(timm_folder[0], "--data", two, "--split", "train") == 2
+    assert "split: the images have no train (they have " in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
@@ -140,6 +178,9 @@ def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
 
     line = refused(vit, "--data", folders)
     assert "data: images of 8 pixels and 3 channels, the model takes 8 and 1" in line
+    (tmp_path / "empty").mkdir()
+    line = refused(vit, "--data", tmp_path / "empty")
+    assert line.startswith(f"stableqat: no data file in {tmp_path / 'empty'}: expected")
     assert "the images have no test (they have train, validation)" in refused(vit, "--split", "test")
     pytest.importorskip("lm_eval")
     (tmp_path / "one.yaml").write_text("task: one\n")

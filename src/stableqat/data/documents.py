@@ -62,6 +62,7 @@ class Documents:
         text_column: the column that holds the text.
         validation_fraction: share of the documents held out, whole, where there is no validation split.
         cache_dir: where prepared data is kept; None takes the default folder of `datasets`.
+        training: there must be a train split.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Documents:
         text_column: str,
         validation_fraction: float,
         cache_dir: str | None,
+        training: bool = True,
     ):
         self.source, self.name, self.text_column = source, name, text_column
-        self.validation_fraction, self.cache_dir = validation_fraction, cache_dir
+        self.validation_fraction, self.cache_dir, self.training = validation_fraction, cache_dir, training
 
     @cached_property
     def splits(self) -> dict[str, "Dataset"]:
@@ -84,6 +86,7 @@ class Documents:
             self.name,
             formats=TEXT_FORMATS,
             cache_dir=self.cache_dir,
+            training=self.training,
             text={"sample_by": "document"},
         )
         for rows in splits.values():

@@ -8,7 +8,7 @@ and wherever it resumes. Where a source has no validation split, every k-th imag
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -163,6 +163,8 @@ class ImageDataModule(DataModule):
         UserError: a value out of range, a missing, empty or cut-short file.
     """
 
+    training: ClassVar[bool] = True  # needs a train split, and holds out a share where none validates
+
     def __init__(
         self,
         source: str | None = None,
@@ -208,8 +210,8 @@ class ImageDataModule(DataModule):
                 raise UserError(f"{key} {probability} must lie between 0 and 1")
         if std is not None and min(std) <= 0:
             raise UserError(f"std {list(std)} must be positive")
-        if source is not None:
-            local_files(source, IMAGE_FORMATS)
+        local = None if source is None else local_files(source, IMAGE_FORMATS, training=self.training)
+        self._builder = None if local is None else local[0]
         self.source = source
         self.name = name
         self.image_column = image_column
@@ -270,8 +272,9 @@ class ImageDataModule(DataModule):
         from datasets import ClassLabel, Image
 
         assert self.source is not None
-        splits = load_splits(self.source, self.name, formats=IMAGE_FORMATS, cache_dir=self.cache_dir)
-        features = splits["train"].features
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "training": self.training}
+        splits = load_splits(self.source, self.name, formats=IMAGE_FORMATS, **options)
+        features = next(iter(splits.values())).features
         columns = ", ".join(features)
 
         def find(column: str | None, what: str, fits: Callable[[str], bool]) -> str:
@@ -292,8 +295,7 @@ class ImageDataModule(DataModule):
         if not holds_images(self.image_column):
             raise UserError(f"column {self.image_column} of {self.source} holds no images: set image_column")
         labelled = any(isinstance(feature, ClassLabel) for feature in features.values())
-        local = None if labelled or "label" in features else local_files(self.source, IMAGE_FORMATS)
-        if local is not None and local[0] == "imagefolder":
+        if not (labelled or "label" in features) and self._builder == "imagefolder":
             raise UserError(
                 f"{self.source} has images outside of the folders of their classes, or one class only: put "
                 "each into the folder of its class, such as cat/1.png and dog/2.png, all equally deep"
@@ -314,13 +316,13 @@ class ImageDataModule(DataModule):
 
         if self.source is None:
             return [str(digit) for digit in range(10)]
-        train = self._images["train"]
-        feature = train.features[self.label_column]
+        known = [self._images["train"]] if "train" in self._images else list(self._images.values())
+        feature = known[0].features[self.label_column]
         if isinstance(feature, ClassLabel):
             return list(feature.names)
         dtype = getattr(feature, "dtype", "")
         if "int" in dtype or dtype in ("bool", "string", "large_string"):
-            values = set(train.unique(self.label_column))
+            values = set().union(*(rows.unique(self.label_column) for rows in known))
             if all(isinstance(value, str) for value in values):
                 return sorted(values)
             if None not in values and min(values) >= 0:
@@ -372,7 +374,7 @@ class ImageDataModule(DataModule):
             }
 
         labels = {split: self._labels(split) for split in self._images}
-        for split in labels:
+        for split in labels if "train" in labels else ():
             if unseen := set(labels[split].tolist()) - set(labels["train"].tolist()):
                 names = ", ".join(self.class_names[label] for label in sorted(unseen)[:10])
                 log.warning(
@@ -380,7 +382,7 @@ class ImageDataModule(DataModule):
                 )
         # Split -> the split of the source it comes from, and its rows there.
         chosen = {split: (split, np.arange(len(labels[split]))) for split in labels}
-        if "validation" not in labels:
+        if self.training and "validation" not in labels:
             held = held_out(labels["train"], self.validation_fraction)
             if not held.any():
                 raise UserError(

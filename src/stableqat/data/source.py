@@ -56,12 +56,15 @@ def _split(path: Path) -> str | None:
     return SPLITS[match[1]] if match else None
 
 
-def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, list[Path]]] | None:
+def local_files(
+    source: str, formats: dict[str, str], *, training: bool = True
+) -> tuple[str, dict[str, list[Path]]] | None:
     """Return the builder and the files a split of a local source, or None for the name of a hub data set.
 
     Args:
         source: path of a file or a folder, or a hub name.
         formats: file suffix -> builder.
+        training: a folder that names splits must name train among them.
 
     Raises:
         UserError: nothing there, no file of these formats, several formats, an empty or cut-short file.
@@ -89,7 +92,7 @@ def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, li
             log.info("%s: %d files belong to no split and are left out", source, len(unnamed))
         if not found:
             raise UserError(f"no data file in {source}: expected {', '.join(sorted(formats))}")
-        if "train" not in splits:
+        if training and "train" not in splits:
             raise UserError(f"no training file in {source}: name files train*, validation*, test*")
     elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and file_format(path) not in formats:
         return None
@@ -107,7 +110,13 @@ def local_files(source: str, formats: dict[str, str]) -> tuple[str, dict[str, li
 
 
 def load_splits(
-    source: str, name: str | None, *, formats: dict[str, str], cache_dir: str | None, **options: Any
+    source: str,
+    name: str | None,
+    *,
+    formats: dict[str, str],
+    cache_dir: str | None,
+    training: bool = True,
+    **options: Any,
 ) -> dict[str, "Dataset"]:
     """Return the splits of a source, prepared by `datasets` and mapped from its cache.
 
@@ -116,6 +125,7 @@ def load_splits(
         name: configuration of a hub data set.
         formats: file suffix -> builder.
         cache_dir: where `datasets` keeps prepared data; None takes its own default.
+        training: train must be among the splits.
         **options: builder name -> that builder's arguments.
 
     Raises:
@@ -123,7 +133,7 @@ def load_splits(
     """
     import datasets
 
-    local = local_files(source, formats)
+    local = local_files(source, formats, training=training)
     if local is None:
         try:
             with caching(cache_dir):
@@ -136,10 +146,9 @@ def load_splits(
                 f"{source} is neither a local file or folder nor a data set that the hub gives: {reason}"
             ) from error
         splits = {SPLITS[key]: rows for key, rows in found.items() if key in SPLITS}
-        if "train" not in splits:
-            raise UserError(
-                f"{source} has no train split (it has {', '.join(found)}): choose another data set"
-            )
+        if not splits or (training and "train" not in splits):
+            wanted = "train split" if training else "train, validation or test split"
+            raise UserError(f"{source} has no {wanted} (it has {', '.join(found)}): choose another data set")
         return splits
 
     kind, files = local
@@ -248,7 +257,7 @@ def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError
 
 def find_fault(source: str, formats: dict[str, str]) -> str | None:
     """Return what is wrong with the first broken file of a source, or None where nothing is found."""
-    if (local := local_files(source, formats)) is None:
+    if (local := local_files(source, formats, training=False)) is None:
         return None
     faults = (find_damage(path, local[0]) for paths in local[1].values() for path in paths)
     return next((fault for fault in faults if fault), None)

@@ -48,9 +48,9 @@ def evaluate(
             with tasks, a model that it does not fit does without.
         data_name: Configuration of a hub data set.
         text_column: Column of data that holds the text.
-        split: Split of data. If not given, test, or validation; a text that has neither is taken whole, of
-            images a share of each class is held out. A run's is validation, of which only the rows are taken
-            that it validated on itself (trainer.limit_val_batches); a split that is named is taken whole.
+        split: Split of data. If not given, test, or validation; data that has neither is taken whole. A run's
+            is validation, of which only the rows are taken that it validated on itself
+            (trainer.limit_val_batches); a split that is named is taken whole.
         documents: How a text's documents follow one another: each ended by EOS, as in training, or joined by
             blank lines and encoded as one text, as published WikiText figures have it.
         block_size: Tokens of a block; if not given, those of the run's rows, or 2048 or as many as the model

@@ -1,7 +1,7 @@
 """Top-1, top-5 and the confusion matrix of a vision transformer on any image source.
 
-Images go through evaluation's resize and centre crop. A source without validation and test splits holds out
-a share of each class, as in training.
+Images go through evaluation's resize and centre crop. A source without validation and test splits is taken
+whole; of a run's own images, the share of each class that it held out.
 """
 
 from typing import Any
@@ -17,6 +17,12 @@ from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
 from stableqat.modules.evaluation import MeanLoss
 from stableqat.modules.vit import image_size
+
+
+class EvaluationImages(ImageDataModule):
+    """Images of which none are trained on: each split as it is there."""
+
+    training = False
 
 
 @torch.no_grad()
@@ -35,7 +41,7 @@ def classify(
     Args:
         model: Vision transformer of timm, in evaluation mode.
         datamodule: Its images.
-        split: Split to take; None takes test or, where there is none, validation.
+        split: Split to take; None takes test or validation, or all of a source that has neither.
         rows: Take the first so many of its images; None takes all.
         batch_size: Images a forward.
         device: Where the model is.
@@ -50,7 +56,7 @@ def classify(
     """
     _check(model, datamodule)
     splits = datamodule.splits
-    found = split or ("test" if "test" in splits else "validation")
+    found = split or next(each for each in ("test", "validation", "train") if each in splits)
     if found not in splits:
         raise UserError(f"split: the images have no {found} (they have {', '.join(splits)})")
     images, classes = splits[found], datamodule.num_classes
@@ -77,7 +83,7 @@ def classify(
         "top5": values["top5"].item(),
         "loss": loss.compute()["loss"].item(),
         "images": int(values["confusion"].sum()),
-        "split": part_of(found, count, len(images)),
+        "split": part_of(found if splits.keys() - {"train"} else "all", count, len(images)),
         "classes": datamodule.class_names,
         "confusion": values["confusion"].tolist(),
     }

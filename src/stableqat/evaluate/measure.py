@@ -11,14 +11,14 @@ from stableqat.data.tokenizer import tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.evaluate import text
 from stableqat.evaluate.harness import run_tasks, scores
-from stableqat.evaluate.images import classify, part_of
+from stableqat.evaluate.images import EvaluationImages, classify, part_of
 from stableqat.evaluate.perplexity import Windows, blocks, perplexity, strided
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.quiet import quiet
 from stableqat.evaluate.subject import Subject, is_run
 from stableqat.evaluate.undisturbed import undisturbed
 from stableqat.modules.start import read_checkpoint
-from stableqat.trained import data_of, find_trained, validated_rows
+from stableqat.trained import data_of, find_trained, image_arguments_of, validated_rows
 
 MOST_TOKENS = 2048  # of a block, where neither a user nor a run says
 
@@ -172,11 +172,10 @@ def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) ->
             datamodule = _of_run(source, ImageDataModule)
             if datamodule.source is not None:  # the digits are as they are
                 datamodule = _of_run(source, ImageDataModule, **own)
-        elif plan.home is not None:
-            changes = {"source": source, "name": plan.data_name, "image_column": None, "label_column": None}
-            datamodule = _of_run(plan.home, ImageDataModule, **changes, **own)
         else:
-            datamodule = ImageDataModule(source, name=plan.data_name, **own)
+            home = None if plan.home is None else image_arguments_of(find_trained(plan.home))
+            changes = {"source": source, "name": plan.data_name, "image_column": None, "label_column": None}
+            datamodule = EvaluationImages(**{**(home or {}), **changes, **own})
         with share.first_alone():
             datamodule.prepare_data()
         datamodules[source] = datamodule

@@ -74,7 +74,7 @@ def read_text(
         block_size: Tokens a row.
         name: Configuration of a hub data set.
         text_column: Column that holds the text.
-        split: Split to take; None takes test, or validation, or all of a source that has neither.
+        split: Split to take; None takes test or validation, or all of a source that has neither.
         documents: How documents are joined.
 
     Raises:
@@ -93,7 +93,12 @@ def read_text(
         tokens, how = splits[found], "each ended by EOS"
     else:
         texts = Documents(
-            source, name=name, text_column=text_column, validation_fraction=0.05, cache_dir=None
+            source,
+            name=name,
+            text_column=text_column,
+            validation_fraction=0.05,
+            cache_dir=None,
+            training=False,
         ).splits
         found = _pick(source, split, list(texts))
         column = (text or "" for batch in texts[found].iter(1000) for text in batch[text_column])
