@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from stableqat.modules import QATModule
 from stableqat.modules.base import LARGEST
 from stableqat.modules.sharded import is_sharded
 from stableqat.modules.start import check_sums, last_checkpoints, read_checkpoint, read_rest
+from stableqat.trust import walk, words
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,38 @@ def check_trainer(trainer: Namespace) -> None:
         raise UserError(
             f"trainer.devices: {number} processes, but this machine has {available} {what}; ask for fewer"
         )
+
+
+def check_tasks(settings: Namespace, arguments: Sequence[str]) -> None:
+    """Task files name Python that is run: only the user's word, which no file is, lets `Evaluate` read them.
+
+    Args:
+        settings: Of the verb.
+        arguments: The command line.
+
+    Raises:
+        UserError: Naming the key.
+    """
+    said = {(key.rpartition(".")[2], value) for key, value in words(arguments) if isinstance(value, str)}
+    values = settings.as_dict()
+    blocks = {"evaluate": values["evaluate"], "trainer": {"callbacks": values["trainer"]["callbacks"]}}
+    for key, value in walk(blocks, "fit"):
+        last = key.rpartition(".")[2]
+        if last not in ("tasks", "tasks_path") or not isinstance(value, str) or (last, value) in said:
+            continue
+        files = [value] if last == "tasks_path" else filter(_is_file, map(str.strip, value.split(",")))
+        if file := next(iter(files), None):
+            flag = key.strip(".").replace(".init_args", "")
+            raise UserError(
+                f"{flag}: task files name Python that is run, and only the command line, not a configuration "
+                f"or a study, may name {file}; if you trust it, add --{flag} {value}"
+            )
+
+
+def _is_file(task: str) -> bool:
+    """Whether a task is a file, or may be one by the time that it is read."""
+    path = Path(task)
+    return path.is_file() or path.name != task or path.suffix in (".yaml", ".yml")
 
 
 def check_optimizer(model: QATModule, trainer: L.Trainer) -> None:

@@ -85,7 +85,7 @@ class QATCommand(LightningCLI):
     """LightningCLI in subclass mode with the suite's callbacks, logger and checks."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._verb = arguments[0]
+        self._verb, self._arguments = arguments[0], arguments
         # a strategy of several processes starts the others with the command line that it finds here
         argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
         try:
@@ -162,6 +162,8 @@ class QATCommand(LightningCLI):
         checks.check_groups(settings, ["trainer", *self._parser(self._verb).callback_keys])
         checks.check_seed(settings.seed_everything)
         checks.check_trainer(settings.trainer)
+        if self._verb == "fit":
+            checks.check_tasks(settings, self._arguments)
 
     def before_instantiate_classes(self) -> None:
         """Let the model bring what the data needs, before either is made."""

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from functools import partial
 from importlib import import_module
@@ -45,6 +45,7 @@ TRUSTED = (
     "lightning.fabric.plugins",
 )
 VARIABLE = "STABLEQAT_ALLOW"  # the user's own names; the processes that a run starts inherit it
+STUDY = "STABLEQAT_STUDY"  # set where a study has written the command line: that is no word of the user's
 # settings that name classes
 KEYS = ("class_path", "model", "data", "quantizer", "optimizer", "lr_scheduler")
 TRAINER_KEYS = ("accelerator", "callbacks", "logger", "plugins", "profiler", "strategy")
@@ -66,7 +67,7 @@ def is_trusted(name: str) -> bool:
 
 @contextmanager
 def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Inside, files may name what the user names on a command line.
+    """Inside, files may name what the user names on a command line; a study's names nothing.
 
     Args:
         arguments: The command line.
@@ -77,6 +78,9 @@ def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
     Raises:
         UserError: If a name is no import path.
     """
+    if STUDY in os.environ:
+        yield list(arguments)
+        return
     rest, names, before = [], [], os.environ.get(VARIABLE)
     flags = iter(arguments)
     for flag in flags:
@@ -88,10 +92,8 @@ def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
         if not _NAME.fullmatch(f"{name}.x"):
             raise UserError(f"allow: {name or 'nothing'} is no import path; write --allow my_package.MyClass")
         names.append(name)
-    for key, value in itertools.pairwise([*rest, ""]):
-        key, equals, joined = key.partition("=")
-        if key.startswith("--") and _names_classes(key.strip("-+")):
-            names += _named(joined if equals else value)
+    said = (value for key, value in words(rest) if _names_classes(key) and isinstance(value, str))
+    names += filter(_NAME.fullmatch, said)
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*allowed(), *names]))
     try:
         yield rest
@@ -99,6 +101,22 @@ def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
         del os.environ[VARIABLE]
         if before is not None:
             os.environ[VARIABLE] = before
+
+
+def words(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """What the user sets on a command line: all dotted keys and values, also those within flow-style YAML."""
+    if STUDY in os.environ:
+        return
+    for flag, following in itertools.pairwise([*arguments, ""]):
+        key, equals, joined = flag.partition("=")
+        value: Any = joined if equals else following
+        if not key.startswith("--"):
+            continue
+        if value.lstrip()[:1] in ("{", "["):
+            with suppress(yaml.YAMLError, RecursionError, ValueError):  # the parser says what is wrong
+                value = yaml.safe_load(value)
+        for inner, each in walk({key.strip("-+"): value}, key):
+            yield inner.strip("."), each
 
 
 @contextmanager
@@ -137,7 +155,7 @@ def check_settings(values: Any, where: str) -> None:
     Raises:
         UserError: Naming the key; also if they are nested without end.
     """
-    for key, value in _walk(values, where):
+    for key, value in walk(values, where):
         if _names_classes(key):
             for name in _named(value):
                 if not (is_trusted(name) or _is_imported(name) or Path(name).is_file()):
@@ -161,7 +179,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         held = "nothing" if settings is None else type(settings).__name__
         raise UserError(f"{path}: must hold a mapping of settings, not {held}; get the file again")
-    for _ in _walk(settings, str(path)):
+    for _ in walk(settings, str(path)):
         pass
     return settings
 
@@ -176,7 +194,7 @@ def check_plain(value: Any, where: str) -> None:
     Raises:
         UserError: Naming the field.
     """
-    for key, item in _walk(value, where):
+    for key, item in walk(value, where):
         if re.search(r"(^|\.)(class_path|init_args|dict_kwargs)$", key):
             raise UserError(f"{where}{key}: this setting is plain data, and no class is made of it; refused")
         if not isinstance(item, (*_PLAIN, dict, list, tuple)):
@@ -331,7 +349,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+def walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
     """All values with their dotted keys; refuses more of them, or deeper ones, than settings have."""
     stack, left = [("", value, 0)], _VALUES
     while stack:

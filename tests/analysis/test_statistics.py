@@ -341,7 +341,7 @@ def test_the_study_file_may_say_the_cap(tmp_path: Path) -> None:
 
 
 def test_the_study_file_may_use_its_variables(tmp_path: Path) -> None:
-    text = "vars: {m: 2e-2}\nargs: {x: '${oc.env:NOT_SET}'}\ncompare: {margin: '${vars.m}'}\n"
+    text = "vars: {m: 2e-2}\nargs: {x: '${vars.not_set}'}\ncompare: {margin: '${vars.m}'}\n"
     (tmp_path / "study.yaml").write_text(text)
     assert Comparison(tmp_path, runs({("ste", 1e-3, 0): 3.0}, {"ste": STE})).plan.margin == 0.02
     (tmp_path / "study.yaml").write_text("name: demo\n")

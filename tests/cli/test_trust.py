@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from stableqat.analysis.study import read_study
 from stableqat.cli import main
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule, QATModule, ViTModule
@@ -413,3 +414,80 @@ def test_a_changed_checkpoint_is_one_line(case, saved, here, capsys):
     line = refused(VERBS["export"], capsys)
     assert path in line
     assert words in line
+
+
+TASK = """task: theirs
+dataset_path: json
+dataset_kwargs: {data_files: {test: docs.jsonl}}
+test_split: test
+output_type: multiple_choice
+process_docs: !function planted.Payload
+doc_to_text: "{{q}}"
+doc_to_target: 0
+doc_to_choice: ["a", "b"]
+"""
+EVALUATE = {"class_path": "stableqat.callbacks.Evaluate", "init_args": {"tasks": "theirs", "tasks_path": "t"}}
+TASKS = {
+    "a file": ({"evaluate": {"tasks": "piqa, t/theirs.yaml"}}, "evaluate.tasks: ", "t/theirs.yaml"),
+    "a folder": ({"evaluate": {"tasks": "theirs", "tasks_path": "t"}}, "evaluate.tasks_path: ", "t"),
+    "a callback": ({"trainer": {"callbacks": [EVALUATE]}}, "trainer.callbacks.tasks_path: ", "t"),
+}
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_no_configuration_is_enough_to_read_task_files(case, here, capsys, monkeypatch):
+    config, key, file = TASKS[case]
+    Path("t").mkdir()
+    Path("t/planted.py").write_text(PLANTED)
+    Path("t/theirs.yaml").write_text(TASK)
+    Path("docs.jsonl").write_text('{"q": "x"}\n')
+    Path("theirs.yaml").write_text(yaml.safe_dump(config))
+    argv = ["fit", "-c", "llama.yaml", "-c", "theirs.yaml", "--data.source", "nowhere.jsonl"]
+    for other in ([], ["--evaluate.tasks", "theirs"], ["--evaluate.tasks_path", "other"]):
+        if not (other and case == "a folder" and "tasks_path" in other[0]):
+            line = refused([*argv[:3], *other, *argv[3:]], capsys)
+            assert key in line
+            assert f"may name {file};" in line
+    flag = "--" + key.removesuffix(": ")
+    given = [flag, file if case != "a file" else "piqa, t/theirs.yaml"]
+    assert "nowhere.jsonl" in refused([*argv, *given], capsys)  # the data comes next
+    monkeypatch.setenv("STABLEQAT_STUDY", "1")
+    assert key in refused([*argv, *given], capsys)
+
+
+def test_a_study_s_point_calls_no_function(here, capsys, monkeypatch):
+    callback = "lightning.pytorch.callbacks.LambdaCallback"
+    spec = json.dumps([{"class_path": callback, "init_args": {"on_fit_start": "planted.Payload"}}])
+    assert "--allow planted.Payload" in refused(
+        ["fit", "-c", "llama.yaml", "--trainer.callbacks", spec], capsys
+    )
+    named = ["--model.quantizer", "planted.Payload", "--model.quantizer.bits", "2"]
+    for words in (["--trainer.callbacks", spec], named, ['--model={"class_path": "planted.Payload"}']):
+        with monkeypatch.context() as child:
+            child.setenv("STABLEQAT_STUDY", "1")
+            assert "planted.Payload" in refused(["fit", "-c", "llama.yaml", *words], capsys)
+            refused(["fit", "-c", "--allow=planted.Payload", *words], capsys)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "evil/${oc.env:SECRET}",
+        "${ oc.env : SECRET }",
+        "${${vars.env}:SECRET}",
+        "${oc.env:SECRET,'{'}",
+        "${oc.env:${vars.secret}}",
+    ],
+)
+def test_a_study_reads_no_environment(value, here, capsys, monkeypatch):
+    monkeypatch.setenv("SECRET", "leak")
+    study = {"vars": {"env": "oc.env", "secret": "SECRET"}, "configs": ["llama.yaml"]}
+    study |= {"args": {"model.init_from": value}, "grid": {"arm": {"a": {}}}}
+    Path("study.yaml").write_text(yaml.safe_dump(study))
+    line = refused(["sweep", "study.yaml"], capsys)
+    assert "study.yaml: args.model.init_from: " in line
+    assert "leak" not in line
+    study["args"] = {"model.init_from": "${vars.secret}:${vars.env}"}
+    Path("study.yaml").write_text(yaml.safe_dump(study))
+    [point] = read_study("study.yaml").points
+    assert "SECRET:oc.env" in point.argv

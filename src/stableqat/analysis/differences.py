@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stableqat.analysis.keys import check_interpolations
 from stableqat.analysis.plan import Plan, plan_of
 from stableqat.analysis.statistics import holm, paired, verdict
 from stableqat.errors import UserError
@@ -76,6 +77,7 @@ def read_plan(folder: Path) -> Plan:
         return Plan()
     try:
         tree = OmegaConf.load(path)
+        check_interpolations(path, OmegaConf.to_container(tree))
         content = tree.get("compare") if isinstance(tree, DictConfig) else None
         plan: Any = OmegaConf.to_container(content, resolve=True) if OmegaConf.is_config(content) else content
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:

@@ -30,6 +30,7 @@ from typing import Any
 from stableqat.analysis.claim import Claim
 from stableqat.analysis.study import Point
 from stableqat.errors import UserError
+from stableqat.trust import STUDY
 from stableqat.whole import left_over, whole
 
 # What makes a run slow to start. Importing must start no thread and no parallel region (fork-safe).
@@ -261,6 +262,7 @@ def run_child(main: Main, argv: list[str], folder: Path, record: Record, threads
         os.dup2(log.fileno(), 2)
     # A strategy that starts further processes repeats the command line that it finds here.
     sys.argv[1:] = argv
+    os.environ[STUDY] = "1"
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)

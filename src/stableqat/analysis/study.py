@@ -40,7 +40,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stableqat.analysis.keys import check_keys, unknown
+from stableqat.analysis.keys import check_interpolations, check_keys, unknown
 from stableqat.analysis.plan import check_baseline, plan_of
 from stableqat.errors import UserError
 
@@ -261,10 +261,13 @@ def _overlay(path: str | Path, where: str, content: Any) -> Overlay:
 
 
 def load_yaml(path: str | Path, resolve: bool = False) -> dict[str, Any]:
-    """A YAML file as plain data; `resolve` puts values in place of interpolations."""
+    """A YAML file as plain data; `resolve` puts values in place of interpolations of other keys."""
     try:
         config = OmegaConf.load(path)
-        tree = OmegaConf.to_container(config, resolve=resolve)
+        tree = OmegaConf.to_container(config)
+        if resolve:
+            check_interpolations(path, tree)
+            tree = OmegaConf.to_container(config, resolve=True)
     except OSError as error:
         raise UserError(
             f"{path}: {(error.strerror or 'cannot be read').lower()}: name a YAML file"
