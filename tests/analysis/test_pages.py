@@ -117,7 +117,7 @@ def in_readme() -> list[str]:
         " an H200:",
         "| | loss at lr 1e-3 (nats) | at 8e-3 | lr sensitivity, upward",
         "| Llama-3.2-1B, 4 x 2048 tokens, forward + backward | time | peak memory |",
-        "One seed, two CPU cores, torch 2.15,",
+        "One seed, two CPU cores, torch 2.14,",
     ]
 
 
