@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
     if act == "place":
         note(folder, f"on {os.environ.get('CUDA_VISIBLE_DEVICES')}")
         time.sleep(0.5)
+    if act == "words":
+        note(folder, f"study {os.environ.get('STABLEQAT_STUDY')}")
     if act == "diverge":
         log_scalar(folder, "hp/diverged", 1.0)
     if act in ("hang", "hang-saved", "hang-refuse") and not (folder.parent / "go").exists():

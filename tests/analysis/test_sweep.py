@@ -112,6 +112,13 @@ def test_done_points_are_not_run_again() -> None:
     assert calls() == [*before, "c began", "c finished"]
 
 
+def test_a_run_knows_that_a_study_wrote_its_command_line() -> None:
+    """What it names is then no word of the user's."""
+    assert run(write({"a": "words"})) == 0
+    assert "study 1" in calls_of("a")
+    assert "STABLEQAT_STUDY" not in os.environ
+
+
 def test_points_wait_for_the_start_run() -> None:
     assert run(write({"a": "finish", "b": "finish"}, "start: {}")) == 0
     assert calls()[:2] == ["start began", "start finished"]

@@ -24,7 +24,8 @@ class Evaluate(L.Callback):
     Args:
         data: Texts: files, folders, tokenized sets or hub names. Test or validation split, or all of it.
         tasks: Tasks of lm-evaluation-harness, piqa,boolq for example; default stands for its usual eight.
-        tasks_path: Folder with task files of your own (YAML). Python that they name is run.
+        tasks_path: Folder with task files of your own (YAML). Python that they name is run: only the command
+            line may name the folder.
         every_n_steps: Optimizer steps from one evaluation to the next; 0 evaluates after each validation.
         stride: See `stableqat evaluate`; null takes blocks that do not overlap.
         limit: First documents of each task only; null takes all.
