@@ -188,6 +188,9 @@ def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
     assert "no such data file or folder" in refused(run, "--data", place / "nothing.txt")
     (tmp_path / "empty").mkdir()
     assert "neither a run, a checkpoint nor a folder with config.json" in refused(tmp_path / "empty")
+    for text in ('{"architecture": {"a": 1}}', "[1]"):
+        (tmp_path / "empty" / "config.json").write_text(text)
+        assert "config.json describes no model; copy it again" in refused(tmp_path / "empty")
     assert main(["evaluate", str(run), "--device", "cuda:99"]) == 2
     assert main(["evaluate", str(run), "--device", "abacus"]) == 2
     there, known = capsys.readouterr().err.strip().splitlines()

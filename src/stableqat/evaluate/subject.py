@@ -194,8 +194,10 @@ def _find_folder(source: str, tokenizer: str | None) -> Found:
     config = Path(source).expanduser() / "config.json"
     try:
         keys = json.loads(config.read_text()) if config.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{config} is no JSON ({error}); copy it again") from error
+    if not isinstance(keys, dict) or not isinstance(keys.get("architecture", ""), str):
+        raise UserError(f"{config} describes no model; copy it again")
     if "architecture" in keys:
         return Found(source, None, [partial(_timm, source, config.parent)])
     if Path(source).expanduser().exists() and not keys:
