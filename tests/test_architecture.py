@@ -38,7 +38,7 @@ ALLOWED = {
     "trained": {"data", "modules", "trust"},
     "evaluate": {"data", "modules", "surgery", "trained"},
     "bench": {"export", "modules", "surgery", "quantizers", "ops", "analysis", "trust"},
-    "checks": {"modules", "callbacks"},
+    "checks": {"modules", "callbacks", "trust"},
     "consolidate": {"callbacks", "modules"},
     "cli": {"parsing", "trust", "run", "analysis", "bench", "evaluate", "export", "importing"},
     "__init__": {"callbacks", "qat", "surgery"},
