@@ -92,7 +92,7 @@ def test_a_cut_run_is_resumed_by_the_same_command(at):
 def test_a_trial_leaves_nothing(at):
     before = set(at.iterdir())
     assert main(llama("fit", "trial", "--trainer.fast_dev_run", "true")) == 0
-    assert set(at.iterdir()) == before
+    assert set(at.iterdir()) - before <= {at / "cache"}  # the first test to run fills it
     assert not (at / "logs/llama/trial").exists()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from stableqat.callbacks.divergence import DivergenceGuard
 from stableqat.linears import SurgeryReport
@@ -94,8 +94,8 @@ def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
     if report is None or not trainer.is_global_zero:
         return
     for logger in trainer.loggers[:1]:  # trainer.log_dir would ask the other processes
-        folder = Path(getattr(logger, "log_dir", None) or logger.save_dir or ".")
-        if folder.is_dir():
+        folder = Path(logger.log_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else None
+        if folder is not None and folder.is_dir():
             with whole(folder / SURGERY) as part:
                 part.write_text(report.lines())
 
