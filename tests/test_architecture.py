@@ -25,7 +25,7 @@ ALLOWED = {
     "linears": {"quantizers"},
     "experts": {"quantizers"},
     "surgery": {"experts", "linears", "ops", "quantizers"},
-    "calls": {"surgery"},
+    "calls": {"experts", "surgery"},
     "qat": {"calls", "experts", "linears", "surgery", "quantizers"},
     "modules": {"calls", "linears", "ops", "qat", "surgery", "quantizers", "trust"},
     "data": set(),

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from stableqat.errors import UserError
+from stableqat.experts import AroundForward
 from stableqat.surgery import QuantLinear, quantized_layers
 
 logger = logging.getLogger(__name__)
@@ -279,7 +280,7 @@ class _Watched(QuantLinear):
         return self.latent
 
 
-class _Shown:
+class _Shown(AroundForward):
     """While a module's forward runs, its layers' `weight` is the fake-quantized one.
 
     An attribute of the instance hides the parameter, which stays where optimizers and state dicts find it.
@@ -289,15 +290,8 @@ class _Shown:
     """
 
     def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__()
         self.layers = layers
-        self.handles: list[RemovableHandle] = []
-
-    def attach(self, module: nn.Module) -> None:
-        """Run around the module's forward."""
-        self.handles += [
-            module.register_forward_pre_hook(self.before),
-            module.register_forward_hook(self.after, always_call=True),
-        ]
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook: compute what the module will read."""

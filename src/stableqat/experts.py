@@ -75,22 +75,38 @@ def make_plain(model: nn.Module, *, deploy: bool = True) -> None:
         delattr(module, key + _SUFFIX)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(shown := getattr(hook, "__self__", None), _Shown):
-                for handle in shown.handles:
-                    handle.remove()
+                shown.detach()
 
 
-class _Shown:
-    """While the module's forward runs, an attribute of the instance hides each quantized parameter."""
+class AroundForward:
+    """A pair of hooks around a module's forward, also after an exception."""
 
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
 
     def attach(self, module: nn.Module) -> None:
-        """Run around the module's forward."""
+        """Run around the module's forward, until `detach`."""
         self.handles += [
             module.register_forward_pre_hook(self.before),
             module.register_forward_hook(self.after, always_call=True),
         ]
+
+    def detach(self) -> None:
+        """Run no more."""
+        for handle in self.handles:
+            handle.remove()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook."""
+        raise NotImplementedError
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook."""
+        raise NotImplementedError
+
+
+class _Shown(AroundForward):
+    """While the module's forward runs, an attribute of the instance hides each quantized parameter."""
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook: compute what the module will read."""
