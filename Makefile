@@ -21,7 +21,7 @@ test-shuffled: $(STAMP)
 
 # the kernels and quantizers on a GPU; `make test` sees none
 test-gpu: $(STAMP)
-	STABLEQAT_TEST_GPU=1 $(BIN)/python -m pytest tests/ops tests/quantizers tests/test_linear.py
+	STABLEQAT_TEST_GPU=1 $(BIN)/python -m pytest tests/ops tests/quantizers tests/layers/test_linear.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests

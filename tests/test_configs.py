@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from stableqat import quantizers
-from stableqat.analysis.study import read_study
-from stableqat.cli import main
+from stableqat.cli.lightning import QATCommand
+from stableqat.cli.main import main
 from stableqat.data.image import PREPROCESSING
-from stableqat.run import QATCommand
+from stableqat.studies.study import read_study
 
 ROOT = Path(__file__).parents[1] / "configs"
 FAMILIES = ["llama", "vit"]

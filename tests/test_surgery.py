@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from stableqat import QuantLinear, convert, quantize_linears
 from stableqat.errors import UserError
+from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import DSQ, STE, ParetoQ, StableQAT
-from stableqat.surgery import quantized_layers
 
 TWO_BITS = partial(STE, bits=2)
 SIZES = {

@@ -8,13 +8,13 @@ from typing import Any
 
 _HOME = {
     "PrepareQAT": "stableqat.callbacks",
-    "QuantLinear": "stableqat.surgery",
-    "convert": "stableqat.qat",
-    "hold_weights": "stableqat.surgery",
-    "parameter_groups": "stableqat.qat",
-    "prepare": "stableqat.qat",
+    "QuantLinear": "stableqat.layers.linear",
+    "convert": "stableqat.api",
+    "hold_weights": "stableqat.layers.hold",
+    "parameter_groups": "stableqat.api",
+    "prepare": "stableqat.api",
     "quantize_linears": "stableqat.surgery",
-    "release_weights": "stableqat.surgery",
+    "release_weights": "stableqat.layers.hold",
     "UserError": "stableqat.errors",
 }
 __all__ = list(_HOME)

@@ -4,6 +4,8 @@ The command line turns it into a single line on stderr and exit code 2; every ot
 exception is a fault of the program and keeps its traceback.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from math import inf
 
 
@@ -36,3 +38,26 @@ def check_range(
         return
     end = f" and below {below}" if below < inf else f" and at most {most:g}" if most < inf else ""
     raise UserError(f"{key}: must be at least {least}{end}{' or null' if null else ''}, not {value}")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The remedy for an unknown name, whatever the case of its letters.
+
+    Args:
+        name: What the user wrote.
+        known: The names that exist.
+        otherwise: What to say where none of them is near; None lists them.
+
+    Returns:
+        The end of a message, without the semicolon before it.
+    """
+    spelt = {each.lower(): each for each in known}
+    if near := get_close_matches(name.lower(), spelt, 1):
+        return f"did you mean {spelt[near[0]]}?"
+    return otherwise or f"choose one of {', '.join(spelt.values())}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, up to its first line break."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

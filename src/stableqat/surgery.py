@@ -9,240 +9,115 @@ nothing. While weights stay as they are, in evaluation or between the micro-step
 """
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from stableqat import ops
 from stableqat.errors import UserError
-from stableqat.experts import as_rows, fused_experts, make_plain, quantize_experts, quantized_experts
-from stableqat.linears import SurgeryReport, computed_from, is_plain
+from stableqat.layers.eligibility import computed_from, is_plain
+from stableqat.layers.experts import as_rows, fused_experts, make_plain, quantize_experts, quantized_experts
+from stableqat.layers.group import group_layers
+from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory
 
 logger = logging.getLogger(__name__)
 
-MOST_IN_GROUP = ops.TOGETHER  # quantized layers of a block
-FEW_ROWS = 2048  # up to here a step on a GPU waits for launches, beyond it for arithmetic
+HEADS = ("lm_head", "head", "head_dist", "classifier", "score")  # as transformers and timm name them
 
 
-class QuantLinear(nn.Linear):
-    """A linear layer whose weight is fake-quantized.
-
-    The latent weight stays a full-precision Parameter under its own name. What it becomes is computed in
-    every forward, unless it is held.
+@dataclass
+class SurgeryReport:
+    """What `quantize_linears` did.
 
     Attributes:
-        weight_quantizer: Quantizer of the weight.
-        input_quantizer: Module applied to the activations, or None.
-        recompute: Recompute the fake-quantized weight in the backward instead of saving it (a held one is
-            there anyway). None does on a GPU, where it costs next to nothing, except where a block's
-            layers are fake-quantized together: at small batches, and where activations outweigh weights.
+        swapped: Names of the layers, and at the end of the parameters of fused experts, that are quantized
+            now.
+        fused: Number of the latter.
+        skipped: Names of linear layers left alone, each with the reason.
+        unmatched: Skip patterns that matched no linear layer.
+        quantized_weights: Number of quantized weights.
+        matrix_weights: Number of weights in matrices and convolutions. Embeddings, which are looked up, and
+            heads that stay as they are do not count.
+        others: Names of modules whose matrices are not quantized and are in no linear layer, each with its
+            share of `matrix_weights`.
     """
 
-    weight_quantizer: Quantizer
-    input_quantizer: nn.Module | None
-    recompute: bool | None
-    _group: "_Group | None"
-    _place: int  # among the layers of its group
-    _held: tuple[Tensor, list[tuple[Tensor, int]]] | None  # value, and of which parameters in which versions
+    swapped: list[str] = field(default_factory=list)
+    fused: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
+    quantized_weights: int = 0
+    matrix_weights: int = 0
+    others: dict[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, weight_quantizer: Quantizer, input_quantizer: nn.Module | None = None
-    ) -> "QuantLinear":
-        """Wrap the Parameters of `linear`, without copying them, and its forward and backward hooks.
+    @property
+    def quantized_share(self) -> float:
+        """Which share of the matrix weights is quantized."""
+        return self.quantized_weights / max(self.matrix_weights, 1)
 
-        Args:
-            linear: The layer to replace.
-            weight_quantizer: Quantizer of its weight.
-            input_quantizer: Module applied to the activations; None leaves them alone.
-
-        Returns:
-            The quantized layer.
-        """
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, linear.bias is not None)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
-        layer.recompute = layer._group = layer._held = None
-        _keep_hooks(linear, layer)
-        return layer.train(linear.training)
-
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """The plain layer on the same Parameters, the weight set to its deployed value.
+    def check(self) -> None:
+        """Warn where less than half of the weights is quantized.
 
         Raises:
-            UserError: If activations are quantized, too, which no weight can hold.
+            UserError: If there are weights, and none is quantized.
         """
-        if self.input_quantizer is not None:
-            raise UserError("a layer that quantizes its input cannot become a plain Linear")
-        if self._group is not None:
-            self._group.dissolve()
-        self.release()
-        self.weight.copy_(self.weight_quantizer.quantize(self.weight).dequantize())
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        linear.weight, linear.bias = self.weight, self.bias
-        _keep_hooks(self, linear)
-        return linear.train(self.training)
+        if self.matrix_weights and not self.quantized_weights:
+            reasons = dict.fromkeys(self.skipped.values()) | dict.fromkeys(self.others)
+            raise UserError(
+                f"none of the model's weights would be quantized: its matrices are in "
+                f"{', '.join(list(reasons)[:3])}; only layers that compute what nn.Linear does are"
+            )
+        if self.quantized_share < 0.5:
+            logger.warning("less than half of the model is quantized: %s", self)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`(..., in) -> (..., out)`."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        if (value := self._value_of_group()) is not None:
-            return F.linear(input, value, self.bias)
-        return self.weight_quantizer.linear(
-            input, self.latent, self.bias, recompute=self.recompute, value=self.held_value()
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
+        quantized, left = len(self.swapped) - self.fused, len(self.skipped)
+        fused = f" and {self.fused} parameters of fused experts" if self.fused else ""
+        largest = sorted(self.others, key=self.others.__getitem__, reverse=True)
+        others = "".join(f"; {name} ({self.others[name]:.1%} of the weights)" for name in largest[:3])
+        more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
+        return (
+            f"{quantized} linear layers{fused} quantized, {self.quantized_share:.1%} of the matrix weights "
+            f"outside embeddings and heads; {left} left alone: {reasons or 'none'}{others}{more}"
         )
 
-    def value(self) -> Tensor:
-        """The fake-quantized weight, for whatever multiplies with it without calling the layer."""
-        if (value := self._value_of_group()) is not None:
-            return value
-        if not self.weight_quantizer.fuses:
-            return self.weight_quantizer(self.latent)
-        return self.weight_quantizer.many([self.bundle()], [self.held_value()])[0]
+    def lines(self) -> str:
+        """All of it, a line for each layer."""
+        left = {**self.skipped, **{name: f"{part:.2%} of the weights" for name, part in self.others.items()}}
+        parts = [str(self).partition(";")[0], "", "quantized:", *[f"  {name}" for name in self.swapped]]
+        return "\n".join([*parts, "", "left alone:", *[f"  {k}: {why}" for k, why in left.items()], ""])
 
-    def bundle(self) -> ops.Weight:
-        """The weight with its quantizer's parameters."""
-        # called for every layer in every step: without the module's search for attributes
-        quantizer = cast(Quantizer, self._modules["weight_quantizer"])
-        return quantizer.bundle(self.latent)
+    def count(self, model: nn.Module, quantized: set[Tensor]) -> None:
+        """Fill in the numbers of weights.
 
-    @property
-    def latent(self) -> Tensor:
-        """The latent weight, also while a module that reads `weight` is shown the fake-quantized one."""
-        weight = self._parameters.get("weight")  # not there if it is parametrized, or a replica's
-        return self.weight if weight is None else weight
-
-    def _value_of_group(self) -> Tensor | None:
-        group = self._group
-        if group is None or group.values is None:
-            return None
-        value = group.values[self._place]
-        # a region inside the block may have switched autocast or gradients
-        usable = value.dtype == ops.compute_dtype(self.latent)
-        usable = usable and (value.requires_grad or not torch.is_grad_enabled())
-        if usable and not torch.compiler.is_compiling():
-            # inside a checkpoint that the block has not entered, the recomputation would not find it again
-            usable = _saving() == group.saving
-        return value if usable else None
-
-    @property
-    def implementation(self) -> str:
-        """What fake-quantizes the weight where it is now: triton or torch."""
-        return self.weight_quantizer.implementation(self.latent)
-
-    @torch.inference_mode(False)  # so that training may use it, too
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Keep the fake-quantized weight for forwards to come, until `release` or until a parameter changes.
-
-        The value has the type of the autocast region of this call. A quantizer with a forward of its own,
-        which may be stochastic, is not held.
+        Args:
+            model: The model after surgery.
+            quantized: Its weights that are quantized.
         """
-        if self.weight_quantizer.fuses and self.held_value() is None:
-            self._held = self.weight_quantizer(self.latent), self._versions()
-
-    def release(self) -> None:
-        """Forget what `hold` kept."""
-        self._held = None
-
-    def held_value(self) -> Tensor | None:
-        """What `hold` kept, while it is right."""
-        if self._held is None:
-            return None
-        value, made_of = self._held
-        # a compiled graph cannot ask for versions: whoever holds releases before weights change
-        if torch.compiler.is_compiling():
-            return value
-        now = self._versions()
-        if len(now) == len(made_of) and all(
-            p is q and v == w for (p, v), (q, w) in zip(made_of, now, strict=True)
-        ):
-            return value
-        self.release()
-        return None
-
-    def _versions(self) -> list[tuple[Tensor, int]]:
-        parameters = (self.latent, *self.weight_quantizer.parameters())
-        return [(p, 0 if p.is_inference() else p._version) for p in parameters]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        self.release()  # moved to another device or type
-        return super()._apply(fn, recurse)
-
-
-class _Group:
-    """Fake-quantizes the weights of a block in one operation, just before the block's forward.
-
-    At small batches a training step takes the time of its calls and launches, not that of its arithmetic.
-    The values are kept for the backward, so this is for where their memory is no matter: few rows, whose
-    step is bound by launches, or more activations than weights.
-
-    Args:
-        layers: The block's quantized layers.
-    """
-
-    def __init__(self, layers: list[QuantLinear]) -> None:
-        self.layers = layers
-        self.elements = sum(layer.weight.numel() for layer in layers)
-        self.values: tuple[Tensor, ...] | None = None
-        self.saving: Any = None
-        for place, layer in enumerate(layers):
-            layer._group, layer._place = self, place
-        self.hooks: tuple[RemovableHandle, ...] = ()
-
-    def attach(self, block: nn.Module) -> None:
-        """Run around the forward of a block, until `dissolve`."""
-        self.hooks = (
-            block.register_forward_pre_hook(self.before, with_kwargs=True),
-            block.register_forward_hook(self.after, always_call=True),
-        )
-
-    def dissolve(self) -> None:
-        """Leave each layer to itself."""
-        for hook in self.hooks:
-            hook.remove()
-        for layer in self.layers:
-            layer._group = None
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: compute what the layers will use."""
-        self.values = None
-        if "_is_replica" in vars(module):
-            return  # of DataParallel: it has weights of its own, and all replicas share this group
-        layers, first = self.layers, self.layers[0]
-        input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
-        if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
-            return
-        weights = [layer.bundle() for layer in layers]
-        if first.implementation != "triton" or any(isinstance(weight.x, DTensor) for weight in weights):
-            return
-        held = [layer.held_value() for layer in layers]
-        if torch.compiler.is_compiling() and any(value is not None for value in held):
-            return  # each layer's own graph node takes its held value
-        self.values = first.weight_quantizer.many(weights, held)
-        if not torch.compiler.is_compiling():
-            self.saving = _saving()
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook, also after an exception: values and their graph last no longer than the forward."""
-        self.values = None
-
-    def _pays(self, input: Tensor) -> bool:
-        elements = input.numel()
-        rows = elements // input.shape[-1] if input.is_floating_point() else elements
-        return rows <= FEW_ROWS or elements >= self.elements
+        uncounted = {p for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+        for name, module in model.named_modules():
+            head = isinstance(module, nn.Linear) and not {*HEADS}.isdisjoint(name.split("."))
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) or head:
+                uncounted.update(set(module.parameters(recurse=False)) - quantized)
+        others: dict[str, int] = {}
+        for name, module in model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                # a first dimension of one is that of a table of positions or a token
+                few = parameter.ndim < 2 or parameter.shape[0] == 1 or key.endswith("bias")
+                if few or parameter in uncounted:
+                    continue
+                uncounted.add(parameter)  # once
+                self.matrix_weights += parameter.numel()
+                if parameter in quantized:
+                    self.quantized_weights += parameter.numel()
+                elif not isinstance(module, nn.Linear):
+                    others[name] = others.get(name, 0) + parameter.numel()
+        self.others = {name: number / self.matrix_weights for name, number in others.items()}
 
 
 def quantize_linears(
@@ -316,7 +191,7 @@ def quantize_linears(
     for module, key, made in experts.values():
         quantize_experts(module, key, made)
     report.swapped, report.fused = [*chosen, *experts], len(experts)
-    _group(model, list(replacements.values()))
+    group_layers(model, list(replacements.values()))
     report.unmatched = [p for p in skip if p not in used_patterns]
     _leave_fast_path(model)
     of_experts = {cast(Tensor, m._parameters[key]) for m, key, _ in quantized_experts(model).values()}
@@ -341,59 +216,9 @@ def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
             model.set_submodule(name, linear)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized layers of a model by name, each once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-
-
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern of `skip` means a layer: it matches the full name or a part between dots."""
     return any(fnmatchcase(part, pattern) for part in (name, *name.split(".")))
-
-
-def hold_weights(model: nn.Module) -> None:
-    """Compute the fake-quantized weight of each layer once, for all forwards until `release_weights`.
-
-    For as long as weights stay as they are: evaluation, micro-steps of an accumulated gradient. It takes the
-    memory of the weights in the compute type. An eager forward notices a parameter that changed in place
-    and computes afresh; fused optimizers and writes to `.data` leave no trace, and a compiled forward does
-    not look, so call `release_weights` before them. A model sharded by FSDP2 is left alone: each rank
-    would keep all of it.
-
-    Args:
-        model: Holds the layers; call it in the autocast region that the forwards run in.
-    """
-    if not any(isinstance(m, FSDPModule) for m in model.modules()):
-        for layer in quantized_layers(model).values():
-            layer.hold()
-
-
-def release_weights(model: nn.Module) -> None:
-    """Forget what `hold_weights` kept."""
-    for layer in quantized_layers(model).values():
-        layer.release()
-
-
-def _saving() -> Any:
-    """The hooks that saved tensors go through here: a checkpoint's, for example."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _group(model: nn.Module, layers: list[QuantLinear]) -> None:
-    """Let layers that are quantized alike be fake-quantized together.
-
-    A group lies in one block, the largest module with few enough of them.
-    """
-    left: dict[Hashable, set[QuantLinear]] = {}
-    for layer in layers:
-        left.setdefault(layer.weight_quantizer.kind, set()).add(layer)
-    left.pop(None, None)
-    for alike in left.values():
-        for module in model.modules():
-            within = [each for each in module.modules() if each in alike]
-            if 1 < len(within) <= MOST_IN_GROUP:
-                _Group(within).attach(module)
-                alike.difference_update(within)
 
 
 def _quantizers_of_experts(
@@ -444,12 +269,6 @@ def _leave_fast_path(model: nn.Module) -> None:
             module
         ):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)
-
-
-def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    # the very dicts: whoever registered a hook can still remove it
-    kept = ("_forward_", "_backward_", "_is_full_backward_")
-    vars(new).update({name: value for name, value in vars(old).items() if name.startswith(kept)})
 
 
 def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool) -> Quantizer:

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from stableqat.errors import UserError
-from stableqat.parsing import alternatives, refusal, untrusted
+from stableqat.refusals import alternatives, refusal, untrusted
 
 T = TypeVar("T")
 

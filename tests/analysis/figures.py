@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from stableqat.analysis.arms import Arm, Comparison, diverged
-from stableqat.analysis.compare import read_comparisons
+from stableqat.analysis.command import read_comparisons
+from stableqat.analysis.comparison import Arm, Comparison, diverged
 from stableqat.analysis.events import Run
 from stableqat.analysis.statistics import Paired, paired
-from stableqat.analysis.study import short
 from stableqat.bench.report import ratios
 from stableqat.ops import Fourier
+from stableqat.studies.study import short
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "lightning_logs" / "published"

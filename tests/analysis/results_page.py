@@ -57,7 +57,7 @@ from figures import (
     with_interval,
 )
 
-from stableqat.analysis.study import short
+from stableqat.studies.study import short
 
 
 def results() -> str:

@@ -22,17 +22,17 @@ from matplotlib.figure import Figure
 from tensorboard.plugins.core import core_plugin
 
 from stableqat.analysis import panels, plot
-from stableqat.analysis.arms import Comparison, usable
 from stableqat.analysis.caps import Cap, Group
-from stableqat.analysis.compare import compare, read_comparisons
+from stableqat.analysis.command import compare, read_comparisons
+from stableqat.analysis.comparison import Comparison, usable
 from stableqat.analysis.drawing import colour_of
 from stableqat.analysis.events import COMPARED, Run, read_run
 from stableqat.analysis.publish import publish
-from stableqat.analysis.runner import Record
-from stableqat.analysis.study import short
 from stableqat.analysis.tables import as_json, markdown, notes, rows
 from stableqat.errors import UserError
-from stableqat.whole import hidden_folder
+from stableqat.files import hidden_folder
+from stableqat.studies.job import Record
+from stableqat.studies.study import short
 
 STE = {"method": "STE", "bits": 2, "grid": "standard", "mask": "hard", "scale_init": "mse"}
 STE |= {"granularity": "channel", "max_steps": 10, "subcommand": "fit"}
@@ -157,7 +157,8 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 KILLED = """
 import os, signal, sys
-from stableqat.analysis import compare, publish, report
+from stableqat.analysis import publish, report
+from stableqat.analysis import command as compare
 def end(*_): os.kill(os.getpid(), signal.SIGKILL)
 report.write = publish._write_overlay = end
 verb = {"compare": compare.compare, "publish": publish.publish}[sys.argv[1]]

@@ -10,7 +10,7 @@ import pytest
 import synthetic
 
 from stableqat.analysis import report
-from stableqat.analysis.arms import Comparison
+from stableqat.analysis.comparison import Comparison
 from stableqat.analysis.plot import CAPTIONS, draw_all
 from stableqat.analysis.tables import text_tables
 

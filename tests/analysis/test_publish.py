@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from stableqat.analysis.compare import read_comparisons
+from stableqat.analysis.command import read_comparisons
 from stableqat.analysis.events import read_run
 from stableqat.analysis.publish import publish, thinned
 from stableqat.analysis.tables import markdown

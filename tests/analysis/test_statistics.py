@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from stableqat.analysis.arms import Comparison
+from stableqat.analysis.comparison import Comparison
 from stableqat.analysis.differences import Difference
 from stableqat.analysis.events import Run
 from stableqat.analysis.stability import quantile, spikes, stability

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import torch
 
-from stableqat.cli import main
+from stableqat.cli.main import main
 
 ARMS = ["FP", "STE", "DSQ", "rounded", "unbuilt", "late", "rivals:STE"]
 COMMAND = (

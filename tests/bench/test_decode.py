@@ -24,7 +24,7 @@ from stableqat.bench.engines import (
     WrongResultError,
     swap_layers,
 )
-from stableqat.cli import main
+from stableqat.cli.main import main
 from stableqat.export.packed import PackedModel, PackedWeight, pack
 from stableqat.quantizers import STE
 

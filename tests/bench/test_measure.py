@@ -11,7 +11,7 @@ from stableqat.bench import arms, measure
 from stableqat.bench.architecture import read_architecture
 from stableqat.bench.arms import Arm, build_arms, method_factories, rival_factories
 from stableqat.bench.workload import Workload
-from stableqat.surgery import quantized_layers
+from stableqat.layers.linear import quantized_layers
 
 CPU = torch.device("cpu")
 

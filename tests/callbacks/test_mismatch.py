@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import tiny
 from stableqat.analysis.events import read_run
 from stableqat.callbacks import GradientMismatch
-from stableqat.cli import main
+from stableqat.cli.main import main
 from stableqat.errors import UserError
 from stableqat.modules import FSDP2Strategy
 from stableqat.quantizers import STE

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 import tiny
 from stableqat.callbacks import QuantizerMonitor
+from stableqat.layers.linear import QuantLinear
 from stableqat.quantizers import DSQ, STE, StableQAT
-from stableqat.surgery import QuantLinear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import tiny
-from stableqat.analysis.arms import usable
+from stableqat.analysis.comparison import usable
 from stableqat.analysis.events import read_run
 from stableqat.callbacks import DivergenceGuard, RunRecord
 from stableqat.modules import CosineWarmup

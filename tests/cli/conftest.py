@@ -101,7 +101,7 @@ def at(place, monkeypatch):
 @pytest.fixture(scope="package")
 def run(place):
     """A run in `logs/llama/done`: one step."""
-    from stableqat.cli import main
+    from stableqat.cli.main import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)

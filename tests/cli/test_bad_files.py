@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from stableqat.cli import main
+from stableqat.cli.main import main
 
 TEXT = "".join(json.dumps({"text": f"document {n} of some words"}) + "\n" for n in range(40))
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from stableqat.callbacks import DivergenceGuard, Evaluate, GradientMismatch, LastCheckpoint, QuantizerMonitor
-from stableqat.cli import main
+from stableqat.cli.main import main
 from stableqat.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stableqat.cli import main
+from stableqat.cli.main import main
 
 HOLDER = """
 import fcntl, sys
@@ -81,7 +81,7 @@ def test_two_runs_without_a_version_take_two(at, monkeypatch):
         return chosen[-1]
 
     monkeypatch.setattr(TensorBoardLogger, "_get_next_version", late)
-    monkeypatch.setattr("stableqat.checks.check_run_folder", lambda *_: None)  # it came a moment too early
+    monkeypatch.setattr("stableqat.cli.checks.check_run_folder", lambda *_: None)  # it came too early
     assert main(["fit", "-c", "llama.yaml", "--trainer.logger.name", "twins"]) == 0
     assert chosen == [0, 1]
     assert os.listdir(other) == ["config.yaml"]
@@ -116,7 +116,7 @@ def test_ctrl_c_is_one_line(argv, at, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stableqat.cli._dispatch", interrupted)
+    monkeypatch.setattr("stableqat.cli.main._dispatch", interrupted)
     assert main(argv) == 130
     assert capsys.readouterr().err == "stableqat: interrupted\n"
 
@@ -125,7 +125,7 @@ def test_a_configuration_is_written_whole_or_not_at_all(at, monkeypatch, capsys)
     """A full disk must not leave a folder that looks like a run with no settings."""
     import errno
 
-    from stableqat.run import Parser
+    from stableqat.cli.lightning import Parser
 
     def full(self, config, path, **_):
         Path(path).write_text("")

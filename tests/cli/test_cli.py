@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from stableqat.cli import main
+from stableqat.cli.main import main
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 
@@ -143,7 +143,7 @@ def test_the_command_itself(at):
     command = [
         sys.executable,
         "-c",
-        "from stableqat.cli import entry; entry()",
+        "from stableqat.cli.main import entry; entry()",
         "fit",
         "-c",
         "llama.yaml",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stableqat.cli import main
+from stableqat.cli.main import main
 
 HEAVY = [
     "torch",
@@ -22,7 +22,7 @@ HEAVY = [
 
 ASK = """
 import contextlib, io, json, sys
-from stableqat.cli import main
+from stableqat.cli.main import main
 
 texts = {}
 for verb in ([], ["sweep"], ["compare"], ["bench"]):

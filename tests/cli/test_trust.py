@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
-from stableqat.analysis.study import read_study
-from stableqat.cli import main
+from stableqat.checkpoints.read import read_checkpoint
+from stableqat.cli.main import main
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule, QATModule, ViTModule
 from stableqat.modules.base import state_dict_follows
-from stableqat.modules.start import read_checkpoint
+from stableqat.studies.study import read_study
 from stableqat.trust import check_settings, read_settings
 
 PLANTED = """

@@ -84,7 +84,7 @@ MARK = "STABLEQAT_TEST_COMMAND"
 
 
 def command_line(arguments: list[str], settings: str = "pass") -> list[str]:
-    code = f"import sys; {settings}; from stableqat.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"import sys; {settings}; from stableqat.cli.main import main; sys.exit(main(sys.argv[1:]))"
     return [sys.executable, "-c", code, *arguments]
 
 

@@ -16,8 +16,8 @@ from sample_documents import document
 
 from stableqat.data import ImageDataModule, TextDataModule, source
 from stableqat.data.files import _zst_is_whole
+from stableqat.data.prepare.tokenize import tokenize
 from stableqat.data.source import TEXT_FORMATS
-from stableqat.data.tokenize import tokenize
 from stableqat.data.tokenizer import encode_batch, load_tokenizer
 from stableqat.errors import UserError
 

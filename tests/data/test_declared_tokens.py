@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stableqat.analysis.events import read_run
-from stableqat.cli import main
+from stableqat.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

@@ -15,7 +15,7 @@ from stableqat.data import TextDataModule, text
 from stableqat.data.budget import token_count
 from stableqat.data.mixture import Mixture, interleaving
 from stableqat.data.order import EvaluationOrder, TrainingLoader, TrainingOrder
-from stableqat.data.tokenize import tokenize
+from stableqat.data.prepare.tokenize import tokenize
 from stableqat.data.tokenizer import train_bpe
 from stableqat.errors import UserError
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import stableqat
-from stableqat.cli import main
+from stableqat.cli.main import main
 from stableqat.export.converted import find_scale
 from stableqat.export.packed import pack
 from stableqat.export.source import load_source

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
 import tiny
-from stableqat.cli import main
+from stableqat.cli.main import main
 from stableqat.data.embedded import DIGITS_MEAN, DIGITS_STD
 from stableqat.export import source
 from stableqat.modules import LlamaModule, ViTModule
 from stableqat.quantizers import STE
-from stableqat.trained import open_trained
+from stableqat.runs import open_trained
 
 
 def checkpoint(folder, family="llama", **options):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stableqat.errors import UserError
 from stableqat.export import ggml
-from stableqat.export.export import LIBRARIES
+from stableqat.export.command import LIBRARIES
 from stableqat.export.packed import PackedWeight
 from stableqat.quantizers import STE
 

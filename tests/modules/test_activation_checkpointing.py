@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tiny
+from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import DSQ, StableQAT
-from stableqat.surgery import quantized_layers
 
 
 def module(checkpointing, method="dsq", **options):
@@ -103,7 +103,7 @@ def test_each_layer_is_computed_twice_and_not_in_evaluation():
 @pytest.mark.parametrize("quantizer", [partial(StableQAT, bits=2), partial(DSQ, bits=2)])
 def test_layers_that_kernels_would_take_together(quantizer, monkeypatch):
     """A value prepared by the block's hook lies outside its checkpoint, and is not computed at all."""
-    monkeypatch.setattr("stableqat.surgery.QuantLinear.implementation", "triton")
+    monkeypatch.setattr("stableqat.layers.linear.QuantLinear.implementation", "triton")
     prepared = []
     original = quantizer.func.many
     monkeypatch.setattr(

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import tiny
+from stableqat.layers.embedding import QuantEmbedding
 from stableqat.modules import loss as lean
 from stableqat.modules.loss import IGNORED, lean_cross_entropy, next_tokens, token_losses
-from stableqat.modules.tied import QuantEmbedding
 from stableqat.quantizers import DSQ, STE
 
 TOKENS, VOCAB, WIDTH = 50, 96, 24

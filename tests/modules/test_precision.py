@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from stableqat.errors import UserError
-from stableqat.surgery import QuantLinear
+from stableqat.layers.linear import QuantLinear
 
 
 class Types(tiny.Losses):

@@ -32,7 +32,7 @@ from stableqat.ops.spec import Spec, from_text, to_text
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
-fused = import_module("stableqat.ops.fused")
+fused = import_module("stableqat.ops.launch")
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from stableqat import ops
+from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import STE, Quantizer
-from stableqat.surgery import quantize_linears, quantized_layers
+from stableqat.surgery import quantize_linears
 
 
 class Hardening(Quantizer):

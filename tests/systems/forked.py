@@ -14,7 +14,7 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = [
-    "stableqat.run",
+    "stableqat.cli.lightning",
     "stableqat.data",
     "datasets",
     "timm",
@@ -75,7 +75,7 @@ def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from stableqat.cli import main
+    from stableqat.cli.main import main
 
     sys.exit(main(argv))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stableqat.surgery import QuantLinear
+from stableqat.layers.linear import QuantLinear
 
 
 class Probe(L.Callback):

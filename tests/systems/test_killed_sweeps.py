@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stableqat.analysis.compare import read_comparisons
+from stableqat.analysis.command import read_comparisons
 from stableqat.analysis.tables import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ grid:
 def begin(folder: Path, name: str, saves: str = "last.every_n_train_steps: 4") -> subprocess.Popen:
     study = folder / f"{name}.yaml"
     study.write_text(STUDY.format(name=name, logs=folder, saves=saves))
-    code = "from stableqat.cli import entry; entry()"
+    code = "from stableqat.cli.main import entry; entry()"
     return subprocess.Popen([sys.executable, "-c", code, "sweep", str(study)], cwd=ROOT)
 
 

@@ -8,8 +8,8 @@ import pytest
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 
 from stableqat.analysis.events import read_run
-from stableqat.cli import main
-from stableqat.run import QATCommand
+from stableqat.cli.lightning import QATCommand
+from stableqat.cli.main import main
 
 RUN = ["fit", "-c", "configs/vit/base.yaml", "-c", "configs/vit/debug.yaml", "--trainer.accelerator", "cpu"]
 

@@ -13,11 +13,11 @@ import torch.distributed.checkpoint as dcp
 from test_kill import differing
 from test_processes import arguments
 
-from stableqat.cli import main
+from stableqat.checkpoints.read import check_sums, read_checkpoint
+from stableqat.checkpoints.sharded import read_index
+from stableqat.cli.main import main
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
-from stableqat.modules.sharded import read_index
-from stableqat.modules.start import check_sums, read_checkpoint
 
 STEPS = 6
 PROCESSES = {"auto": 1, "fsdp2": 2, "sharded": 2}

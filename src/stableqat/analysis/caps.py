@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stableqat.analysis.arms import Arm, Comparison
+    from stableqat.analysis.comparison import Arm, Comparison
 
 
 @dataclass(frozen=True)

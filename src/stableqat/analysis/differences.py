@@ -18,14 +18,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stableqat.analysis.keys import check_interpolations
-from stableqat.analysis.plan import Plan, plan_of
 from stableqat.analysis.statistics import holm, paired, verdict
 from stableqat.errors import UserError
+from stableqat.studies.keys import check_interpolations
+from stableqat.studies.plan import Plan, plan_of
 
 if TYPE_CHECKING:
-    from stableqat.analysis.arms import Arm, Comparison
     from stableqat.analysis.caps import Group
+    from stableqat.analysis.comparison import Arm, Comparison
 
 STUDY_FILE = "study.yaml"
 

@@ -8,7 +8,7 @@ no value is the most common, as in a factorial study, all arms name theirs, and 
 from collections import Counter
 from typing import Any
 
-from stableqat.analysis.study import short
+from stableqat.studies.study import short
 
 COLUMNS = ("method", "bits", "grid", "mask")
 NAMED = "named"  # the name in the study, where hyper-parameters don't tell arms apart

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from stableqat.analysis.arms import LOSS, TOP1, Arm, Comparison, diverged
 from stableqat.analysis.caps import Group
+from stableqat.analysis.comparison import LOSS, TOP1, Arm, Comparison, diverged
 from stableqat.analysis.curves import average, finite
 from stableqat.analysis.drawing import as_written
 from stableqat.analysis.events import Run
 from stableqat.analysis.stability import FLIP_RATE, GRAD_NORM, TRAIN_LOSS
 from stableqat.analysis.statistics import LEVEL, paired
-from stableqat.analysis.study import short
+from stableqat.studies.study import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableqat.analysis import panels
-from stableqat.analysis.arms import Comparison, diverged
+from stableqat.analysis.comparison import Comparison, diverged
 from stableqat.analysis.drawing import as_written, colour_of
 from stableqat.analysis.panels import Panel, Style
-from stableqat.whole import whole
+from stableqat.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

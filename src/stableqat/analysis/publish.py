@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stableqat.analysis.arms import Arm, Comparison
-from stableqat.analysis.compare import read_comparisons
+from stableqat.analysis.command import read_comparisons
+from stableqat.analysis.comparison import Arm, Comparison
 from stableqat.analysis.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
 from stableqat.analysis.labels import NAMED
-from stableqat.analysis.study import short
 from stableqat.errors import UserError
+from stableqat.files import hidden_folder
+from stableqat.studies.study import short
 from stableqat.terminal import terminal
-from stableqat.whole import hidden_folder
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary

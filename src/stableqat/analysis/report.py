@@ -11,7 +11,7 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from stableqat.analysis.arms import Comparison
+from stableqat.analysis.comparison import Comparison
 from stableqat.analysis.plot import CAPTIONS
 from stableqat.analysis.tables import notes, tensorboard, text_tables
 from stableqat.terminal import printable

@@ -21,8 +21,9 @@ from torch import nn
 
 from stableqat import quantizers
 from stableqat.errors import UserError
+from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory
-from stableqat.surgery import quantize_linears, quantized_layers
+from stableqat.surgery import quantize_linears
 
 FULL_PRECISION = "FP"
 TORCHAO = "torchao"

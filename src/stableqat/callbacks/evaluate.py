@@ -68,9 +68,9 @@ class Evaluate(L.Callback):
         if not self.data and self.tasks is None:
             return
         from stableqat.evaluate.harness import check_documents, load_tasks, task_names
+        from stableqat.evaluate.model import labels
         from stableqat.evaluate.perplexity import blocks, strided
         from stableqat.evaluate.processes import Share
-        from stableqat.evaluate.subject import labels
         from stableqat.evaluate.text import read_text
 
         datamodule = getattr(trainer, "datamodule", None)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from stableqat.callbacks.throughput import untimed
 from stableqat.errors import UserError, check_range
-from stableqat.surgery import quantized_layers, release_weights
+from stableqat.layers.hold import release_weights
+from stableqat.layers.linear import quantized_layers
 
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the surrogate's gradient
 

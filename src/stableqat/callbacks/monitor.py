@@ -20,8 +20,8 @@ from torch import Tensor
 
 from stableqat import ops
 from stableqat.errors import check_range
+from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers.base import local
-from stableqat.surgery import QuantLinear, quantized_layers
 
 MOST_BITS_BY_LEVEL = 4  # wider grids have too many levels for a line each
 

@@ -11,12 +11,13 @@ import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch.distributed.tensor import DTensor
 
+from stableqat.api import make_factory, prepare_and_report, refuse_another, was_converted
 from stableqat.callbacks.record import keep_report
 from stableqat.errors import UserError
-from stableqat.linears import HEADS, SurgeryReport
-from stableqat.qat import make_factory, prepare_and_report, refuse_another, was_converted
+from stableqat.layers.hold import hold_weights, release_weights
+from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory
-from stableqat.surgery import hold_weights, quantized_layers, release_weights
+from stableqat.surgery import HEADS, SurgeryReport
 
 
 class PrepareQAT(L.Callback):

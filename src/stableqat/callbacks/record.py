@@ -12,8 +12,8 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from stableqat.callbacks.divergence import DivergenceGuard
-from stableqat.linears import SurgeryReport
-from stableqat.whole import whole
+from stableqat.files import whole
+from stableqat.surgery import SurgeryReport
 
 SURGERY = "surgery.txt"  # in a run's folder
 

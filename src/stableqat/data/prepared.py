@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableqat.data.output import MANIFEST, Shard, read_field, read_manifest, read_shards
+from stableqat.data.prepare.output import MANIFEST, Shard, read_field, read_manifest, read_shards
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:

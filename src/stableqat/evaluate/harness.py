@@ -132,7 +132,7 @@ def run_tasks(
         import torch
         from lm_eval.evaluator import evaluate
 
-        from stableqat.evaluate.live import LiveLM
+        from stableqat.evaluate.language_model import LiveLM
 
         for task in tasks["tasks"].values():
             own = task.get_config("num_fewshot")

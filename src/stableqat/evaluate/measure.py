@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
+from stableqat.checkpoints.read import read_checkpoint
 from stableqat.data import ImageDataModule, TextDataModule
 from stableqat.data.tokenizer import tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.evaluate import text
 from stableqat.evaluate.harness import run_tasks, scores
 from stableqat.evaluate.images import EvaluationImages, classify, part_of
+from stableqat.evaluate.model import Subject, is_run
 from stableqat.evaluate.perplexity import Windows, blocks, perplexity, strided
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.quiet import quiet
-from stableqat.evaluate.subject import Subject, is_run
 from stableqat.evaluate.undisturbed import undisturbed
-from stableqat.modules.start import read_checkpoint
-from stableqat.trained import data_of, find_trained, image_arguments_of, validated_rows
+from stableqat.runs import data_of, find_trained, image_arguments_of, validated_rows
 
 MOST_TOKENS = 2048  # of a block, where neither a user nor a run says
 
@@ -29,7 +29,7 @@ class Misfit(UserError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What each model is asked; see `stableqat.evaluate.evaluate.evaluate`.
+    """What each model is asked; see `stableqat.evaluate.command.evaluate`.
 
     Attributes:
         data: Sources of text or images, runs among them, and what they are called in the results.

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from stableqat.errors import UserError
-from stableqat.evaluate.subject import labels
-from stableqat.whole import whole
+from stableqat.evaluate.model import labels
+from stableqat.files import whole
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from stableqat.surgery import hold_weights, release_weights
+from stableqat.layers.hold import hold_weights, release_weights
 
 
 @contextmanager

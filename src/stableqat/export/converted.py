@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableqat.api import GRIDS
 from stableqat.errors import UserError
+from stableqat.layers.linear import QuantLinear
 from stableqat.modules import LlamaModule
 from stableqat.ops import Grid, dequantize_codes, quantize_codes
-from stableqat.qat import GRIDS
 from stableqat.quantizers import STE, Quantizer
-from stableqat.surgery import QuantLinear
 
 
 def is_model_folder(source: str) -> bool:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stableqat.api import GRIDS
 from stableqat.errors import UserError
 from stableqat.export.packed import PackedModel
-from stableqat.qat import GRIDS
 
 
 def check(packed: PackedModel) -> None:

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from stableqat import ops
 from stableqat.errors import UserError
 from stableqat.export.gguf_header import Header
+from stableqat.layers.embedding import QuantEmbedding
+from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.modules import QATModule
-from stableqat.modules.tied import QuantEmbedding
 from stableqat.quantizers import STE
-from stableqat.surgery import QuantLinear, quantized_layers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

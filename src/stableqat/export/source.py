@@ -18,7 +18,7 @@ from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.export.converted import is_model_folder, open_converted
 from stableqat.modules import QATModule
-from stableqat.trained import (
+from stableqat.runs import (
     check_vocabulary,
     data_of,
     images_of,

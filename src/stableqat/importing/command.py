@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stableqat.errors import UserError
+from stableqat.files import cannot_write, whole_folder
 from stableqat.terminal import terminal
-from stableqat.whole import cannot_write, whole_folder
 
 
 def import_(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableqat.checkpoints.read import load_weights
 from stableqat.errors import UserError
-from stableqat.modules.start import load_weights
+from stableqat.layers.linear import quantized_layers
 from stableqat.ops import Fourier
 from stableqat.quantizers import DSQ, STE, ParetoQ, Quantizer, StableQAT
 from stableqat.quantizers.base import FLOOR
-from stableqat.surgery import quantized_layers
 
 CLIP, SHARPNESS = "weight_clip_val", "alpha_dsq"
 LEAST = 1e-5

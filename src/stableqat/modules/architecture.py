@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stableqat.checkpoints.read import find_checkpoint, read_checkpoint
 from stableqat.errors import UserError
-from stableqat.modules.start import find_checkpoint, read_checkpoint
 from stableqat.trust import check_plain
 
 # far above what any model has: time and memory go into what is built, so it is refused before

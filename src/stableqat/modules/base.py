@@ -33,16 +33,17 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 
-from stableqat.calls import Calls, check_calls, show_weights
+from stableqat.api import parameter_groups
+from stableqat.checkpoints.read import load_start, read_checkpoint
 from stableqat.errors import UserError, check_range
-from stableqat.linears import SurgeryReport
+from stableqat.layers.hold import hold_weights, release_weights
+from stableqat.layers.linear import quantized_layers
+from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.callbacks import check_callbacks
 from stableqat.modules.schedule import check_end, place
-from stableqat.modules.start import load_start, read_checkpoint
-from stableqat.qat import parameter_groups
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.base import local
-from stableqat.surgery import hold_weights, quantize_linears, quantized_layers, release_weights
+from stableqat.surgery import SurgeryReport, quantize_linears
 from stableqat.trust import arguments, check_plain, find_class
 
 logger = logging.getLogger(__name__)

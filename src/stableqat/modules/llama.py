@@ -16,14 +16,14 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from stableqat.checkpoints.read import find_checkpoint
 from stableqat.errors import UserError
+from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.architecture import compare_configs, first_line, hub_refusal, resolve_config
 from stableqat.modules.base import QATModule, state_dict_follows
 from stableqat.modules.evaluation import MeanLoss
 from stableqat.modules.loss import lean_forward, token_losses
-from stableqat.modules.start import find_checkpoint
 from stableqat.modules.teacher import Distillation, Teacher
-from stableqat.modules.tied import quantize_tied_embedding
 from stableqat.quantizers import QuantizerFactory
 
 

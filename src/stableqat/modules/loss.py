@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from stableqat.modules.tied import effective_weight
+from stableqat.layers.embedding import effective_weight
+from stableqat.layers.linear import QuantLinear
 from stableqat.ops.once import once_differentiable
-from stableqat.surgery import QuantLinear
 
 IGNORED = -100
 LOGITS = 2**27  # elements of a chunk's logits, 512 MiB in float32

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from stableqat.modules.sharded import REST, is_sharded, load_shards
+from stableqat.checkpoints.sharded import REST, is_sharded, load_shards
 
 
 class _Reducing:

@@ -10,9 +10,9 @@ from stableqat.ops.fake_quantize import (
     quantize_codes,
 )
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
+from stableqat.ops.operands import TOGETHER, Weight
 from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, Permuted, Surrogate, Tanh
-from stableqat.ops.weight import TOGETHER, Weight
 
 __all__ = [
     "TOGETHER",

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stableqat.ops import reference
+from stableqat.ops.operands import Weight
 from stableqat.ops.spec import Spec
 from stableqat.ops.surrogates import Surrogate
-from stableqat.ops.weight import Weight
 
 try:
-    from stableqat.ops import fused, graph
+    from stableqat.ops import custom_ops as graph
+    from stableqat.ops import launch as fused
 except ImportError:  # torch without Triton, as on a Mac
     fused = graph = None  # type: ignore[assignment]
 

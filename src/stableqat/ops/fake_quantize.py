@@ -17,9 +17,9 @@ from stableqat.ops import reference
 from stableqat.ops.dispatch import gradients_of, gradients_of_many, implementation, value_of, values_of
 from stableqat.ops.grids import Grid
 from stableqat.ops.once import once_differentiable
+from stableqat.ops.operands import Weight
 from stableqat.ops.spec import Spec, from_text, to_text
 from stableqat.ops.surrogates import Surrogate
-from stableqat.ops.weight import Weight
 
 
 def fake_quantize(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stableqat.ops.grids import Grid
+from stableqat.ops.operands import Weight
 from stableqat.ops.surrogates import Surrogate
-from stableqat.ops.weight import Weight
 
 
 def grouped(weight: Weight, grid: Grid) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:

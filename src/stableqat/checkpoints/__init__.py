@@ -1,0 +1,1 @@
+"""Checkpoints: their names, how they are written, found, verified, read, and merged."""

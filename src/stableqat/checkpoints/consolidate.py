@@ -1,0 +1,50 @@
+"""`stableqat consolidate`: one file from a sharded checkpoint, as the run could have written it.
+
+It needs one process, no GPU, and memory for one copy of what the checkpoint holds, optimizer included.
+"""
+
+from pathlib import Path
+
+from stableqat.errors import UserError
+from stableqat.terminal import terminal
+
+
+def consolidate(checkpoint: str, *, out: str | None = None) -> int:
+    """Make one file of a sharded checkpoint, which any strategy resumes and `init_from` takes.
+
+    Args:
+        checkpoint: The folder, such as lightning_logs/llama/version_0/checkpoints/last.ckpt.
+        out: The file; by default beside the folder, NAME.consolidated.ckpt.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: If the folder is no sharded checkpoint or damaged, or the file exists or can't be written.
+    """
+    if not Path(checkpoint).exists():
+        raise UserError(f"{checkpoint}: there is no such checkpoint; name a folder that fsdp2 saved")
+    from stableqat.callbacks.checkpoint import PARTIAL, StreamedCheckpointIO, on_disk
+    from stableqat.checkpoints.read import check_sums, read_consolidated
+    from stableqat.checkpoints.sharded import is_sharded
+
+    folder = Path(checkpoint)
+    if not is_sharded(folder):
+        raise UserError(
+            f"{folder}: not a sharded checkpoint; name a folder that --trainer.strategy fsdp2 saved"
+        )
+    target = Path(out) if out is not None else folder.with_name(f"{folder.stem}.consolidated.ckpt")
+    if target.exists():
+        raise UserError(f"out: {target} exists; choose another name, or remove it")
+    check_sums(folder)
+    whole, partial = read_consolidated(folder), Path(f"{target}{PARTIAL}")
+    try:
+        problem = on_disk(StreamedCheckpointIO().save_checkpoint, whole, partial)
+        problem = problem or on_disk(partial.replace, target)
+    finally:
+        if partial.exists():
+            partial.unlink()
+    if problem is not None:
+        raise UserError(f"out: {target} could not be written ({problem}); make room, or name another place")
+    terminal().print(f"{target}: {target.stat().st_size / 1e9:.2f} GB")
+    return 0

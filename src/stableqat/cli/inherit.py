@@ -1,0 +1,170 @@
+"""What a model brings to its data: the tokenizer, or the preprocessing of images, that it was trained with.
+
+On other tokens, or on pixels of another scale, a model computes nonsense and says nothing. So settings of
+the data that are null are taken from what the model starts from: a run, a checkpoint inside one, a folder, a
+hub name, or what timm knows of the architecture. Others take an explicit word, which is said, and a tokenizer
+that cannot be the model's is refused.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from stableqat.checkpoints.read import find_checkpoint
+from stableqat.data.prepared import prepared_manifest
+from stableqat.data.tokenizer import clash, load_tokenizer, tokenizer_hash
+from stableqat.errors import UserError
+from stableqat.modules.vit import preprocessing, takes_one_size
+from stableqat.runs import image_size_of, images_of, tokenizer_of
+
+
+def inherit(settings: Namespace) -> list[str]:
+    """Fill the data's settings from what the model starts from.
+
+    Args:
+        settings: Of a verb, its `ckpt_path` resolved; changed in place.
+
+    Returns:
+        A line for each setting that was taken.
+
+    Raises:
+        UserError: If data and model contradict each other.
+    """
+    arguments = settings.data.get("init_args") or Namespace()
+    taken = []
+    if "tokenizer" in arguments:
+        asked = arguments.tokenizer is not None
+        for key, source in _starts(settings):
+            taken += _take_tokenizer(arguments, key, source, asked)
+    model = settings.model.get("init_args") or Namespace()
+    if "mean" in arguments and "model_name" in model and arguments.get("source") is not None:
+        taken += _take_preprocessing(arguments, model, *next(_starts(settings), (None, None)))
+    return taken
+
+
+def _starts(settings: Namespace) -> Iterator[tuple[str, str]]:
+    """Models that read the data: the setting that names each, and what it names."""
+    model = settings.model.get("init_args") or Namespace()
+    if settings.get("ckpt_path") is not None:
+        yield "ckpt_path", settings.ckpt_path
+    elif model.get("init_from") is not None:
+        yield "model.init_from", model.init_from
+    teacher = model.get("teacher")
+    if teacher is not None and teacher.get("source") is not None:
+        yield "model.teacher.source", teacher["source"]
+
+
+def _take_tokenizer(arguments: Namespace, key: str, source: str, asked: bool) -> list[str]:
+    named = arguments.tokenizer
+    if named is None:
+        named = next((f"{each}/tokenizer" for each in _sources(arguments) if prepared_manifest(each)), None)
+    try:
+        own = _tokenizer_of(source)
+    except UserError as error:
+        if named is None:
+            raise UserError(f"{key}: {error}; name it with --data.tokenizer") from error
+        return []
+    if named is None and own is not None:
+        arguments.tokenizer = own
+        return [f"data.tokenizer: {own}, which {key} brings"]
+    if named is None and (key != "model.init_from" or find_checkpoint(source) is not None):
+        return [f"{key}: {source} keeps no tokenizer; another than the data's own takes --data.tokenizer"]
+    if named in (None, own) or own is None:
+        return []
+    return _compare(named, own, key, source, asked)
+
+
+def _take_preprocessing(
+    arguments: Namespace, model: Namespace, key: str | None, source: str | None
+) -> list[str]:
+    checkpoint = None if source is None else find_checkpoint(source)
+    brought = None
+    if checkpoint is not None and (own := images_of(checkpoint)) is not None:
+        brought = {**own, "image_size": image_size_of(checkpoint)}
+    whose = f"{key} brings"
+    if brought is None:
+        pretrained = source if checkpoint is None else None
+        brought = preprocessing(pretrained, model.model_name)
+        whose = whose if pretrained is not None else f"timm has for {model.model_name}"
+    lines = _take_size(arguments, model, brought.pop("image_size", None), fixed=key == "ckpt_path")
+    taken, other = {}, {}
+    for name, value in brought.items():
+        given = arguments.get(name)
+        if given is None:
+            arguments[name] = taken[name] = value
+        elif source is not None and _plain(given) != _plain(value):
+            other[name] = f"{_plain(given)} (the model: {_plain(value)})"
+    if taken:
+        lines.append(f"data.{_told({name: _plain(value) for name, value in taken.items()})}, which {whose}")
+    if other:
+        lines.append(f"data.{_told(other)}: not what the model was trained with; leave out to take its own")
+    return lines
+
+
+def _take_size(arguments: Namespace, model: Namespace, brought: int | None, fixed: bool) -> list[str]:
+    """Images as large as the model takes, and a model for images as large as asked for."""
+    options, lines = model.get("model_args") or {}, []
+    usual = preprocessing(None, model.model_name).get("image_size")
+    size = options.get("img_size") or arguments.image_size or brought or usual
+    if (
+        "img_size" not in options
+        and not fixed
+        and size != usual
+        and takes_one_size(model.model_name, options)
+    ):
+        model["model_args"] = {**options, "img_size": size}
+        whose = "the data" if arguments.image_size else "the start"
+        lines.append(f"model.model_args.img_size: {size}, that of {whose}")
+    if arguments.image_size is None:
+        arguments.image_size = size[-1] if isinstance(size, list | tuple) else size
+    return lines
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sources(arguments: Namespace) -> list[str]:
+    source = arguments.get("source")
+    return [source] if isinstance(source, str) else list(source or [])
+
+
+def _tokenizer_of(source: str) -> str | None:
+    """Where a model's tokenizer is; None if nobody knows.
+
+    Raises:
+        UserError: If its run has none.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        return tokenizer_of(checkpoint)
+    try:
+        load_tokenizer(source)
+    except UserError:  # the model says what is wrong with a source that is nothing
+        return None
+    return str(Path(source).expanduser()) if Path(source).exists() else source
+
+
+def _compare(named: str, own: str, key: str, source: str, asked: bool) -> list[str]:
+    """Refuse a tokenizer that cannot be the model's, or that nobody asked for."""
+    given, trained = load_tokenizer(named), load_tokenizer(own)
+    if tokenizer_hash(given) == tokenizer_hash(trained):
+        return []
+    if not asked:
+        raise UserError(
+            f"data.tokenizer: {named}, which data or start bring, is not the one that {key} {source} "
+            f"was trained with; tokenize again with {own}, take another model, or insist with "
+            f"--data.tokenizer {named}"
+        )
+    if reason := clash(given, trained):
+        raise UserError(
+            f"data.tokenizer: {named} cannot be that of {key} {source}: {reason}; leave it out to take the "
+            "model's own"
+        )
+    return [f"data.tokenizer: {named} is not the one that {key} {source} was trained with, as you ask"]

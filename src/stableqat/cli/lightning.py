@@ -1,0 +1,310 @@
+"""fit, validate, test, predict: LightningCLI with this suite's defaults and one-line errors."""
+
+import errno
+import logging
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+import stableqat.data.image
+import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
+from stableqat.callbacks import (
+    BestCheckpoint,
+    DivergenceGuard,
+    Evaluate,
+    GradientMismatch,
+    Interruption,
+    LastCheckpoint,
+    QuantizerMonitor,
+    RunRecord,
+    Throughput,
+)
+from stableqat.callbacks.checkpoint import StreamedCheckpointIO, on_disk
+from stableqat.callbacks.interruption import EXIT_CODE
+from stableqat.checkpoints.read import check_start, read_checkpoint, read_rest
+from stableqat.checkpoints.sharded import is_sharded
+from stableqat.cli import checks
+from stableqat.cli.inherit import inherit
+from stableqat.cli.messages import OneLineErrors, user_error
+from stableqat.data.tokenizer import keep_tokenizer
+from stableqat.errors import UserError
+from stableqat.files import whole
+from stableqat.modules import QATModule
+from stableqat.modules.base import state_dict_follows
+from stableqat.modules.strategy import register_strategies
+from stableqat.runs import TOKENIZER
+from stableqat.trust import arguments, check_settings, find_class, wall
+
+logger = logging.getLogger(__name__)
+
+LOGGERS = {"stableqat": "stableqat: %(message)s", "lightning": "%(message)s"}
+
+
+def run(arguments: list[str]) -> int:
+    """Run one of LightningCLI's verbs.
+
+    Args:
+        arguments: The verb and its flags.
+
+    Returns:
+        0 when the run has ended, in divergence too.
+
+    Raises:
+        UserError: With one line that says what is wrong.
+    """
+    _configure_logging()
+    register_strategies()
+    with wall():
+        QATCommand(arguments)
+    return 0
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, with errors of one line, and no class by a file's word alone."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config file whose classes are trusted."""
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser says what is wrong
+            check_settings(yaml.safe_load(Path(path).read_text()), str(path))
+        return super().parse_path(path, *args, **kwargs)
+
+
+class QATCommand(LightningCLI):
+    """LightningCLI in subclass mode with the suite's callbacks, logger and checks."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._verb, self._arguments = arguments[0], arguments
+        # a strategy of several processes starts the others with the command line that it finds here
+        argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+        try:
+            super().__init__(
+                QATModule,
+                L.LightningDataModule,
+                save_config_callback=RunConfig,
+                parser_class=Parser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                trainer_defaults={
+                    "use_distributed_sampler": False,
+                    "callbacks": [LearningRateMonitor("step"), RunRecord(), Interruption(), *_progress_bar()],
+                    "logger": {
+                        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                        "init_args": {
+                            "save_dir": "lightning_logs",
+                            "name": "run",
+                            "default_hp_metric": False,
+                        },
+                    },
+                },
+            )
+        finally:
+            sys.argv = argv
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Build only the parser that is needed: each costs a second."""
+        return {self._verb: LightningCLI.subcommands()[self._verb]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The suite's configurable callbacks, each under a key of its own."""
+        parser.add_lightning_class_args(DivergenceGuard, "guard")
+        parser.add_lightning_class_args(QuantizerMonitor, "monitor")
+        parser.add_lightning_class_args(GradientMismatch, "mismatch")
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(Evaluate, "evaluate")
+        parser.add_lightning_class_args(BestCheckpoint, "best")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's settings replace the configuration's silently; say which ones."""
+        settings = self.config[self._verb]
+        settings.ckpt_path = checks.find_resumed(settings)
+        if settings.ckpt_path is None:
+            return
+        configured, path = settings.model, settings.ckpt_path
+        saved = read_rest(Path(path)) if is_sharded(Path(path)) else read_checkpoint(Path(path))
+        if not saved["hyper_parameters"]:
+            return
+        cls, values = QATModule.saved_arguments(Path(path), saved)
+        arguments(cls, values, f"{path}: hyper_parameters")
+        same = find_class(configured.class_path, [QATModule], "model") is cls  # under whichever name
+        named = configured.class_path if same else saved["hyper_parameters"]["_class_path"]
+        spec = {"class_path": named, "init_args": values}
+        try:
+            self.config = self.parser.parse_object({self._verb: {"model": spec}}, self.config)
+        except UserError as error:
+            raise UserError(f"ckpt_path: {path} is of another model: {error}") from error
+        for key, mine, saved in checks.differences(configured, self.config[self._verb].model):
+            if self._verb == "fit" or key == "model.class_path":
+                raise UserError(
+                    f"ckpt_path: {key} is {saved} in the checkpoint, {mine} in the configuration; resume a "
+                    "run with its own settings (its config.yaml), or start a new one with model.init_from"
+                )
+            logger.warning("%s: %s from the checkpoint replaces %s from the configuration", key, saved, mine)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check what needs no model."""
+        super().parse_arguments(parser, args)
+        settings = self.config[self._verb]
+        checks.check_groups(settings, ["trainer", *self._parser(self._verb).callback_keys])
+        checks.check_seed(settings.seed_everything)
+        checks.check_trainer(settings.trainer)
+        if self._verb == "fit":
+            checks.check_tasks(settings, self._arguments)
+
+    def before_instantiate_classes(self) -> None:
+        """Let the model bring what the data needs, before either is made."""
+        self._inherited = inherit(self.config[self._verb])
+
+    def instantiate_classes(self) -> None:
+        """A mistake that a class found in its settings comes wrapped: unwrap it."""
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:  # Lightning's own word for a mistake in the settings
+            raise UserError(f"{checks.first_line(error)}; correct this setting") from error
+        except ValueError as error:
+            if cause := user_error(error):
+                raise UserError(str(cause)) from error
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the trainer; its settings are all that it can refuse."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+            raise UserError(f"trainer: {checks.first_line(error)}; correct this setting") from error
+
+    def after_instantiate_classes(self) -> None:
+        """Checks that need no data."""
+        ckpt_path = self.config[self._verb].ckpt_path
+        if self.trainer.log_dir is not None:
+            checks.check_run_folder(self.trainer.log_dir, ckpt_path)
+        if self._verb == "fit":
+            checks.check_optimizer(self.model, self.trainer)
+        if self.model.init_from is not None and ckpt_path is None:
+            check_start(self.model, self.model.init_from)
+        self.model.check_trainer(self.trainer)
+        self.model.check_data(self.datamodule)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        _set_level(logging.INFO)
+        if self.trainer.is_global_zero:
+            for line in self._inherited:
+                logger.info(line)
+        try:
+            settings = self.config[subcommand]
+            with ExitStack() as stack:
+                if subcommand == "fit" or settings.ckpt_path is None:  # others may look at a run being made
+                    stack.enter_context(checks.claimed(self.trainer, settings))
+                stack.enter_context(_together(self.trainer))
+                stack.enter_context(state_dict_follows(bool(settings.ckpt_path)))
+                super()._run_subcommand(subcommand)
+        except SIGTERMException as stop:
+            if self.trainer.is_global_zero:
+                step = self.trainer.global_step
+                logger.warning(
+                    "told to stop at step %d; the same command with --ckpt_path last goes on", step
+                )
+            stop.code = EXIT_CODE
+            raise
+        except MisconfigurationException as error:
+            raise UserError(f"{checks.first_line(error)}; correct this setting") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+                raise
+            where = error.filename or self.trainer.log_dir
+            raise UserError(
+                f"{where}: the disk takes no more ({error.strerror}); make room, and resume with "
+                "--ckpt_path last"
+            ) from error
+        except ValueError as error:
+            # Lightning puts the name of a setting that does not fit the data first
+            named = re.match(r"\s*`(\w+)`", str(error))
+            if named is None or named[1] not in self.config[subcommand].trainer:
+                raise
+            raise UserError(f"trainer.{named[1]}: {checks.first_line(error)}") from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict and save the predictions in the run's folder, a file for each process."""
+        predictions = self.trainer.predict(**kwargs)
+        path = Path(self.trainer.log_dir or ".") / f"predictions-{self.trainer.global_rank}.pt"
+        with whole(path) as part:
+            problem = on_disk(StreamedCheckpointIO().save_checkpoint, predictions, part)
+            if problem is not None:
+                raise UserError(f"{path}: could not be written ({problem}); make room, and predict again")
+        logger.info("predictions saved: %s", path)
+
+
+@contextmanager
+def _together(trainer: L.Trainer) -> Iterator[None]:
+    """After a failure end the processes that this one has started: they would wait for it, or complain."""
+    try:
+        yield
+    except Exception:
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
+
+
+class RunConfig(SaveConfigCallback):
+    """Save the resolved configuration and the tokenizer once; the folder is new, or the run resumes in it."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write what a resumed run has not."""
+        log_dir = trainer.log_dir  # broadcast, and so asked of all processes together
+        if self.already_saved or log_dir is None:
+            return
+        self.already_saved, path = True, Path(log_dir) / self.config_filename
+        if trainer.is_global_zero and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # beside the configuration: the run is then enough to go on from
+            if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
+                keep_tokenizer(tokenizer, path.parent / TOKENIZER)
+            with whole(path) as part:
+                self.parser.save(self.config, part, skip_none=False, multifile=False)
+
+
+def _configure_logging() -> None:
+    for part in ("lightning.pytorch", "lightning.fabric"):  # have handlers of their own
+        logging.getLogger(part).handlers.clear()
+        logging.getLogger(part).propagate = True
+        logging.getLogger(part).setLevel(logging.NOTSET)
+    for name, form in LOGGERS.items():
+        handler = logging.StreamHandler()  # a new one each time: stderr may have been replaced since
+        handler.setFormatter(logging.Formatter(form))
+        # an exception that a checkpoint is saved on is told when it arrives
+        handler.addFilter(lambda record: "was raised with message" not in record.getMessage())
+        logging.getLogger(name).handlers[:] = [handler]
+    _set_level(logging.WARNING)
+    # Lightning's hints about worker counts and log intervals are advice, not news
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+def _set_level(level: int) -> None:
+    """News come once the run begins; until then only what is wrong."""
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(level)
+
+
+def _progress_bar() -> list[L.Callback]:
+    return [RichProgressBar()] if sys.stdout.isatty() else []

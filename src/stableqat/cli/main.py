@@ -1,0 +1,173 @@
+"""The `stableqat` command.
+
+`fit`, `validate`, `test` and `predict` are LightningCLI in subclass mode: any setting of trainer,
+model and data from YAML files and flags. The tool verbs are functions, imported when called, so
+that help answers at once. A user's mistake is one line on stderr and exit code 2 (`--debug`
+shows the traceback); a fault of the program keeps its traceback.
+"""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from inspect import signature
+from itertools import pairwise
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from stableqat.errors import UserError
+from stableqat.terminal import plain
+from stableqat.trust import allowing
+
+RUN_VERBS = {
+    "fit": "train a model, quantized or not",
+    "validate": "evaluate on the validation split (a quantized model that is not trained: PTQ)",
+    "test": "evaluate on the test split",
+    "predict": "write predictions for the test split",
+}
+TOOL_VERBS = {
+    "sweep": ("stableqat.studies.command", "run the points of one or more studies"),
+    "compare": ("stableqat.analysis.command", "tables, pictures and a report from the event files of runs"),
+    "publish": ("stableqat.analysis.publish", "copy studies for publication, their event files thinned"),
+    "bench": ("stableqat.bench.command", "time and memory of the methods beside full precision"),
+    "consolidate": ("stableqat.checkpoints.consolidate", "make one file of a sharded checkpoint"),
+    "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),
+    "export": ("stableqat.export.command", "packed weights for other runtimes, proven equal to the model"),
+    "evaluate": ("stableqat.evaluate.command", "perplexity, accuracy and harness tasks of any model"),
+    "data sample": ("stableqat.data.prepare.sample", "draw documents from a corpus, local or on the hub"),
+    "data tokenize": ("stableqat.data.prepare.tokenize", "turn documents into rows of tokens on disk"),
+}
+
+
+# what torch says of torchao, which transformers imports where it is installed
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb.
+
+    Args:
+        argv: Arguments without the program's name; None takes them from the command line.
+
+    Returns:
+        0 if it is done (a diverged run is), 1 if points of a study failed, 2 after a user's mistake, 130
+        after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        with allowing(arguments) as arguments:
+            return _dispatch(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        # a data loader's worker hands its error over as the text of a traceback
+        line = str(error).rpartition("UserError: ")[2]
+        print(f"stableqat: {plain(line)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("stableqat: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # argument parsers end with it, after help for example
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    group = "data" if arguments[:1] == ["data"] else ""  # its verbs are two words
+    words = 2 if group else 1
+    verb = " ".join(arguments[:words])
+    if arguments[words - 1 : words] in ([], ["-h"], ["--help"]):
+        _parser(group).print_help()
+        return 0
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"stableqat {version('stableqat')}")
+        return 0
+    if verb in RUN_VERBS:
+        _check_files(arguments)
+        # Libraries read these once, at import
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it would say, our own error says
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        return import_module("stableqat.cli.lightning").run(arguments)
+    if verb in TOOL_VERBS:
+        return _tool(verb, arguments[words:])
+    verbs = [*RUN_VERBS, *TOOL_VERBS]
+    near = difflib.get_close_matches(verb, verbs, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}"
+    raise UserError(f"{verb} is not a verb of stableqat; {hint}")
+
+
+def _check_files(arguments: list[str]) -> None:
+    """Notice a file that is not there before the libraries are imported, which takes seconds."""
+    for flag, value in pairwise(arguments):
+        if flag in ("-c", "--config") and value.endswith((".yaml", ".yml")) and not Path(value).exists():
+            raise UserError(f"{value}: file does not exist; -c takes a YAML file")
+        if flag == "--ckpt_path" and value not in ("last", "best", "null") and not Path(value).exists():
+            raise UserError(
+                f"ckpt_path: {value} does not exist; name a checkpoint, or leave it out to start anew"
+            )
+
+
+def _parser(group: str) -> argparse.ArgumentParser:
+    verbs = {**RUN_VERBS, **{verb: text for verb, (_, text) in TOOL_VERBS.items()}}
+    lines = "\n".join(f"  {verb:<13} {text}" for verb, text in verbs.items() if verb.startswith(group))
+    return argparse.ArgumentParser(
+        prog="stableqat",
+        usage="stableqat VERB [-c CONFIG.yaml ...] [--KEY VALUE ...]",
+        description="Quantization-aware training of LLMs and ViTs at 1-4 bits.",
+        epilog=f"verbs (each has its own --help):\n{lines}\n\nwith any verb: --debug shows the traceback, "
+        "--allow my_package.MyClass lets files name a class that is not this suite's.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _tool(verb: str, arguments: list[str]) -> int:
+    import jsonargparse
+
+    from stableqat.cli.messages import OneLineErrors
+
+    class ToolParser(OneLineErrors, jsonargparse.ArgumentParser):
+        pass
+
+    home, description = TOOL_VERBS[verb]
+    name = verb.split()[-1]
+    function = getattr(import_module(home), f"{name}_" if iskeyword(name) else name)
+    parser = ToolParser(prog=f"stableqat {verb}", description=description)
+    parameters, texts = signature(function).parameters, _described(function)
+    for name, parameter in parameters.items():
+        if get_origin(parameter.annotation) in (list, Sequence):  # jsonargparse alone would want brackets
+            listed: dict[str, Any] = {"nargs": "+", "type": get_args(parameter.annotation)[0]}
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                listed["default"] = list(parameter.default)
+                name = f"--{name}"
+            parser.add_argument(name, help=texts[parameter.name], **listed)
+        elif iskeyword(word := name.removesuffix("_")):  # a flag that Python cannot call so
+            told = {"type": parameter.annotation, "help": texts[name], "required": True}
+            parser.add_argument(f"--{word}", **told)
+        else:
+            others: set[str | int] = {other for other in parameters if other != name}
+            positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD  # if it has no default
+            parser.add_function_arguments(function, as_group=False, as_positional=positional, skip=others)
+    values = vars(parser.parse_args(arguments))
+    return function(**{f"{key}_" if iskeyword(key) else key: value for key, value in values.items()})
+
+
+def _described(function: Callable[..., int]) -> dict[str, str | None]:
+    from docstring_parser import parse
+
+    return {each.arg_name: each.description for each in parse(function.__doc__ or "").params}
+
+
+def entry() -> None:
+    """Console-script entry point."""
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""One line instead of jsonargparse's nested report.
+
+A setting such as `model.quantizer.bits` passes through a parser for each class on its way, and
+each wraps the error of the inner one in a report of its own. Here the innermost parser, which knows
+what it would have accepted, says what is wrong; each outer one only puts its part of the key in front.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from stableqat.errors import UserError
+from stableqat.refusals import refusal
+
+_LISTED = 12  # names that a line can hold
+
+_WITHIN = re.compile(r'^Parser key "([^"]+)"')
+_NO_FILE = re.compile(r"""^Parser key "config": (.+): '(.+)'""")
+_MISSING = re.compile(r"^the following arguments are required: (.+)")
+_INCOMPLETE = re.compile(r"^argument (?:\S+/)?-*(\S+): (.*)")
+_UNRECOGNIZED = re.compile(r"^unrecognized arguments: (\S+)")
+_UNKNOWN = re.compile(
+    r"(?:Group '([^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption '([^']+)'"
+)
+_INSIDE = re.compile(r"given class_path '[^']+':\n\s+([\w.]+): (.+)")
+_CLASSLESS = re.compile(r"Given value: NestedArg\(key='([^']+)'")
+
+
+class Fault(argparse.ArgumentError):
+    """What is wrong with which key; keys are relative to the parser that raises it.
+
+    Args:
+        key: The key, as the user wrote it.
+        problem: What is wrong, and the remedy if `near` is None.
+        near: A key that may have been meant.
+    """
+
+    def __init__(self, key: str, problem: str, near: str | None = None) -> None:
+        self.key, self.problem, self.near = key, problem, near
+        super().__init__(None, f"{key}: {problem}" + (f"; did you mean {near}?" if near else ""))
+
+    def within(self, parent: str) -> "Fault":
+        """The same fault, seen from outside of `parent`."""
+        return Fault(f"{parent}.{self.key}", self.problem, self.near and f"{parent}.{self.near}")
+
+
+class OneLineErrors:
+    """Mixin for a jsonargparse parser: a mistake ends the parsing as a `UserError` of one line."""
+
+    exit_on_error: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take whole names only: part of one may be another setting, in another version."""
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[call-arg]
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config file; what is wrong with it is told with its name."""
+        try:
+            return super().parse_path(path, *args, **kwargs)  # type: ignore[misc]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not a text file; give a YAML file") from error
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise what is wrong: a `UserError` from the command's own parser, a `Fault` from one inside it."""
+        fault = _fault(self, message, ex)
+        if self.exit_on_error:
+            raise UserError(str(fault)) from ex
+        raise fault from ex
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The `UserError` among the causes of an exception."""
+    return next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError:
+    """What is wrong, from the cause if that says it, otherwise from jsonargparse's message."""
+    key = match[1] if (match := _WITHIN.match(message)) else ""
+    for cause in _causes(ex):
+        if isinstance(cause, UserError):
+            return cause
+        if isinstance(cause, Fault):
+            return cause.within(key) if key else cause
+        if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark:
+            return UserError(f"line {cause.problem_mark.line + 1} is not valid YAML: {cause.problem}")
+    if match := _NO_FILE.match(message):
+        return UserError(f"{match[2]}: {match[1][0].lower()}{match[1][1:]}; -c takes a YAML file")
+    if message.startswith("Unexpected config:"):
+        return UserError("holds no settings; write them as YAML, such as `trainer: {max_steps: 100}`")
+    if match := _MISSING.match(message):
+        tool = parser.exit_on_error and not any(action.dest == "config" for action in parser._actions)
+        remedy = (
+            "--help tells what to give" if tool else "set it in a config file (-c FILE.yaml) or as a flag"
+        )
+        return Fault(re.sub(r"\b(fit|validate|test|predict)\.", "", match[1]), f"missing; {remedy}")
+    if match := _INCOMPLETE.match(message):
+        return Fault(match[1], match[2].replace("expected one argument", "needs a value"))
+    if match := _UNRECOGNIZED.match(message):
+        if not match[1].startswith("-"):
+            return UserError(f"{match[1]}: is no setting; write settings as --KEY VALUE")
+        return _unknown(parser, match[1].lstrip("-").split("=")[0])
+    if match := _UNKNOWN.match(message):
+        group = f"{match[1]}." if match[1] else ""
+        return _unknown(getattr(ex, "subcommand_parser", parser), group + match[2])
+    if match := _INSIDE.search(message):  # a fault inside one of several types that the key may have
+        return Fault(match[1], match[2]).within(key)
+    if match := _CLASSLESS.search(message):
+        problem = f"comes before the class of {key}; name that first, with -c or --{key} CLASS"
+        return Fault(f"{key}.{match[1]}", problem)
+    if not key:
+        return UserError(" ".join(message.split()))
+    action = next((action for action in parser._actions if action.dest == key), None)
+    return Fault(key, refusal(getattr(action, "_typehint", None), message))
+
+
+def _unknown(parser: Any, key: str) -> Fault:
+    options = [a.dest for a in parser._actions if not re.search(r"(^|\.)(help|print_\w+)$", a.dest)]
+    heads = list(dict.fromkeys(["class_path", "init_args", *(option.split(".")[0] for option in options)]))
+    head, dot, rest = key.partition(".")
+    if head in heads:
+        near = difflib.get_close_matches(key, options, 1)
+    else:
+        near = [n + dot + rest for n in difflib.get_close_matches(head, heads, 1)]
+    near = near or [option for option in options if option.endswith(f".{key}")]
+    if near:
+        return Fault(key, "unknown key", near[0])
+    known = f"there are {', '.join(options)}" if len(options) <= _LISTED else "--help lists what there is"
+    return Fault(key, f"unknown key; {known}")

@@ -1,0 +1,166 @@
+"""`stableqat evaluate`: how good is a model, before it was quantized, after, and as it was exported?
+
+Perplexity on any text, tasks of lm-evaluation-harness, top-1, top-5 and confusion on any images. Several
+sources stand beside one another in one table; `--baselines true` adds the full-precision start of a run and
+its rounding to nearest. torchrun divides the work over processes: `torchrun --nproc-per-node 4 --no-python
+stableqat evaluate ...`.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from stableqat.evaluate.measure import Plan
+
+
+def evaluate(
+    sources: Sequence[str],
+    *,
+    data: Sequence[str] = (),
+    data_name: str | None = None,
+    text_column: str = "text",
+    split: Literal["train", "validation", "test"] | None = None,
+    documents: Literal["eos", "blank-line"] = "eos",
+    block_size: int | None = None,
+    stride: int | None = None,
+    tasks: str | None = None,
+    tasks_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    baselines: bool = False,
+    tokenizer: str | None = None,
+    batch_size: int = 8,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    device: str | None = None,
+    out: str | None = None,
+) -> int:
+    """Evaluates models: a column of the table for each source.
+
+    Args:
+        sources: Run folders (their best checkpoints), checkpoints, exported or other transformers or timm
+            folders, or hub names of language models.
+        data: Texts or images to evaluate on: files, folders, tokenized sets, hub names, or runs, which stand
+            for their validation data. If not given, the validation data of the first run among the sources;
+            with tasks, a model that it does not fit does without.
+        data_name: Configuration of a hub data set.
+        text_column: Column of data that holds the text.
+        split: Split of data. If not given, test, or validation; data that has neither is taken whole. A run's
+            is validation, of which only the rows are taken that it validated on itself
+            (trainer.limit_val_batches); a split that is named is taken whole.
+        documents: How a text's documents follow one another: each ended by EOS, as in training, or joined by
+            blank lines and encoded as one text, as published WikiText figures have it.
+        block_size: Tokens of a block; if not given, those of the run's rows, or 2048 or as many as the model
+            takes.
+        stride: Move a window of block_size tokens by so many and score each token once, with what is before
+            it; if not given, blocks do not overlap.
+        tasks: Tasks of lm-evaluation-harness, piqa,boolq for example; default stands for piqa, winogrande,
+            arc_challenge, hellaswag, arc_easy, sciq, openbookqa and boolq.
+        tasks_path: Folder with task files of your own (YAML). Python that they name is run.
+        num_fewshot: Examples before each question; if not given, each task's own number.
+        limit: First documents of each task only, for a quick look.
+        baselines: Also evaluate what a quantized run started from, in full precision and rounded to nearest.
+        tokenizer: Tokenizer; if not given, the run's or the folder's.
+        batch_size: Blocks, requests or images a forward and process.
+        dtype: fp32, or bf16 for autocast over float32 weights.
+        device: cpu, cuda or cuda:1; if not given, a GPU where there is one.
+        out: New JSON file for the results, written anew after each model; confusion matrices are drawn beside
+            it (.png).
+
+    Returns:
+        0.
+    """
+    counts = {"block_size": (block_size, 2), "batch_size": (batch_size, 1), "limit": (limit, 1)}
+    for key, (number, least) in {**counts, "num_fewshot": (num_fewshot, 0)}.items():
+        if number is not None and number < least:
+            raise UserError(f"{key}: must be at least {least}, not {number}")
+    if tasks is None and (tasks_path or num_fewshot is not None or limit is not None):
+        raise UserError("tasks: name the tasks that tasks_path, num_fewshot and limit are for")
+    file = None if out is None else _new(out)
+    for source in sources:  # of other names the hub may know more
+        local = Path(source).is_absolute() or source[:1] in ".~" or source.count("/") > 1
+        if (local or source.endswith(".ckpt")) and not Path(source).expanduser().exists():
+            raise UserError(f"{source}: there is no such run or checkpoint")
+    from stableqat.evaluate.harness import task_names
+
+    names = [] if tasks is None else task_names(tasks)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # torch is heavy; help does without it
+    from stableqat.evaluate import report
+    from stableqat.evaluate.harness import check_documents, load_tasks
+    from stableqat.evaluate.measure import Plan, measure
+    from stableqat.evaluate.model import find, is_run, labels
+    from stableqat.evaluate.processes import processes
+
+    home = next((source for source in sources if is_run(source)), None)
+    asked = list(data) or ([] if home is None else [home])
+    with processes(device) as (share, place):
+        with share.first_alone():
+            found = [find(source, tokenizer=tokenizer, baselines=baselines) for source in sources]
+            if not asked and not names:
+                raise UserError("data: nothing to evaluate on; name data with --data or tasks with --tasks")
+            for each in found:
+                if names and each.tokenizer is None:
+                    raise UserError(f"tasks: are for language models, and {each.source} classifies images")
+            loaded = load_tasks(names, tasks_path) if names else {}
+        if names:
+            check_documents(loaded, limit, share)
+        plan = Plan(
+            data=labels(asked, of_run=split or "validation"),
+            implied=bool(names) and not data,
+            home=home,
+            data_name=data_name,
+            text_column=text_column,
+            split=split,
+            documents=documents,
+            block_size=block_size,
+            stride=stride,
+            tasks=loaded,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            bf16=dtype == "bf16",
+        )
+        settings = {
+            **_settings(plan, names),
+            "tokenizer": tokenizer,
+            "device": str(place),
+            "processes": share.count,
+        }
+        records: list[dict[str, Any]] = []
+        try:
+            for load in (load for each in found for load in each.loaders):
+                records.append(measure(load(), plan, share, place))
+                if share.rank == 0:
+                    report.keep(records, settings, file)
+        finally:  # a later model may be damaged, or too large
+            if share.rank == 0 and records:
+                report.show(records, file)
+    return 0
+
+
+def _new(out: str) -> Path:
+    path = Path(out).expanduser()
+    if path.suffix != ".json":
+        raise UserError(f"out: {out} must end in .json")
+    for each in (path, path.with_suffix(".png")):
+        if each.exists():
+            raise UserError(f"out: {each} exists already; name a new file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {out} cannot be written ({error.strerror}); name another file") from error
+    return path
+
+
+def _settings(plan: "Plan", names: list[str]) -> dict[str, Any]:
+    from stableqat.evaluate.harness import SEEDS
+
+    settings = {key: value for key, value in vars(plan).items() if key not in ("home", "implied", "bf16")}
+    dtype = "bf16" if plan.bf16 else "fp32"
+    return {**settings, "data": list(plan.data), "tasks": names, "seeds": SEEDS, "dtype": dtype}

@@ -1,0 +1,284 @@
+"""`stableqat export`: packed weights of a run for another runtime, proven equal to what was trained.
+
+Scales are rounded to the file's type inside the model and the model is evaluated again; the file is written
+under a temporary name and read back with the format's own reader. Only if every packed weight equals
+the model's, bit for bit, and what the reader computes is what the model computes, does the file get its name.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stableqat.errors import UserError
+from stableqat.files import cannot_write, whole_folder
+from stableqat.terminal import terminal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stableqat.export.packed import PackedModel, PackedWeight
+    from stableqat.export.source import Source
+
+REPORT = "export.json"
+LOGITS_DIFFER = 1e-3  # of the largest: the order of sums makes 1e-6, a lost bias or another rotation far more
+LIBRARIES = {  # what a format needs beside this package, all in the extra `export`
+    "hf": [],
+    "compressed-tensors": ["compressed-tensors"],
+    "gguf": ["gguf"],
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "torchao": ["torchao"],
+}
+
+
+def export(
+    source: str,
+    *,
+    format: Literal["hf", "compressed-tensors", "gguf", "onnx", "torchao"],
+    out: str,
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None,
+    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16",
+    storage_bits: Literal[4, 8] | None = None,
+    embedding_bits: Literal[4, 8] | None = None,
+    tokenizer: str | None = None,
+    template: str | None = None,
+    target: Literal["cpu", "gpu"] = "cpu",
+    int8_activations: bool = False,
+) -> int:
+    """Writes the packed weights of a trained model, and proves them equal to it.
+
+    Args:
+        source: Run folder, of which the best checkpoint is taken, a checkpoint, or a folder of a Llama or
+            Qwen3 that `convert(model).save_pretrained` made.
+        format: hf (plain safetensors for transformers or timm), compressed-tensors (transformers, vLLM), gguf
+            (llama.cpp), onnx (onnxruntime) or torchao.
+        out: New folder for the files.
+        dtype: Type of what is not quantized: norms, biases and, unless embedding_bits is given, embeddings.
+            Default: fp16 for compressed-tensors, because vLLM computes in the type of the file and rounds
+            a float32 file to bfloat16; fp32 for all others.
+        scale_dtype: Type that scales are rounded to, in the model, before it is evaluated and written.
+        storage_bits: For compressed-tensors, store narrower codes in 4 or 8 bits, which every GPU kernel of
+            vLLM and SGLang reads; the values stay the same.
+        embedding_bits: Round token embedding and head to this many bits, too; what that costs is said.
+        tokenizer: Tokenizer to put beside a language model; if not given, the run's.
+        template: For gguf, a file that llama.cpp's converter made of the model's hf export: its tokenizer is
+            kept, its tensors are replaced. For tokenizers that this package cannot describe to llama.cpp.
+        target: For gguf, what llama.cpp is to run on: cpu takes TQ2_0 for 2-bit integers and ternary, the
+            smallest; gpu takes Q2_K for them, which has kernels there.
+        int8_activations: For onnx, let onnxruntime round activations to int8. The file is then no longer
+            exactly the model, and the report says how far off its logits are. Large language models become
+            faster, small models may become slower: time both.
+
+    Returns:
+        0 when the files are written and equal the model.
+    """
+    _check_libraries(format)
+    if template is not None and format != "gguf":
+        raise UserError(f"template: only gguf takes one, not {format}; leave it out")
+    if storage_bits is not None and format != "compressed-tensors":
+        raise UserError(f"storage_bits: only compressed-tensors takes them, not {format}; leave it out")
+    if target != "cpu" and format != "gguf":
+        raise UserError(f"target: only gguf has one, not {format}; leave it out")
+    if int8_activations and format != "onnx":
+        raise UserError(f"int8_activations: only onnx has them, not {format}; leave it out")
+    if not Path(source).expanduser().exists():
+        raise UserError(f"{source}: there is no such run or checkpoint")
+    # torch is heavy; help does without it
+    from stableqat.export import gguf_template
+    from stableqat.export.packed import DTYPES, PackedModel, evaluate, pack, quantize_embeddings
+    from stableqat.export.source import load_source
+
+    given = None if template is None else gguf_template.read(Path(template).expanduser())
+    with whole_folder(out) as part:
+        found = load_source(source, tokenizer)
+        dtype = dtype or ("fp16" if format == "compressed-tensors" else "fp32")
+        types = DTYPES[dtype], DTYPES[scale_dtype]
+        packed = PackedModel(
+            found.module,
+            {},
+            *types,
+            found.batch,
+            template=given,
+            target=target,
+            int8_activations=int8_activations,
+            storage_bits=storage_bits,
+            images=found.images,
+            classes=found.classes,
+            tokenizer=found.tokenizer,
+        )
+        writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
+        writer.check(packed)  # before anything is computed, what does not depend on the layers
+        _, trained = evaluate(found.module, found.batch)
+        losses = {"trained": trained}
+        if embedding_bits is not None:
+            quantize_embeddings(found.module, embedding_bits)
+            losses["embeddings_quantized"] = evaluate(found.module, found.batch)[1]
+        packed = replace(packed, layers=pack(found.module, *types))
+        writer.check(packed)
+        logits, losses["file"] = evaluate(found.module, found.batch)
+        try:
+            _write(writer, found, packed, part)
+            differences = _compare(format, writer.read(packed, part), packed, logits)
+            report: dict[str, Any] = {
+                "format": format,
+                "source": str(found.checkpoint),
+                "step": found.step,
+                "val_loss": found.val_loss,
+                "dtype": dtype,
+                "scale_dtype": scale_dtype,
+                **_sizes(writer, packed, part),
+                **differences,
+                "batch": found.batch_of,
+                "loss": losses,
+                "notes": [*(writer.notes(packed) if hasattr(writer, "notes") else []), *_unknown(packed)],
+                "versions": _versions(format),
+            }
+            _describe(found, packed, report, part)
+            report["sha256"] = {p.relative_to(part).as_posix(): _sha256(p) for p in _files(part)}
+            for file in _files(part):
+                file.chmod(0o644)  # safetensors makes them private
+            (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise cannot_write(out, error) from error
+    _tell(report, found, out)
+    return 0
+
+
+def _check_libraries(format: str) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in LIBRARIES[format] if find_spec(name.replace("-", "_")) is None]:
+        raise UserError(f"format: {format} needs {', '.join(missing)}; pip install 'stableqat[export]'")
+
+
+def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        if found.tokenizer is not None and packed.family != "vit":
+            found.tokenizer.save_pretrained(part)
+            for end in ("bos_token_id", "eos_token_id"):  # a config of keys alone has another model's
+                setattr(packed.model.config, end, getattr(found.tokenizer, end))
+        writer.write(packed, part)
+    except SafetensorError as error:  # its writer knows no other
+        raise OSError(str(error)) from error
+
+
+def _compare(
+    format: str, read: tuple[dict[str, "Tensor"], "Tensor"], packed: "PackedModel", logits: "Tensor"
+) -> dict[str, float]:
+    """Packed weights must be equal; logits, which hang on all others, may differ by the order of sums."""
+    import torch
+
+    weights, theirs = read
+    assert weights.keys() == packed.layers.keys()
+    for name, weight in packed.layers.items():
+        expected, got = weight.dequantize(), weights[name]
+        assert got.shape == expected.shape, f"{name}: {tuple(got.shape)} read back"
+        if not torch.equal(got.float(), expected):
+            by = (got.float() - expected).abs().max()
+            raise UserError(
+                f"{format}: {name} of the file differs from the model's by up to {by:.1e}; nothing is left "
+                "of it, take another format"
+            )
+    difference, largest = (theirs.float() - logits).abs().max().item(), logits.abs().max().item()
+    # that int8 activations change them is said beside the file
+    if not (packed.int8_activations or difference <= LOGITS_DIFFER * largest):
+        raise UserError(
+            f"{format}: logits of the file differ from the model's by up to {difference:.1e}, the largest is "
+            f"{largest:.1e}; nothing is left of it, take another format"
+        )
+    return {"max_weight_difference": 0.0, "max_logit_difference": difference}
+
+
+def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
+    quantized = sum(weight.codes.numel() for weight in packed.layers.values())
+    scales = sum(weight.scale.numel() for weight in packed.layers.values())
+    rest = packed.rest()
+    left = sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
+    # the tokenizer and configurations are there for any format
+    holding = (".safetensors", ".gguf", ".onnx", ".data")
+    written = sum(p.stat().st_size for p in _files(part) if p.suffix in holding)
+    weights = writer.bytes_packed(packed) if hasattr(writer, "bytes_packed") else written - left
+    return {
+        "bytes": written,
+        "bytes_bf16": 2 * (quantized + sum(tensor.numel() for tensor in rest.values())),
+        "bytes_left": left,
+        "weights_packed": quantized,
+        "scales": scales,
+        "bits_a_weight": round(8 * weights / quantized, 3),
+        "layers_packed": len(packed.layers),
+        "layers_left": sorted(name.removesuffix(".weight") for name, t in rest.items() if t.ndim >= 2),
+        "grids": sorted({_grid(weight) for weight in packed.layers.values()}),
+    }
+
+
+def _grid(weight: "PackedWeight") -> str:
+    scales = "row" if weight.scale.shape[1] == 1 else f"{weight.group_size} weights"
+    return f"{weight.bits}-bit {weight.grid}, a scale each {scales}"
+
+
+def _unknown(packed: "PackedModel") -> list[str]:
+    if packed.family != "vit" or packed.images is not None:
+        return []
+    return ["mean, std and crop are timm's for this architecture: no run says what images were like"]
+
+
+def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], part: Path) -> None:
+    """The model card."""
+    settings = found.settings
+    facts: dict[str, Any] = {
+        "architecture": getattr(found.module, "model_name", packed.family),
+        "quantized": "; ".join(report["grids"]),
+        **{key: settings[key] for key in ("method", "mask", "scale_init") if key in settings},
+        "steps": found.step,
+        "validation loss of the run": found.val_loss,
+        "loss on the comparison batch": f"{report['loss']['file']:.4f} ({found.batch_of})",
+        "bits a packed weight": report["bits_a_weight"],
+    }
+    lines = [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
+    library = "timm" if packed.family == "vit" else "transformers"
+    head = ["---", f"library_name: {library}", "tags: [quantization-aware-training]", "---", ""]
+    title = [f"# {packed.family}, {'; '.join(report['grids'])}", "", f"Format: {report['format']}.", ""]
+    table = ["| | |", "| --- | --- |", *lines, ""]
+    (part / "README.md").write_text("\n".join([*head, *title, *table]))
+
+
+def _versions(format: str) -> dict[str, str]:
+    return {
+        name: version(name) for name in ["stableqat", "torch", "transformers", "timm", *LIBRARIES[format]]
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
+    left = ", ".join(report["layers_left"]) or "none"
+    share, say = report["bytes"] / report["bytes_bf16"], terminal().print
+    step = "" if found.step is None else f" (step {found.step})"
+    say(f"{folder}: {report['format']} of {found.checkpoint}{step}")
+    say(
+        f"  {report['bytes']:,} bytes, {share:.2f} of bfloat16's {report['bytes_bf16']:,}; "
+        f"{report['bits_a_weight']} bits a packed weight"
+    )
+    say(f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}")
+    for line in report["notes"]:
+        say(f"  {line}")
+    say(
+        f"  read back: weights differ by {report['max_weight_difference']:g}, logits by "
+        f"{report['max_logit_difference']:.1e}"
+    )
+    told = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
+    say(f"  loss on {report['batch']}: {told}")
+    if found.tokenizer is None and "input_ids" in found.batch:
+        say("  no tokenizer is beside it: name one with --tokenizer")

@@ -1,0 +1,102 @@
+"""The weights of one block fake-quantized together, in one operation."""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from stableqat import ops
+
+if TYPE_CHECKING:
+    from stableqat.layers.linear import QuantLinear
+
+MOST_IN_GROUP = ops.TOGETHER  # quantized layers of a block
+FEW_ROWS = 2048  # up to here a step on a GPU waits for launches, beyond it for arithmetic
+
+
+class LayerGroup:
+    """Fake-quantizes the weights of a block in one operation, just before the block's forward.
+
+    At small batches a training step takes the time of its calls and launches, not that of its arithmetic.
+    The values are kept for the backward, so this is for where their memory is no matter: few rows, whose
+    step is bound by launches, or more activations than weights.
+
+    Args:
+        layers: The block's quantized layers.
+    """
+
+    def __init__(self, layers: "list[QuantLinear]") -> None:
+        self.layers = layers
+        self.elements = sum(layer.weight.numel() for layer in layers)
+        self.values: tuple[Tensor, ...] | None = None
+        self.saving: Any = None
+        for place, layer in enumerate(layers):
+            layer._group, layer._place = self, place
+        self.hooks: tuple[RemovableHandle, ...] = ()
+
+    def attach(self, block: nn.Module) -> None:
+        """Run around the forward of a block, until `dissolve`."""
+        self.hooks = (
+            block.register_forward_pre_hook(self.before, with_kwargs=True),
+            block.register_forward_hook(self.after, always_call=True),
+        )
+
+    def dissolve(self) -> None:
+        """Leave each layer to itself."""
+        for hook in self.hooks:
+            hook.remove()
+        for layer in self.layers:
+            layer._group = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: compute what the layers will use."""
+        self.values = None
+        if "_is_replica" in vars(module):
+            return  # of DataParallel: it has weights of its own, and all replicas share this group
+        layers, first = self.layers, self.layers[0]
+        input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
+        if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
+            return
+        weights = [layer.bundle() for layer in layers]
+        if first.implementation != "triton" or any(isinstance(weight.x, DTensor) for weight in weights):
+            return
+        held = [layer.held_value() for layer in layers]
+        if torch.compiler.is_compiling() and any(value is not None for value in held):
+            return  # each layer's own graph node takes its held value
+        self.values = first.weight_quantizer.many(weights, held)
+        if not torch.compiler.is_compiling():
+            self.saving = saving()
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also after an exception: values and their graph last no longer than the forward."""
+        self.values = None
+
+    def _pays(self, input: Tensor) -> bool:
+        elements = input.numel()
+        rows = elements // input.shape[-1] if input.is_floating_point() else elements
+        return rows <= FEW_ROWS or elements >= self.elements
+
+
+def group_layers(model: nn.Module, layers: "list[QuantLinear]") -> None:
+    """Let layers that are quantized alike be fake-quantized together.
+
+    A group lies in one block, the largest module with few enough of them.
+    """
+    left: dict[Hashable, set[QuantLinear]] = {}
+    for layer in layers:
+        left.setdefault(layer.weight_quantizer.kind, set()).add(layer)
+    left.pop(None, None)
+    for alike in left.values():
+        for module in model.modules():
+            within = [each for each in module.modules() if each in alike]
+            if 1 < len(within) <= MOST_IN_GROUP:
+                LayerGroup(within).attach(module)
+                alike.difference_update(within)
+
+
+def saving() -> Any:
+    """The hooks that saved tensors go through here: a checkpoint's, for example."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

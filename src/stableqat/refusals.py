@@ -1,0 +1,88 @@
+"""Why a value is refused: what its type would accept, and which class was probably meant."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true, false",
+    str: "text",
+    NoneType: "null",
+    dict: "a mapping",
+    list: "a list",
+    tuple: "a list",
+    Sequence: "a list",
+}
+_LISTED = 12  # names that a line can hold
+
+_CLASS = re.compile(
+    r"class_path'?[ :=]+'([^']+)'|import path string: (\S+)|Expected '([^']+)' to be a subclass"
+)
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed")
+_VALUE = re.compile(r"G(?:iven|ot) value: (.*)")
+
+
+def untrusted(name: str) -> str:
+    """Why a class that a file names is refused, see `stableqat.trust`."""
+    return (
+        f"{name} is no class of this suite or torch.optim, and a file's word is not enough to import it; "
+        f"if you trust it, add --allow {name}"
+    )
+
+
+def refusal(hint: Any, message: str) -> str:
+    """Why a value is refused, by the type that is wanted."""
+    if denied := _DENIED.search(message):
+        return untrusted(denied[1])
+    types = list(alternatives(hint))
+    bases = [t for t in types if inspect.isclass(t) and t not in _WORDS]
+    wanted = [str(choice) for t in types if get_origin(t) is Literal for choice in get_args(t)]
+    wanted += [word for t in types for word in _WORDS.get(get_origin(t) or t, "").split(", ") if word]
+    values = _VALUE.findall(message)
+    names = [name for match in _CLASS.findall(message) for name in match if name]
+    given = names[0] if names else values[-1] if values else ""
+    if bases and (wanted in ([], ["null"]) or "given class_path" in message):
+        return f"{given} is no {bases[0].__name__} that can be imported{_suggestion(given, bases)}"
+    if wanted:
+        *most, last = sorted(dict.fromkeys(wanted), key="null".__eq__)
+        return f"must be {', '.join(most)}{' or ' if most else ''}{last}, not {given}"
+    return " ".join(message.split())
+
+
+def _suggestion(given: str, bases: list[type]) -> str:
+    known = {derived.__name__.lower(): derived for base in bases for derived in _derived(base)}
+    leaves = {name: derived.__name__ for name, derived in known.items() if not derived.__subclasses__()}
+    name = given.split(".")[-1].lower()
+    if name in known:  # in other letters, or one of several of that name
+        match = known[name]
+        whole = f"{match.__module__}.{match.__qualname__}" if match.__name__ == given else match.__name__
+        return f"; did you mean {whole}?"
+    if near := difflib.get_close_matches(name, leaves, 1, cutoff=0.7):
+        return f"; did you mean {leaves[near[0]]}?"
+    return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= _LISTED else ""
+
+
+def alternatives(hint: Any) -> Iterator[Any]:
+    """The types that a hint allows; for a factory, what it makes."""
+    if get_origin(hint) in (Union, UnionType):
+        for each in get_args(hint):
+            yield from alternatives(each)
+    elif get_origin(hint) is Callable:
+        yield from alternatives(get_args(hint)[-1])
+    else:
+        yield hint
+
+
+def _derived(base: type) -> Iterator[type]:
+    """Subclasses that a user would mean: this suite's own, and those from the package of `base`."""
+    packages = ("stableqat", base.__module__.split(".")[0])
+    below: list[type] = base.__subclasses__()
+    for derived in below:
+        if derived.__module__.split(".")[0] in packages:
+            yield derived
+            yield from _derived(derived)

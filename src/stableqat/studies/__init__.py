@@ -1,0 +1,1 @@
+"""Studies: many runs from one file, on all GPUs, cores or nodes."""

@@ -1,0 +1,169 @@
+"""`stableqat sweep`: runs the points of studies on all GPUs or cores, and takes up what was cut.
+
+Every point is an ordinary run in its own folder. What is done is skipped; what was cut continues
+from its last checkpoint, or begins anew where it had none; a point that fails doesn't stop the
+others and is tried again by the next call. Any number of sweeps may work on one folder, on one machine
+or on many that share it: each point is run by one of them. A point whose settings changed since it was
+made is never mixed with the others silently: the sweep refuses, or, asked to, moves the old run aside.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from stableqat.errors import UserError
+from stableqat.files import whole
+from stableqat.studies.gpus import Slots, visible_gpus
+from stableqat.studies.job import FINAL, PRELOAD, Job, Main, Record, run_stableqat
+from stableqat.studies.pool import Pool
+from stableqat.studies.progress import Board
+from stableqat.studies.slurm import submit_sweep
+from stableqat.studies.study import Point, Study, read_study
+from stableqat.trust import allowed, check_settings
+
+
+def sweep(
+    studies: list[str],
+    *,
+    workers: int | None = None,
+    rerun: Literal["changed"] | None = None,
+    slurm: str | None = None,
+) -> int:
+    """Runs all points of one or more studies that are not done yet.
+
+    Ctrl-C stops the runs cleanly; the same command continues where they stopped. Called again while it runs,
+    on another machine that shares the folder too, the sweeps divide the points among them.
+
+    Args:
+        studies: Study files (YAML).
+        workers: Runs at a time, all studies together. If not given, `runs_per_gpu` of the study file (1) on
+            each visible GPU, or one a core where there is no GPU. Each run gets its share of the cores.
+        rerun: "changed" runs those points again whose settings differ from what their folder was made
+            with; the old runs are moved to `.replaced` in the logs folder. Without it the sweep refuses.
+        slurm: Options file (YAML). Submits this sweep as a SLURM job array instead of running it here:
+            `tasks` workers, `timeout_min` minutes each, with what else submitit takes (gpus_per_node,
+            cpus_per_task, slurm_partition, ...). `cluster: local` in it tries that on this machine.
+
+    Returns:
+        0 if all points are done or ended as diverged, or if tasks were submitted; 1 if any failed;
+        128 + the signal if stopped.
+    """
+    read = [read_study(path) for path in studies]
+    for path, study in zip(studies, read, strict=True):
+        for point in study.points:  # its command line will be the file's word, not the user's
+            check_settings(point.overlay.settings(), path)
+    if slurm is None:
+        return run_studies(read, workers=workers, rerun=rerun, gpus=visible_gpus())
+    # What a task would refuse in its log, after it was queued for hours, is refused here.
+    Slots((), 1 if workers is None else workers)
+    jobs = _plan(read, rerun, 0)
+    arguments = [str(Path(path).absolute()) for path in studies]
+    arguments += [f"--workers={workers}"] if workers is not None else []
+    arguments += [f"--rerun={rerun}"] if rerun else []
+    arguments += [f"--allow={name}" for name in allowed()]
+    left = sum(job.changed or job.record.status not in FINAL for job in jobs)
+    return submit_sweep(read, arguments, left, slurm)
+
+
+def run_studies(
+    studies: Sequence[Study],
+    *,
+    workers: int | None = None,
+    rerun: Literal["changed"] | None = None,
+    gpus: Sequence[str] = (),
+    main: Main = run_stableqat,
+    preload: Sequence[str] = PRELOAD,
+) -> int:
+    """As `sweep`, for studies already read.
+
+    Args:
+        studies: Studies, each with a folder of its own.
+        workers: As in `sweep`.
+        rerun: As in `sweep`.
+        gpus: Names of the GPUs to use.
+        main: What a child calls with the point's command line; returns an exit code.
+        preload: Modules that the children find imported.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is None:
+        workers = len(gpus) * min(study.runs_per_gpu for study in studies) or cores
+    slots = Slots(gpus, workers)
+    jobs = _plan(studies, rerun, len(gpus))
+    for study in studies:
+        _keep(study)
+    pool = Pool(jobs, slots=slots, threads=max(1, cores // workers), main=main, preload=preload)
+    board = Board(jobs, workers)
+    with board.shown():
+        stopped_by = pool.run(board.tell)
+    board.summary(stopped_by)
+    if stopped_by:
+        return 128 + stopped_by
+    return 1 if any(job.record.status == "failed" for job in jobs) else 0
+
+
+def _keep(study: Study) -> None:
+    """Put the study file beside the runs: what they were meant to test stays with them."""
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with whole(study.folder / "study.yaml") as part:
+            part.write_text(study.text)
+    except OSError as error:
+        raise UserError(
+            f"{study.folder} can't be written ({error.strerror}): set another folder as logs"
+        ) from error
+
+
+def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
+    """Decides for each point whether it is done, continues or begins, before anything runs."""
+    for study in studies:
+        _check_names(study)
+    folders = [study.folder.resolve() for study in studies]
+    for folder in {f for f in folders if folders.count(f) > 1}:
+        raise UserError(f"two studies write to {folder}: give one of them another name")
+    jobs: dict[Path, Job] = {}
+    for study in studies:
+        for point in study.points:
+            known = jobs.get(point.folder)
+            if known is not None and known.point.settings() != point.settings():
+                raise UserError(
+                    f"two studies make {point.folder} with different settings: rename one of them"
+                )
+            jobs.setdefault(point.folder, Job(point))
+    changed = [job for job in jobs.values() if job.changed]
+    if changed and rerun != "changed":
+        first = changed[0].point
+        raise UserError(
+            f"{first.folder} was made with other settings ({_difference(first)}), and so were"
+            f" {len(changed) - 1} more: rename the study to keep both, or add --rerun changed"
+        )
+    if gpus and (most := max(job.gpus for job in jobs.values())) > gpus:
+        raise UserError(f"trainer.devices: a run wants {most} GPUs, more than the {gpus} that are here")
+    return list(jobs.values())
+
+
+def _check_names(study: Study) -> None:
+    """The study's folder can be one, and its points' folders can have their names."""
+    logs = study.folder.parent
+    for folder in (study.folder, *study.folder.parents):
+        if (folder.is_symlink() or folder.exists()) and not folder.is_dir():
+            raise UserError(
+                f"{folder} is no folder, so no run can land in it: move it away, or set other logs"
+            )
+    existing = next(folder for folder in (logs, *logs.absolute().parents) if folder.is_dir())
+    longest = os.pathconf(existing, "PC_NAME_MAX") - len(".9999")  # what is moved aside gets a number
+    for name in (study.name, *(point.name for point in study.points)):
+        if len(os.fsencode(name)) > longest:
+            raise UserError(
+                f"{name[:40]}...: the name of a folder may have {longest} characters here, this one has"
+                f" {len(name)}: shorten the arm, or the study's name"
+            )
+
+
+def _difference(point: Point) -> str:
+    record = Record.read(point.folder)
+    assert record is not None
+    old, new = record.settings, point.settings()
+    keys = [key for key in {**old, **new} if old.get(key, "unset") != new.get(key, "unset")]
+    parts = [f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}" for key in keys]
+    return ", ".join(parts[:3]) + (f", {len(parts) - 3} more" if len(parts) > 3 else "")

@@ -1,0 +1,91 @@
+"""A full-precision run, a 2-bit run that started from it, and a task of the harness in local files."""
+
+import os
+
+import pytest
+import yaml
+
+import tiny
+import words
+
+# read once, when the libraries are imported
+os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+LLAMA = tiny.LLAMA | {"vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.3}
+
+
+def fit(folder, version, quantizer, init_from, **more):
+    from stableqat.cli.main import main
+
+    logger = {"save_dir": str(folder / "logs"), "name": "", "version": version, "default_hp_metric": False}
+    text = {"source": str(folder / "text.jsonl"), "block_size": 16, "batch_size": 4, "vocab_size": 300}
+    settings = {
+        "model": {
+            "class_path": "stableqat.modules.LlamaModule",
+            "init_args": {"config": LLAMA, "quantizer": quantizer, "init_from": init_from},
+        },
+        "data": {
+            "class_path": "stableqat.data.TextDataModule",
+            "init_args": text | {"cache_dir": str(folder / "cache")},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 4,
+            "val_check_interval": 4,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
+        },
+    }
+    (folder / f"{version}.yaml").write_text(yaml.safe_dump(settings))
+    assert main([more.get("verb", "fit"), "-c", str(folder / f"{version}.yaml")]) == 0
+    return folder / "logs" / version
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture(scope="package")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    words.write_text(folder / "text.jsonl")
+    (folder / "further.txt").write_text(" ".join(words.DOCUMENTS[:9]))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def start(place):
+    return fit(place, "start", None, None)
+
+
+@pytest.fixture(scope="package")
+def run(place, start):
+    quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
+    return fit(place, "run", quantizer, str(start))
+
+
+@pytest.fixture(scope="package")
+def rounded(place, start):
+    """The run that a user makes for PTQ figures."""
+    quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
+    return fit(place, "rounded", quantizer, str(start), verb="validate")
+
+
+@pytest.fixture(scope="package")
+def exported(place, run):
+    from stableqat.cli.main import main
+
+    assert (
+        main(["export", str(run), "--format", "hf", "--scale_dtype", "fp32", "--out", str(place / "hf")]) == 0
+    )
+    return place / "hf"
+
+
+@pytest.fixture(scope="package")
+def tasks(tmp_path_factory):
+    """A folder with the task `words`."""
+    return words.write_task(tmp_path_factory.mktemp("tasks"))
