@@ -643,7 +643,7 @@ def test_an_optimizer_without_the_scales_is_refused():
 
 def blocks() -> dict[str, str]:
     """Code of the documentation that is for trainers of one's own, by heading."""
-    text = (ROOT / "trainers.md").read_text()
+    text = (ROOT / "docs" / "trainers.md").read_text()
     return dict(re.findall(r"\n## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", text, re.DOTALL))
 
 
@@ -666,7 +666,7 @@ def test_the_documentation_runs(heading, tmp_path, monkeypatch):
         }
     if "Lightning" in heading:
         given = {"batches": DataLoader([(torch.ones(64), torch.tensor(3))] * 4, batch_size=2)}
-    exec(compile(code, "trainers.md", "exec"), given)
+    exec(compile(code, "docs/trainers.md", "exec"), given)
     model = given.get("module", given.get("model"))
     assert not quantized_layers(model)
     weight = next(m for m in model.modules() if isinstance(m, nn.Linear)).weight

@@ -1,4 +1,4 @@
-"""What RESULTS.md says, in pieces: those whose figures the event files give, and those that are given.
+"""What docs/results.md says, in pieces: those whose figures the event files give, and those that are given.
 
 Given are settings, references, and what the page itself says that no event file holds.
 """
@@ -61,11 +61,11 @@ from stableqat.studies.study import short
 
 
 def results() -> str:
-    return text_of((ROOT / "RESULTS.md").read_text())
+    return text_of((ROOT / "docs" / "results.md").read_text())
 
 
 def in_results() -> list[str]:
-    """Pieces of RESULTS.md, from top to bottom."""
+    """Pieces of docs/results.md, from top to bottom."""
     return [
         *claims(),
         *tables(),

@@ -215,7 +215,7 @@ GIVEN_IN_THE_NOTEBOOK = [
     "1e-3 is the lower edge of the two.",
     "(that of STE with 0.1135 is the upper edge)",
     "still there at 3 bits, less so at 4 (three seeds,",
-    "made on H200s (see RESULTS.md).",
+    "made on H200s (see docs/results.md).",
 ]
 
 
