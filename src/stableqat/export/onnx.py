@@ -1,7 +1,8 @@
 """ONNX with MatMulNBits: onnxruntime multiplies with 2, 4 and 8-bit codes as they are.
 
 The operator computes `scale * (code - zero_point)` with codes that start at 0 and a scale a block of inputs.
-Which kernel of onnxruntime does it depends on the form, and they differ by up to 40 times (`docs/benchmarks.md`):
+Which kernel of onnxruntime does it depends on the form, and they differ by up to 40 times
+(`docs/benchmarks.md`):
 
 - Half-integer grids become odd integers where these fit the same width (3 bits lie in 4 anyway); else their
   zero point, `2^(b-1) - 1/2`, is given as a float.
