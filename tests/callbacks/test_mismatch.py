@@ -63,7 +63,7 @@ class Toy(L.LightningModule):
         super().__init__()
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight.clone())
-        self.net, self.loss = nn.Sequential(linear), loss
+        self.net, self.of_output = nn.Sequential(linear), loss
         quantize_linears(self.net, partial(STE, bits=bits))
         nn.init.ones_(self.net[0].weight_quantizer.scale)
         self.net[0].weight_quantizer.scale.data.mul_(torch.linspace(0.5, 2, len(weight))[:, None])
@@ -71,8 +71,11 @@ class Toy(L.LightningModule):
         if twist is not None:
             self.net[0].weight.register_hook(twist)
 
+    def loss(self, batch):
+        return self.of_output(self.net(batch))
+
     def training_step(self, batch, batch_idx):
-        return self.loss(self.net(batch))
+        return self.loss(batch)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -101,7 +104,7 @@ def by_brute_force(toy, x, target, sigma, samples=60_000):
     layer = toy.net[0]
     scale = layer.weight_quantizer.scale.detach()
     v = layer.weight.detach() / scale
-    (gradient,) = torch.autograd.grad(toy.training_step(x, 0), layer.weight)
+    (gradient,) = torch.autograd.grad(toy.loss(x), layer.weight)
     unit = nn.functional.normalize((gradient * scale).flatten(), dim=0)
     make = torch.Generator().manual_seed(2)
 
@@ -187,12 +190,15 @@ class Restless(L.LightningModule):
         quantize_linears(self.net, partial(STE, bits=2))
         self.fail_at, self.calls = None, 0
 
-    def training_step(self, batch, batch_idx):
+    def loss(self, batch):
         self.calls += 1
         if self.calls == self.fail_at:
             raise RuntimeError("boom")
         noise = np.random.rand() + random.random()
-        loss = self.net(batch + noise).square().mean()
+        return self.net(batch + noise).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
         self.log("train/loss", loss)
         self.log_dict({"train/other": 2 * loss})
         return loss
@@ -254,7 +260,6 @@ def test_an_exception_in_the_middle_leaves_everything_too(call):
     with pytest.raises(RuntimeError, match="boom"):
         fit(module, restless_data(), GradientMismatch(every_n_steps=1, directions=3))
     assert all(torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
-    assert "log" not in vars(module)
 
 
 def trace(module, data, *callbacks, **options):
@@ -294,9 +299,9 @@ def test_the_first_micro_batch_is_measured():
     class Seen(Restless):
         batches = []
 
-        def training_step(self, batch, batch_idx):
-            self.batches.append(batch_idx)
-            return super().training_step(batch, batch_idx)
+        def loss(self, batch):
+            self.batches.append(self.trainer.fit_loop.epoch_loop.batch_progress.current.completed)
+            return super().loss(batch)
 
     module = Seen()
     fit(
@@ -338,6 +343,11 @@ def test_shards_are_refused():
     GradientMismatch().setup(trainer, None, "fit")
     with pytest.raises(UserError, match=r"^mismatch\.every_n_steps: .* sharded .*ddp"):
         GradientMismatch(every_n_steps=1).setup(trainer, None, "fit")
+
+
+def test_a_module_without_a_loss_is_refused():
+    with pytest.raises(UserError, match=r"^mismatch\.every_n_steps: .* no loss\(batch\)"):
+        GradientMismatch(every_n_steps=1).setup(tiny.trainer(), L.LightningModule(), "fit")
 
 
 def test_the_command_line(tmp_path, monkeypatch, request):

@@ -41,7 +41,6 @@ def ready(start, **settings):
     made = module(start, **settings)
     made.configure_model()
     set_up(made)
-    made.log_training_loss = lambda loss: None
     return made
 
 
@@ -72,7 +71,7 @@ def by_hand(made, start, weight, temperature):
 def test_loss_and_gradients_are_those_computed_by_hand(weight, temperature, rows, start, monkeypatch):
     monkeypatch.setattr(lean, "LOGITS", rows * 64)
     made = ready(start, weight=weight, temperature=temperature)
-    loss = made.training_step(batch(), 0)
+    loss = made.loss(batch())
     loss.backward()
     found = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
     made.zero_grad()
@@ -89,7 +88,7 @@ def test_loss_and_gradients_are_those_computed_by_hand(weight, temperature, rows
 def test_hidden_states_are_drawn_towards_the_teachers(start):
     """Here the student is the teacher, so that only the rounding to bfloat16 is left."""
     plain, drawn = (
-        ready(start, method="fp", weight=0.5, hidden_weight=hidden).training_step(batch(), 0).item()
+        ready(start, method="fp", weight=0.5, hidden_weight=hidden).loss(batch()).item()
         for hidden in (0.0, 1000.0)
     )
     assert 0 < (drawn - plain) / 1000 < 1e-4
@@ -105,7 +104,7 @@ def test_hidden_states_are_drawn_towards_the_teachers(start):
         ((b.float() - a.float()).norm(dim=-1) / a.float().norm(dim=-1))[counted].square().mean()
         for a, b in zip(theirs[1:], own[1:], strict=True)
     ]
-    loss = quantized.training_step(batch(), 0)
+    loss = quantized.loss(batch())
     nll = tiny.configured("llama", "dsq", init_from=str(start)).model(**batch()).loss
     assert loss.item() == pytest.approx((nll + sum(errors) / len(errors)).item(), rel=1e-5)
     loss.backward()
@@ -117,7 +116,7 @@ def test_the_teacher_is_frozen_and_no_part_of_the_module(start):
     assert made.state_dict().keys() == alone.state_dict().keys()
     assert [n for n, _ in made.named_parameters()] == [n for n, _ in alone.named_parameters()]
     before = {name: value.clone() for name, value in made.teacher.model.state_dict().items()}
-    made.training_step(batch(), 0).backward()
+    made.loss(batch()).backward()
     teacher = made.teacher.model
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -265,5 +264,5 @@ def test_an_offloaded_teacher_keeps_its_layers_where_they_are(start):
 
 
 def test_offloading_changes_no_loss(start):
-    losses = [ready(start, offload=offload).training_step(batch(), 0).item() for offload in (False, True)]
+    losses = [ready(start, offload=offload).loss(batch()).item() for offload in (False, True)]
     assert losses[0] == losses[1]

@@ -1,6 +1,6 @@
 """What every arm computes: one model's training loss on random batches, at one precision.
 
-The loss is the module's own `training_step`, under autocast where Lightning's `bf16-mixed` has it.
+The loss is the module's own `loss`, under autocast where Lightning's `bf16-mixed` has it.
 Inputs are random tokens or images of the model's size; their content does not change the cost, but
 each seed is another batch all the same.
 """
@@ -59,7 +59,6 @@ class Workload:
             raise UserError(f"model: {architecture.class_path} is neither a LlamaModule nor a ViTModule")
         elif tokens is not None:
             raise UserError(f"tokens: {architecture.name} takes images; leave --tokens out")
-        vars(self.module)["log_training_loss"] = lambda loss: None  # there is no Trainer to log to
 
     @property
     def unit(self) -> str:
@@ -86,9 +85,7 @@ class Workload:
         """The training loss of a model of this architecture."""
         self.module.model = model
         with self.autocast():
-            loss = self.module.training_step(batch, 0)
-        assert isinstance(loss, Tensor)
-        return loss
+            return self.module.loss(batch)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast as the precision has it."""

@@ -54,11 +54,16 @@ class GradientMismatch(L.Callback):
         self._seen_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse weights in shards: a direction is drawn for whole ones."""
+        """Refuse weights in shards: a direction is drawn for whole ones; and a module without a `loss`."""
         if self.every_n_steps and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
                 "mismatch.every_n_steps: gradient mismatch is not measured on sharded weights; "
                 "leave it at 0, or take --trainer.strategy ddp"
+            )
+        if self.every_n_steps and not callable(getattr(pl_module, "loss", None)):
+            raise UserError(
+                "mismatch.every_n_steps: the module has no loss(batch) to measure; give it one, with "
+                "training_step as its user"
             )
 
     def on_train_batch_start(
@@ -69,7 +74,7 @@ class GradientMismatch(L.Callback):
         if not self.every_n_steps or step % self.every_n_steps or step == self._seen_step:
             return
         self._seen_step = step
-        probe = _Probe(trainer, pl_module, batch, batch_idx, self.sigma)
+        probe = _Probe(trainer, pl_module, batch, self.sigma)
         if not probe.scales:
             return
         first = step * self.directions  # the same directions in every run and on every rank
@@ -86,17 +91,13 @@ class _Probe:
 
     Args:
         trainer: Gives precision and processes; the loss is the mean over them.
-        pl_module: Whose training step and quantized weights.
+        pl_module: Whose `loss` and quantized weights.
         batch: The batch.
-        batch_idx: Its number.
         sigma: Length of a step away from the weights.
     """
 
-    def __init__(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, sigma: float
-    ) -> None:
-        self.trainer, self.pl_module, self.sigma = trainer, pl_module, sigma
-        self.step_arguments = batch, batch_idx
+    def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, sigma: float) -> None:
+        self.trainer, self.pl_module, self.batch, self.sigma = trainer, pl_module, batch, sigma
         layers = [each for each in quantized_layers(pl_module).values() if each.weight.requires_grad]
         # by weight: layers may share one
         self.scales = {each.weight: each.weight_quantizer.quantize(each.weight).scale for each in layers}
@@ -149,8 +150,7 @@ class _Probe:
 
     def _loss(self) -> Tensor:
         with self.trainer.precision_plugin.forward_context():
-            loss = self.pl_module.training_step(*self.step_arguments)
-        assert isinstance(loss, Tensor)
+            loss: Tensor = self.pl_module.loss(self.batch)  # type: ignore[operator]
         return loss
 
     def _component(self, gradient: list[Tensor], seed: int) -> Tensor:
@@ -186,14 +186,12 @@ def _scaled(values: Tensor, scale: Tensor) -> Tensor:
 
 @contextmanager
 def _unnoticed(pl_module: L.LightningModule) -> Iterator[None]:
-    """Inside, training steps log nothing; afterwards, random states and buffers are as they were."""
+    """Afterwards, random states and buffers are as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
-    vars(pl_module)["log"] = lambda *args, **options: None
     try:
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             yield
     finally:
-        del vars(pl_module)["log"]
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

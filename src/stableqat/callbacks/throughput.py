@@ -82,7 +82,7 @@ class Throughput(L.Callback):
         self._since = None
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count a batch, and log where the trainer does."""
         if not self.enabled:
@@ -92,8 +92,9 @@ class Throughput(L.Callback):
         assert self._since is not None
         self._seconds += now - self._since
         self._since = now
-        self._rows += len(_inputs(batch))
-        self._items += _items(batch)[1]
+        inputs = batch[pl_module.input_key]
+        self._rows += len(inputs)
+        self._items += inputs.numel() if pl_module.family == "text" else len(inputs)
         self._steps += stepped
         if stepped and not self._warm:
             self._warm = True
@@ -103,9 +104,10 @@ class Throughput(L.Callback):
                 self._log(trainer, pl_module, batch)
             self._clear()
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor]) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: Any, batch: dict[str, Tensor]) -> None:
+        unit = "tokens" if pl_module.family == "text" else "images"
         metrics = {
-            f"perf/{_items(batch)[0]}_per_s": self._items * trainer.world_size / self._seconds,
+            f"perf/{unit}_per_s": self._items * trainer.world_size / self._seconds,
             "perf/step_ms": 1000 * self._seconds / self._steps,
             "perf/loader_wait": self._waited / self._seconds,
         }
@@ -156,21 +158,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
-def training_flops(pl_module: L.LightningModule, batch: dict[str, Tensor]) -> float:
+def training_flops(pl_module: Any, batch: dict[str, Tensor]) -> float:
     """Arithmetic of forward and backward for one row of a batch, by the unquantized model."""
-    inputs = _inputs(batch)
+    inputs = batch[pl_module.input_key]
     with torch.random.fork_rng([]), torch.device("meta"), torch.no_grad():
-        model = pl_module.build_model()  # type: ignore[operator]
+        model = pl_module.build_model()
         # transformers would look at the values of a row that is not fake
         with FakeTensorMode(allow_non_fake_inputs=True):
             row = torch.empty((1, *inputs.shape[1:]), dtype=inputs.dtype)
             return 3.0 * measure_flops(model, lambda: model(row))
-
-
-def _inputs(batch: dict[str, Tensor]) -> Tensor:
-    return batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
-
-
-def _items(batch: dict[str, Tensor]) -> tuple[str, int]:
-    inputs = _inputs(batch)
-    return ("tokens", inputs.numel()) if "input_ids" in batch else ("images", len(inputs))

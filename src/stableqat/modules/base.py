@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -66,6 +66,10 @@ def state_dict_follows(follows: bool = True) -> Iterator[None]:
 class QATModule(L.LightningModule, ABC):
     """Base of the training systems; knows no method by name.
 
+    Attributes:
+        family: What the model reads, text or images.
+        input_key: Key of a batch that holds the model's input.
+
     Args:
         quantizer: Makes the quantizer of one weight; None trains in full precision, with no
             surgery at all.
@@ -82,6 +86,9 @@ class QATModule(L.LightningModule, ABC):
         activation_checkpointing: Save the input of each block only, and compute the block again in the
             backward.
     """
+
+    family: ClassVar[Literal["text", "images"]]
+    input_key: ClassVar[str]
 
     def __init__(
         self,
@@ -128,6 +135,20 @@ class QATModule(L.LightningModule, ABC):
     @abstractmethod
     def check_pretrained(self, source: str) -> None:
         """Refuse a source that `load_pretrained` cannot find, without loading its weights."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The training loss of a batch, a scalar; logs nothing and needs no trainer."""
+
+    @abstractmethod
+    def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
+        """A random batch of the shapes that the model takes, on the CPU.
+
+        Args:
+            rows: Rows of tokens, or images.
+            tokens: Tokens per row of text, at most as many as the model has positions.
+            seed: Another seed is another batch.
+        """
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
@@ -231,15 +252,35 @@ class QATModule(L.LightningModule, ABC):
         follows = _STATE_DICT_FOLLOWS.get()
         fresh = follows or self.init_from is None
         model = self.build_model() if fresh else load_start(self, self.init_from)  # type: ignore[arg-type]
-        if self.quantizer is not None:
+        self.surgery = self.assemble(model, self.quantizer, initialize=not follows)
+        if self.device_mesh is not None:
+            _shard(model, self.blocks(model), self.device_mesh)
+        self.model = model
+
+    def assemble(
+        self, model: nn.Module, quantizer: QuantizerFactory | None, *, initialize: bool = True
+    ) -> SurgeryReport | None:
+        """Turn a plain model into the one that trains, in place; only sharding comes after it.
+
+        Args:
+            model: What `build_model` makes, with its weights.
+            quantizer: Makes the quantizer of one weight; None trains in full precision.
+            initialize: Set the scales from the weights. False leaves them to a state dict.
+
+        Returns:
+            What is quantized; None in full precision.
+
+        Raises:
+            UserError: If the model cannot be quantized.
+        """
+        report = None
+        if quantizer is not None:
             recompute = self.recompute
             if recompute is None and self.activation_checkpointing:
                 recompute = True  # a value made for the whole block lies outside its checkpoint
-            self.surgery = quantize_linears(
-                model, self.quantizer, self.skip, initialize=not follows, recompute=recompute
-            )
-            self.surgery.check()
-            if self.calls is None:  # not on the meta device
+            report = quantize_linears(model, quantizer, self.skip, initialize=initialize, recompute=recompute)
+            report.check()
+            if self.calls is None:  # the trial on the meta device told nothing
                 check_calls(model)
             else:
                 show_weights(model, self.calls)
@@ -249,9 +290,7 @@ class QATModule(L.LightningModule, ABC):
             _checkpoint(self.blocks(model))
         if self.compile_model:
             model.compile()
-        if self.device_mesh is not None:
-            _shard(model, self.blocks(model), self.device_mesh)
-        self.model = model
+        return report
 
     @classmethod
     def of_checkpoint(cls, path: Path, read: dict[str, Any], **changes: Any) -> "QATModule":
@@ -472,6 +511,12 @@ class QATModule(L.LightningModule, ABC):
             torch._foreach_clamp_min_(shards, -limit)
             torch._foreach_clamp_max_(shards, limit)
 
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Log the loss, and return what is differentiated."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
     # -- exact resume ---------------------------------------------------------------------------
 
     @property
@@ -507,10 +552,6 @@ class QATModule(L.LightningModule, ABC):
         }
         share = {"quantized_share": round(self.surgery.quantized_share, 4)} if self.surgery else {}
         return {**method, **share, **multipliers, "seed": self.seed}
-
-    def log_training_loss(self, loss: Tensor) -> None:
-        """Log `train/loss` and show it in the progress bar."""
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
 
     def log_evaluation(self, stage: str, metrics: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
         """Log an evaluation, and the losses of its halves outside the progress bar."""

@@ -54,6 +54,9 @@ class LlamaModule(QATModule):
         UserError: If the architecture is unknown or a setting does not fit it.
     """
 
+    family = "text"
+    input_key = "input_ids"
+
     def __init__(
         self,
         *,
@@ -196,17 +199,22 @@ class LlamaModule(QATModule):
         assert self.model is not None
         return self.model(input_ids=input_ids, use_cache=False).logits
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the next token; the model shifts the labels itself."""
         assert self.model is not None
         options: dict[str, Any] = {}
         if self.teacher is not None:
             options = self.teacher.options_for(batch["input_ids"])
-        loss = self.model(
+        return self.model(
             input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False, **options
         ).loss
-        self.log_training_loss(loss)
-        return loss
+
+    def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
+        """See `QATModule.example_batch`."""
+        length = min(tokens, self.config.max_position_embeddings)
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(self.config.vocab_size, (rows, length), generator=generator)
+        return {"input_ids": ids, "labels": ids}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add up negative log-likelihoods and tokens."""

@@ -59,6 +59,9 @@ class ViTModule(QATModule):
         UserError: If the model is unknown or a setting does not fit it.
     """
 
+    family = "images"
+    input_key = "pixel_values"
+
     def __init__(
         self,
         *,
@@ -211,16 +214,27 @@ class ViTModule(QATModule):
         assert self.model is not None
         return self.model(pixel_values)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy, with label smoothing or mixup where they are on."""
         images, labels = batch["pixel_values"], batch["labels"]
         if self.mixup is None:
-            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        else:
-            images, targets = self.mixup(images.clone(), labels)  # mixes in place
-            loss = F.cross_entropy(self(images), targets)
-        self.log_training_loss(loss)
-        return loss
+            return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        images, targets = self.mixup(images.clone(), labels)  # mixes in place
+        return F.cross_entropy(self(images), targets)
+
+    def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
+        """See `QATModule.example_batch`."""
+        with torch.device("meta"):
+            model: Any = self.build_model()
+        size = self.model_args.get("img_size") or getattr(
+            getattr(model, "patch_embed", None), "img_size", None
+        )
+        size = size or model.pretrained_cfg["input_size"][1:]
+        size = (size, size) if isinstance(size, int) else size
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(rows, self.model_args.get("in_chans", 3), *size, generator=generator)
+        labels = torch.randint(self.num_classes, (rows,), generator=generator)
+        return {"pixel_values": images, "labels": labels}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add up loss and accuracies over the images that are not padding."""
