@@ -25,11 +25,11 @@ ALLOWED = {
     "layers": {"ops", "quantizers"},
     "surgery": {"layers", "ops", "quantizers"},
     "api": {"layers", "surgery", "quantizers"},
-    "checkpoints": {"callbacks", "modules", "trust"},
+    "checkpoints": {"trust"},
     "modules": {"api", "checkpoints", "layers", "ops", "quantizers", "surgery", "trust"},
     "data": set(),
     "callbacks": {"api", "checkpoints", "evaluate", "layers", "ops", "quantizers", "surgery"},
-    "studies": {"analysis", "cli", "trust"},  # a sweep's points are command lines
+    "studies": {"analysis", "checkpoints", "cli", "trust"},  # a sweep's points are command lines
     "analysis": {"studies"},
     "importing": {"checkpoints", "layers", "modules", "ops", "quantizers", "surgery"},
     "runs": {"checkpoints", "data", "modules", "trust"},

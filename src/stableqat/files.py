@@ -12,7 +12,7 @@ from stableqat.errors import UserError
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """Write a file beside its place and move it there at the end; after an exception nothing is left of it.
 
     Args:
@@ -30,7 +30,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def left_over(path: Path) -> bool:
-    """Whether a file is what a killed process left of one that it wrote with `whole`."""
+    """Whether a file is what a killed process left of one that it wrote with `whole_file`."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 

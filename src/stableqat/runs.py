@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from stableqat import data
-from stableqat.checkpoints.read import check_sums, find_checkpoint, read_checkpoint
+from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.read import check_sums, read_checkpoint
 from stableqat.data.tokenizer import clash, load_tokenizer, token_rows
 from stableqat.errors import UserError
 from stableqat.modules import QATModule

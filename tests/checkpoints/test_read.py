@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from stableqat.checkpoints.read import find_checkpoint
+from stableqat.checkpoints.names import find_checkpoint
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 from stableqat.quantizers import STE

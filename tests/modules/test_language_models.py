@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from stableqat.checkpoints.read import check_start
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 from stableqat.modules.architecture import resolve_config
+from stableqat.modules.start import check_start
 
 BASE = {
     "model_type": "llama",

@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_no_file(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     out = tmp_path / "one.ckpt"
     assert main(["consolidate", str(runs.done("sharded")), "--out", str(out)]) == 2
-    assert f"{out} could not be written (No space left on device)" in capsys.readouterr().err
+    assert f"{out} cannot be written (No space left on device)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -16,7 +16,7 @@ from stableqat.analysis import panels
 from stableqat.analysis.comparison import Comparison, diverged
 from stableqat.analysis.drawing import as_written, colour_of
 from stableqat.analysis.panels import Panel, Style
-from stableqat.files import whole
+from stableqat.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def draw_all(comparisons: list[Comparison], folder: Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             path = folder / f"{name}.png"
-            with whole(path) as part:
+            with whole_file(path) as part:
                 figure.savefig(part, format="png", dpi=130)
             paths.append(path)
     return paths

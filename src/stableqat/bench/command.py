@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
-from stableqat.files import whole
+from stableqat.files import whole_file
 from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _bench_decode(
     result = {**_circumstances(command, where), **measured}
     _write_json(target, result)
     text = markdown(result)
-    with whole(target.with_suffix(".md")) as part:
+    with whole_file(target.with_suffix(".md")) as part:
         part.write_text(text)
     console = terminal()
     console.print(text)
@@ -210,9 +210,9 @@ def _publish(target: Path, result: dict[str, Any]) -> None:
     from stableqat.bench.plot import draw
 
     text = report.markdown(result)
-    with whole(target.with_suffix(".md")) as part:
+    with whole_file(target.with_suffix(".md")) as part:
         part.write_text(text)
-    with whole(target.with_suffix(".png")) as part:
+    with whole_file(target.with_suffix(".png")) as part:
         draw(result, part)
     console = terminal()
     if console.is_terminal:
@@ -303,5 +303,5 @@ def _teller() -> Callable[[str], None]:
 
 
 def _write_json(target: Path, result: dict[str, Any]) -> None:
-    with whole(target) as part:
+    with whole_file(target) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")

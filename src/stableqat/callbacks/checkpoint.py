@@ -7,49 +7,31 @@ space: three checkpoints a run, four while one is written.
 """
 
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 from weakref import proxy
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.callbacks.divergence import DivergenceGuard
 from stableqat.callbacks.interruption import between_steps
-from stableqat.errors import UserError, check_range
+from stableqat.checkpoints.names import BEST, LAST, PARTIAL, SUFFIX
+from stableqat.checkpoints.write import (
+    NotWrittenError,
+    StreamedCheckpointIO,
+    keep_previous,
+    on_disk,
+    put,
+    remove,
+    tidy,
+)
+from stableqat.errors import check_range
 
 logger = logging.getLogger(__name__)
-
-PARTIAL = ".partial"
-
-
-class NotWrittenError(UserError):
-    """A checkpoint that the disk did not take."""
-
-
-class StreamedCheckpointIO(TorchCheckpointIO):
-    """Writes a file as it is serialised, and to the end.
-
-    Lightning's own makes a copy in memory, another in the folder for temporary files, and copies that one
-    over the old checkpoint where it lies on another file system: cut there, neither is whole.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Save to a path that nothing is lost at."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class _GuardedCheckpoint(ModelCheckpoint):
@@ -60,7 +42,7 @@ class _GuardedCheckpoint(ModelCheckpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = StreamedCheckpointIO()
         if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
-            _tidy(Path(self.dirpath) / f"{self.filename}.ckpt")
+            tidy(Path(self.dirpath) / f"{self.filename}{SUFFIX}")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if between_steps(trainer) and not _suspicious(trainer):
@@ -91,14 +73,14 @@ class _GuardedCheckpoint(ModelCheckpoint):
             return
         path, partial = Path(filepath), Path(filepath + PARTIAL)
         if trainer.is_global_zero:
-            _remove(partial)
+            remove(partial)
         problem = trainer.strategy.broadcast(self._write(trainer, partial))
         if problem is None and trainer.is_global_zero:
             problem = on_disk(self._put, trainer, partial, path)
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             if trainer.is_global_zero:
-                _remove(partial)
+                remove(partial)
             raise NotWrittenError(
                 f"{path}: step {trainer.global_step} could not be saved ({problem}); the checkpoints before "
                 "it are as they were: make room, and resume with --ckpt_path last"
@@ -116,13 +98,7 @@ class _GuardedCheckpoint(ModelCheckpoint):
         return problem
 
     def _put(self, trainer: L.Trainer, partial: Path, path: Path) -> None:
-        """Move a whole checkpoint to its place; a folder cannot take that of another at once."""
-        if path.is_dir():
-            path.rename(_aside(path))
-            partial.rename(path)
-            _remove(_aside(path))
-        else:
-            partial.replace(path)
+        put(partial, path)
 
 
 class BestCheckpoint(_GuardedCheckpoint):
@@ -137,7 +113,7 @@ class BestCheckpoint(_GuardedCheckpoint):
     def __init__(self, monitor: str = "val/loss", mode: str = "min", enabled: bool = True) -> None:
         self.enabled = enabled
         super().__init__(
-            filename="best",
+            filename=BEST.removesuffix(SUFFIX),
             monitor=monitor,
             mode=mode,
             enable_version_counter=False,
@@ -154,7 +130,7 @@ class BestCheckpoint(_GuardedCheckpoint):
         folder, resumed = Path(str(self.dirpath)), Path(str(self._trainer.ckpt_path))
         score = state_dict.get("best_model_score")
         if resumed.parent.resolve() == folder.resolve() and isinstance(score, Tensor) and score.numel() == 1:
-            best = str(folder / f"{self.filename}.ckpt")
+            best = str(folder / f"{self.filename}{SUFFIX}")
             self.best_model_path = self.kth_best_model_path = best
             self.best_model_score = self.kth_value = score
             self.best_k_models = {best: score}
@@ -174,7 +150,7 @@ class LastCheckpoint(_GuardedCheckpoint):
         check_range("last.every_n_train_steps", every_n_train_steps, 1, null=True)
         self.enabled = enabled
         super().__init__(
-            filename="last",
+            filename=LAST.removesuffix(SUFFIX),
             save_on_exception=True,
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
@@ -193,60 +169,8 @@ class LastCheckpoint(_GuardedCheckpoint):
         """Keep the last checkpoint as the previous one, unless nobody knows that it is whole."""
         known = [Path(each).resolve() for each in (self._last_checkpoint_saved, trainer.ckpt_path) if each]
         if path.exists() and path.resolve() in known:
-            previous = path.with_name("previous.ckpt")
-            _remove(previous)
-            if path.is_dir():
-                path.rename(previous)
-            else:
-                _link(path, previous)
+            keep_previous(path)
         super()._put(trainer, partial, path)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".old")
-
-
-def _tidy(path: Path) -> None:
-    """Remove what a killed run left half done at a checkpoint's place."""
-    if _aside(path).exists() and not path.exists():
-        _aside(path).rename(path)
-    for left in (Path(f"{path}{PARTIAL}"), _aside(path)):
-        _remove(left)
-
-
-def _link(path: Path, other: Path) -> None:
-    """Give a file a second name; where there are no links it loses its first one, until the next has it."""
-    try:
-        os.link(path, other)
-    except OSError:
-        path.rename(other)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def on_disk(action: Any, *args: Any) -> str | None:
-    """What the operating system had against an action; torch reports that in words of its own."""
-    try:
-        action(*args)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        cause = _os_error(error)
-        if cause is None:
-            raise
-        return cause.strerror or type(cause).__name__
-    return None
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    if isinstance(error, CheckpointException):  # of several processes
-        return next((found for e, _ in error.failures.values() if (found := _os_error(e))), None)
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _guards(trainer: L.Trainer) -> list[DivergenceGuard]:

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from stableqat.callbacks.divergence import DivergenceGuard
-from stableqat.files import whole
+from stableqat.files import whole_file
 from stableqat.surgery import SurgeryReport
 
 SURGERY = "surgery.txt"  # in a run's folder
@@ -96,7 +96,7 @@ def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
     for logger in trainer.loggers[:1]:  # trainer.log_dir would ask the other processes
         folder = Path(logger.log_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else None
         if folder is not None and folder.is_dir():
-            with whole(folder / SURGERY) as part:
+            with whole_file(folder / SURGERY) as part:
                 part.write_text(report.lines())
 
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-REST = "meta.pt"
-_INDEX = ".metadata"
+from stableqat.checkpoints.names import INDEX
+
 _NAMES = {
     index_classes.__name__: {
         "BytesStorageMetadata",
@@ -53,7 +53,7 @@ _NAMES = {
 class _IndexUnpickler(Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _NAMES.get(module, ()):
-            raise UnpicklingError(f"{_INDEX} names {module}.{name}")
+            raise UnpicklingError(f"{INDEX} names {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -77,21 +77,16 @@ class _PlainValues(DefaultLoadPlanner):
         self.values[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-def is_sharded(path: Path) -> bool:
-    """Whether a path is a sharded checkpoint, whole or not."""
-    return path.is_dir() and ((path / _INDEX).is_file() or (path / REST).is_file())
-
-
 def read_index(folder: Path) -> Metadata:
     """Which tensors there are, and where.
 
     Raises:
         UnpicklingError: If the index is damaged, or names anything that an index has no use for.
     """
-    with open(folder / _INDEX, "rb") as file:
+    with open(folder / INDEX, "rb") as file:
         index = _IndexUnpickler(file).load()
     if not isinstance(index, Metadata):
-        raise UnpicklingError(f"{_INDEX} is no index")
+        raise UnpicklingError(f"{INDEX} is no index")
     index.storage_meta = index.storage_meta or StorageMeta()
     return index
 

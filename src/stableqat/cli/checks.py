@@ -22,8 +22,8 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 
-from stableqat.checkpoints.read import check_sums, last_checkpoints, read_checkpoint, read_rest
-from stableqat.checkpoints.sharded import is_sharded
+from stableqat.checkpoints.names import BEST, CHECKPOINTS, CONFIG, LAST, is_sharded, last_checkpoints
+from stableqat.checkpoints.read import check_sums, read_checkpoint, read_rest
 from stableqat.errors import UserError, check_range
 from stableqat.modules import QATModule
 from stableqat.modules.base import LARGEST
@@ -178,10 +178,10 @@ def find_resumed(settings: Namespace) -> str | None:
     if path is None:
         return None
     if path != "last":
-        path = Path(path) if path != "best" else _run_folder(settings) / "checkpoints" / "best.ckpt"
+        path = Path(path) if path != "best" else _run_folder(settings) / CHECKPOINTS / BEST
         _check_resumed(path, settings.trainer.strategy)
         return str(path)
-    last = _run_folder(settings) / "checkpoints" / "last.ckpt"
+    last = _run_folder(settings) / CHECKPOINTS / LAST
     found = last_checkpoints(_run_folder(settings))
     previous = next((each for each in found if each != last), None)
     try:
@@ -260,7 +260,7 @@ def check_run_folder(log_dir: str, ckpt_path: str | None) -> None:
             "choose another folder"
         ) from error
     resumes = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
-    if (folder / "config.yaml").exists() and not resumes:
+    if (folder / CONFIG).exists() and not resumes:
         started = bool(last_checkpoints(folder))
         raise UserError(
             f"{folder}: holds a run already; choose another --trainer.logger.version, or "

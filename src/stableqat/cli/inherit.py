@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from stableqat.checkpoints.read import find_checkpoint
+from stableqat.checkpoints.names import find_checkpoint
 from stableqat.data.prepared import prepared_manifest
 from stableqat.data.tokenizer import clash, load_tokenizer, tokenizer_hash
 from stableqat.errors import UserError

@@ -31,20 +31,20 @@ from stableqat.callbacks import (
     RunRecord,
     Throughput,
 )
-from stableqat.callbacks.checkpoint import StreamedCheckpointIO, on_disk
 from stableqat.callbacks.interruption import EXIT_CODE
-from stableqat.checkpoints.read import check_start, read_checkpoint, read_rest
-from stableqat.checkpoints.sharded import is_sharded
+from stableqat.checkpoints.names import TOKENIZER, is_sharded
+from stableqat.checkpoints.read import read_checkpoint, read_rest
+from stableqat.checkpoints.write import StreamedCheckpointIO, on_disk
 from stableqat.cli import checks
 from stableqat.cli.inherit import inherit
 from stableqat.cli.messages import OneLineErrors, user_error
 from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError
-from stableqat.files import whole
+from stableqat.files import whole_file
 from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
+from stableqat.modules.start import check_start
 from stableqat.modules.strategy import register_strategies
-from stableqat.runs import TOKENIZER
 from stableqat.trust import arguments, check_settings, find_class, wall
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ class QATCommand(LightningCLI):
         """Predict and save the predictions in the run's folder, a file for each process."""
         predictions = self.trainer.predict(**kwargs)
         path = Path(self.trainer.log_dir or ".") / f"predictions-{self.trainer.global_rank}.pt"
-        with whole(path) as part:
+        with whole_file(path) as part:
             problem = on_disk(StreamedCheckpointIO().save_checkpoint, predictions, part)
             if problem is not None:
                 raise UserError(f"{path}: could not be written ({problem}); make room, and predict again")
@@ -276,7 +276,7 @@ class RunConfig(SaveConfigCallback):
             # beside the configuration: the run is then enough to go on from
             if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
                 keep_tokenizer(tokenizer, path.parent / TOKENIZER)
-            with whole(path) as part:
+            with whole_file(path) as part:
                 self.parser.save(self.config, part, skip_none=False, multifile=False)
 
 

@@ -34,7 +34,7 @@ TOOL_VERBS = {
     "compare": ("stableqat.analysis.command", "tables, pictures and a report from the event files of runs"),
     "publish": ("stableqat.analysis.publish", "copy studies for publication, their event files thinned"),
     "bench": ("stableqat.bench.command", "time and memory of the methods beside full precision"),
-    "consolidate": ("stableqat.checkpoints.consolidate", "make one file of a sharded checkpoint"),
+    "consolidate": ("stableqat.checkpoints.command", "make one file of a sharded checkpoint"),
     "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),
     "export": ("stableqat.export.command", "packed weights for other runtimes, proven equal to the model"),
     "evaluate": ("stableqat.evaluate.command", "perplexity, accuracy and harness tasks of any model"),

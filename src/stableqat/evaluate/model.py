@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from stableqat.checkpoints.read import check_start, find_checkpoint, read_checkpoint
+from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.read import read_checkpoint
 from stableqat.data.image import PREPROCESSING
 from stableqat.data.tokenizer import load_tokenizer
 from stableqat.errors import UserError
@@ -25,6 +26,7 @@ from stableqat.evaluate.quiet import quiet
 from stableqat.modules import QATModule
 from stableqat.modules.architecture import first_line, pretrained_config
 from stableqat.modules.base import state_dict_follows
+from stableqat.modules.start import check_start
 from stableqat.modules.vit import image_size
 from stableqat.runs import (
     check_vocabulary,

@@ -18,7 +18,7 @@ from typing import Any
 
 from stableqat.errors import UserError
 from stableqat.evaluate.model import labels
-from stableqat.files import whole
+from stableqat.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def keep(records: list[dict[str, Any]], settings: dict[str, Any], file: Path | N
     versions = {name: version(name) for name in names}
     results = {"sources": records, "settings": settings, "versions": versions}
     try:
-        with whole(file) as part:
+        with whole_file(file) as part:
             part.write_text(json.dumps(results, indent=2, default=str) + "\n")
         if any("images" in record for record in records):
             _draw(records, file.with_suffix(".png"))
@@ -139,7 +139,7 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
             axis.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
             axis.set_yticks(range(len(classes)), classes, parse_math=False)
     figure.colorbar(image, ax=list(axes), shrink=0.8)
-    with whole(file) as part:
+    with whole_file(file) as part:
         figure.savefig(part, format="png", dpi=120)
 
 
@@ -162,7 +162,7 @@ def _log(run: Path, record: dict[str, Any]) -> None:
     second, rest = divmod(stamp, 10**9)
     name = f"events.out.tfevents.{second}.{socket.gethostname()}.{os.getpid()}.{rest}.evaluate"
     try:
-        with whole(run / name) as part:
+        with whole_file(run / name) as part:
             part.write_bytes(content.getvalue())
     except OSError as error:
         logger.warning(

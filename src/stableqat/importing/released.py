@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableqat.checkpoints.read import load_weights
 from stableqat.errors import UserError
 from stableqat.layers.linear import quantized_layers
+from stableqat.modules.start import load_weights
 from stableqat.ops import Fourier
 from stableqat.quantizers import DSQ, STE, ParetoQ, Quantizer, StableQAT
 from stableqat.quantizers.base import FLOOR

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stableqat.checkpoints.read import find_checkpoint, read_checkpoint
+from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.read import read_checkpoint
 from stableqat.errors import UserError
 from stableqat.trust import check_plain
 

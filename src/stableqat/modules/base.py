@@ -34,13 +34,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 
 from stableqat.api import parameter_groups
-from stableqat.checkpoints.read import load_start, read_checkpoint
+from stableqat.checkpoints.read import read_checkpoint
 from stableqat.errors import UserError, check_range
 from stableqat.layers.hold import hold_weights, release_weights
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.callbacks import check_callbacks
 from stableqat.modules.schedule import check_end, place
+from stableqat.modules.start import load_start
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.base import local
 from stableqat.surgery import SurgeryReport, quantize_linears

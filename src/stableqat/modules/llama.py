@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from stableqat.checkpoints.read import find_checkpoint
+from stableqat.checkpoints.names import find_checkpoint
 from stableqat.errors import UserError
 from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.architecture import compare_configs, first_line, hub_refusal, resolve_config

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from stableqat.checkpoints.sharded import REST, is_sharded, load_shards
+from stableqat.checkpoints.names import REST, is_sharded
+from stableqat.checkpoints.sharded import load_shards
 
 
 class _Reducing:

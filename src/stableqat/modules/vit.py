@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from stableqat.checkpoints.read import compare_weights
 from stableqat.errors import UserError
 from stableqat.modules.architecture import first_line
 from stableqat.modules.base import QATModule
 from stableqat.modules.evaluation import MeanLoss
+from stableqat.modules.start import compare_weights
 from stableqat.quantizers import QuantizerFactory
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from stableqat.errors import UserError
-from stableqat.files import whole
+from stableqat.files import whole_file
 from stableqat.studies.gpus import Slots, visible_gpus
 from stableqat.studies.job import FINAL, PRELOAD, Job, Main, Record, run_stableqat
 from stableqat.studies.pool import Pool
@@ -106,7 +106,7 @@ def _keep(study: Study) -> None:
     """Put the study file beside the runs: what they were meant to test stays with them."""
     try:
         study.folder.mkdir(parents=True, exist_ok=True)
-        with whole(study.folder / "study.yaml") as part:
+        with whole_file(study.folder / "study.yaml") as part:
             part.write_text(study.text)
     except OSError as error:
         raise UserError(

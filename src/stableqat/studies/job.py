@@ -27,8 +27,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from stableqat.checkpoints.names import last_checkpoints
 from stableqat.errors import UserError
-from stableqat.files import left_over, whole
+from stableqat.files import left_over, whole_file
 from stableqat.studies.claim import Claim
 from stableqat.studies.study import Point
 from stableqat.trust import STUDY
@@ -79,7 +80,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Replaces the record in one move."""
-        with whole(folder / "sweep.json") as part:
+        with whole_file(folder / "sweep.json") as part:
             part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
@@ -105,8 +106,7 @@ class Job:
         found = Record.read(folder)
         if found is None and folder.exists() and not all(map(left_over, folder.iterdir())):
             raise UserError(f"{folder} was not made by a sweep: move it away, or rename the study")
-        names = ("last.ckpt", "previous.ckpt")
-        saved = self.point.verb == "fit" and any((folder / "checkpoints" / n).exists() for n in names)
+        saved = self.point.verb == "fit" and bool(last_checkpoints(folder))
         same = found is None or found.settings == settings
         made = found is not None and (found.status in (*FINAL, "running") or saved)
         self.changed = made and not same

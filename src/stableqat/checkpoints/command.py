@@ -5,7 +5,9 @@ It needs one process, no GPU, and memory for one copy of what the checkpoint hol
 
 from pathlib import Path
 
+from stableqat.checkpoints.names import is_sharded
 from stableqat.errors import UserError
+from stableqat.files import whole_file
 from stableqat.terminal import terminal
 
 
@@ -24,9 +26,8 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
     """
     if not Path(checkpoint).exists():
         raise UserError(f"{checkpoint}: there is no such checkpoint; name a folder that fsdp2 saved")
-    from stableqat.callbacks.checkpoint import PARTIAL, StreamedCheckpointIO, on_disk
     from stableqat.checkpoints.read import check_sums, read_consolidated
-    from stableqat.checkpoints.sharded import is_sharded
+    from stableqat.checkpoints.write import StreamedCheckpointIO, on_disk
 
     folder = Path(checkpoint)
     if not is_sharded(folder):
@@ -37,14 +38,9 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
     if target.exists():
         raise UserError(f"out: {target} exists; choose another name, or remove it")
     check_sums(folder)
-    whole, partial = read_consolidated(folder), Path(f"{target}{PARTIAL}")
-    try:
-        problem = on_disk(StreamedCheckpointIO().save_checkpoint, whole, partial)
-        problem = problem or on_disk(partial.replace, target)
-    finally:
-        if partial.exists():
-            partial.unlink()
-    if problem is not None:
-        raise UserError(f"out: {target} could not be written ({problem}); make room, or name another place")
+    with whole_file(target) as part:
+        problem = on_disk(StreamedCheckpointIO().save_checkpoint, read_consolidated(folder), part)
+        if problem is not None:
+            raise UserError(f"out: {target} cannot be written ({problem}); make room, or name another place")
     terminal().print(f"{target}: {target.stat().st_size / 1e9:.2f} GB")
     return 0

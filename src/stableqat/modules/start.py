@@ -1,0 +1,105 @@
+"""Where a model starts: `init_from` is resolved and its full-precision weights are loaded.
+
+Accepted, in this order: a run folder of this suite (its last checkpoint), a checkpoint of this suite, one
+file or sharded, then whatever the family reads itself: a local model folder or file, a hub name. Of a
+checkpoint that was trained with quantizers the latent weights are taken, and said so.
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.read import check_sums, read_checkpoint
+from stableqat.errors import UserError
+
+if TYPE_CHECKING:
+    from stableqat.modules.base import QATModule
+
+logger = logging.getLogger(__name__)
+
+
+def load_start(module: "QATModule", source: str) -> nn.Module:
+    """Build a module's architecture with the weights of `source`.
+
+    Args:
+        module: The training system; it knows how to build its architecture and its family's formats.
+        source: Run folder, checkpoint, local model folder or file, or hub name.
+
+    Returns:
+        The model in float32, not yet quantized.
+
+    Raises:
+        UserError: If the source is missing, damaged or of another architecture.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        return module.load_pretrained(source)
+    model = module.build_model()
+    state = read_checkpoint(checkpoint)["state_dict"]
+    weights = _latent(state)
+    if len(weights) < len(state):
+        logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
+    load_weights(model, module.fit_state(model, weights, source), source)
+    return model
+
+
+def check_start(module: "QATModule", source: str) -> None:
+    """Refuse a source that `load_start` would refuse, by names and shapes alone.
+
+    Raises:
+        UserError: As `load_start`.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        module.check_pretrained(source)
+        return
+    with torch.device("meta"):
+        model = module.build_model()
+    check_sums(checkpoint)
+    state = _latent(read_checkpoint(checkpoint)["state_dict"])
+    compare_weights(model, module.fit_state(model, state, source), source)
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy a state dict into a model, exactly.
+
+    Raises:
+        UserError: As `compare_weights`.
+    """
+    compare_weights(model, state, source)
+    model.load_state_dict(state, strict=False)
+
+
+def compare_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Compare names and shapes of a model and a state dict.
+
+    Raises:
+        UserError: Naming the first difference, if the file is of another architecture.
+    """
+    own = model.state_dict()
+    tied = _tied(model)
+    differences = [f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
+                   for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
+    differences += [
+        f"{k} is missing in the file" for k in own if k not in state and not tied.get(k, set()) & set(state)
+    ]
+    differences += [f"{k} is not in the model" for k in state if k not in own]
+    if differences:
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise UserError(
+            f"{source}: weights of another architecture: {differences[0]}{more}; check the model's settings"
+        )
+
+
+def _latent(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("model."): v for k, v in state.items() if ".weight_quantizer." not in k}
+
+
+def _tied(model: nn.Module) -> dict[str, set[str]]:
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: group for group in names.values() for name in group if len(group) > 1}
