@@ -5,7 +5,7 @@ Values are compared bit for bit with the torch reference's, up to the sign of ze
 
 import os
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import gcd
 
@@ -16,11 +16,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_oracle import BF16, DEVICE, FLOAT, HALF, Case, errors, expected_gradients, expected_value, sample
 
+from stableqat.errors import UserError
 from stableqat.ops import (
     Constant,
     Fourier,
     Grid,
     Identity,
+    KernelForm,
     Permuted,
     Surrogate,
     Tanh,
@@ -415,17 +417,38 @@ def test_a_spec_as_text_says_all_of_it(surrogate):
             spec = from_text(to_text(grid, kind), BF16)
             assert spec == (grid, kind, BF16)
             assert type(spec.surrogate) is type(kind)
+    assert to_text(grid, Theirs()) == to_text(grid, Fourier(amplitude=0.21))
     assert to_text(grid, Permuted()) is None
 
 
-def test_what_the_kernels_support():
-    """Exact types: a subclass may say another derivative, which only torch can evaluate."""
+@dataclass(frozen=True)
+class Theirs(Surrogate):
+    """A user's own surrogate, with the form of StableQAT's kernel."""
 
-    class Mine(Fourier):
-        pass
+    def derivative(self, u, param=None):
+        return Fourier(amplitude=0.21).derivative(u)
 
-    assert all(fused.supports(surrogate) for surrogate in SURROGATES.values())
-    assert not any(fused.supports(surrogate) for surrogate in (Permuted(), Mine(), Surrogate()))
+    @property
+    def kernel(self):
+        return KernelForm("fourier", (0.21, 1))
+
+
+def test_a_declared_form_is_what_the_kernel_computes():
+    grid = make_grid("integer", 3)
+    for mask in MASKS:
+        theirs, own = (
+            sample((6, 96), (6, 1), grid, surrogate) for surrogate in (Theirs(mask), Fourier(mask, 0.21))
+        )
+        for one, other in zip(backward(theirs), backward(own), strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
+def test_a_form_that_no_kernel_has_is_refused():
+    class Cubic(Theirs):
+        kernel = KernelForm("cubic")
+
+    with pytest.raises(UserError, match="no kernel 'cubic'; declare one of identity, constant, fourier"):
+        backward(sample((3, 8), (3, 1), make_grid("integer", 2), Cubic()))
 
 
 def cases(shapes):

@@ -1,6 +1,7 @@
 """Surrogates: published values and moments by quadrature, float32 accuracy, refused amplitudes."""
 
 from math import pi, sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stableqat.errors import UserError
-from stableqat.ops import Constant, Fourier, Identity, Permuted, Tanh
+from stableqat.ops import Constant, Fourier, Identity, KernelForm, Permuted, Surrogate, Tanh
+from stableqat.ops.dispatch import implementation
+from stableqat.ops.surrogates import of_kernel
 
 LIMIT = 1 / (sqrt(2) * pi)  # where g reaches 0 at a level, one harmonic
 
@@ -194,3 +197,37 @@ def test_controls():
     assert not torch.equal(permuted, Permuted().derivative(u))  # drawn anew in every backward
     correlation = torch.corrcoef(torch.stack([u.abs().flatten(), permuted.flatten()]))[0, 1]
     assert abs(correlation) < 0.2
+
+
+def test_the_kernel_is_inherited_only_with_the_derivative():
+    """A subclass with a derivative of its own runs in torch until it declares what computes the same."""
+
+    class Renamed(Fourier):
+        pass
+
+    class Halved(Fourier):
+        def derivative(self, u, param=None):
+            return super().derivative(u, param) / 2
+
+    class Declared(Halved):
+        kernel = KernelForm("constant", (0.5,))
+
+    assert Renamed().kernel == Fourier().kernel == KernelForm("fourier", (0.21, 1))
+    assert Halved().kernel is Permuted().kernel is Surrogate().kernel is None
+    assert Declared().kernel == KernelForm("constant", (0.5,))
+
+
+@pytest.mark.parametrize(
+    "surrogate", [Identity("none"), Constant("levels", 0.4), Fourier("range", 0.1, 3), Tanh()]
+)
+def test_a_form_says_all_that_the_derivative_needs(surrogate):
+    again = of_kernel(surrogate.kernel, surrogate.mask)
+    assert again == surrogate
+    assert type(again) is type(surrogate)
+
+
+def test_a_surrogate_without_a_kernel_runs_in_torch(monkeypatch):
+    monkeypatch.setattr("stableqat.ops.dispatch._WANTED", True)
+    monkeypatch.setattr("stableqat.ops.dispatch._able", lambda device: True)
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
+    assert [implementation(weight, each) for each in (Fourier(), Permuted())] == ["triton", "torch"]

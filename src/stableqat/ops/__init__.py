@@ -12,7 +12,7 @@ from stableqat.ops.fake_quantize import (
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
 from stableqat.ops.operands import TOGETHER, Weight
 from stableqat.ops.scale_init import ScaleInit, initial_scale
-from stableqat.ops.surrogates import Constant, Fourier, Identity, Permuted, Surrogate, Tanh
+from stableqat.ops.surrogates import Constant, Fourier, Identity, KernelForm, Permuted, Surrogate, Tanh
 
 __all__ = [
     "TOGETHER",
@@ -21,6 +21,7 @@ __all__ = [
     "Grid",
     "GridName",
     "Identity",
+    "KernelForm",
     "Mask",
     "Permuted",
     "ScaleInit",

@@ -15,7 +15,6 @@ from stableqat.ops import launch as fused
 from stableqat.ops.grids import Grid
 from stableqat.ops.operands import Weight
 from stableqat.ops.spec import Spec, from_text, to_text
-from stableqat.ops.surrogates import Tanh
 
 _TAGS = (
     torch.Tag.cudagraph_unsafe,  # of the tables, one may have to be made first
@@ -57,12 +56,11 @@ def gradients(
         list(grads), _tensors(weights), _layout(weights), text, spec.dtype
     )
     scales = [weight.scale for weight in weights]
-    learned = isinstance(spec.surrogate, Tanh)
     return list(
         zip(
             _taken_apart(by_weight, [weight.x for weight in weights]),
             _taken_apart(by_scale, scales),
-            _taken_apart(by_param, scales) if learned else [None] * len(weights),
+            _taken_apart(by_param, scales) if _learns(spec) else [None] * len(weights),
             strict=True,
         )
     )
@@ -85,7 +83,7 @@ def _gradients(
     pairs = zip(grads, _weights(tensors, layout), strict=True)
     found = [fused.backward(grad, weight, grid, surrogate)[:3] for grad, weight in pairs]
     by_weight, by_scale, by_param = zip(*found, strict=True)
-    if not isinstance(surrogate, Tanh):
+    if not _learns(from_text(spec, dtype)):
         by_param = by_scale[0].new_empty(1, 0)
     return _flat(by_weight), _flat(by_scale), _flat(by_param)
 
@@ -117,8 +115,8 @@ def _gradients_shape(
     weights = _weights(tensors, layout)
     sums = _total([weight.scale for weight in weights])
     by_weight = weights[0].x.new_empty(_total([weight.x for weight in weights]))
-    learned = isinstance(from_text(spec, dtype).surrogate, Tanh)
-    scales, params = (by_weight.new_empty(n, dtype=torch.float32) for n in (sums, sums if learned else 0))
+    learned = sums if _learns(from_text(spec, dtype)) else 0
+    scales, params = (by_weight.new_empty(n, dtype=torch.float32) for n in (sums, learned))
     return by_weight, scales, params
 
 
@@ -126,6 +124,11 @@ _library.impl("values", _values, "CompositeExplicitAutograd")
 _library.impl("gradients", _gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("stableqat::values", _values_shape, lib=_library)
 torch.library.register_fake("stableqat::gradients", _gradients_shape, lib=_library)
+
+
+def _learns(spec: Spec) -> bool:
+    kernel = spec.surrogate.kernel
+    return kernel is not None and kernel.learns
 
 
 def _present(weight: Weight) -> str:

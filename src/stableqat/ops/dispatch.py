@@ -40,14 +40,14 @@ def implementation(x: Tensor, surrogate: Surrogate) -> Literal["triton", "torch"
         surrogate: Its surrogate.
 
     Returns:
-        `triton` for float32, bfloat16 and float16 on an NVIDIA GPU (Ampere or later) with the surrogates that
-        the kernels know; `torch` otherwise, and everywhere if the environment says `STABLEQAT_KERNELS=0`.
+        `triton` for float32, bfloat16 and float16 on an NVIDIA GPU (Ampere or later) with a surrogate that
+        declares its kernel; `torch` otherwise, and everywhere if the environment says `STABLEQAT_KERNELS=0`.
     """
     if not (_WANTED and x.is_cuda and x.dtype in _TYPES) or isinstance(x, DTensor):
         return "torch"
     # Dynamo could not look at the device; what compiles for a GPU needs one of this kind itself
     able = torch.compiler.is_compiling() or _able(x.device.index)
-    return "triton" if able and fused.supports(surrogate) else "torch"
+    return "triton" if able and surrogate.kernel is not None else "torch"
 
 
 @cache

@@ -20,21 +20,13 @@ from torch.nn import Parameter
 from stableqat.ops import kernels
 from stableqat.ops.grids import Grid
 from stableqat.ops.operands import TOGETHER, Weight
-from stableqat.ops.surrogates import Constant, Fourier, Identity, Surrogate, Tanh
+from stableqat.ops.surrogates import Surrogate, of_kernel
 
 FORWARD_TILE = 2048  # elements that a program handles at a time, measured best
 BACKWARD_TILE = 1024
 WARPS = 4
 SPLIT = 32 * BACKWARD_TILE  # elements of one scale after which its sum is spread over programs
 MOST_TOGETHER = 4096  # sets of weights that are remembered
-
-# exact types: a subclass may compute something else
-KINDS: dict[type[Surrogate], str] = {
-    Identity: "identity",
-    Constant: "constant",
-    Fourier: "fourier",
-    Tanh: "tanh",
-}
 
 
 class Together(NamedTuple):
@@ -62,11 +54,6 @@ class Together(NamedTuple):
 def traced(tensor: Tensor) -> bool:
     """Whether a tensor stands for one in a graph that is being made."""
     return type(tensor) not in (Tensor, Parameter)
-
-
-def supports(surrogate: Surrogate) -> bool:
-    """Whether the kernels know the surrogate."""
-    return type(surrogate) in KINDS
 
 
 def forward(weight: Weight, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -110,10 +97,12 @@ def backward(
     """
     rows, n = weight.scale.numel(), _n(weight)
     splits = triton.cdiv(n, SPLIT)
-    assert weight.param is not None or not isinstance(surrogate, Tanh)
+    kernel = surrogate.kernel
+    assert kernel is not None
+    assert weight.param is not None or not kernel.learns
     weight_grad = torch.empty_like(weight.x)
     scale_sums = torch.empty((rows, splits), dtype=torch.float32, device=grad.device)
-    param_sums = torch.empty_like(scale_sums) if isinstance(surrogate, Tanh) else None
+    param_sums = torch.empty_like(scale_sums) if kernel.learns else None
     value = None if value_dtype is None else torch.empty_like(weight.x, dtype=value_dtype)
 
     def prepare() -> _Arguments:
@@ -215,8 +204,11 @@ def backward_flat(
     """
     weight_grads = torch.empty(together.elements, dtype=first.x.dtype, device=first.x.device)
     scale_sums = torch.empty(together.sums, dtype=torch.float32, device=first.x.device)
-    learned = isinstance(surrogate, Tanh)
-    param_sums = torch.empty(together.sums if learned else 0, dtype=torch.float32, device=first.x.device)
+    kernel = surrogate.kernel
+    assert kernel is not None
+    param_sums = torch.empty(
+        together.sums if kernel.learns else 0, dtype=torch.float32, device=first.x.device
+    )
 
     def prepare() -> _Arguments:
         constants = {
@@ -226,7 +218,7 @@ def backward_flat(
         return together.backward_programs, (), constants
 
     slots = [*grads, *[grads[0]] * (TOGETHER - len(grads))]
-    outputs = (first.x, weight_grads, scale_sums, param_sums if learned else scale_sums)
+    outputs = (first.x, weight_grads, scale_sums, param_sums if kernel.learns else scale_sums)
     pointers = (together.table, first.scale, *slots, *outputs)
     key = (together.shapes, grid, surrogate, first.scale_floor is None, first.zero_point is None)
     _launch(kernels.backward_many_kernel, pointers, key, prepare)
@@ -385,18 +377,19 @@ def _backward_constants(
 ) -> dict[str, Any]:
     rows, columns = _tile(n, BACKWARD_TILE)
     low, high = grid.bounds(surrogate.mask)
-    strength, harmonics = 0.0, 0
-    if isinstance(surrogate, Constant):
-        strength = surrogate.value
-    elif isinstance(surrogate, Fourier):
-        strength, harmonics = surrogate.amplitude * sqrt(2) * pi, surrogate.harmonics
+    kernel = surrogate.kernel
+    assert kernel is not None
+    of_kernel(kernel, surrogate.mask)  # refuses a form that no kernel has
+    strength, harmonics = (*kernel.numbers, 0.0, 0)[:2]
+    if kernel.name == "fourier":
+        strength = strength * sqrt(2) * pi
     return {
         **_forward_constants(weight, n, grid),
         "LOW": max(low, -3e38),
         "HIGH": min(high, 3e38),
         "MASKED": surrogate.mask != "none",
         "BINARY": grid.name == "binary",
-        "KIND": KINDS[type(surrogate)],
+        "KIND": kernel.name,
         "STRENGTH": strength,
         "HARMONICS": harmonics,
         "VALUE": value,

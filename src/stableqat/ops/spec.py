@@ -11,15 +11,7 @@ from typing import NamedTuple, cast, get_args
 import torch
 
 from stableqat.ops.grids import Grid, GridName, Mask
-from stableqat.ops.surrogates import Constant, Fourier, Identity, Surrogate, Tanh
-
-# exact types, made from a mask and these
-_NUMBERS: dict[type[Surrogate], tuple[str, ...]] = {
-    Identity: (),
-    Constant: ("value",),
-    Fourier: ("amplitude", "harmonics"),
-    Tanh: ("a",),
-}
+from stableqat.ops.surrogates import KernelForm, KernelName, Surrogate, of_kernel
 
 
 class Spec(NamedTuple):
@@ -37,22 +29,22 @@ class Spec(NamedTuple):
 
 
 def to_text(grid: Grid, surrogate: Surrogate) -> str | None:
-    """Grid and surrogate as text; None for a surrogate that is not one of `ops.surrogates`' own."""
-    if type(surrogate) not in _NUMBERS:
+    """Grid and surrogate as text; None for a surrogate without a kernel."""
+    kernel = surrogate.kernel
+    if kernel is None:
         return None
-    codes = (grid.bits, grid.q_min, grid.q_max, grid.zero_point)
-    numbers = [getattr(surrogate, name) for name in _NUMBERS[type(surrogate)]]
-    texts = [str(int(n)) if isinstance(n, int) else repr(float(n)) for n in (*codes, *numbers)]
-    return " ".join([grid.name, type(surrogate).__name__, surrogate.mask, *texts])
+    numbers = (grid.bits, grid.q_min, grid.q_max, grid.zero_point, *kernel.numbers)
+    texts = [str(int(n)) if isinstance(n, int) else repr(float(n)) for n in numbers]
+    return " ".join([grid.name, kernel.name, surrogate.mask, *texts])
 
 
 @cache
 def from_text(text: str, dtype: torch.dtype) -> Spec:
-    """The spec that a text stands for."""
-    name, kind, mask, *texts = text.split()
+    """The spec that a text stands for, with the surrogate that its kernel computes."""
+    name, kernel, mask, *texts = text.split()
     assert name in get_args(GridName)
     assert mask in get_args(Mask)
     bits, q_min, q_max, zero_point, *numbers = map(literal_eval, texts)
-    cls = next(known for known in _NUMBERS if known.__name__ == kind)
     grid = Grid(cast(GridName, name), bits, q_min, q_max, zero_point)
-    return Spec(grid, cls(cast(Mask, mask), *numbers), dtype)
+    form = KernelForm(cast(KernelName, kernel), tuple(numbers))
+    return Spec(grid, of_kernel(form, cast(Mask, mask)), dtype)

@@ -11,6 +11,7 @@ A = 0.21: 0.30); Constant and Permuted are the controls that separate the two ef
 
 from dataclasses import dataclass
 from math import cos, pi, sqrt
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,10 +19,29 @@ from torch import Tensor
 from stableqat.errors import UserError
 from stableqat.ops.grids import Mask
 
+KernelName = Literal["identity", "constant", "fourier", "tanh"]
+
+
+class KernelForm(NamedTuple):
+    """A surrogate as the fused kernels know it: which of their formulas it is, with which numbers.
+
+    Attributes:
+        name: The formula, named like the surrogate below that spells it out.
+        numbers: What the formula takes: of `constant` the value, of `fourier` amplitude and harmonics.
+        learns: Whether it takes a learned parameter and computes its gradient, as `tanh` does.
+    """
+
+    name: KernelName
+    numbers: tuple[float, ...] = ()
+    learns: bool = False
+
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Base of all surrogates: a subclass says `derivative`, or `derivatives` if it learns.
+    """Base of all surrogates: a subclass defines `derivative`, or `derivatives` if it learns.
+
+    It runs in plain torch, unless it declares the `kernel` that computes the same. A subclass that defines a
+    derivative of its own does not inherit its parent's kernel.
 
     Attributes:
         mask: Which weights receive a gradient, see `Grid.bounds`. The same mask decides
@@ -29,6 +49,17 @@ class Surrogate:
     """
 
     mask: Mask = "range"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "kernel" not in own and ("derivative" in own or "derivatives" in own):
+            cls.kernel = Surrogate.kernel  # type: ignore[method-assign]
+
+    @property
+    def kernel(self) -> KernelForm | None:
+        """The form in which the fused kernels know this surrogate; None for one that they do not know."""
+        return None
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor | None:
         """The surrogate `g(u)`, elementwise; None stands for the constant 1."""
@@ -42,6 +73,11 @@ class Surrogate:
 @dataclass(frozen=True)
 class Identity(Surrogate):
     """Straight-through: g(u) = 1."""
+
+    @property
+    def kernel(self) -> KernelForm:
+        """See `Surrogate.kernel`."""
+        return KernelForm("identity")
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor | None:
         """See `Surrogate.derivative`."""
@@ -85,6 +121,11 @@ class Fourier(Surrogate):
         s = self.amplitude * sqrt(2) * pi * waves
         return (1 - s) / (1 + s)
 
+    @property
+    def kernel(self) -> KernelForm:
+        """See `Surrogate.kernel`."""
+        return KernelForm("fourier", (self.amplitude, self.harmonics))
+
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`."""
         weight = self.amplitude * sqrt(2) * pi
@@ -121,6 +162,11 @@ class Tanh(Surrogate):
         if not 0 < self.a < 1:
             raise UserError(f"a: must lie between 0 and 1, not {self.a}")
 
+    @property
+    def kernel(self) -> KernelForm:
+        """See `Surrogate.kernel`."""
+        return KernelForm("tanh", learns=True)
+
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`; `param` is the logit of `a`, broadcastable to `u`."""
         return self.derivatives(u, param)[0]
@@ -150,6 +196,11 @@ class Constant(Surrogate):
 
     value: float = 0.3025
 
+    @property
+    def kernel(self) -> KernelForm:
+        """See `Surrogate.kernel`."""
+        return KernelForm("constant", (self.value,))
+
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`."""
         return torch.full_like(u, self.value)
@@ -162,3 +213,22 @@ class Permuted(Fourier):
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`."""
         return super().derivative(u).gather(-1, torch.rand_like(u).argsort(-1))
+
+
+def of_kernel(kernel: KernelForm, mask: Mask) -> Surrogate:
+    """The surrogate in plain torch that a kernel computes.
+
+    Args:
+        kernel: The kernel's form.
+        mask: Which weights receive a gradient.
+
+    Raises:
+        UserError: If there is no such kernel.
+    """
+    kinds = {"identity": Identity, "constant": Constant, "fourier": Fourier, "tanh": Tanh}
+    if kernel.name not in kinds:
+        known = ", ".join(get_args(KernelName))
+        raise UserError(
+            f"surrogate: there is no kernel {kernel.name!r}; declare one of {known}, or None to run in torch"
+        )
+    return kinds[kernel.name](mask, *kernel.numbers)
