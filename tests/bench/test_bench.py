@@ -104,7 +104,7 @@ REFUSED = {
         ["--model", "base"],
         "base may be configs/llama/base.yaml or configs/vit/base",
     ),
-    "no such file": (["--model", "gone.yaml"], "gone.yaml: no such file"),
+    "no such file": (["--model", "gone.yaml"], "model: gone.yaml: there is no such file, and no shipped"),
     "a file without a model": (["--model", "nothing.yaml"], "nothing.yaml has no model section"),
     "a file that is no YAML": (["--model", "broken.yaml"], "broken.yaml cannot be read as YAML"),
     "another class": (["--model", "stranger.yaml"], "collections.Counter is no QATModule"),

@@ -304,7 +304,10 @@ SETTINGS = {
         ["model.model_name: Unknown model (deit_smal_patch16_224); did you mean deit_small_patch16_224?"],
     ),
     # files that are not there
-    "a missing config file": (["fit", "-c", "none.yaml"], ["none.yaml: file does not exist"]),
+    "a missing config file": (
+        ["fit", "-c", "none.yaml"],
+        ["none.yaml: there is no such file, and no shipped configuration of this name"],
+    ),
     "no config at all": (["fit"], ["data, model: missing; set it in a config file"]),
     "a missing data file": (
         llama("--data.source", "none.jsonl"),
@@ -335,7 +338,7 @@ SETTINGS = {
         ["trainer.logger.save_dir: /proc/stableqat", "cannot be written", "choose another folder"],
     ),
     # studies
-    "a missing study": (["sweep", "none.yaml"], ["none.yaml: no such file"]),
+    "a missing study": (["sweep", "none.yaml"], ["none.yaml: there is no such file"]),
     "a sweep of nothing": (["sweep"], ["studies: missing"]),
     "a missing folder to compare": (
         ["compare", "none"],

@@ -149,7 +149,7 @@ STES = (
         ("grid: {arm: {fp: {arg: {}}}}", ["unknown key grid.arm.fp.arg", "did you mean args?"]),
         (ARM + ", seeds: 0}", ["unknown key grid.seeds", "did you mean seed?"]),
         (ARM + ", zzz: 0}", ["unknown key grid.zzz", "known here", "lr"]),
-        ("configs: [gone.yaml]\n" + ARM + "}", ["configs", "there is no file gone.yaml"]),
+        ("configs: [gone.yaml]\n" + ARM + "}", ["configs", "gone.yaml: there is no such file"]),
         ("grid: {arm: {fp: {configs: gone.yaml}}}", ["grid.arm.fp.configs", "gone.yaml"]),
         (ARM + ", lr: [1e-3, fast]}", ["grid.lr", "'fast' is no learning rate"]),
         (ARM + ", lr: -1e-3}", ["grid.lr", "-0.001 is no learning rate"]),

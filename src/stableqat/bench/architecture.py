@@ -1,10 +1,9 @@
 """Which model is measured: the architecture of a configuration file, without its training settings.
 
-A name stands for `configs/*/NAME.yaml`. A file that names no class is an overlay and is laid over the
-`base.yaml` beside it, setting by setting, as `stableqat fit` does.
+A name stands for `configs/*/NAME.yaml`, in the current folder or shipped. A file that names no class is an
+overlay and is laid over the `base.yaml` beside it, setting by setting, as `stableqat fit` does.
 """
 
-import difflib
 import glob
 from collections import Counter
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, did_you_mean
+from stableqat.shipped import SHIPPED, find_config
 from stableqat.trust import arguments, find_class
 
 if TYPE_CHECKING:
     from stableqat.modules import QATModule
 
-_CHECKOUT = Path(__file__).parents[3]
 _TRAINING = {
     "quantizer",
     "init_from",
@@ -88,11 +87,12 @@ def read_architecture(model: str) -> Architecture:
 
 
 def _find(model: str) -> Path:
-    if model.endswith((".yaml", ".yml")):
-        if not Path(model).is_file():
-            raise UserError(f"model: {model}: no such file; give a YAML file or a model's name")
-        return Path(model)
-    roots = [root for root in (Path("configs"), _CHECKOUT / "configs") if root.is_dir()]
+    if "/" in model or model.endswith((".yaml", ".yml")):
+        try:
+            return find_config(model)
+        except UserError as error:
+            raise UserError(f"model: {error}") from error
+    roots = [root for root in (Path("configs"), SHIPPED) if root.is_dir()]
     for root in roots:
         found = sorted(root.glob(f"*/{glob.escape(model)}.yaml"))
         if len(found) > 1:
@@ -102,15 +102,7 @@ def _find(model: str) -> Path:
     # what both families have is no model's name
     families = Counter(path.stem for root in roots[:1] for path in sorted(root.glob("*/*.yaml")))
     models = [name for name, number in families.items() if number == 1]
-    near = difflib.get_close_matches(model, models, 1)
-    hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else f"choose of {', '.join(models)}"
-        if models
-        else "name a YAML file"
-    )
-    raise UserError(f"model: {model} is unknown; {hint}")
+    raise UserError(f"model: {model} is unknown; {did_you_mean(model, models)}")
 
 
 def _model_settings(source: Path) -> dict[str, Any]:

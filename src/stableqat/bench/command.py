@@ -58,7 +58,7 @@ def bench(
     """Measures time and memory of quantization-aware training beside the same model in full precision.
 
     Args:
-        model: Name of a model in configs/, such as llama-3.2-1b or deit-small, or its YAML file. Weights are
+        model: Name of a model, such as llama-3.2-1b or deit-small, or its YAML file. Weights are
             random.
         batch: Rows or images a step.
         tokens: Tokens a row, 2048 if not given; language models only.

@@ -14,6 +14,7 @@ from typing import Literal
 
 from stableqat.errors import UserError
 from stableqat.files import whole_file
+from stableqat.shipped import find_config
 from stableqat.studies.gpus import Slots, visible_gpus
 from stableqat.studies.job import FINAL, PRELOAD, Job, Main, Record, run_stableqat
 from stableqat.studies.pool import Pool
@@ -36,7 +37,7 @@ def sweep(
     on another machine that shares the folder too, the sweeps divide the points among them.
 
     Args:
-        studies: Study files (YAML).
+        studies: Study files (YAML), or the names of shipped ones, such as llama/demo-study.
         workers: Runs at a time, all studies together. If not given, `runs_per_gpu` of the study file (1) on
             each visible GPU, or one a core where there is no GPU. Each run gets its share of the cores.
         rerun: "changed" runs those points again whose settings differ from what their folder was made
@@ -49,7 +50,8 @@ def sweep(
         0 if all points are done or ended as diverged, or if tasks were submitted; 1 if any failed;
         128 + the signal if stopped.
     """
-    read = [read_study(path) for path in studies]
+    files = [find_config(name) for name in studies]
+    read = [read_study(path) for path in files]
     for path, study in zip(studies, read, strict=True):
         for point in study.points:  # its command line will be the file's word, not the user's
             check_settings(point.overlay.settings(), path)
@@ -58,7 +60,7 @@ def sweep(
     # What a task would refuse in its log, after it was queued for hours, is refused here.
     Slots((), 1 if workers is None else workers)
     jobs = _plan(read, rerun, 0)
-    arguments = [str(Path(path).absolute()) for path in studies]
+    arguments = [str(path.absolute()) for path in files]
     arguments += [f"--workers={workers}"] if workers is not None else []
     arguments += [f"--rerun={rerun}"] if rerun else []
     arguments += [f"--allow={name}" for name in allowed()]

@@ -24,7 +24,7 @@
 A point is the base, its arm, and a value of each axis. An arm that sets an argument itself isn't
 repeated over that axis. Axes of the quantizer (`bits`, `model.quantizer...`) don't repeat an arm
 without quantizer; of all axes only these repeat the `validate` arms. File names are relative to
-the current folder, as on a command line.
+the current folder, as on a command line; the shipped configurations have names, such as llama/base.
 """
 
 import itertools
@@ -41,6 +41,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stableqat.errors import UserError
+from stableqat.shipped import find_config
 from stableqat.studies.keys import check_interpolations, check_keys, unknown
 from stableqat.studies.plan import check_baseline, plan_of
 
@@ -253,9 +254,10 @@ def _overlay(path: str | Path, where: str, content: Any) -> Overlay:
     names = tree.get("configs") or []
     configs = []
     for file in names if isinstance(names, list) else [names]:
-        if not isinstance(file, str) or not Path(file).is_file():
-            raise UserError(f"{path}: {dot}configs: there is no file {file} (looked in {Path.cwd()})")
-        configs.append(ConfigFile(file, _flatten(load_yaml(file))))
+        try:
+            configs.append(ConfigFile(file, _flatten(load_yaml(find_config(str(file))))))
+        except UserError as error:
+            raise UserError(f"{path}: {dot}configs: {error}") from error
     args = _flatten(_mapping(path, f"{dot}args", tree.get("args")))
     return Overlay(tuple(configs), {_argument(path, f"{dot}args", key): value for key, value in args.items()})
 
