@@ -19,6 +19,7 @@ ALLOWED = {
     "terminal": set(),
     "files": set(),
     "shipped": set(),
+    "events": set(),
     "refusals": set(),
     "trust": {"refusals"},
     "ops": set(),
@@ -30,8 +31,8 @@ ALLOWED = {
     "modules": {"api", "checkpoints", "layers", "ops", "quantizers", "surgery", "trust"},
     "data": set(),
     "callbacks": {"api", "checkpoints", "evaluate", "layers", "ops", "quantizers", "surgery"},
-    "studies": {"analysis", "checkpoints", "cli", "shipped", "trust"},  # a sweep's points are command lines
-    "analysis": {"studies"},
+    "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines
+    "analysis": {"events", "studies"},
     "importing": {"checkpoints", "layers", "modules", "ops", "quantizers", "surgery"},
     "runs": {"checkpoints", "data", "modules", "trust"},
     "evaluate": {"checkpoints", "data", "layers", "modules", "runs", "surgery"},
@@ -52,6 +53,7 @@ FOREIGN = {
     "api": {"lightning", "transformers", "timm", "datasets"},
     "data": {"stableqat.quantizers"},
     "bench": {"lightning", "transformers", "timm", "datasets"},
+    "events": {"lightning", "transformers", "timm", "datasets", "torch"},
     "analysis": {"lightning", "transformers", "timm", "datasets", "torch"},
     "studies": {"lightning", "transformers", "timm", "datasets", "torch"},
 }

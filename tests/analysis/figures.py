@@ -14,9 +14,9 @@ import torch
 
 from stableqat.analysis.command import read_comparisons
 from stableqat.analysis.comparison import Arm, Comparison, diverged
-from stableqat.analysis.events import Run
 from stableqat.analysis.statistics import Paired, paired
 from stableqat.bench.report import ratios
+from stableqat.events import Run
 from stableqat.ops import Fourier
 from stableqat.studies.study import short
 

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from stableqat.analysis.events import Run
+from stableqat.events import Run
 
 COMMON = {"bits": 2, "scale_init": "mse", "granularity": "channel", "max_steps": 400, "subcommand": "fit"}
 ARMS: list[dict[str, Any]] = [

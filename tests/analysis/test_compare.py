@@ -26,12 +26,12 @@ from stableqat.analysis.caps import Cap, Group
 from stableqat.analysis.command import compare, read_comparisons
 from stableqat.analysis.comparison import Comparison, usable
 from stableqat.analysis.drawing import colour_of
-from stableqat.analysis.events import COMPARED, Run, read_run
 from stableqat.analysis.publish import publish
 from stableqat.analysis.tables import as_json, markdown, notes, rows
 from stableqat.errors import UserError
+from stableqat.events import COMPARED, Run, read_run
 from stableqat.files import hidden_folder
-from stableqat.studies.job import Record
+from stableqat.studies.record import Record
 from stableqat.studies.study import short
 
 STE = {"method": "STE", "bits": 2, "grid": "standard", "mask": "hard", "scale_init": "mse"}

@@ -13,10 +13,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from stableqat.analysis.command import read_comparisons
-from stableqat.analysis.events import read_run
 from stableqat.analysis.publish import publish, thinned
 from stableqat.analysis.tables import markdown
 from stableqat.errors import UserError
+from stableqat.events import read_run
 
 
 def write(run):

@@ -11,11 +11,11 @@ from scipy import stats
 
 from stableqat.analysis.comparison import Comparison
 from stableqat.analysis.differences import Difference
-from stableqat.analysis.events import Run
 from stableqat.analysis.stability import quantile, spikes, stability
 from stableqat.analysis.statistics import Paired, holm, paired, verdict
 from stableqat.analysis.tables import as_json, markdown, notes, text_tables
 from stableqat.errors import UserError
+from stableqat.events import Run
 
 COMMON = {"bits": 2, "grid": "integer", "mask": "range", "max_steps": 10, "subcommand": "fit"}
 STE, STABLE = COMMON | {"method": "STE"}, COMMON | {"method": "StableQAT", "amplitude": 0.21}
@@ -309,8 +309,8 @@ def test_an_arm_at_some_learning_rates_is_compared_at_these() -> None:
         ("compare: {cap: true}", r"compare.cap: True must be a number of nats"),
         ("compare: {margins: 0.1}", r"unknown key compare.margins: did you mean margin"),
         ("compare: [1]", r"compare must be a mapping"),
-        ("compare: {margin: '${vars.m}'}", r"can't be read: .*vars"),
-        ("compare: {", r"can't be read"),
+        ("compare: {margin: '${vars.m}'}", r"vars.*: correct the key compare.margin"),
+        ("compare: {", r"line 2: not valid YAML"),
     ],
 )
 def test_mistakes_in_the_study_file(tmp_path: Path, text: str, message: str) -> None:

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import tiny
-from stableqat.analysis.events import read_run
 from stableqat.callbacks import GradientMismatch
 from stableqat.cli.main import main
 from stableqat.errors import UserError
+from stableqat.events import read_run
 from stableqat.modules import FSDP2Strategy
 from stableqat.quantizers import STE
 from stableqat.surgery import quantize_linears

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import tiny
 from stableqat.analysis.comparison import usable
-from stableqat.analysis.events import read_run
 from stableqat.callbacks import DivergenceGuard, RunRecord
+from stableqat.events import read_run
 from stableqat.modules import CosineWarmup
 from stableqat.quantizers import StableQAT
 

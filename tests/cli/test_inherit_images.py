@@ -14,11 +14,11 @@ from jsonargparse import Namespace
 from PIL import Image
 from safetensors.torch import save_file
 
-from stableqat.analysis.events import read_run
 from stableqat.cli import inherit as inherited
 from stableqat.cli.main import main
 from stableqat.data.image import PREPROCESSING
 from stableqat.errors import UserError
+from stableqat.events import read_run
 from stableqat.modules import ViTModule
 
 NAME = "vit_tiny_patch16_224"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stableqat.analysis.events import read_run
 from stableqat.cli.main import main
+from stableqat.events import read_run
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import tiny
-from stableqat.analysis.events import read_run
 from stableqat.callbacks import Evaluate
 from stableqat.data import TextDataModule
 from stableqat.errors import UserError
+from stableqat.events import read_run
 
 pytest.importorskip("lm_eval")
 

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 import words
-from stableqat.analysis.events import find_runs, read_run
 from stableqat.cli.main import main
 from stableqat.data.tokenizer import train_bpe
 from stableqat.evaluate import report
 from stableqat.evaluate.model import labels
+from stableqat.events import find_runs, read_run
 
 
 def call(*arguments):

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 from torch.nn import functional as F
 
-from stableqat.analysis.events import read_run
 from stableqat.cli.main import main
 from stableqat.data.embedded import embedded_digits
 from stableqat.data.image import held_out
+from stableqat.events import read_run
 
 VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
 

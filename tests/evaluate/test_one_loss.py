@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stableqat.analysis.events import read_run
 from stableqat.cli.main import main
+from stableqat.events import read_run
 
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
 

@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
-from stableqat.analysis.events import read_run
 from stableqat.errors import UserError
+from stableqat.events import read_run
 from stableqat.studies.command import sweep
 from stableqat.studies.plan import LOGGED
 from stableqat.studies.study import read_study, short
@@ -134,6 +135,9 @@ ARM = "grid: {arm: {fp: }"
 STES = (
     "grid: {arm: {fp: , ste: {args: {model.quantizer.class_path: stableqat.quantizers.STE}}}, bits: [2, 3]}"
 )
+TWO = STES.replace("bits:", "lr: [0.1, 0.2], bits:").replace(
+    "ste:", "slow: {args: {x: 1, model.quantizer.class_path: STE}}, ste:"
+)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,10 @@ STES = (
         ("compare: {baseline: {zzz: 1}}\n" + STES, ["compare.baseline.zzz", "known here: method"]),
         ("compare: {baseline: {method: DSQ}}\n" + STES, ["selects none", "their methods: STE"]),
         ("compare: {baseline: {method: STE, bits: 4}}\n" + STES, ["'bits': 4", "selects none"]),
+        (
+            "compare: {baseline: {method: STE}}\n" + TWO,
+            ["selects two arms", "slow-lr0.1-b2 and ste-lr0.1-b2", "add a hyper"],
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_file_and_nothing_is_made(text: str | None, words: list[str]) -> None:
@@ -205,7 +213,7 @@ def test_a_mistake_is_named_with_its_file_and_nothing_is_made(text: str | None, 
 )
 def test_a_baseline_that_an_arm_can_be_is_taken(baseline: str) -> None:
     Path("good.yaml").write_text(f"compare: {{baseline: {baseline}}}\n{STES}")
-    assert read_study("good.yaml").points
+    assert read_study("good.yaml").plan.baseline == yaml.safe_load(baseline)
     foreign = STES.replace("stableqat.quantizers.STE", "mine.Own")
     Path("good.yaml").write_text(f"compare: {{baseline: {{method: Own, sharpness: 3}}}}\n{foreign}")
     assert read_study("good.yaml").points

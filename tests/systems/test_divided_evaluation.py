@@ -95,7 +95,7 @@ def test_images(torchrun, tmp_path):
 
 def test_a_training_of_two_processes_is_evaluated_by_both(tmp_path):
     pytest.importorskip("lm_eval")
-    from stableqat.analysis.events import read_run
+    from stableqat.events import read_run
 
     argv = [*language(tmp_path), "--trainer.strategy", "STRATEGY", "--trainer.devices", "2"]
     argv += ["--data.batch_size", "2", "--trainer.callbacks+=stableqat.callbacks.Evaluate"]

@@ -18,10 +18,10 @@ import pytest
 import torch
 from test_kill import checkpoint, differing, trace
 
-from stableqat.analysis.events import read_run
 from stableqat.checkpoints.read import check_sums, read_checkpoint
 from stableqat.cli.main import main
 from stableqat.errors import UserError
+from stableqat.events import read_run
 
 STEPS, VALIDATE, SAVE, EPOCH = 40, 8, 3, 24  # all meet at step 24
 

@@ -11,7 +11,7 @@ import forked
 import pytest
 import torch
 
-from stableqat.analysis.events import read_run
+from stableqat.events import read_run
 
 STEPS = 12
 DROPOUT = {

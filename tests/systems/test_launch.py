@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 
-from stableqat.analysis.events import read_run
 from stableqat.cli.lightning import QATCommand
 from stableqat.cli.main import main
+from stableqat.events import read_run
 
 RUN = ["fit", "-c", "configs/vit/base.yaml", "-c", "configs/vit/debug.yaml", "--trainer.accelerator", "cpu"]
 

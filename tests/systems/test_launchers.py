@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stableqat.analysis.events import read_run
+from stableqat.events import read_run
 
 BIN = Path(sys.executable).parent
 DEBUG = [

@@ -11,8 +11,8 @@ import forked
 import pytest
 import torch
 
-from stableqat.analysis.events import read_run
 from stableqat.data import ImageDataModule, TextDataModule
+from stableqat.events import read_run
 from stableqat.modules import LlamaModule, ViTModule
 
 STEPS, CLIP = 20, 0.05

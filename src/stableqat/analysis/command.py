@@ -13,7 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stableqat.analysis.comparison import Comparison, usable
-from stableqat.analysis.events import COMPARED, Run, find_runs, read_run
 from stableqat.analysis.tables import (
     as_json,
     comma_separated,
@@ -24,6 +23,7 @@ from stableqat.analysis.tables import (
     text_tables,
 )
 from stableqat.errors import UserError
+from stableqat.events import COMPARED, Run, find_runs, read_run
 from stableqat.files import hidden_folder
 from stableqat.terminal import printable, terminal
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from stableqat.analysis.band import Band, band, mean
 from stableqat.analysis.caps import Cap, Group, caps
-from stableqat.analysis.differences import Difference, differences, read_plan
-from stableqat.analysis.events import Run
+from stableqat.analysis.differences import Difference, differences
 from stableqat.analysis.labels import COLUMNS, NAMED, departures, differing, most_common
 from stableqat.errors import UserError
-from stableqat.studies.job import Record
-from stableqat.studies.plan import Plan
-from stableqat.studies.study import SHORT_AXES, START, short
+from stableqat.events import Run
+from stableqat.studies.plan import SHORT_AXES, Plan, read_plan
+from stableqat.studies.record import Record
+from stableqat.studies.study import START, short
 from stableqat.terminal import printable
 
 log = logging.getLogger(__name__)

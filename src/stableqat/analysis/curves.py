@@ -8,7 +8,7 @@ are kept apart.
 import math
 import statistics
 
-from stableqat.analysis.events import Run
+from stableqat.events import Run
 
 
 def average(runs: list[Run], tag: str) -> tuple[dict[int, float], dict[int, float]]:

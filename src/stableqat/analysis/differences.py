@@ -11,23 +11,15 @@ arm here: that it wins is no finding.
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from stableqat.analysis.statistics import holm, paired, verdict
 from stableqat.errors import UserError
-from stableqat.studies.keys import check_interpolations
-from stableqat.studies.plan import Plan, plan_of
+from stableqat.studies.plan import STUDY_FILE
 
 if TYPE_CHECKING:
     from stableqat.analysis.caps import Group
     from stableqat.analysis.comparison import Arm, Comparison
-
-STUDY_FILE = "study.yaml"
 
 
 @dataclass(frozen=True)
@@ -64,25 +56,6 @@ class Difference:
     verdict: str
     p_equivalence: float | None = None
     unpaired: int = 0
-
-
-def read_plan(folder: Path) -> Plan:
-    """Reads `compare` of the study file that lies with the runs; a folder without one has no plan.
-
-    Raises:
-        UserError: The file can't be read, or a key or a value of `compare` is wrong.
-    """
-    path = folder / STUDY_FILE
-    if not path.exists():
-        return Plan()
-    try:
-        tree = OmegaConf.load(path)
-        check_interpolations(path, OmegaConf.to_container(tree))
-        content = tree.get("compare") if isinstance(tree, DictConfig) else None
-        plan: Any = OmegaConf.to_container(content, resolve=True) if OmegaConf.is_config(content) else content
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} can't be read: {str(error).splitlines()[0]}: correct the file") from error
-    return plan_of(path, plan)
 
 
 def baselines(comparison: "Comparison") -> dict["Group", "Arm"]:

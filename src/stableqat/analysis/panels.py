@@ -15,9 +15,9 @@ from stableqat.analysis.caps import Group
 from stableqat.analysis.comparison import LOSS, TOP1, Arm, Comparison, diverged
 from stableqat.analysis.curves import average, finite
 from stableqat.analysis.drawing import as_written
-from stableqat.analysis.events import Run
 from stableqat.analysis.stability import FLIP_RATE, GRAD_NORM, TRAIN_LOSS
 from stableqat.analysis.statistics import LEVEL, paired
+from stableqat.events import Run
 from stableqat.studies.study import short
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from stableqat.analysis.command import read_comparisons
 from stableqat.analysis.comparison import Arm, Comparison
-from stableqat.analysis.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
 from stableqat.analysis.labels import NAMED
 from stableqat.errors import UserError
+from stableqat.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
 from stableqat.files import hidden_folder
 from stableqat.studies.study import short
 from stableqat.terminal import terminal

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from stableqat.analysis.events import Run
+from stableqat.events import Run
 
 TRAIN_LOSS, GRAD_NORM = "train/loss", "train/grad_norm"
 WINDOW, FEWEST, SIGMAS, FLOOR = 50, 10, 7, 0.1

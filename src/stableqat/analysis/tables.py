@@ -19,10 +19,10 @@ from typing import Any
 
 from stableqat.analysis.band import TOLERANCE, Band
 from stableqat.analysis.comparison import TOP1, Arm, Cell, Comparison, diverged
-from stableqat.analysis.events import Run
 from stableqat.analysis.labels import UNSET
 from stableqat.analysis.stability import FEWEST, FLOOR, SIGMAS, WINDOW, stability
 from stableqat.analysis.statistics import LEVEL
+from stableqat.events import Run
 from stableqat.studies.study import short
 from stableqat.terminal import printable
 

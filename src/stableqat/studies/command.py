@@ -16,9 +16,10 @@ from stableqat.errors import UserError
 from stableqat.files import whole_file
 from stableqat.shipped import find_config
 from stableqat.studies.gpus import Slots, visible_gpus
-from stableqat.studies.job import FINAL, PRELOAD, Job, Main, Record, run_stableqat
+from stableqat.studies.job import PRELOAD, Job, Main, run_stableqat
 from stableqat.studies.pool import Pool
 from stableqat.studies.progress import Board
+from stableqat.studies.record import FINAL, Record
 from stableqat.studies.slurm import submit_sweep
 from stableqat.studies.study import Point, Study, read_study
 from stableqat.trust import allowed, check_settings

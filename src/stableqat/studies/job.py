@@ -7,10 +7,8 @@ sweep itself is killed, its children end with it, so that no run is ever written
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import itertools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,12 +23,13 @@ from functools import cached_property
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from stableqat.checkpoints.names import last_checkpoints
 from stableqat.errors import UserError
-from stableqat.files import left_over, whole_file
+from stableqat.events import read_run
+from stableqat.files import left_over
 from stableqat.studies.claim import Claim
+from stableqat.studies.record import ENDED, FINAL, Record
 from stableqat.studies.study import Point
 from stableqat.trust import STUDY
 
@@ -45,43 +44,7 @@ PRELOAD = (
     "stableqat.modules",
     "stableqat.data",
 )
-FINAL = ("done", "diverged")
-ENDED = (*FINAL, "failed")
-
 Main = Callable[[list[str]], int]
-
-
-@dataclass
-class Record:
-    """What `sweep.json` in a point's folder says.
-
-    Attributes:
-        status: running (or cut, where no sweep runs), done, diverged or failed.
-        settings: What decided the outcome, see `Point.settings`.
-        seconds: Time spent on the point, all attempts together.
-        error: Why it failed.
-    """
-
-    status: str
-    settings: dict[str, Any]
-    seconds: float = 0.0
-    error: str = ""
-
-    @classmethod
-    def read(cls, folder: Path) -> "Record | None":
-        """The record of a point's folder, None where there is none."""
-        file = folder / "sweep.json"
-        try:
-            return cls(**json.loads(file.read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file} can't be read: move the folder away to run this point anew") from error
-
-    def write(self, folder: Path) -> None:
-        """Replaces the record in one move."""
-        with whole_file(folder / "sweep.json") as part:
-            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 @dataclass
@@ -271,8 +234,6 @@ def run_child(main: Main, argv: list[str], folder: Path, record: Record, threads
     sys.stdout.flush()
     if code:
         sys.exit(code)
-
-    from stableqat.analysis.events import read_run
 
     record.status = "diverged" if read_run(folder).last("hp/diverged") == 1 else "done"
     record.seconds += time.monotonic() - began

@@ -1,19 +1,23 @@
-"""What a study file fixes beforehand about its comparison: its block `compare`.
+"""What a study fixes beforehand about its comparison: the block `compare` of its file.
 
     compare: {baseline: {method: STE, grid: integer}, margin: 0.01, cap: 4.5}
 
-A sweep checks it before anything runs, as far as the study file says what its arms are; `stableqat compare`
-reads it from the copy that lies with the runs.
+`read_study` checks it against the arms before anything runs. `stableqat compare` reads it from the copy of
+the study file that lies with the runs.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from stableqat.errors import UserError
-from stableqat.studies.keys import check_keys, unknown
+from stableqat.studies.yaml_file import check_keys, load_yaml, unknown
 
+STUDY_FILE = "study.yaml"
+SHORT_AXES = {"bits": "model.quantizer.bits", "lr": "model.optimizer.lr", "seed": "seed_everything"}
+QUANTIZER = "model.quantizer"
 # What runs log of themselves, beside the settings of their surrogates.
 LOGGED = (
     *("method", "bits", "grid", "mask", "scale_init", "granularity", "quantized_share"),
@@ -25,12 +29,12 @@ LOGGED = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study fixed beforehand.
+    """What a study fixes beforehand.
 
     Attributes:
         baseline: Hyper-parameters that select the baseline; None takes the first STE arm.
-        margin: Margin of equivalence in nats; 0 where the study names none.
-        cap: Cap of the losses in nats; None leaves it to the arms, see `Comparison.caps`.
+        margin: Margin of equivalence in nats; 0 if the study names none.
+        cap: Cap of the losses in nats; None leaves it to the arms, see `analysis.caps`.
     """
 
     baseline: dict[str, Any] | None = None
@@ -38,8 +42,18 @@ class Plan:
     cap: float | None = None
 
 
+def read_plan(folder: Path) -> Plan:
+    """Reads the plan from the study file that lies with the runs; without one there is none.
+
+    Raises:
+        UserError: The file can't be read, or a key or a value of the plan is wrong.
+    """
+    path = folder / STUDY_FILE
+    return plan_of(path, load_yaml(path, resolve="compare").get("compare")) if path.exists() else Plan()
+
+
 def plan_of(path: str | Path, content: Any) -> Plan:
-    """The plan in a study file's `compare`.
+    """Makes the plan of a study file's block `compare`.
 
     Raises:
         UserError: A key or a value is wrong; names the file and the key.
@@ -48,54 +62,70 @@ def plan_of(path: str | Path, content: Any) -> Plan:
         raise UserError(f"{path}: compare must be a mapping with baseline, margin and cap")
     plan = {str(key): value for key, value in (content or {}).items()}
     check_keys(path, "compare", plan, [field.name for field in fields(Plan)])
-    baseline = plan.get("baseline")
-    if not isinstance(baseline, dict | None):
-        raise UserError(f"{path}: compare.baseline: {baseline!r} must be a mapping, as {{method: STE}}")
-    for key, value in (baseline or {}).items():
-        if isinstance(value, dict | list):
-            raise UserError(f"{path}: compare.baseline.{key}: {value!r} must be one value, as runs log it")
-    for key in plan.keys() - {"baseline"}:
-        value = plan[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    for key, value in plan.items():
+        if key == "baseline":
+            if not isinstance(value, dict | None):
+                raise UserError(f"{path}: compare.baseline: {value!r} must be a mapping, as {{method: STE}}")
+            for name, each in (value or {}).items():
+                if isinstance(each, dict | list):
+                    raise UserError(
+                        f"{path}: compare.baseline.{name}: {each!r} must be one value, as runs log it"
+                    )
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise UserError(f"{path}: compare.{key}: {value!r} must be a number of nats, 0 or more")
     return Plan(**plan)
 
 
-def check_baseline(path: str | Path, plan: Plan, arms: Iterable[dict[str, Any]]) -> None:
-    """Refuses a baseline that none of a study's arms can be.
+def check_baseline(path: str | Path, plan: Plan, runs: Mapping[str, dict[str, Any]]) -> None:
+    """Refuses a baseline that selects no arm of the study, or two arms that are compared with each other.
 
     Args:
         path: The study file.
         plan: Its plan.
-        arms: Settings of its quantized arms, as flat keys; what an arm leaves to defaults may be anything.
+        runs: Name to settings (flat keys) of its quantized runs; what they leave to defaults may be anything.
 
     Raises:
-        UserError: An unknown key, a method that no arm has, or values that no arm has.
+        UserError: An unknown key, or values that no arm has, or that two arms of one bit width have.
     """
-    settings = list(arms)
-    if not plan.baseline or not settings:
+    if plan.baseline is None or not runs:
         return
-    known = [_quantizer(arm) for arm in settings]
-    names = {key.rsplit(".", 1)[-1] for arm in settings for key in arm} | set(LOGGED)
+    quantizers = {name: _quantizer(settings) for name, settings in runs.items()}
+    known = {key.rsplit(".", 1)[-1] for settings in runs.values() for key in settings} | set(LOGGED)
     ours = all(
-        arm.get("class_path", "stableqat.").split(".")[0] in ("stableqat", arm.get("method")) for arm in known
+        each.get("class_path", "stableqat.").split(".")[0] in ("stableqat", each.get("method"))
+        for each in quantizers.values()
     )
     for key in plan.baseline:
-        if ours and key not in names:  # the surrogate of someone else's method may log more
+        if ours and key not in known:  # the surrogate of a foreign method may log more
             raise unknown(path, f"compare.baseline.{key}", key, LOGGED)
-    if not any(all(arm.get(key) in (None, value) for key, value in plan.baseline.items()) for arm in known):
-        methods = ", ".join(dict.fromkeys(arm["method"] for arm in known if "method" in arm))
+    wanted = plan.baseline.items()
+    if not any(all(own.get(key) in (None, value) for key, value in wanted) for own in quantizers.values()):
+        methods = ", ".join(dict.fromkeys(own["method"] for own in quantizers.values() if "method" in own))
         raise UserError(
             f"{path}: compare.baseline {plan.baseline} selects none of the quantized arms (their methods:"
             f" {methods}): correct it, or add the arm"
         )
+    selected: dict[Any, tuple[str, str]] = {}
+    for name, own in quantizers.items():
+        if all(key in own and own[key] == value for key, value in wanted):
+            group = own.get("bits", own.get("class_path")), runs[name].get("model.class_path")
+            first, arm = selected.setdefault(group, (name, _arm(runs[name])))
+            if arm != _arm(runs[name]):
+                raise UserError(
+                    f"{path}: compare.baseline {plan.baseline} selects two arms, those of {first} and {name}:"
+                    " add a hyper-parameter in which they differ"
+                )
 
 
-def _quantizer(arm: dict[str, Any]) -> dict[str, Any]:
-    """What an arm's settings say of its quantizer, in the words of the record of a run."""
-    prefix = "model.quantizer"
-    own = {
-        key.removeprefix(f"{prefix}."): value for key, value in arm.items() if key.startswith(f"{prefix}.")
-    }
-    name = arm.get(prefix, own.get("class_path"))
+def _arm(settings: dict[str, Any]) -> str:
+    """What the runs of one arm share: all settings but the learning rate and the seed."""
+    own = (SHORT_AXES["lr"], SHORT_AXES["seed"])
+    return json.dumps(sorted(pair for pair in settings.items() if pair[0] not in own))
+
+
+def _quantizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run's quantizer, in the words of the run's record."""
+    start = f"{QUANTIZER}."
+    own = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
+    name = settings.get(QUANTIZER, own.get("class_path"))
     return own | ({"method": name.rsplit(".", 1)[-1], "class_path": name} if isinstance(name, str) else {})

@@ -14,7 +14,8 @@ from multiprocessing.connection import wait
 
 from stableqat.errors import UserError
 from stableqat.studies.gpus import Slots
-from stableqat.studies.job import ENDED, FINAL, Job, Main, start_server
+from stableqat.studies.job import Job, Main, start_server
+from stableqat.studies.record import ENDED, FINAL
 
 PATIENCE = 60.0  # seconds that runs have to write their checkpoints when the sweep is stopped
 

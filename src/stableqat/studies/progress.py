@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from stableqat.studies.job import FINAL, Job
+from stableqat.studies.job import Job
 from stableqat.studies.pool import expected_seconds
+from stableqat.studies.record import FINAL
 
 STATES = ("done", "diverged", "failed", "running", "elsewhere", "waiting")
 

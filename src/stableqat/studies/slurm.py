@@ -24,9 +24,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from stableqat.errors import UserError
-from stableqat.studies.keys import check_keys
 from stableqat.studies.pool import PATIENCE
-from stableqat.studies.study import Study, load_yaml
+from stableqat.studies.study import Study
+from stableqat.studies.yaml_file import check_keys, load_yaml
 from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _executor(path: str | Path, name: str, logs: Path) -> "tuple[int, AutoExecut
     """The number of tasks and submitit's executor, as the options file says."""
     from submitit import AutoExecutor, SlurmExecutor
 
-    options = load_yaml(path, resolve=True)
+    options = load_yaml(path, resolve="")
     native = {f"slurm_{theirs}": key for key, theirs in (SlurmExecutor._equivalence_dict() or {}).items()}
     own = {f"slurm_{key}" for key in SlurmExecutor._valid_parameters()} - set(native)
     for key in options:

@@ -36,17 +36,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from stableqat.errors import UserError
 from stableqat.shipped import find_config
-from stableqat.studies.keys import check_interpolations, check_keys, unknown
-from stableqat.studies.plan import check_baseline, plan_of
+from stableqat.studies.plan import QUANTIZER, SHORT_AXES, Plan, check_baseline, plan_of
+from stableqat.studies.yaml_file import check_keys, load_yaml, unknown
 
-SHORT_AXES = {"bits": "model.quantizer.bits", "lr": "model.optimizer.lr", "seed": "seed_everything"}
-QUANTIZER = "model.quantizer"
 INIT_FROM = "model.init_from"
 START = "start"
 _KEYS = ("name", "logs", "vars", "configs", "args", "runs_per_gpu", START, "validate", "grid", "compare")
@@ -137,6 +131,7 @@ class Study:
         folder: Where its runs land.
         points: Its points, the start run first.
         runs_per_gpu: How many of its runs share a GPU.
+        plan: What its comparison is to test.
         text: The study file.
     """
 
@@ -144,6 +139,7 @@ class Study:
     folder: Path
     points: tuple[Point, ...]
     runs_per_gpu: int
+    plan: Plan
     text: str
 
 
@@ -155,7 +151,7 @@ def read_study(path: str | Path) -> Study:
             file that can't be read, two points of one name, or a comparison that cannot be made; names the
             file and the key.
     """
-    tree = load_yaml(path, resolve=True)
+    tree = load_yaml(path, resolve="")
     check_keys(path, "", tree, _KEYS)
     name = _name(path, "name", tree.get("name", Path(path).stem))
     logs = tree.get("logs", "lightning_logs")
@@ -202,11 +198,10 @@ def read_study(path: str | Path) -> Study:
     runs_per_gpu = tree.get("runs_per_gpu", 1)
     if not isinstance(runs_per_gpu, int) or runs_per_gpu < 1:
         raise UserError(f"{path}: runs_per_gpu: {runs_per_gpu!r} must be a whole number, 1 or more")
-    settings = [
-        point.overlay.settings() for point in points if point.verb == "fit" and point.overlay.quantized
-    ]
-    check_baseline(path, plan_of(path, tree.get("compare")), settings)
-    return Study(name, folder, tuple(points), runs_per_gpu, Path(path).read_text())
+    plan = plan_of(path, tree.get("compare"))
+    quantized = [point for point in points if point.verb == "fit" and point.overlay.quantized]
+    check_baseline(path, plan, {point.name: point.overlay.settings() for point in quantized})
+    return Study(name, folder, tuple(points), runs_per_gpu, plan, Path(path).read_text())
 
 
 @dataclass(frozen=True)
@@ -260,30 +255,6 @@ def _overlay(path: str | Path, where: str, content: Any) -> Overlay:
             raise UserError(f"{path}: {dot}configs: {error}") from error
     args = _flatten(_mapping(path, f"{dot}args", tree.get("args")))
     return Overlay(tuple(configs), {_argument(path, f"{dot}args", key): value for key, value in args.items()})
-
-
-def load_yaml(path: str | Path, resolve: bool = False) -> dict[str, Any]:
-    """A YAML file as plain data; `resolve` puts values in place of interpolations of other keys."""
-    try:
-        config = OmegaConf.load(path)
-        tree = OmegaConf.to_container(config)
-        if resolve:
-            check_interpolations(path, tree)
-            tree = OmegaConf.to_container(config, resolve=True)
-    except OSError as error:
-        raise UserError(
-            f"{path}: {(error.strerror or 'cannot be read').lower()}: name a YAML file"
-        ) from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}: correct the key {error.full_key}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a YAML text file") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: must hold a mapping of keys to values, not a list")
-    return {str(key): value for key, value in tree.items()}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

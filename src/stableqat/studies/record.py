@@ -1,0 +1,46 @@
+"""What a sweep records in the folder of each run: `sweep.json`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stableqat.errors import UserError
+from stableqat.files import whole_file
+
+FINAL = ("done", "diverged")
+ENDED = (*FINAL, "failed")
+
+
+@dataclass
+class Record:
+    """What `sweep.json` in a point's folder says.
+
+    Attributes:
+        status: running (or cut, where no sweep runs), done, diverged or failed.
+        settings: What decided the outcome, see `Point.settings`.
+        seconds: Time spent on the point, all attempts together.
+        error: Why it failed.
+    """
+
+    status: str
+    settings: dict[str, Any]
+    seconds: float = 0.0
+    error: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record | None":
+        """The record of a point's folder, None where there is none."""
+        file = folder / "sweep.json"
+        try:
+            return cls(**json.loads(file.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} can't be read: move the folder away to run this point anew") from error
+
+    def write(self, folder: Path) -> None:
+        """Replaces the record in one move."""
+        with whole_file(folder / "sweep.json") as part:
+            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
