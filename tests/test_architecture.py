@@ -26,9 +26,10 @@ ALLOWED = {
     "quantizers": {"ops"},
     "layers": {"ops", "quantizers"},
     "surgery": {"layers", "ops", "quantizers"},
+    "parameters": {"layers", "quantizers"},
     "api": {"layers", "surgery", "quantizers"},
     "checkpoints": {"trust"},
-    "modules": {"api", "checkpoints", "layers", "ops", "quantizers", "surgery", "trust"},
+    "modules": {"checkpoints", "layers", "ops", "parameters", "quantizers", "surgery", "trust"},
     "data": set(),
     "callbacks": {"api", "checkpoints", "evaluate", "layers", "ops", "quantizers", "surgery"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines

@@ -11,7 +11,7 @@ _HOME = {
     "QuantLinear": "stableqat.layers.linear",
     "convert": "stableqat.api",
     "hold_weights": "stableqat.layers.hold",
-    "parameter_groups": "stableqat.api",
+    "parameter_groups": "stableqat.parameters",
     "prepare": "stableqat.api",
     "quantize_linears": "stableqat.surgery",
     "release_weights": "stableqat.layers.hold",

@@ -1,9 +1,8 @@
-"""Quantization-aware training with a trainer of your own: prepare a model, train it, convert it.
+"""Quantization-aware training with any trainer: prepare a model, train it, convert it.
 
-`prepare` swaps a model's linear layers for quantized ones in place, `parameter_groups` hands an optimizer the
-scales apart from the weights (Adam moves a parameter by about its learning rate a step, whatever the
-gradient, and scales are small), and `convert` leaves plain layers that compute the same. The training systems
-of this suite are built from the same pieces.
+`prepare` swaps a model's linear layers for quantized ones in place, `convert` leaves plain layers that
+compute the same. Between the two, `stableqat.parameter_groups` feeds an optimizer. The training systems of this suite
+are built from the same pieces.
 """
 
 import difflib
@@ -146,46 +145,6 @@ def convert(model: Model) -> Model:
 def was_converted(model: nn.Module) -> bool:
     """Whether `convert` made a model, or a part of it, plain."""
     return any(_CONVERTED in vars(module) for module in model.modules())
-
-
-def parameter_groups(
-    model: nn.Module, lr: float | None = None, scale_lr_multiplier: float = 0.1
-) -> list[dict[str, Any]]:
-    """Parameters for an optimizer: weights (decayed), all that quantizers learn, and the rest (neither is).
-
-    A group without parameters is left out, so that full precision sees an ordinary optimizer.
-
-    Args:
-        model: The model, after surgery. Names of a module's `no_weight_decay()`, as timm has it, are heeded.
-        lr: Learning rate of weights and the rest; None leaves all learning rates to the optimizer.
-        scale_lr_multiplier: Learning rate of the scales as a share of `lr`.
-
-    Returns:
-        Groups as `torch.optim` takes them, with a `name` each.
-    """
-    scales = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    exempt = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name in getattr(module, "no_weight_decay", set)()
-    }
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in scales:
-            groups["scales"].append(parameter)
-        elif parameter.ndim >= 2 and name not in exempt:
-            groups["weights"].append(parameter)
-        else:
-            groups["norms_and_biases"].append(parameter)
-    made: list[dict[str, Any]] = [{"name": n, "params": params} for n, params in groups.items() if params]
-    for group in made:
-        if group["name"] != "weights":
-            group["weight_decay"] = 0.0
-        if lr is not None:
-            group["lr"] = lr * (scale_lr_multiplier if group["name"] == "scales" else 1.0)
-    return made
 
 
 def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -25,8 +25,8 @@ from stableqat.bench.engines import (
     swap_layers,
 )
 from stableqat.cli.main import main
-from stableqat.export.packed import PackedModel, PackedWeight, pack
-from stableqat.quantizers import STE
+from stableqat.export.packed import PackedModel, pack
+from stableqat.quantizers import STE, QuantizedWeight
 
 CONFIG = {
     "model_type": "llama",
@@ -119,7 +119,7 @@ def test_tinygemm_multiplies_with_every_grid(zero_point, groups):
     torch.manual_seed(0)
     codes = torch.randint(-8, 8, (48, 256), dtype=torch.int8)
     scale = (0.1 + torch.rand(48, groups)).to(torch.bfloat16).float()
-    weight = PackedWeight(codes, scale, zero_point, 4, "any")
+    weight = QuantizedWeight(codes, scale, zero_point, 4, "any")
     bias, input = torch.randn(48), torch.randn(1, 3, 256).bfloat16()
     want = input.float() @ weight.dequantize().T + bias
     made = TinyGemm(weight, bias, CPU)(input)
@@ -158,7 +158,7 @@ def test_gemlite_is_given_every_grid(zero_point, bits, groups, monkeypatch):
     torch.manual_seed(0)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (48, 256), dtype=torch.int8)
     scale = (0.1 + torch.rand(48, groups)).to(torch.bfloat16).float()
-    weight = PackedWeight(codes, scale, zero_point, bits, "any")
+    weight = QuantizedWeight(codes, scale, zero_point, bits, "any")
     made = engines.gemlite_linear(weight, torch.zeros(48), CPU)
     assert torch.equal(made.weight, weight.dequantize())
     assert atomics == [False]

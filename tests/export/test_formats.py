@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from stableqat.errors import UserError
 from stableqat.export import ggml
 from stableqat.export.command import LIBRARIES
-from stableqat.export.packed import PackedWeight
-from stableqat.quantizers import STE
+from stableqat.quantizers import STE, QuantizedWeight
 
 LANGUAGE, FAMILIES = ("llama", "qwen3"), ("llama", "qwen3", "vit")
 SUPPORTED = {
@@ -113,7 +112,7 @@ def test_the_form_of_a_weight_in_onnx_keeps_its_values(options, int8, group_size
     quantizer = STE(weight, group_size=group_size, **options)
     made = quantizer.quantize(weight)
     scale = made.scale.detach().half().float()
-    kept = PackedWeight(made.codes, scale, float(made.zero_point), made.bits, quantizer.grid.name)
+    kept = QuantizedWeight(made.codes, scale, float(made.zero_point), made.bits, quantizer.grid.name)
     into = writer("onnx").MatMulNBits(kept, None, int8_activations=int8)
     per_byte = 8 // into.bits
     codes = torch.stack([into.codes >> (into.bits * i) & (2**into.bits - 1) for i in range(per_byte)], -1)

@@ -25,9 +25,9 @@ from stableqat.bench.arms import reason
 from stableqat.bench.engines import BITS, OnnxRunner, Runner, TinyGemm, TorchRunner, WrongResultError
 from stableqat.bench.report import header
 from stableqat.errors import UserError
-from stableqat.export.packed import PackedModel, PackedWeight, pack
+from stableqat.export.packed import PackedModel, pack
 from stableqat.modules import LlamaModule
-from stableqat.quantizers import STE
+from stableqat.quantizers import STE, QuantizedWeight
 
 BASELINE = "torch bf16"
 NEW_TOKENS = 32
@@ -61,7 +61,7 @@ class Arm:
     engine: str
     bits: int | None
     activations: str
-    build: Callable[[Any, dict[str, PackedWeight], int], Runner]
+    build: Callable[[Any, dict[str, QuantizedWeight], int], Runner]
 
 
 def measure_decode(
@@ -208,7 +208,7 @@ def _arms(widths: Sequence[int], device: torch.device) -> tuple[list[Arm], list[
 
 
 def _torch(
-    model: Any, packed: dict[str, PackedWeight], length: int, device: torch.device, make: Any = None
+    model: Any, packed: dict[str, QuantizedWeight], length: int, device: torch.device, make: Any = None
 ) -> Runner:
     model = model.to(torch.bfloat16)
     if make is not None:
@@ -217,7 +217,7 @@ def _torch(
 
 
 def _onnx(
-    model: Any, packed: dict[str, PackedWeight], length: int, *, int8_activations: bool = False
+    model: Any, packed: dict[str, QuantizedWeight], length: int, *, int8_activations: bool = False
 ) -> Runner:
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """Engines that decode one token at a time: torch, tinygemm, GemLite, onnxruntime.
 
 All of them run one `Step`: a token, its position and a cache of fixed length go in, logits come out. A
-low-bit engine holds the codes of a `PackedWeight` as they are, so its layers must compute what the
+low-bit engine holds the codes of a `QuantizedWeight` as they are, so its layers must compute what the
 dequantized weight does; one that does not raises and is not timed. tinygemm is the int4 kernel of
 torchao, which torch itself ships; it has a CPU twin.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stableqat.export.onnx import MatMulNBits
-from stableqat.export.packed import PackedWeight
+from stableqat.quantizers import QuantizedWeight
 
 BITS = {"onnxruntime": (2, 4, 8), "tinygemm": (4,), "gemlite": (2, 4, 8)}  # codes stored at that width
 _GROUPS = (256, 128, 64, 32)  # of tinygemm
@@ -172,7 +172,7 @@ class OnnxRunner:
         self,
         model: Any,
         length: int,
-        packed: Mapping[str, PackedWeight] | None = None,
+        packed: Mapping[str, QuantizedWeight] | None = None,
         *,
         int8_activations: bool = False,
     ) -> None:
@@ -241,7 +241,7 @@ class TinyGemm(nn.Module):
         device: Where it runs; the kernels of CPU and GPU pack differently.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, device: torch.device) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device) -> None:
         super().__init__()
         rows, inputs = weight.codes.shape
         self.on_gpu = device.type == "cuda"
@@ -272,7 +272,7 @@ class TinyGemm(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-def gemlite_linear(weight: PackedWeight, bias: Tensor | None, device: torch.device) -> nn.Module:
+def gemlite_linear(weight: QuantizedWeight, bias: Tensor | None, device: torch.device) -> nn.Module:
     """A linear layer on GemLite's Triton kernels, `(code - zero) * scale` with a scale a row or a group.
 
     Args:
@@ -306,8 +306,8 @@ def gemlite_linear(weight: PackedWeight, bias: Tensor | None, device: torch.devi
 
 def swap_layers(
     model: Any,
-    packed: Mapping[str, PackedWeight],
-    make: Callable[[PackedWeight, Tensor | None, torch.device], nn.Module],
+    packed: Mapping[str, QuantizedWeight],
+    make: Callable[[QuantizedWeight, Tensor | None, torch.device], nn.Module],
     device: torch.device,
 ) -> Any:
     """Put an engine's layers into a bfloat16 model, each checked against its dequantized weight.

@@ -20,8 +20,9 @@ from stableqat.terminal import terminal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stableqat.export.packed import PackedModel, PackedWeight
+    from stableqat.export.packed import PackedModel
     from stableqat.export.source import Source
+    from stableqat.quantizers import QuantizedWeight
 
 REPORT = "export.json"
 LOGITS_DIFFER = 1e-3  # of the largest: the order of sums makes 1e-6, a lost bias or another rotation far more
@@ -216,7 +217,7 @@ def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
     }
 
 
-def _grid(weight: "PackedWeight") -> str:
+def _grid(weight: "QuantizedWeight") -> str:
     scales = "row" if weight.scale.shape[1] == 1 else f"{weight.group_size} weights"
     return f"{weight.bits}-bit {weight.grid}, a scale each {scales}"
 

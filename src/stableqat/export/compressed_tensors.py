@@ -16,7 +16,8 @@ from torch import Tensor
 
 from stableqat.errors import UserError
 from stableqat.export import hf
-from stableqat.export.packed import PackedModel, PackedWeight
+from stableqat.export.packed import PackedModel
+from stableqat.quantizers import QuantizedWeight
 
 
 def check(packed: PackedModel) -> None:
@@ -81,13 +82,13 @@ def notes(packed: PackedModel) -> list[str]:
     return lines
 
 
-def _stored(packed: PackedModel, weight: PackedWeight) -> PackedWeight:
+def _stored(packed: PackedModel, weight: QuantizedWeight) -> QuantizedWeight:
     """The integers that are written."""
     weight = weight.integers()
     return weight if packed.storage_bits is None else replace(weight, bits=packed.storage_bits)
 
 
-def _quantization(packed: PackedModel, stored: dict[str, PackedWeight]) -> dict[str, Any]:
+def _quantization(packed: PackedModel, stored: dict[str, QuantizedWeight]) -> dict[str, Any]:
     kinds: dict[tuple[int, int], list[str]] = {}
     for name, weight in stored.items():
         group = 0 if weight.scale.shape[1] == 1 else weight.group_size

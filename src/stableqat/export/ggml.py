@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from stableqat.export.packed import PackedWeight
+from stableqat.quantizers import QuantizedWeight
 
 Array = np.ndarray
 Target = Literal["cpu", "gpu"]
@@ -33,16 +33,16 @@ class Encoding:
 
     type: str
     block: int
-    fits: Callable[[PackedWeight], bool]
+    fits: Callable[[QuantizedWeight], bool]
     blocks: Callable[[Array, Array], Array]
     integers: bool = False
     gpu: bool = True
 
-    def holds(self, weight: PackedWeight) -> bool:
+    def holds(self, weight: QuantizedWeight) -> bool:
         """Whether a weight fits, its rows and groups being whole blocks."""
         return self.fits(weight) and weight.group_size % self.block == 0
 
-    def pack(self, weight: PackedWeight) -> Array:
+    def pack(self, weight: QuantizedWeight) -> Array:
         """The bytes of a weight, `(out, bytes of a row)`."""
         weight = weight.integers() if self.integers else weight
         rows, inputs = weight.codes.shape
@@ -52,13 +52,13 @@ class Encoding:
         return np.ascontiguousarray(self.blocks(codes, scales).reshape(rows, -1))
 
 
-def encoding(weight: PackedWeight, target: Target) -> Encoding | None:
+def encoding(weight: QuantizedWeight, target: Target) -> Encoding | None:
     """The smallest type of a target that holds a weight exactly; None if no type has blocks that fit."""
     on = (each for each in ENCODINGS if each.gpu or target == "cpu")
     return next((each for each in on if each.holds(weight)), None)
 
 
-def size(weight: PackedWeight, target: Target) -> int:
+def size(weight: QuantizedWeight, target: Target) -> int:
     """Bytes that a weight takes."""
     import gguf
 
@@ -160,11 +160,11 @@ def _q8_0(codes: Array, scale: Array) -> Array:
     return np.hstack([_half(scale), codes.view(np.uint8)])
 
 
-def _is(grid: str, bits: int) -> Callable[[PackedWeight], bool]:
+def _is(grid: str, bits: int) -> Callable[[QuantizedWeight], bool]:
     return lambda weight: (weight.grid, weight.bits) == (grid, bits)
 
 
-def _up_to(bits: int) -> Callable[[PackedWeight], bool]:
+def _up_to(bits: int) -> Callable[[QuantizedWeight], bool]:
     return lambda weight: weight.bits + (weight.zero_point != 0) <= bits
 
 

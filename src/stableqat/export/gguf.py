@@ -16,7 +16,8 @@ from torch import Tensor
 from stableqat.errors import UserError
 from stableqat.export import ggml, ggml_tokenizer, gguf_header, gguf_template, llama_cpp
 from stableqat.export.gguf_header import Header
-from stableqat.export.packed import PackedModel, PackedWeight
+from stableqat.export.packed import PackedModel
+from stableqat.quantizers import QuantizedWeight
 
 FILE = "model.gguf"
 
@@ -153,7 +154,7 @@ def _row_order(packed: PackedModel, name: str) -> np.ndarray | None:
     return np.arange(heads * config.head_dim).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
-def _add_packed(writer: Any, packed: PackedModel, name: str, weight: PackedWeight) -> None:
+def _add_packed(writer: Any, packed: PackedModel, name: str, weight: QuantizedWeight) -> None:
     import gguf
 
     encoding = ggml.encoding(weight, packed.target)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from stableqat.errors import UserError
 from stableqat.export import hf
-from stableqat.export.packed import PackedModel, PackedWeight
+from stableqat.export.packed import PackedModel
+from stableqat.quantizers import QuantizedWeight
 
 FILE = "model.onnx"
 LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf ends at two gigabytes
@@ -164,7 +165,7 @@ def _metadata(packed: PackedModel) -> Mapping[str, str]:
     return {key: x if isinstance(x, str) else json.dumps(x) for key, x in settings.items()}
 
 
-def stored_form(weight: PackedWeight, int8_activations: bool = False) -> PackedWeight:
+def stored_form(weight: QuantizedWeight, int8_activations: bool = False) -> QuantizedWeight:
     """The same values as the operator multiplies with them fastest."""
     free = _width(weight.bits) == _width(weight.bits + 1)
     return weight.integers() if free or int8_activations else weight
@@ -179,7 +180,9 @@ class MatMulNBits(nn.Module):
         int8_activations: Let the operator round its input to int8, block by block; no longer exact.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, *, int8_activations: bool = False) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, *, int8_activations: bool = False
+    ) -> None:
         super().__init__()
         weight = stored_form(weight, int8_activations)
         rows, inputs = weight.codes.shape
@@ -226,7 +229,7 @@ def _width(bits: int) -> int:
     return next((width for width in (2, 4) if bits <= width), 8)
 
 
-def _block(weight: PackedWeight, longest: int) -> int:
+def _block(weight: QuantizedWeight, longest: int) -> int:
     """Inputs to a scale: at most a group, and for one scale a row not mostly padding."""
     inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
     fits = [b for b in BLOCKS if (b < 2 * inputs if groups == 1 else weight.group_size % b == 0)]

@@ -3,8 +3,7 @@
 A file keeps scales in a shorter type than training does. Rounding them after the last evaluation would ship
 a model that nobody measured, so `pack` rounds them inside the model, whose forward then is what the file
 must equal. The codes stay those of training: QAT leaves many weights so near a threshold that a scale
-rounded by 0.05% would send them to another level. Half-integer grids fit symmetric integer formats one
-bit wider: `s * (q + 1/2) = s/2 * (2q + 1)`.
+rounded by 0.05% would send them to another level.
 """
 
 from collections.abc import Mapping
@@ -15,59 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stableqat import ops
 from stableqat.errors import UserError
 from stableqat.export.gguf_header import Header
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.modules import QATModule
-from stableqat.quantizers import STE
+from stableqat.quantizers import STE, QuantizedWeight
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A quantized weight, `scale * (codes - zero_point)`.
-
-    Attributes:
-        codes: int8, `(out, in)`.
-        scale: float32 holding values of the file's type, `(out, groups)`.
-        zero_point: 0, or -0.5 on half-integer grids.
-        bits: Storage width of a code.
-        grid: Name of the grid.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: float
-    bits: int
-    grid: str
-
-    @property
-    def group_size(self) -> int:
-        """Inputs that share a scale; all of a row without groups."""
-        return self.codes.shape[1] // self.scale.shape[1]
-
-    def dequantize(self) -> Tensor:
-        """The weight in float32, bit for bit that of the forward."""
-        return ops.dequantize_codes(self.codes, self.scale, self.zero_point, torch.float32)
-
-    def integers(self) -> "PackedWeight":
-        """The same values on an integer grid, one bit wider if this one is half-integer."""
-        if self.zero_point == 0:
-            return self
-        wide = self.codes.to(torch.int16) * 2 + 1
-        assert self.bits < 8, "checked before packing"
-        return replace(
-            self, codes=wide.to(torch.int8), scale=self.scale / 2, zero_point=0.0, bits=self.bits + 1
-        )
-
-    def scale_of_blocks(self, size: int) -> Tensor:
-        """The scale of each run of `size` inputs, `(out, ceil(in / size))`; runs do not cross groups."""
-        blocks, groups = -(-self.codes.shape[1] // size), self.scale.shape[1]
-        assert groups == 1 or self.group_size % size == 0
-        return self.scale.repeat_interleave(blocks // groups, dim=1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +44,7 @@ class PackedModel:
     """
 
     module: QATModule
-    layers: dict[str, PackedWeight]
+    layers: dict[str, QuantizedWeight]
     dtype: torch.dtype
     scale_dtype: torch.dtype
     batch: dict[str, Tensor]
@@ -174,7 +128,7 @@ def quantize_embeddings(module: QATModule, bits: int) -> None:
     model.set_input_embeddings(quantized)
 
 
-def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, PackedWeight]:
+def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, QuantizedWeight]:
     """Round scales and left parameters to a file's types inside a model, and read its codes.
 
     Args:
@@ -206,7 +160,8 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
                 parameter.copy_(parameter.to(dtype))
                 if not torch.isfinite(parameter).all():
                     raise UserError(f"{name} is beyond the range of {_short(dtype)}; take --dtype bf16")
-    return {name: _pack(layer) for name, layer in layers.items()}
+    quantized = {name: layer.weight_quantizer.quantize(layer.weight) for name, layer in layers.items()}
+    return {name: replace(weight.by_row(), dtype=torch.float32) for name, weight in quantized.items()}
 
 
 @torch.no_grad()
@@ -236,7 +191,8 @@ def _layers(model: Any) -> dict[str, QuantLinear]:
 @torch.no_grad()
 def _snap(name: str, layer: QuantLinear, dtype: torch.dtype) -> None:
     quantizer = layer.weight_quantizer
-    scale = quantizer.effective_scale()
+    trained = quantizer.quantize(layer.weight)
+    scale = trained.scale
     if not (torch.isfinite(scale).all() and torch.isfinite(layer.weight).all()):
         raise UserError(f"layer {name} holds NaN or infinity: the run diverged; take an earlier checkpoint")
     halves = 1 if quantizer.grid.zero_point == 0 else 2  # s/2 must be in the file, too
@@ -254,19 +210,10 @@ def _snap(name: str, layer: QuantLinear, dtype: torch.dtype) -> None:
             f"layer {name}: a scale of {wrong:.2e} lies outside {_short(dtype)}'s normal range "
             f"({lowest:.1e} to {highest:.1e}); {remedy}"
         )
-    trained = quantizer.quantize(layer.weight)
-    snapped = scale.to(dtype).float()
-    quantizer.scale.copy_(snapped)
-    quantizer.scale_floor.copy_(torch.minimum(quantizer.scale_floor, snapped))  # or it would lift them again
-    layer.weight.copy_(replace(trained, scale=snapped).dequantize())  # on its level, whatever the scale
-    assert torch.equal(quantizer.quantize(layer.weight).codes, trained.codes)
-
-
-def _pack(layer: QuantLinear) -> PackedWeight:
-    grid = layer.weight_quantizer.grid
-    made = layer.weight_quantizer.quantize(layer.weight)
-    scale = made.scale.expand(layer.out_features, -1).contiguous()  # one for the whole tensor: a row each
-    return PackedWeight(made.codes, scale, float(made.zero_point), made.bits, grid.name)
+    try:
+        quantizer.settle(layer.weight, replace(trained, scale=scale.to(dtype).float()))
+    except UserError as error:
+        raise UserError(f"layer {name}: {error}") from error
 
 
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stableqat.errors import UserError
 from stableqat.export import hf
-from stableqat.export.packed import PackedModel, PackedWeight
+from stableqat.export.packed import PackedModel
+from stableqat.quantizers import QuantizedWeight
 
 FILE = "model.safetensors"
 
@@ -55,7 +56,7 @@ def notes(packed: PackedModel) -> list[str]:
     return ["torchao keeps a byte a code; for a small file take gguf, onnx or compressed-tensors"]
 
 
-def _tensor(weight: PackedWeight) -> Tensor:
+def _tensor(weight: QuantizedWeight) -> Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     scale = weight.scale  # values are computed in its type: float32 rounds nothing

@@ -8,18 +8,18 @@ level that the released layer gives it, so that values agree bit for bit, but fo
 are scale times level in float32, theirs that product in the type of the checkpoint.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stableqat import ops
 from stableqat.errors import UserError
 from stableqat.layers.linear import quantized_layers
 from stableqat.modules.start import load_weights
 from stableqat.ops import Fourier
 from stableqat.quantizers import DSQ, STE, ParetoQ, Quantizer, StableQAT
-from stableqat.quantizers.base import FLOOR
 
 CLIP, SHARPNESS = "weight_clip_val", "alpha_dsq"
 LEAST = 1e-5
@@ -180,18 +180,25 @@ def transfer(state: dict[str, Tensor], model: nn.Module, released: ReleasedLayer
     for name, layer in layers.items():
         weight, clip = state[f"{name}.weight"], state.pop(f"{name}.{CLIP}")
         sharpness = state.pop(f"{name}.{SHARPNESS}", None)
-        scale = released.step(clip)
-        parameters = {"scale": scale, "scale_floor": scale * FLOOR}
-        if sharpness is not None:
-            parameters["a_logit"] = torch.logit(sharpness.float(), 1e-3).expand(scale.shape).clone()
-        ours |= {f"{name}.weight_quantizer.{key}": value for key, value in parameters.items()}
+        quantizer = layer.weight_quantizer
+        ours |= {f"{name}.weight_quantizer.{key}": value for key, value in quantizer.state_dict().items()}
         if weight.shape != layer.weight.shape:
-            continue  # told below
+            continue  # refused below
         theirs = released.values(weight, clip, sharpness)
         if not torch.isfinite(theirs).all():
             raise UserError(f"{source}: {name}: the released layer computes NaN; take an earlier checkpoint")
-        layer.weight_quantizer.load_state_dict(parameters)
-        state[f"{name}.weight"] = _agreeing(layer.weight_quantizer, weight.float(), theirs, report)
+        scale, latent = released.step(clip), weight.float()
+        settled = latent.clone()
+        codes = ops.quantize_codes(theirs.float(), scale, grid=quantizer.grid)
+        quantizer.settle(settled, replace(quantizer.quantize(latent), codes=codes, scale=scale))
+        if sharpness is not None:
+            quantizer.a_logit.copy_(torch.logit(sharpness.float(), 1e-3).expand(scale.shape))
+        off_grid = quantizer.quantize(settled).dequantize().to(theirs.dtype) != theirs
+        report.layers += 1
+        report.weights += latent.numel()
+        report.moved += int(((settled != latent) & ~off_grid).sum())
+        report.off_grid += int(off_grid.sum())
+        state[f"{name}.weight"] = settled
     load_weights(model, state | ours, source)
     return report
 
@@ -212,18 +219,6 @@ def check_computes(module: nn.Module, source: str) -> None:
             f"{source}: the model computes NaN or infinity; look at rms_norm_eps and rope_parameters in "
             "config.json, or take an earlier checkpoint"
         )
-
-
-def _agreeing(quantizer: Quantizer, latent: Tensor, theirs: Tensor, report: Transfer) -> Tensor:
-    """The latent weight, put on the released layer's level where ours would give it another."""
-    other = quantizer.quantize(latent).dequantize().to(theirs.dtype) != theirs
-    latent = torch.where(other, theirs.float(), latent)
-    off_grid = quantizer.quantize(latent).dequantize().to(theirs.dtype) != theirs
-    report.layers += 1
-    report.weights += latent.numel()
-    report.moved += int((other & ~off_grid).sum())
-    report.off_grid += int(off_grid.sum())
-    return latent
 
 
 def _check(name: str, keys: tuple[str, ...], state: dict[str, Tensor], source: str) -> None:

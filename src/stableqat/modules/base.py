@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 
-from stableqat.api import parameter_groups
 from stableqat.checkpoints.read import read_checkpoint
 from stableqat.errors import UserError, check_range
 from stableqat.layers.hold import hold_weights, release_weights
@@ -42,6 +41,7 @@ from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.callbacks import check_callbacks
 from stableqat.modules.schedule import check_end, place
 from stableqat.modules.start import load_start
+from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.base import local
 from stableqat.surgery import SurgeryReport, quantize_linears

@@ -1,9 +1,10 @@
 """Quantization-aware training methods, one file each, behind the `Quantizer` interface."""
 
-from stableqat.quantizers.base import QuantizedWeight, Quantizer, QuantizerFactory
+from stableqat.quantizers.base import Quantizer, QuantizerFactory
 from stableqat.quantizers.controls import PermutedStableQAT, ScaledSTE
 from stableqat.quantizers.dsq import DSQ
 from stableqat.quantizers.paretoq import ParetoQ
+from stableqat.quantizers.quantized_weight import QuantizedWeight
 from stableqat.quantizers.stableqat import StableQAT
 from stableqat.quantizers.ste import STE
 

@@ -10,8 +10,7 @@ is deployed.
 
 from abc import ABC
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +19,11 @@ from torch.nn import functional as F
 
 from stableqat import ops
 from stableqat.errors import UserError
+from stableqat.quantizers.quantized_weight import QuantizedWeight
 
 FLOOR = 1e-4  # of the initial scale
 
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """The deployed form of a weight: what export and analysis read.
-
-    Attributes:
-        codes: int8, shaped like the weight.
-        scale: Distance between levels, `(out, 1)`, `(out, groups)` or `(1, 1)`.
-        zero_point: Subtracted from the codes; -0.5 on half-integer grids.
-        bits: Storage width of a code.
-        dtype: Type of the weight that was quantized.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: float
-    bits: int
-    dtype: torch.dtype
-
-    def dequantize(self) -> Tensor:
-        """`scale * (codes - zero_point)`, bit for bit the evaluation forward of the quantizer."""
-        return ops.dequantize_codes(self.codes, self.scale, self.zero_point, self.dtype)
+Role = Literal["scale", "weight"]
 
 
 class Quantizer(nn.Module, ABC):
@@ -72,7 +51,8 @@ class Quantizer(nn.Module, ABC):
 
     scale: nn.Parameter
     scale_floor: nn.Parameter
-    is_control = False  # True: no method of its own, but a question about one
+    is_control = False  # True: a question about another method
+    trains_weight = True  # False: surgery freezes the layer's weight; the method trains parameters of its own
 
     def __init__(
         self,
@@ -142,6 +122,31 @@ class Quantizer(nn.Module, ABC):
         """The surrogate's learned parameter, shaped like `scale`; None where nothing is learned."""
         return None
 
+    def roles(self) -> dict[str, Role]:
+        """How an optimizer treats each parameter of this quantizer, by name.
+
+        Returns:
+            "scale": the scales' learning rate, no decay; "weight": like any other weight of the model.
+        """
+        return {name: "scale" for name, _ in self.named_parameters()}
+
+    def latent(self, weight: Tensor) -> Tensor:
+        """The tensor that is rounded: the weight itself, unless a method adds to it or rotates it.
+
+        Args:
+            weight: The layer's weight, `(out, ...)`.
+        """
+        return weight
+
+    def set_latent(self, weight: Tensor, latent: Tensor) -> None:
+        """Set the weight, in place, to the one whose `latent` is given; a method overrides both or neither.
+
+        Args:
+            weight: The layer's weight.
+            latent: Its new latent weight, of this process's shard.
+        """
+        local(weight).copy_(latent)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize a weight.
 
@@ -152,7 +157,7 @@ class Quantizer(nn.Module, ABC):
             Values on the grid, shaped like `weight`, in the compute type.
         """
         return ops.fake_quantize(
-            weight,
+            self.latent(weight),
             self.scale,
             scale_floor=self.scale_floor,
             grid=self.grid,
@@ -222,8 +227,8 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def fuses(self) -> bool:
-        """Whether the forward is the plain one, a function of weight and parameters only."""
-        return type(self).forward is Quantizer.forward
+        """Whether the forward is the plain one, which kernels compute and layers may hold."""
+        return type(self).forward is Quantizer.forward and type(self).latent is Quantizer.latent
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QuantizedWeight:
@@ -235,9 +240,54 @@ class Quantizer(nn.Module, ABC):
         Returns:
             Codes, scale, zero point and bits; `dequantize` equals the evaluation forward bit for bit.
         """
-        weight, scale = local(weight), self.effective_scale()
-        codes = ops.quantize_codes(weight, scale, grid=self.grid)
-        return QuantizedWeight(codes, scale, self.grid.zero_point, self.bits, weight.dtype)
+        latent, scale = local(self.latent(weight)), self.effective_scale()
+        codes = ops.quantize_codes(latent, scale, grid=self.grid)
+        return QuantizedWeight(
+            codes, scale, float(self.grid.zero_point), self.bits, self.grid.name, latent.dtype
+        )
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor, quantized: QuantizedWeight) -> None:
+        """Set weight and parameters so that `quantize` returns these codes and scales, bit for bit.
+
+        A latent weight that has its code already stays; the others move onto their level.
+
+        Args:
+            weight: The layer's weight, set in place.
+            quantized: Codes on this quantizer's grid, with scales shaped like its own.
+
+        Raises:
+            UserError: If grid, shapes or types cannot hold them; weight and parameters are then as before.
+        """
+        grid, codes, scale = self.grid, quantized.codes, quantized.scale
+        own = local(self.scale)
+        if quantized.zero_point != grid.zero_point or ((codes < grid.q_min) | (codes > grid.q_max)).any():
+            raise UserError(
+                f"the {self.bits}-bit {grid} grid does not hold these codes: their grid or width is another"
+            )
+        if codes.shape != local(weight).shape or scale.shape != own.shape:
+            raise UserError(
+                f"codes {tuple(codes.shape)} with scales {tuple(scale.shape)} do not fit a weight "
+                f"{tuple(weight.shape)} with scales {tuple(own.shape)}"
+            )
+        if not (torch.isfinite(scale).all() and (scale > 0).all()):
+            raise UserError("a scale is not a positive number")
+        changed = [local(tensor) for tensor in (weight, *self.parameters())]
+        before = [tensor.clone() for tensor in changed]
+        own.copy_(scale)
+        floor = local(self.scale_floor)
+        floor.copy_(torch.where(floor <= own, floor, own * FLOOR))  # also where it is unset
+        latent = local(self.latent(weight))
+        levels = ops.dequantize_codes(codes, own, grid.zero_point, latent.dtype)
+        has_code = ops.quantize_codes(latent, own, grid=grid) == codes
+        for target in (torch.where(has_code, latent, levels), levels):  # a rotation back may undo the first
+            self.set_latent(weight, target)
+            made = self.quantize(weight)
+            if torch.equal(made.codes, codes) and torch.equal(made.scale.to(scale.dtype), scale):
+                return
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        raise UserError(f"{levels.dtype} weights with {own.dtype} scales cannot hold these codes and scales")
 
     def effective_scale(self) -> Tensor:
         """The scale of this process's shard as the forward uses it, never below its floor."""

@@ -1,0 +1,69 @@
+"""Parameter groups for an optimizer: weights (decayed), scales (a learning rate of their own), the rest.
+
+Adam moves a parameter by about its learning rate per step, whatever the gradient, and scales are small.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from stableqat.layers.linear import QuantLinear
+from stableqat.quantizers import Quantizer
+
+
+def parameter_groups(
+    model: nn.Module, lr: float | None = None, scale_lr_multiplier: float = 0.1
+) -> list[dict[str, Any]]:
+    """Parameters for an optimizer: weights (decayed), scales, and the rest (neither of which is).
+
+    A group without parameters is left out, so that full precision sees an ordinary optimizer. What a
+    quantizer's `roles` calls a weight is grouped like the model's own; of an input quantizer without `roles`,
+    all parameters are scales.
+
+    Args:
+        model: The model, after surgery. A module's `no_weight_decay()`, as timm defines it, is respected.
+        lr: Learning rate of weights and the rest; None leaves all learning rates to the optimizer.
+        scale_lr_multiplier: Learning rate of the scales as a share of `lr`.
+
+    Returns:
+        Groups as `torch.optim` takes them, with a `name` each.
+    """
+    scales = {
+        id(parameter)
+        for quantizer in _quantizers(model)
+        for roles in [getattr(quantizer, "roles", dict)()]
+        for name, parameter in quantizer.named_parameters()
+        if roles.get(name, "scale") == "scale"
+    }
+    exempt = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", set)()
+    }
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in scales:
+            groups["scales"].append(parameter)
+        elif parameter.ndim >= 2 and name not in exempt:
+            groups["weights"].append(parameter)
+        else:
+            groups["norms_and_biases"].append(parameter)
+    made: list[dict[str, Any]] = [{"name": n, "params": params} for n, params in groups.items() if params]
+    for group in made:
+        if group["name"] != "weights":
+            group["weight_decay"] = 0.0
+        if lr is not None:
+            group["lr"] = lr * (scale_lr_multiplier if group["name"] == "scales" else 1.0)
+    return made
+
+
+def _quantizers(model: nn.Module) -> Iterator[nn.Module]:
+    """Quantizers of weights and of inputs."""
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            yield module
+        elif isinstance(module, QuantLinear) and module.input_quantizer is not None:
+            yield module.input_quantizer
