@@ -1,8 +1,8 @@
 """Quantization-aware training with any trainer: prepare a model, train it, convert it.
 
 `prepare` swaps a model's linear layers for quantized ones in place, `convert` leaves plain layers that
-compute the same. Between the two, `stableqat.parameter_groups` feeds an optimizer. The training systems of this suite
-are built from the same pieces.
+compute the same. Between the two, `stableqat.parameter_groups` feeds an optimizer. The training systems of
+this suite are built from the same pieces.
 """
 
 import difflib
