@@ -29,13 +29,10 @@ def parameter_groups(
     Returns:
         Groups as `torch.optim` takes them, with a `name` each.
     """
-    scales = {
-        id(parameter)
-        for quantizer in _quantizers(model)
-        for roles in [getattr(quantizer, "roles", dict)()]
-        for name, parameter in quantizer.named_parameters()
-        if roles.get(name, "scale") == "scale"
-    }
+    scales = set()
+    for quantizer in _quantizers(model):
+        roles = quantizer.roles() if hasattr(quantizer, "roles") else {}  # type: ignore[operator]
+        scales |= {id(p) for name, p in quantizer.named_parameters() if roles.get(name, "scale") == "scale"}
     exempt = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

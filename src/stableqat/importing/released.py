@@ -180,7 +180,7 @@ def transfer(state: dict[str, Tensor], model: nn.Module, released: ReleasedLayer
     for name, layer in layers.items():
         weight, clip = state[f"{name}.weight"], state.pop(f"{name}.{CLIP}")
         sharpness = state.pop(f"{name}.{SHARPNESS}", None)
-        quantizer = layer.weight_quantizer
+        quantizer: Any = layer.weight_quantizer
         ours |= {f"{name}.weight_quantizer.{key}": value for key, value in quantizer.state_dict().items()}
         if weight.shape != layer.weight.shape:
             continue  # refused below
