@@ -29,6 +29,7 @@ from figures import (
     control,
     cosine,
     count,
+    demo_rows,
     difference,
     dose,
     flips_back,
@@ -43,6 +44,7 @@ from figures import (
     octaves,
     pooled,
     ptq,
+    recovered,
     seeds_row,
     sensitivity,
     series,
@@ -57,6 +59,7 @@ from figures import (
     with_interval,
 )
 
+from stableqat.analysis.statistics import paired
 from stableqat.studies.study import short
 
 
@@ -74,6 +77,8 @@ def in_results() -> list[str]:
         *controls(),
         *mismatch(),
         *grids(),
+        *demo_rows(),
+        f"QAT wins back {recovered()} of what rounding loses.",
         *GIVEN_IN_RESULTS,
     ]
 
@@ -105,14 +110,14 @@ def claims() -> list[str]:
         for name in ("max", "lsq")
     }
     return [
-        f"2.0 M tokens of QAT a run, {count('A', 'B', 'C', 'D', 'SGD', 'E', 'F')} runs.",
+        f"2.0 M tokens of QAT per run, {count('A', 'B', 'C', 'D', 'SGD', 'E', 'F')} runs.",
         f"(1e-3 to 1.6e-2): {fmean(sensitivity('B', STABLE).values()):.3f} against"
         f" {fmean(sensitivity('B', STE).values()):.3f}, {with_interval(difference('B', STABLE))}, 8 seeds"
         " (B).",
         f"Over eight from 1e-4 on: {with_interval(difference('A', STABLE), 3)}, 2 seeds;",
         f"within 0.05 of the best span {usable(STABLE)} octaves against {usable(STE)},",
         f"both ends {ends[0]:.0f}-{ends[1]:.0f}% higher (A)",
-        f"at lr 8e-3 a constant factor loses {mean(minus('D', 'ScaledSTE', STABLE, 8e-3)):.3f} against"
+        f"At lr 8e-3 a constant factor loses {mean(minus('D', 'ScaledSTE', STABLE, 8e-3)):.3f} against"
         " StableQAT,"
         f" shuffled factors {mean(minus('D', 'PermutedStableQAT', STABLE, 8e-3)):.3f} (2 seeds, D).",
         f"STE with {share(0.21):.2f} of the weights' learning rate, about what Adam leaves of a step",
@@ -122,7 +127,7 @@ def claims() -> list[str]:
         f" {f[0].n} seeds (F, added after B)",
         f"SGD at lr 3, 10 times STE's best: STE {loss_at_3(STE):.2f}, StableQAT"
         f" {loss_at_3(STABLE):.2f}, constant g {loss_at_3('ScaledSTE'):.2f} and a run that the guard"
-        " ended on a"
+        " ended at a"
         f" finite loss; STE with a smaller step {min(slower):.2f}-{max(slower):.2f} (2 seeds, D)",
         f"2 bits, lr 1e-3: {with_interval(difference('B', STABLE, 1e-3))} (8 seeds, B); with A, D and F"
         f" {with_interval(pooled())} ({pooled().n} pairs).",
@@ -136,7 +141,7 @@ def claims() -> list[str]:
         f"at the start: STE {early[STE]}, DSQ {early[DSQ]}, StableQAT {early[STABLE]}, shuffled"
         f" {early['PermutedStableQAT']} (2 seeds, E).",
         f"for normal noise below {where_ste_is_closer():.2f} scales;",
-        f"the cosine is {twice[0]:.1f} to {twice[1]:.1f} times STE's, the loss at lr 1e-3 moves by"
+        f"The cosine is {twice[0]:.1f} to {twice[1]:.1f} times STE's; the loss at lr 1e-3 moves by"
         f" {-mean(difference('B', STABLE, 1e-3)):.3f} |",
         f"lr 1e-3 {flips_back('B', STABLE, 1e-3):.3f}% against {flips_back('B', STE, 1e-3):.3f}%, 8e-3"
         f" {flips_back('B', STABLE, 8e-3):.3f}% against {flips_back('B', STE, 8e-3):.3f}% (B).",
@@ -148,7 +153,7 @@ def claims() -> list[str]:
         f"the median norm is {norm(STABLE) / norm(STE):.2f} of STE's (B)",
         f"{with_interval(difference('B', DSQ, 8e-3), 3)} at lr 8e-3,"
         f" {with_interval(difference('B', DSQ, 1.6e-2), 3)}"
-        " at 1.6e-2, higher than STE nowhere (8 seeds, B)",
+        " at 1.6e-2, nowhere higher than STE (8 seeds, B)",
         f"STE, lr 1e-3: {with_interval(difference('B', PARETOQ, 1e-3))}, StableQAT"
         f" {mean_of(minus('B', STABLE_STRETCHED, STABLE, 1e-3))};",
         f"reverses at 1.6e-2: {with_interval(difference('B', PARETOQ, 1.6e-2))} and, StableQAT,"
@@ -173,6 +178,8 @@ def tables() -> list[str]:
         if label not in (STE, FP)
     }
     below = minus("F", SLOWER, STE, 1e-3)
+    base = sensitivity("F", STE)
+    slower = paired([value - base[seed] for seed, value in sensitivity("F", SLOWER).items()], 0.0)
     fall = {
         label: f"{loss('A', label, 3e-4) - loss('A', label, 1e-3):.3f}" for label in (STE, STABLE, PARETOQ)
     }
@@ -181,13 +188,13 @@ def tables() -> list[str]:
     trained = fmean(run.last("hp/initial_loss") or math.nan for run in arm("B", FP).at(1e-3))
     return [
         *(wide_row(name, label) for name, label in NAMES.items()),
-        f"of which A has four more ({', '.join(new)})",
+        f"A has four more ({', '.join(new)})",
         *(seeds_row(name, "B", label, own.get(label, "")) for name, label in NAMES.items()),
         seeds_row(
             "*control (F, 5 other seeds):* STE, weights' lr x 0.75",
             "F",
             SLOWER,
-            f"STE there: {spread(sensitivity('F', STE))} ",
+            f"{with_interval(slower, 3)}, STE there: {spread(sensitivity('F', STE))} ",
         ),
         f"weights' learning rate is {-mean(below):.4f} {upward(below)} lower there than STE (F). From"
         " 3e-4 to 1e-3"
@@ -237,7 +244,7 @@ def design() -> list[str]:
     identical = [each for each in study("C").differences if each.verdict == "identical" and each.lr]
     largest = max(last(run) for each in study("B").fits for run in each.runs)
     return [
-        f"validation loss {study('A').full_precision:.3f}), rounded to 2 bits with a scale a row (PTQ:"
+        f"validation loss {study('A').full_precision:.3f}), rounded to 2 bits with one scale per row (PTQ:"
         f" {ptq('A', STE):.3f}, stretched {ptq('A', PARETOQ):.3f}), and trained for"
         f" {trainer['max_steps']} steps of"
         f" {step:,} tokens from there",
@@ -245,20 +252,20 @@ def design() -> list[str]:
         f"{len(study('A').fits) - 1} arms + full precision x {len(study('A').lrs)} learning rates x 2 seeds,"
         f" descriptive | {count('A')} |",
         f"the same x {len(study('B').lrs)} learning rates x {difference('B', STABLE).n} new seeds;"
-        " inference is drawn"
-        f" from these | {count('B')} |",
+        " inference rests on"
+        f" these | {count('B')} |",
         f"3 and 4 bits, 3 arms (ParetoQ is STE there: A/A) x {len(study('C').lrs)} learning rates x"
         f" {difference('C', 'StableQAT 3-bit').n} seeds | {count('C')} |",
         f"harmonics; SGD | {count('D', 'SGD')} |",
         f"the smoothed loss's | {count('E')} |",
         f"STE with 0.75 of the weights' learning rate x {len(study('F').lrs)} learning rates x"
         f" {difference('F', SLOWER).n} new seeds | {count('F')} |",
-        f"the cap, then PTQ's loss ({ptq('B', PARETOQ):.3f} at 2 bits), which at 3 and 4 bits lies below"
+        f"the cap. It was PTQ's loss ({ptq('B', PARETOQ):.3f} at 2 bits), which at 3 and 4 bits lies below"
         " every loss"
         " at a large learning rate",
         f"it is {study('B').plan.cap} in all parts, and nothing in B depends on it (no loss above"
         f" {math.ceil(100 * largest) / 100:.2f}).",
-        f"(they did at first: {len(identical)} of C).",
+        f"(at first they did: {len(identical)} of C).",
     ]
 
 
@@ -268,7 +275,7 @@ def controls() -> list[str]:
         "stretched grid": ["stretched"],
         "no mask": ["mask none"],
         "initial scale lsq / max": ["scale_init lsq", "scale_init max"],
-        "initial scale: range for a step, as released": ["scale_init absmax_as_step"],
+        "initial scale: range as the step, as released": ["scale_init absmax_as_step"],
         "scale lr x 0 / x 1 of lr (plain: 0.1)": ["scale_lr_multiplier 0", "scale_lr_multiplier 1"],
         "no clipping": ["gradient_clip_val 0"],
         "no warm-up": ["warmup_steps 0"],
@@ -346,24 +353,24 @@ def grids() -> list[str]:
 
 GIVEN_IN_RESULTS = [
     "a model of 9.9 M parameters, one corpus, 2.0 M tokens",
-    "with 95% t intervals; positive is worse. Equivalent means within 0.01, tested (TOST)",
+    'with 95% t intervals; positive is worse. "Equivalent" means within 0.01, tested (TOST)',
     "smoothed by noise of 0.1 scales, at the start",
-    "true at the yardstick of 0.1 scales, not in general",
+    "True by the yardstick of 0.1 scales, not in general",
     "A large amplitude is best (0.21 of at most 0.2251)",
     "At 2 bits a grid without 0, stretched over the range, is better",
-    "**supported** up to lr 4e-3; larger",
+    "**Supported** up to lr 4e-3; larger",
     "At 3 and 4 bits ParetoQ is LSQ",
-    "STE and StableQAT alike, DSQ up to 5x",
-    "largest entry for a step at 2 bits, as released",
+    "STE and StableQAT, up to 5x more with DSQ",
+    "Largest entry as the step at 2 bits, as released",
     "with our scale learning rate and 240 steps, so an upper bound",
     "Accuracy on Llama-3.2 1B and 3B, 10-30 B tokens",
     "## Loss against learning rate at 2 bits",
-    "usable: within 0.05 nats of it, read off a monotone cubic through the losses over log2(lr).",
+    "Usable: within 0.05 nats of it, read off a monotone cubic through the losses over log2(lr).",
     "With the released 2-bit start",
     "Between 3 and 4 bits little is left to win",
     "A Llama of 9.9 M parameters (6 layers of 320, vocabulary 8,192, tied) is trained in full precision"
     " on 204 M"
-    " tokens (20.6 a parameter, 8 epochs of 25.5 M tokens",
+    " tokens (20.6 per parameter, 8 epochs of 25.5 M tokens",
     "warm-up of 20 steps, cosine, clipping at 1, scales at a tenth of the learning rate, bf16 autocast"
     " over float32",
     "0.3 and 3 were added to SGD's learning rates",
@@ -380,10 +387,11 @@ GIVEN_IN_RESULTS = [
         "stableqat sweep configs/llama/study/2bit.yaml",
         "stableqat compare lightning_logs/study-2bit.",
     ),
+    "make demo, 2 bits, one seed, two CPU cores, torch 2.14;",
     # under the heading "What no event file holds"
     "noise of 0.25 scales found cosines of STE 0.32, DSQ 0.38, StableQAT 0.34, each +- 0.04.",
     "(28 M parameters, 200 steps, one seed) found StableQAT at lr 1e-2 below STE at 3e-3,",
-    "four H200s, six runs a GPU, torch 2.11, 2026-11-22, about 17 minutes in all; the pretraining takes 3"
+    "four H200s, six runs per GPU, torch 2.11, 2026-11-22, about 17 minutes in all; the pretraining takes 3"
     " minutes on"
     " an H200, B 4.3 on four.",
     "StableQAT: arXiv 2601.19320. LSQ: arXiv 1902.08153. DSQ: arXiv 1908.05033. ParetoQ: arXiv 2502.02631. LR"

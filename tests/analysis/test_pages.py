@@ -9,10 +9,8 @@ from figures import (
     DSQ,
     FP,
     HARMONICS,
-    NAMES,
     PARETOQ,
     PARTS,
-    PUBLISHED,
     ROOT,
     SLOWER,
     STABLE,
@@ -31,21 +29,20 @@ from figures import (
     mean,
     minus,
     problems,
-    sensitivity,
+    recovered,
     share,
     spread,
     study,
     text_of,
     time,
     usable,
-    with_interval,
 )
 from results_page import in_results, results
 
-from stableqat.analysis.statistics import paired
 from stableqat.bench.report import memory_ratio
 
 METHODS = ("STE", "DSQ", "ParetoQ", "StableQAT")
+RELEASED = ("stableqat_efficient", "stableqat_efficient_lsq", "stableqat_regular", "stableqat_dsq", "paretoq")
 
 
 def test_results():
@@ -53,26 +50,10 @@ def test_results():
 
 
 def readme() -> str:
-    """What README.md reports: its first table, the demo's and that of the cost, with the text between."""
-    page = (ROOT / "README.md").read_text()
-    return text_of(
-        "\n".join(
-            page[page.index(first) : page.index(last)]
-            for first, last in (
-                ("At 2 bits, a Llama of", "## Two commands"),
-                ("| demo, 2 bits,", "## Your own runs"),
-                ("| Llama-3.2-1B, 4 x 2048", "![Time, memory and kernels beside full precision]("),
-            )
-        )
-    )
+    return text_of((ROOT / "README.md").read_text())
 
 
 def in_readme() -> list[str]:
-    own = {
-        label: with_interval(difference("B", label), 3) for label in NAMES.values() if label not in (STE, FP)
-    }
-    slower, base = sensitivity("F", SLOWER), sensitivity("F", STE)
-    own |= {SLOWER: with_interval(paired([slower[seed] - base[seed] for seed in slower], 0.0), 3)}
     rows = {
         "STE": ("B", STE, "STE"),
         "DSQ": ("B", DSQ, "DSQ"),
@@ -85,72 +66,77 @@ def in_readme() -> list[str]:
     table = []
     for name, (part, label, method) in rows.items():
         cells = [spread(losses(part, label, 1e-3)), spread(losses(part, label, 8e-3), 3)]
-        cells += [spread(sensitivity(part, label)), own.get(label, ""), usable(label) if part == "B" else ""]
+        cells += [usable(label) if part == "B" else ""]
         cost = [time(method, "step_ms"), memory_ratio(bench(), method)] if method else ["", ""]
         cells += ["1" if method == "FP" else f"{each:.2f}" if each else "" for each in cost]
         table.append(" ".join(f"| {' | '.join([name, *cells])} |".split()))
     near = [abs(mean(difference("B", label, 1e-3))) for label in (DSQ, STABLE)]
-    recovered = [int(each) for each in re.findall(r"\| (\d+)%  +\| 0\.\d{4} ", demo())]
-    shares = {
-        "STE, DSQ, ParetoQ, StableQAT": METHODS,
-        'released StableQAT, "efficient" layer': ["stableqat_efficient"],
-        "torchao QAT": ["torchao"],
-        "released ParetoQ": ["paretoq"],
-        "released DSQ": ["stableqat_dsq"],
-    }
-    for name, arms in shares.items():
-        times = sorted({f"{time(each):.2f}" for each in arms})
-        (memory,) = {f"{memory_ratio(bench(), each):.2f}" for each in arms}
-        table.append(f"| {name} | {'-'.join(times)} | {memory} |")
     return [
         *table,
-        f"equal on one grid (within {math.ceil(1e3 * max(near)) / 1e3:.3f}) and the stretched grid is worth"
+        f"equal on one grid (within {math.ceil(1e3 * max(near)) / 1e3:.3f}) and the stretched grid gains"
         f" {-mean(difference('B', PARETOQ, 1e-3)):.3f}.",
-        f"against {count(*PARTS)} runs, controls",
-        *demo_rows(),
-        f"what rounding loses ({min(recovered)}-{max(recovered)}% here)",
-        "At 2 bits, a Llama of 9.9 M parameters from one checkpoint,",
-        "four learning rates from 1e-3, where every arm is best, the lower edge, to 1.6e-2, with 95% t"
-        " intervals.",
-        "learning rates within 0.05 nats of the best reach, of eight from 1e-4 on, two seeds. Speed of"
-        " Llama-3.2-1B on"
-        " an H200:",
-        "| | loss at lr 1e-3 (nats) | at 8e-3 | lr sensitivity, upward",
-        "| Llama-3.2-1B, 4 x 2048 tokens, forward + backward | time | peak memory |",
-        "One seed, two CPU cores, torch 2.14,",
+        f"[{count(*PARTS)} runs] test what the papers claim",
+        f"QAT wins back {recovered()} of what rounding loses",
+        f"on an H200 in {times(METHODS)} of full precision's time and {memory(METHODS)} of its memory;",
+        f"the released codes take {times(RELEASED)} ([benchmarks]",
+        *GIVEN_IN_README,
     ]
 
 
-def demo() -> str:
-    return (PUBLISHED / "demo" / "compare.md").read_text()
+GIVEN_IN_README = [
+    "Train Llama, Qwen3 and vision transformers at 1 to 4 bits with",
+    "train Llama-3.2-1B on",
+    "from 2.1 bits per weight at 2 bits.",
+    "DDP keeps 0.92 of a GPU's speed on two GPUs and 0.895 on four; FSDP2",
+    "rounds them to 2 bits,",
+    "(Python 3.11 or later)",
+    "| method | grid at 2 bits |",
+    *("| STE (LSQ) | integer | 1 |", "| ParetoQ | stretched (half-integer) | 1 |", "top-1 and confusion"),
+    *("arXiv 1308.3432, 1902.08153", "arXiv 1908.05033", "arXiv 2502.02631", "arXiv 2601.19320"),
+    "2 bits, a Llama of 9.9 M parameters, eight seeds, validation loss in nats with 95% t intervals.",
+    "how far learning rates within 0.05 nats of the best reach (two seeds).",
+    "one training step of Llama-3.2-1B on an H200, relative to full precision.",
+    "| | loss at lr 1e-3 | at lr 8e-3 | octaves | time | memory |",
+    "Apache-2.0",
+]
 
 
-def demo_rows() -> list[str]:
-    """Rows of the demo's table; they stand on compare's tables, because its runs are not published."""
-    llama, vit = (
-        {line.split("|")[1].strip(): line.split("|")[2:5] for line in part.splitlines() if line[:2] == "| "}
-        for part in (each.split("### Training")[0] for each in demo().split("## demo-vit"))
-    )
-    rows = {
-        "STE | integer": "STE",
-        "DSQ | integer": "DSQ",
-        "StableQAT | integer": "StableQAT",
-        "ParetoQ, and STE on its grid (the same numbers: the same method) | stretched": "ParetoQ stretched",
-        "full precision for the same extra steps |": "FP",
+def benchmarks() -> str:
+    """What docs/benchmarks.md reports at its top; the tables below it are quotations of `stableqat bench`."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    return text_of(page[page.index("| Llama-3.2-1B, 4 x 2048") : page.index("![Time, memory and kernels")])
+
+
+def in_benchmarks() -> list[str]:
+    arms = {
+        "STE, DSQ, ParetoQ, StableQAT": METHODS,
+        'released StableQAT, "efficient" layer': ("stableqat_efficient",),
+        "torchao QAT": ("torchao",),
+        "released ParetoQ": ("paretoq",),
+        "released DSQ": ("stableqat_dsq",),
     }
-    assert llama["STE stretched"] == llama["ParetoQ stretched"]
-    assert vit["STE stretched"] == vit["ParetoQ stretched"]
-
-    def cells(values: list[str]) -> str:
-        words = (each.strip() for each in values)
-        return " / ".join(f"{float(each):.3f}" if each != "diverged" else each for each in words)
-
     return [
-        *(f"| {name} | {cells(llama[arm])} | {cells(vit[arm])} |" for name, arm in rows.items()),
-        "| demo, 2 bits, validation loss in nats, lr 3e-4 / 1e-3 / 1e-2 | grid | Llama (FP 3.554) | ViT"
-        " (FP 0.151) |",
-        "| integer | 3.884 | 0.511 | | | stretched | 3.786 | 0.386 |",  # of all batches, in the picture alone
+        *(f"| {name} | {times(each)} | {memory(each)} |" for name, each in arms.items()),
+        "| Llama-3.2-1B, 4 x 2048 tokens, forward + backward | time | peak memory |",
     ]
+
+
+def times(arms: tuple[str, ...]) -> str:
+    found = [f"{time(each):.2f}" for each in arms]
+    return "-".join(dict.fromkeys((min(found), max(found))))
+
+
+def memory(arms: tuple[str, ...]) -> str:
+    (same,) = {f"{memory_ratio(bench(), each):.2f}" for each in arms}
+    return same
+
+
+def test_figures_of_readme_that_stand_on_other_pages():
+    """They are measured once, and quoted."""
+    benchmarks, export = ((ROOT / "docs" / page).read_text() for page in ("benchmarks.md", "export.md"))
+    assert re.search(r"\| DDP, 2 GPUs \| [^|]+ \| 0\.92 \|", benchmarks)
+    assert re.search(r"\| DDP, 4 GPUs \| [^|]+ \| \**0\.895\** \|", benchmarks)
+    assert "| integer, 2 bits | 2-bit integers, 2.1 | TQ2_0, 2.1;" in export
 
 
 def notebook() -> str:
@@ -227,8 +213,13 @@ def test_readme():
     assert problems(readme(), in_readme()) == []
 
 
+def test_benchmarks():
+    assert problems(benchmarks(), in_benchmarks()) == []
+
+
 @pytest.mark.parametrize(
-    ("page", "pieces"), [(results, in_results), (readme, in_readme), (notebook, in_notebook)]
+    ("page", "pieces"),
+    [(results, in_results), (readme, in_readme), (benchmarks, in_benchmarks), (notebook, in_notebook)],
 )
 def test_a_changed_digit_is_noticed(page, pieces):
     """Every 40th digit; all of them take a minute."""
