@@ -20,7 +20,8 @@ from stableqat.shipped import shipped_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
+GUIDES = [ROOT / "README.md", *DOCS]
+PAGES = [*GUIDES, ROOT / "CHANGELOG.md"]
 VERB = "|".join([*RUN_VERBS, *TOOL_VERBS])
 SCRIPT = "-c llama/base -c llama/fsdp"  # what slurm.sh adds
 FENCE = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
@@ -61,7 +62,7 @@ def test_links_and_anchors_lead_somewhere(page):
     assert not lost
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+@pytest.mark.parametrize("page", GUIDES, ids=name)
 def test_paths_that_a_page_names_exist(page):
     folders = "configs|src|tests|docs|notebooks|lightning_logs/published"
     text = FENCE.sub("", page.read_text())
@@ -200,7 +201,7 @@ def test_verbs_and_flags_in_running_text_exist():
         function = getattr(import_module(home), f"{each}_" if iskeyword(each) else each)
         known |= {parameter.removesuffix("_") for parameter in signature(function).parameters}
     unknown = set()
-    for page in PAGES:
+    for page in GUIDES:
         for quoted in re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text())):
             if re.match("torchrun|python", quoted):
                 continue
