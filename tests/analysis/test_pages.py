@@ -89,7 +89,6 @@ GIVEN_IN_README = [
     "from 2.1 bits per weight at 2 bits.",
     "DDP keeps 0.92 of a GPU's speed on two GPUs and 0.895 on four; FSDP2",
     "rounds them to 2 bits,",
-    "(Python 3.11 or later)",
     "| method | grid at 2 bits |",
     *("| STE (LSQ) | integer | 1 |", "| ParetoQ | stretched (half-integer) | 1 |", "top-1 and confusion"),
     *("arXiv 1308.3432, 1902.08153", "arXiv 1908.05033", "arXiv 2502.02631", "arXiv 2601.19320"),
