@@ -34,7 +34,7 @@ ALLOWED = {
     "callbacks": {"api", "checkpoints", "evaluate", "layers", "ops", "quantizers", "surgery"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines
     "analysis": {"events", "studies"},
-    "importing": {"checkpoints", "layers", "modules", "ops", "quantizers", "surgery"},
+    "importing": {"data", "layers", "modules", "ops", "quantizers", "runs", "surgery"},
     "runs": {"checkpoints", "data", "modules", "trust"},
     "evaluate": {"checkpoints", "data", "layers", "modules", "runs", "surgery"},
     "export": {"api", "checkpoints", "data", "layers", "modules", "ops", "quantizers", "runs", "surgery"},

@@ -1,32 +1,44 @@
-"""A trained model from where it was left: its checkpoint, its data, what it started from.
+"""A run on disk: everything that evaluation, export and the next training ask of it is asked of one `Run`.
 
-A run gives its best checkpoint, a checkpoint itself. What a checkpoint does not hold, the data and the start,
-comes from the `config.yaml` of the run's folder.
+A run folder gives its best checkpoint, a checkpoint itself. What a checkpoint does not hold, its data and
+what it started from, comes from the `config.yaml` of the folder that it lies in. `write_run` makes such a
+folder of any model.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+import yaml
 
 from stableqat import data
-from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, find_checkpoint
 from stableqat.checkpoints.read import check_sums, read_checkpoint
-from stableqat.data.tokenizer import clash, load_tokenizer, token_rows
+from stableqat.checkpoints.write import StreamedCheckpointIO
+from stableqat.data.tokenizer import check_vocabulary, clash, keep_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
 from stableqat.trust import arguments, read_settings
 
-TOKENIZER = "tokenizer"  # of a language model's run, a folder beside its config.yaml
-# of a run's settings what only training needs
+# of a run's settings, what only training needs
 TRAINING = {"compile_model": False, "activation_checkpointing": False, "lean_loss": False, "teacher": None}
 
 
-def find_trained(source: str) -> Path:
-    """The checkpoint file of a run folder, its best one, or of a path.
+class NoDataError(UserError):
+    """A run whose data is unknown or gone; the message is the reason alone."""
+
+
+def open_run(source: str) -> "Run":
+    """Find a run's best checkpoint, or the checkpoint that a path names; it is not read yet.
+
+    Args:
+        source: Run folder or checkpoint.
 
     Raises:
         UserError: If there is none, or it is sharded.
@@ -34,231 +46,303 @@ def find_trained(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
-    best = path / "checkpoints" / "best.ckpt"
+    best = path / CHECKPOINTS / BEST
     found = best if best.exists() else find_checkpoint(str(path))
     if found is None:
         raise UserError(f"{source}: neither a run folder nor a checkpoint (.ckpt) of this suite")
     if found.is_dir():
         raise UserError(f"{found} is sharded; make one file of it first: stableqat consolidate")
-    return found
+    return Run(found)
 
 
-def open_trained(source: str) -> tuple[Path, dict[str, Any], QATModule]:
-    """The checkpoint of a source, what is in it, and its module, in evaluation mode, on the CPU.
-
-    Args:
-        source: Run folder or checkpoint.
-
-    Raises:
-        UserError: As `find_trained`, or if it is damaged, or of something else.
-    """
-    path = find_trained(source)
-    check_sums(path)
-    read = read_checkpoint(path)
-    with ours(path):
-        with state_dict_follows():
-            module = _built(path, read)
-        _check_numbers(path, module.state_dict(), read["state_dict"])
-        module.load_state_dict(read["state_dict"])  # mapped: optimizer states stay on the disk
-    return path, read, module.eval()
-
-
-def _check_numbers(path: Path, own: dict[str, Any], state: dict[str, Any]) -> None:
-    """Refuse integers and complex numbers for weights, which torch would cast without a word."""
-    for key, tensor in own.items():
-        if key in state and tensor.is_floating_point() != state[key].is_floating_point():
-            raise UserError(f"{path}: {key} holds {state[key].dtype}, not {tensor.dtype}; take another one")
-
-
-@contextmanager
-def ours(path: Path) -> Iterator[None]:
-    """Say in one line that a checkpoint is not what its settings and this version make of it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged, or written by another version: {first}") from error
-
-
-def load_untrained(path: Path, read: dict[str, Any], start: str, *, quantized: bool) -> QATModule:
-    """What a run started from: full precision, or rounded to nearest as before its first step.
+class Run:
+    """A checkpoint and the run that it lies in; each part is read when it is first asked for.
 
     Args:
-        path: Checkpoint file of the run.
-        read: What `read_checkpoint` made of it.
-        start: The run's `init_from`.
-        quantized: Whether the run's quantizers are set on the start's weights.
+        checkpoint: The checkpoint; a sharded one has settings and a tokenizer, and is not loaded.
 
-    Raises:
-        UserError: If the start is not to be had.
+    Attributes:
+        checkpoint: The checkpoint.
+        folder: The run's folder; None for a checkpoint that lies in none.
     """
-    changes = {"init_from": start} | ({} if quantized else {"quantizer": None})
-    return _built(path, read, **changes).eval()
 
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        folder = checkpoint.absolute().parent.parent
+        self.folder = folder if (folder / CONFIG).is_file() else None
 
-def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in."""
-    run = checkpoint.absolute().parent.parent
-    return run if (run / "config.yaml").is_file() else None
+    # -- what the checkpoint holds --------------------------------------------------------------
 
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What is in the checkpoint, tensors mapped from the disk.
 
-def start_of(checkpoint: Path) -> str | None:
-    """The `init_from` of the run that a checkpoint lies in."""
-    found = _settings(checkpoint, "model").get("init_args", {}).get("init_from")
-    return None if found is None else str(found)
+        Raises:
+            UserError: If it is damaged, or holds something else.
+        """
+        return read_checkpoint(self.checkpoint)
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it was trained for."""
+        return int(self.content["global_step"])
 
-def tokenizer_of(checkpoint: Path) -> str | None:
-    """Where the tokenizer is that a checkpoint was trained with: kept in its run, or as its run names it.
+    @property
+    def validated_rows(self) -> int | None:
+        """Of how many rows, the first of the validation split, the last loss is; None if nobody knows."""
+        rows = self._record.get("validation_rows")
+        return rows if isinstance(rows, int) and rows > 0 else None
 
-    Returns:
-        Its folder, file or hub name; None if nobody knows.
+    @property
+    def val_loss(self) -> float | None:
+        """The last validation loss; None if there was none."""
+        loss = self._record.get("hp/val_loss")
+        return loss if loss is not None and isfinite(loss) else None
 
-    Raises:
-        UserError: If the run has none: it was imported from files without it.
-    """
-    run = run_of(checkpoint)
-    if run is None:
-        return None
-    if (run / TOKENIZER).is_dir():
-        return str(run / TOKENIZER)
-    settings = _settings(checkpoint, "data")
-    if not settings:
-        raise UserError(f"{run} has no tokenizer")
-    named = settings["init_args"].get("tokenizer")
-    if not isinstance(named, str | None):
-        raise UserError(f"{run}/config.yaml: data.tokenizer: must be text or null; damaged, or changed")
-    return named
+    @property
+    def _record(self) -> dict[str, Any]:
+        record = self.content["callbacks"].get("RunRecord")
+        return record if isinstance(record, dict) else {}
 
+    # -- its model ------------------------------------------------------------------------------
 
-def load_tokenizer_of(checkpoint: Path, model: Any, given: str | None) -> Any:
-    """The tokenizer to use with a run's language model.
+    @cached_property
+    def described(self) -> QATModule:
+        """The training system on the meta device: the architecture with its quantizers, without weights.
 
-    Args:
-        checkpoint: Checkpoint of the run.
-        model: The language model.
-        given: The one that the user asks for; None takes the run's.
+        Raises:
+            UserError: If the checkpoint is damaged, or of something else.
+        """
+        with self._consistent(), torch.device("meta"), state_dict_follows():
+            return self._build()
 
-    Raises:
-        UserError: If there is none, or it cannot be the model's.
-    """
-    try:
-        own = _own_tokenizer(checkpoint)
-    except UserError:
-        if given is None:
+    def load(self) -> QATModule:
+        """The trained model, verified, in evaluation mode, on the CPU; another one at each call.
+
+        Raises:
+            UserError: If the checkpoint is damaged, or of something else.
+        """
+        check_sums(self.checkpoint)
+        state = self.content["state_dict"]
+        with self._consistent():
+            with state_dict_follows():
+                module = self._build()
+            for key, tensor in module.state_dict().items():  # torch would cast without a word
+                if key in state and tensor.is_floating_point() != state[key].is_floating_point():
+                    raise UserError(
+                        f"{self.checkpoint}: {key} holds {state[key].dtype}, not {tensor.dtype}; "
+                        "take another one"
+                    )
+            module.load_state_dict(state)
+        return module
+
+    def load_start(self, *, quantized: bool) -> QATModule:
+        """What the run started from: in full precision, or rounded to nearest.
+
+        Args:
+            quantized: Whether the run's quantizers are set on the start's weights.
+
+        Raises:
+            UserError: If the start is not found.
+        """
+        return self._build(init_from=self.start, **({} if quantized else {"quantizer": None}))
+
+    def _build(self, **changes: Any) -> QATModule:
+        module = QATModule.of_checkpoint(self.checkpoint, self.content, **(TRAINING | changes))
+        with torch.device("meta"):
+            described = sum(parameter.numel() for parameter in module.build_model().parameters())
+        held = sum(tensor.numel() for tensor in self.content["state_dict"].values())
+        if described > 2 * held:  # before memory is taken for it
+            raise UserError(
+                f"{self.checkpoint}: its settings describe {described:,} parameters, and it holds {held:,}; "
+                "take another one"
+            )
+        module.configure_model()
+        return module.eval()
+
+    @contextmanager
+    def _consistent(self) -> Iterator[None]:
+        """Say in one line that the checkpoint is not what its settings and this version make of it."""
+        try:
+            yield
+        except UserError:
             raise
-        own = None
-    found = own if given is None else load_tokenizer(given)
-    check_vocabulary(found, model.config, given or str(checkpoint))
-    if own is not None and (reason := clash(found, own)):
-        raise UserError(f"tokenizer: {given} cannot be that of {checkpoint}: {reason}; leave it out")
-    return found
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.checkpoint}: damaged, or written by another version: {reason}") from error
+
+    # -- what its folder says -------------------------------------------------------------------
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return {} if self.folder is None else read_settings(self.folder / CONFIG)
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """A part of the run's settings: plain values, `init_args` among them; empty if nobody knows.
+
+        Args:
+            part: model, data or trainer.
+
+        Raises:
+            UserError: If the file is not a run's.
+        """
+        found = self._config.get(part) or {}
+        if not (isinstance(found, dict) and isinstance(found.get("init_args") or {}, dict)):
+            raise UserError(
+                f"{self.folder}/{CONFIG}: {part}: must be a mapping of settings; take another run"
+            )
+        return found and {**found, "init_args": found.get("init_args") or {}}
+
+    @property
+    def start(self) -> str | None:
+        """The `init_from` that it was trained with."""
+        found = self.settings("model").get("init_args", {}).get("init_from")
+        return None if found is None else str(found)
+
+    def data(self, **changes: Any) -> Any:
+        """The data module that the run's settings name.
+
+        Args:
+            changes: Arguments of the data module that replace the run's.
+
+        Raises:
+            NoDataError: If there is none.
+        """
+        if self.folder is None:
+            raise NoDataError("the checkpoint lies in no run folder")
+        settings = self.settings("data")
+        home, _, name = str(settings.get("class_path")).rpartition(".")
+        if not (home.split(".")[0] == "stableqat" and name in data.__all__):
+            raise NoDataError("the run's data is not of this suite")
+        cls = getattr(data, name)
+        kept = arguments(cls, settings["init_args"], f"{self.folder}/{CONFIG}: data")
+        try:
+            if cls is data.TextDataModule:
+                changes = {"tokenizer": self.tokenizer, **changes}
+            return cls(**{**kept, "num_workers": 0, **changes})
+        except UserError as error:
+            raise NoDataError(f"the run's data cannot be read ({error})") from error
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Folder, file or hub name of its tokenizer, in the run or as it names it; None if nobody knows.
+
+        Raises:
+            UserError: If the run has none: it was imported from files without it.
+        """
+        if self.folder is None:
+            return None
+        if (self.folder / TOKENIZER).is_dir():
+            return str(self.folder / TOKENIZER)
+        settings = self.settings("data")
+        if not settings:
+            raise UserError(f"{self.folder} has no tokenizer")
+        named = settings["init_args"].get("tokenizer")
+        if not isinstance(named, str | None):
+            raise UserError(f"{self.folder}/{CONFIG}: data.tokenizer: must be text or null; take another run")
+        return named
+
+    def load_tokenizer(self, module: QATModule, given: str | None) -> Any:
+        """The tokenizer to use with the run's language model.
+
+        Args:
+            module: The run's module, on any device.
+            given: The tokenizer that the user asks for; None takes the run's.
+
+        Raises:
+            UserError: If there is none, or it cannot be the model's.
+        """
+        try:
+            own = self._own_tokenizer()
+        except UserError:
+            if given is None:
+                raise
+            own = None
+        found = own if given is None else load_tokenizer(given)
+        model: Any = module.model
+        check_vocabulary(found, model.config.vocab_size, given or str(self.checkpoint))
+        if own is not None and (reason := clash(found, own)):
+            raise UserError(f"tokenizer: {given} cannot be that of {self.checkpoint}: {reason}; leave it out")
+        return found
+
+    def _own_tokenizer(self) -> Any:
+        if (named := self.tokenizer) is not None:
+            return load_tokenizer(named)
+        try:
+            datamodule = self.data()
+            if not isinstance(datamodule, data.TextDataModule):
+                raise NoDataError("its data is not text")
+        except NoDataError as error:
+            raise UserError(
+                f"{self.checkpoint}: has no tokenizer ({error}); name one with --tokenizer"
+            ) from error
+        return datamodule.tokenizer
+
+    @property
+    def image_arguments(self) -> dict[str, Any] | None:
+        """The arguments of its images' data module; None if it has none."""
+        settings = self.settings("data")
+        if not str(settings.get("class_path")).endswith("ImageDataModule"):
+            return None
+        return arguments(data.ImageDataModule, settings["init_args"], f"{self.folder}/{CONFIG}: data")
+
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        """How it resizes and normalises images; None if it has none."""
+        kept = self.image_arguments
+        return None if kept is None else data.ImageDataModule.evaluation_settings(kept)
+
+    @property
+    def image_size(self) -> int | None:
+        """The size of its images, where its settings name it."""
+        return self.settings("data").get("init_args", {}).get("image_size")
 
 
-def check_vocabulary(tokenizer: Any, config: Any, source: str) -> None:
-    """Refuse a tokenizer with more entries than a model's embedding has rows.
+def write_run(
+    folder: Path,
+    module: QATModule,
+    *,
+    place: Path,
+    tokenizer: Any = None,
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Make a run of a model, as it is before its first step: verbs and `init_from` take it like any other.
 
-    Raises:
-        UserError: Naming both numbers.
-    """
-    if (rows := token_rows(tokenizer)) > config.vocab_size:
-        raise UserError(
-            f"tokenizer: that of {source} has {rows} entries, more than the model's {config.vocab_size}; "
-            "take the one that the model was trained with"
-        )
-
-
-def _own_tokenizer(checkpoint: Path) -> Any:
-    if (named := tokenizer_of(checkpoint)) is not None:
-        return load_tokenizer(named)
-    datamodule, why_not = data_of(checkpoint)
-    if not hasattr(datamodule, "tokenizer"):
-        why_not = why_not or "its data is not text"
-        raise UserError(f"{checkpoint}: has no tokenizer ({why_not}); name one with --tokenizer")
-    return datamodule.tokenizer
-
-
-def data_of(checkpoint: Path, **changes: Any) -> tuple[Any, str]:
-    """The data module that a run's configuration names, or None and why there is none.
+    Resumed, it begins without optimizer states.
 
     Args:
-        checkpoint: Checkpoint of the run.
-        changes: Arguments of the data module that replace the run's.
-    """
-    run = run_of(checkpoint)
-    if run is None:
-        return None, "the checkpoint lies in no run folder"
-    settings = _settings(checkpoint, "data")
-    home, _, name = str(settings.get("class_path")).rpartition(".")
-    if not (home.split(".")[0] == "stableqat" and name in data.__all__):
-        return None, "the run's data is none of this suite's"
-    cls = getattr(data, name)
-    kept = arguments(cls, settings["init_args"], f"{run / 'config.yaml'}: data")
-    try:
-        if cls is data.TextDataModule:
-            changes = {"tokenizer": tokenizer_of(checkpoint), **changes}
-        return cls(**{**kept, "num_workers": 0, **changes}), ""
-    except UserError as error:
-        return None, f"the run's data is not to be had ({error})"
-
-
-def validated_rows(read: dict[str, Any]) -> int | None:
-    """Of how many rows, the first of the validation split, a run's last loss is; None if it does not say.
-
-    Args:
-        read: What `read_checkpoint` made of its checkpoint.
-    """
-    record = read.get("callbacks", {}).get("RunRecord")
-    rows = record.get("validation_rows") if isinstance(record, dict) else None
-    return rows if isinstance(rows, int) and rows > 0 else None
-
-
-def images_of(checkpoint: Path) -> dict[str, Any] | None:
-    """How the run that a checkpoint lies in resizes and normalises images; None if it has none."""
-    kept = image_arguments_of(checkpoint)
-    return None if kept is None else data.ImageDataModule.evaluation_settings(kept)
-
-
-def image_arguments_of(checkpoint: Path) -> dict[str, Any] | None:
-    """The arguments of the images of the run that a checkpoint lies in; None if it has none."""
-    settings = _settings(checkpoint, "data")
-    if not str(settings.get("class_path")).endswith("ImageDataModule"):
-        return None
-    return arguments(data.ImageDataModule, settings["init_args"], f"{run_of(checkpoint)}/config.yaml: data")
-
-
-def image_size_of(checkpoint: Path) -> int | None:
-    """The size of the images of the run that a checkpoint lies in, where its configuration names it."""
-    return (_settings(checkpoint, "data").get("init_args") or {}).get("image_size")
-
-
-def _built(path: Path, read: dict[str, Any], **changes: Any) -> QATModule:
-    """The module of a checkpoint, from its hyper-parameters but for what only training needs."""
-    module = QATModule.of_checkpoint(path, read, **(TRAINING | changes))
-    with torch.device("meta"):
-        described = sum(parameter.numel() for parameter in module.build_model().parameters())
-    held = sum(tensor.numel() for tensor in read["state_dict"].values())
-    if described > 2 * held:  # before memory is taken for it
-        raise UserError(
-            f"{path}: its settings describe {described:,} parameters, and it holds {held:,}; take another one"
-        )
-    module.configure_model()
-    return module
-
-
-def _settings(checkpoint: Path, part: str) -> dict[str, Any]:
-    """A part of the configuration of the run that a checkpoint lies in: plain values, `init_args` among them.
+        folder: An empty folder to write to.
+        module: The configured training system.
+        place: Where the folder will lie, which its settings name.
+        tokenizer: Of a language model; kept in the run.
+        data: Settings of its data module, `class_path` and `init_args`. By default those of a text that has
+            the tokenizer, if there is one.
 
     Raises:
-        UserError: If the file is none of a run.
+        OSError: If the disk does not take it.
     """
-    run = run_of(checkpoint)
-    if run is None:
-        return {}
-    settings = read_settings(run / "config.yaml")
-    found = settings.get(part) or {}
-    if not (isinstance(found, dict) and isinstance(found.get("init_args") or {}, dict)):
-        raise UserError(f"{run / 'config.yaml'}: {part}: must be a mapping of settings; damaged, or changed")
-    return found and {**found, "init_args": found.get("init_args") or {}}
+    values = {**module.hparams, **module.resolved(), "init_from": None}
+    checkpoint = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": L.__version__,
+        "state_dict": module.state_dict(),
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        module.CHECKPOINT_HYPER_PARAMS_KEY: values,
+    }
+    StreamedCheckpointIO().save_checkpoint(checkpoint, folder / CHECKPOINTS / LAST)
+    if tokenizer is not None:
+        keep_tokenizer(tokenizer, folder / TOKENIZER)
+        data = data or {"class_path": "stableqat.data.TextDataModule", "init_args": {}}
+    named = {key: value for key, value in values.items() if not key.startswith("_") and value is not None}
+    logger = {"save_dir": str(place.parent), "name": "", "version": place.name, "default_hp_metric": False}
+    settings = {
+        "model": {"class_path": values["_class_path"], "init_args": named},
+        **({} if data is None else {"data": data}),
+        "trainer": {
+            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
+        },
+    }
+    (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))

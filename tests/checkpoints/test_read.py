@@ -13,7 +13,7 @@ from stableqat.checkpoints.names import find_checkpoint
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 from stableqat.quantizers import STE
-from stableqat.runs import find_trained
+from stableqat.runs import open_run
 from stableqat.surgery import quantize_linears
 
 FAMILIES = ["llama", "vit"]
@@ -174,14 +174,14 @@ def test_a_weight_file_of_another_architecture_is_not_said_to_be_damaged(tmp_pat
 def test_a_run_without_a_last_checkpoint_is_refused(tmp_path):
     """Also where its best one would do; whoever takes that looks for it first."""
     (tmp_path / "checkpoints").mkdir()
-    for find in (find_checkpoint, find_trained):
+    for find in (find_checkpoint, open_run):
         with pytest.raises(UserError, match=r"holds no checkpoints/last\.ckpt or best\.ckpt; let it train"):
             find(str(tmp_path))
     best = tmp_path / "checkpoints" / "best.ckpt"
     best.touch()
     with pytest.raises(UserError, match=r"holds no checkpoints/last\.ckpt; name its best\.ckpt"):
         find_checkpoint(str(tmp_path))
-    assert find_checkpoint(str(best)) == find_trained(str(tmp_path)) == best
+    assert find_checkpoint(str(best)) == open_run(str(tmp_path)).checkpoint == best
 
 
 def test_a_pickled_model_is_not_executed(tmp_path):

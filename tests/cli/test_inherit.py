@@ -18,7 +18,7 @@ from stableqat.data import TextDataModule
 from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
-from stableqat.runs import data_of
+from stableqat.runs import open_run
 
 OTHER = ["another text of other words, zebra quartz jumps " * 3]
 
@@ -168,7 +168,7 @@ def test_a_changed_text_does_not_change_the_tokenizer_of_a_run(run, at):
     copy = Path(shutil.copytree(run, "logs/grown"))
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("text.jsonl", "other.jsonl"))
-    datamodule, _ = data_of(copy / "checkpoints" / "last.ckpt")
+    datamodule = open_run(str(copy / "checkpoints" / "last.ckpt")).data()
     assert tokenizer_hash(datamodule.tokenizer) == trained_with("run")
     assert call("again", source="other.jsonl", init_from="logs/grown") == 0
     assert trained_with("again") == trained_with("run")

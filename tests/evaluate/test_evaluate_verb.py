@@ -303,17 +303,19 @@ def test_a_run_whose_data_is_gone(run, place, tasks, tmp_path, refused, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace(str(place / "text.jsonl"), str(tmp_path / "gone.jsonl")))
-    assert "the run's data is not to be had (no such data file" in (line := refused(copy))
+    assert "the run's data cannot be read (no such data file" in (line := refused(copy))
     assert line.endswith("name data with --data")  # the run keeps its tokenizer
     tokenizer = shutil.move(copy / "tokenizer", tmp_path / "elsewhere")
     settings = yaml.safe_load(config.read_text())
     settings["data"]["init_args"]["tokenizer"] = None  # where the start kept it
     config.write_text(yaml.safe_dump(settings))
-    assert "has no tokenizer (the run's data is not to be had (no such data file" in refused(copy)
+    assert "has no tokenizer (the run's data cannot be read (no such data file" in refused(copy)
     assert "name data with --data" in refused(copy, "--tokenizer", tokenizer)
     if find_spec("lm_eval") is not None:
         assert call(copy, "--tokenizer", tokenizer, "--tasks", "words", "--tasks_path", tasks) == 0
-        assert f"no perplexity of {copy}: data: {copy}: the run's data is not" in capsys.readouterr().out
+        assert (
+            f"no perplexity of {copy}: data: {copy}: the run's data cannot be read" in capsys.readouterr().out
+        )
     assert call(copy, "--tokenizer", tokenizer, "--data", place / "further.txt", "--block_size", 16) == 0
     assert "perplexity/further.txt" in capsys.readouterr().out
 
@@ -322,7 +324,7 @@ def test_a_run_that_takes_no_event_file(run, tmp_path, capsys, monkeypatch, capl
     """A read-only or full disk under the run costs the event file alone, in one line."""
     copy = shutil.copytree(run, tmp_path / "run")
     before = set(copy.iterdir())
-    real = report.whole
+    real = report.whole_file
 
     @contextmanager
     def refuse(path):
@@ -331,7 +333,7 @@ def test_a_run_that_takes_no_event_file(run, tmp_path, capsys, monkeypatch, capl
         with real(path) as part:
             yield part
 
-    monkeypatch.setattr(report, "whole", refuse)
+    monkeypatch.setattr(report, "whole_file", refuse)
     told = results(tmp_path, copy)
     assert f"{told['sources'][0]['perplexity']['validation']['loss']:.4f}" in capsys.readouterr().out
     assert f"{copy}: takes no event file (Read-only file system)" in caplog.text

@@ -22,7 +22,7 @@ from stableqat.data.embedded import DIGITS_MEAN, DIGITS_STD
 from stableqat.export import source
 from stableqat.modules import LlamaModule, ViTModule
 from stableqat.quantizers import STE
-from stableqat.runs import open_trained
+from stableqat.runs import open_run
 
 
 def checkpoint(folder, family="llama", **options):
@@ -525,7 +525,8 @@ def test_a_checkpoint_is_mapped_once_and_nothing_is_computed_in_vain(trained, mo
     read, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: read.append(k["mmap"]) or load(*a, **k))
     monkeypatch.setattr(STE, "initialize", None)
-    _, found, module = open_trained(str(trained))
+    opened = open_run(str(trained))
+    module, found = opened.load(), opened.content
     assert read == [True]
     assert module.state_dict().keys() == found["state_dict"].keys()
     assert all(torch.equal(value, found["state_dict"][key]) for key, value in module.state_dict().items())
@@ -536,7 +537,7 @@ def test_settings_that_only_training_needs_or_that_are_gone_are_left_out(trained
     read = torch.load(trained, weights_only=True)
     read["hyper_parameters"] |= {"compile_model": True, "activation_checkpointing": True, "of_old": 1}
     torch.save(read, tmp_path / "settings.ckpt")
-    _, _, module = open_trained(str(tmp_path / "settings.ckpt"))
+    module = open_run(str(tmp_path / "settings.ckpt")).load()
     assert not module.compile_model
     assert not module.activation_checkpointing
 

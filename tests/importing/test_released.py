@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -219,7 +220,9 @@ def test_a_run_like_any_other(tmp_path, monkeypatch, capsys):
     run = "logs/imported/b2"
     assert main(["import", "--from", "paretoq", "theirs", "--out", run]) == 0
     settings = yaml.safe_load(Path(run, "config.yaml").read_text())
-    assert settings["data"]["init_args"] == {"tokenizer": str(tmp_path / "theirs")}
+    assert settings["data"] == {"class_path": "stableqat.data.TextDataModule", "init_args": {}}
+    assert Path(run, "tokenizer", "tokenizer.json").is_file()
+    shutil.rmtree("theirs")
     assert capsys.readouterr().out.splitlines()[1].startswith(f"stableqat validate -c {run}/config.yaml")
 
     data = ["--data.source", "text.jsonl", "--data.block_size", "16", "--data.batch_size", "4"]

@@ -17,7 +17,7 @@ from stableqat.data.prepared import prepared_manifest
 from stableqat.data.tokenizer import clash, load_tokenizer, tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.modules.vit import preprocessing, takes_one_size
-from stableqat.runs import image_size_of, images_of, tokenizer_of
+from stableqat.runs import Run
 
 
 def inherit(settings: Namespace) -> list[str]:
@@ -81,8 +81,9 @@ def _take_preprocessing(
 ) -> list[str]:
     checkpoint = None if source is None else find_checkpoint(source)
     brought = None
-    if checkpoint is not None and (own := images_of(checkpoint)) is not None:
-        brought = {**own, "image_size": image_size_of(checkpoint)}
+    run = None if checkpoint is None else Run(checkpoint)
+    if run is not None and (own := run.preprocessing) is not None:
+        brought = {**own, "image_size": run.image_size}
     whose = f"{key} brings"
     if brought is None:
         pretrained = source if checkpoint is None else None
@@ -143,7 +144,7 @@ def _tokenizer_of(source: str) -> str | None:
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is not None:
-        return tokenizer_of(checkpoint)
+        return Run(checkpoint).tokenizer
     try:
         load_tokenizer(source)
     except UserError:  # the model says what is wrong with a source that is nothing

@@ -116,6 +116,24 @@ def token_rows(tokenizer: "PreTrainedTokenizerFast") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", rows: int, source: str) -> None:
+    """Refuse a tokenizer with more entries than a model's embedding has rows.
+
+    Args:
+        tokenizer: the tokenizer.
+        rows: rows of the embedding.
+        source: where the tokenizer comes from.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    if (entries := token_rows(tokenizer)) > rows:
+        raise UserError(
+            f"tokenizer: that of {source} has {entries} entries, more than the model's {rows}; take the one "
+            "that the model was trained with"
+        )
+
+
 def clash(tokenizer: "PreTrainedTokenizerFast", own: "PreTrainedTokenizerFast") -> str | None:
     """Return why a tokenizer cannot stand in for a model's own, or None.
 

@@ -1,12 +1,11 @@
 """The figures of one model: it is moved to its device, its quantized weights computed once, and asked."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from stableqat.checkpoints.read import read_checkpoint
 from stableqat.data import ImageDataModule, TextDataModule
 from stableqat.data.tokenizer import tokenizer_hash
 from stableqat.errors import UserError
@@ -18,7 +17,7 @@ from stableqat.evaluate.perplexity import Windows, blocks, perplexity, strided
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.quiet import quiet
 from stableqat.evaluate.undisturbed import undisturbed
-from stableqat.runs import data_of, find_trained, image_arguments_of, validated_rows
+from stableqat.runs import NoDataError, open_run
 
 MOST_TOKENS = 2048  # of a block, where neither a user nor a run says
 
@@ -123,8 +122,9 @@ def _block_size(subject: Subject, plan: Plan) -> int:
     limit = int(subject.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
     size = plan.block_size
     if size is None:
-        home = None if plan.home is None else data_of(find_trained(plan.home))[0]
-        size = getattr(home, "block_size", min(MOST_TOKENS, limit))
+        size = min(MOST_TOKENS, limit)
+        with suppress(NoDataError):
+            size = size if plan.home is None else getattr(open_run(plan.home).data(), "block_size", size)
     if size > limit:
         kind = Misfit if plan.block_size is None else UserError
         raise kind(f"block_size: {size} tokens are more than {subject.source} takes ({limit}); lower it")
@@ -162,7 +162,7 @@ def _text(source: str, subject: Subject, plan: Plan) -> tuple[text.Text, Windows
 
 def _count(run: str, plan: Plan) -> int | None:
     """Of how many rows a run's validation data is what it validated on; None is all, as for a named split."""
-    return None if plan.split is not None else validated_rows(read_checkpoint(find_trained(run)))
+    return None if plan.split is not None else open_run(run).validated_rows
 
 
 def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) ->
             if datamodule.source is not None:  # the digits are as they are
                 datamodule = _of_run(source, ImageDataModule, **own)
         else:
-            home = None if plan.home is None else image_arguments_of(find_trained(plan.home))
+            home = None if plan.home is None else open_run(plan.home).image_arguments
             changes = {"source": source, "name": plan.data_name, "image_column": None, "label_column": None}
             datamodule = EvaluationImages(**{**(home or {}), **changes, **own})
         with share.first_alone():
@@ -195,9 +195,10 @@ def _images(subject: Subject, plan: Plan, share: Share, device: torch.device) ->
 
 
 def _of_run(run: str, kind: type, **changes: Any) -> Any:
-    datamodule, why_not = data_of(find_trained(run), **changes)
-    if datamodule is None:
-        raise Misfit(f"data: {run}: {why_not}; name data with --data")
+    try:
+        datamodule = open_run(run).data(**changes)
+    except NoDataError as error:
+        raise Misfit(f"data: {run}: {error}; name data with --data") from error
     if not isinstance(datamodule, kind):
         what = "images" if isinstance(datamodule, ImageDataModule) else "text"
         raise UserError(

@@ -18,28 +18,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from stableqat.checkpoints.names import find_checkpoint
-from stableqat.checkpoints.read import read_checkpoint
 from stableqat.data.image import PREPROCESSING
-from stableqat.data.tokenizer import load_tokenizer
+from stableqat.data.tokenizer import check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.evaluate.quiet import quiet
 from stableqat.modules import QATModule
 from stableqat.modules.architecture import first_line, pretrained_config
-from stableqat.modules.base import state_dict_follows
 from stableqat.modules.start import check_start
 from stableqat.modules.vit import image_size
-from stableqat.runs import (
-    check_vocabulary,
-    find_trained,
-    image_size_of,
-    images_of,
-    load_tokenizer_of,
-    load_untrained,
-    open_trained,
-    ours,
-    run_of,
-    start_of,
-)
+from stableqat.runs import Run, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +73,7 @@ class Found:
 
 
 def is_run(source: str) -> bool:
-    """Whether a source is, by its looks, a run or checkpoint of this suite; `find_trained` looks inside."""
+    """Whether a source is, by its looks, a run or checkpoint of this suite; `open_run` looks inside."""
     try:
         return find_checkpoint(str(Path(source).expanduser())) is not None
     except UserError:  # no last.ckpt in a run, which may have its best one, or no such .ckpt
@@ -131,15 +118,13 @@ def find(source: str, *, tokenizer: str | None = None, baselines: bool = False) 
 
 
 def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Found:
-    path = find_trained(source)
-    read = read_checkpoint(path)
-    module = _skeleton(path, read)
+    run = open_run(source)
     own = None
-    if hasattr(module.model, "get_output_embeddings"):
+    if run.described.family == "text":
         with quiet():
-            own = load_tokenizer_of(path, module.model, tokenizer)
-    loaders: list[Callable[[], Subject]] = [partial(_trained, source, own)]
-    start = start_of(path)
+            own = run.load_tokenizer(run.described, tokenizer)
+    loaders: list[Callable[[], Subject]] = [partial(_trained, source, run, own)]
+    module, start = run.described, run.start
     if baselines and module.quantizer is not None and start is None:
         logger.warning("%s: started from random weights, so there is no baseline", source)
     elif baselines and module.quantizer is not None:
@@ -150,30 +135,23 @@ def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Found:
                 f"baselines: what {source} started from is not to be had "
                 f"({str(error).removeprefix('init_from: ')}); put it back, or leave baselines out"
             ) from error
-        loaders += [
-            partial(_untrained, source, own, path, str(start), quantized) for quantized in (False, True)
-        ]
+        loaders += [partial(_untrained, source, run, own, quantized) for quantized in (False, True)]
     return Found(source, own, loaders)
 
 
-def _skeleton(path: Path, read: dict[str, Any]) -> QATModule:
-    """The module of a checkpoint, without weights."""
-    with ours(path), torch.device("meta"), state_dict_follows():
-        return load_untrained(path, read, str(path), quantized=True)
+def _trained(source: str, run: Run, tokenizer: Any) -> Subject:
+    module = run.load()
+    model, images = _inner(module), _images(run, module)
+    return Subject(source, model, tokenizer, run.checkpoint, run.step, run.folder, _about(module), images)
 
 
-def _trained(source: str, tokenizer: Any) -> Subject:
-    path, read, module = open_trained(source)
-    step = int(read.get("global_step", 0))
-    model, images = _inner(module), _images(path, module)
-    return Subject(source, model, tokenizer, path, step, run_of(path), _about(module), images)
-
-
-def _untrained(source: str, tokenizer: Any, path: Path, start: str, quantized: bool) -> Subject:
-    module = load_untrained(path, read_checkpoint(path), start, quantized=quantized)
+def _untrained(source: str, run: Run, tokenizer: Any, quantized: bool) -> Subject:
+    module = run.load_start(quantized=quantized)
     told = f"rounded to nearest, {_about(module)}" if quantized else "full precision"
-    images = _images(path, module)
-    return Subject(source, _inner(module), tokenizer, path, 0, about=f"its start, {told}", images=images)
+    images = _images(run, module)
+    return Subject(
+        source, _inner(module), tokenizer, run.checkpoint, 0, about=f"its start, {told}", images=images
+    )
 
 
 def _inner(module: QATModule) -> nn.Module:
@@ -181,8 +159,8 @@ def _inner(module: QATModule) -> nn.Module:
     return module.model.eval()
 
 
-def _images(path: Path, module: QATModule) -> dict[str, Any]:
-    return {**(images_of(path) or {}), "image_size": image_size(module.model) or image_size_of(path)}
+def _images(run: Run, module: QATModule) -> dict[str, Any]:
+    return {**(run.preprocessing or {}), "image_size": image_size(module.model) or run.image_size}
 
 
 def _about(module: QATModule) -> str:
@@ -212,7 +190,7 @@ def _find_folder(source: str, tokenizer: str | None) -> Found:
     except UserError as error:
         raise UserError(str(error).removeprefix("source: ")) from error
     own = load_tokenizer(tokenizer or source)
-    check_vocabulary(own, config, tokenizer or source)
+    check_vocabulary(own, config.vocab_size, tokenizer or source)
     return Found(source, own, [partial(_pretrained, source, own, "folder" if keys else "hub")])
 
 

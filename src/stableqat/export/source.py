@@ -7,25 +7,17 @@ A folder that `convert(model).save_pretrained` made brings its tokenizer, if it 
 
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stableqat.data.tokenizer import check_tokenizer, load_tokenizer
+from stableqat.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.export.converted import is_model_folder, open_converted
 from stableqat.modules import QATModule
-from stableqat.runs import (
-    check_vocabulary,
-    data_of,
-    images_of,
-    load_tokenizer_of,
-    open_trained,
-    validated_rows,
-)
+from stableqat.runs import NoDataError, Run, open_run
 
 ROWS = 16  # of the batch on which file and model are compared
 LOGITS = 2**28  # that it may have: a gigabyte, of which there are a few copies
@@ -74,35 +66,44 @@ def load_source(source: str, tokenizer: str | None) -> Source:
         check_tokenizer(tokenizer)
     if is_model_folder(source):
         return _converted(source, tokenizer)
-    path, read, module = open_trained(source)
-    datamodule, why_not = data_of(path)
-    batch, batch_of = None, why_not
-    classes = None
-    if datamodule is not None:
-        try:
-            batch, validated = _validation_rows(datamodule, validated_rows(read))
-            if not _suits(batch, module):
-                batch, batch_of = None, "the run's data is not what its model takes"
-            classes = getattr(datamodule, "class_names", None)
-        except (UserError, OSError) as error:
-            batch_of = f"the run's data is not to be had ({error})"
-    if batch is None:
-        batch, batch_of = _bounded(_random_rows(module), module), f"random rows: {batch_of}"
-    else:
-        batch_of = _part(batch := _bounded(batch, module), validated)
+    run = open_run(source)
+    module = run.load()
+    batch, batch_of, classes = _rows(run, module)
     found: Any = None
-    if "input_ids" not in batch and tokenizer is not None:
+    if module.family == "images" and tokenizer is not None:
         raise UserError("tokenizer: only language models have one; leave it out")
-    if "input_ids" in batch:
+    if module.family == "text":
         with suppress(UserError) if tokenizer is None else nullcontext():
-            found = load_tokenizer_of(path, module.model, tokenizer)
-    record = read.get("callbacks", {}).get("RunRecord")
-    val_loss = record.get("hp/val_loss") if isinstance(record, dict) else None
-    if val_loss is not None and not isfinite(val_loss):  # it never validated
-        val_loss = None
-    step = int(read.get("global_step", 0))
-    images = images_of(path)
-    return Source(module, path, module.describe(), step, batch, batch_of, found, val_loss, images, classes)
+            found = run.load_tokenizer(module, tokenizer)
+    return Source(
+        module,
+        run.checkpoint,
+        module.describe(),
+        run.step,
+        batch,
+        batch_of,
+        found,
+        run.val_loss,
+        run.preprocessing,
+        classes,
+    )
+
+
+def _rows(run: Run, module: QATModule) -> tuple[dict[str, Tensor], str, list[str] | None]:
+    """Rows on which file and model are compared, in words where they come from, and the names of classes."""
+    classes = None
+    try:
+        datamodule = run.data()
+        batch, validated = _validation_rows(datamodule, run.validated_rows)
+        classes = getattr(datamodule, "class_names", None)
+        if _suits(batch, module):
+            return (batch := _bounded(batch, module)), _part(batch, validated), classes
+        reason = "the run's data is not what its model takes"
+    except NoDataError as error:
+        reason = str(error)
+    except (UserError, OSError) as error:
+        reason = f"the run's data cannot be read ({error})"
+    return _random_rows(module), f"random rows: {reason}", classes
 
 
 def _converted(source: str, tokenizer: str | None) -> Source:
@@ -113,8 +114,8 @@ def _converted(source: str, tokenizer: str | None) -> Source:
     found: Any = None
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
-        check_vocabulary(found, module.config, tokenizer)
-    batch = _bounded(_random_rows(module), module)
+        check_vocabulary(found, module.config.vocab_size, tokenizer)
+    batch = _random_rows(module)
     return Source(
         module, folder, {}, None, batch, "random rows: a model folder names no data", found, None, None
     )
@@ -158,22 +159,11 @@ def _part(batch: dict[str, Tensor], validated: tuple[int, ...]) -> str:
 
 def _suits(batch: dict[str, Tensor], module: QATModule) -> bool:
     """Whether a batch is of the kind that a model takes, its tokens in the vocabulary."""
-    config = getattr(module.model, "config", None)
-    if config is None:
-        return "pixel_values" in batch
-    return "input_ids" in batch and int(batch["input_ids"].max()) < config.vocab_size
+    if module.input_key not in batch or module.family == "images":
+        return module.input_key in batch
+    model: Any = module.model
+    return int(batch["input_ids"].max()) < model.config.vocab_size
 
 
 def _random_rows(module: QATModule) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    model: Any = module.model
-    if hasattr(model, "config"):
-        length = min(64, model.config.max_position_embeddings)
-        ids = torch.randint(model.config.vocab_size, (4, length), generator=generator)
-        return {"input_ids": ids, "labels": ids}
-    args: dict[str, Any] = module.model_args  # type: ignore[assignment]
-    size = args.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size = size or model.pretrained_cfg["input_size"][1:]
-    size = (size, size) if isinstance(size, int) else size
-    images = torch.randn(4, args.get("in_chans", 3), *size, generator=generator)
-    return {"pixel_values": images, "labels": torch.randint(model.num_classes, (4,), generator=generator)}
+    return _bounded(module.example_batch(4), module)

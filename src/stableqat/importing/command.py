@@ -5,6 +5,7 @@ layer computes, weight by weight, in the arithmetic of the checkpoint's type, an
 `validate`, to `--model.init_from`, to every exact format.
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from stableqat.errors import UserError
 from stableqat.files import cannot_write, whole_folder
 from stableqat.terminal import terminal
+
+logger = logging.getLogger(__name__)
 
 
 def import_(
@@ -35,6 +38,7 @@ def import_(
     from stableqat.importing.checkpoint import check_sizes, read_config, read_state
     from stableqat.importing.released import SHARPNESS, ReleasedLayer, check_computes, transfer
     from stableqat.modules.base import state_dict_follows
+    from stableqat.runs import write_run
 
     source, run = Path(checkpoint).expanduser(), Path(out).expanduser()
     with whole_folder(out) as part:
@@ -50,7 +54,7 @@ def import_(
         moved = transfer(state, module.model, released, str(source))
         check_computes(module.eval(), str(source))
         try:
-            _write(module, source, run, part)
+            write_run(part, module, place=run, tokenizer=_tokenizer(source))
         except (OSError, RuntimeError) as error:  # torch's writer has only the latter for a full disk
             raise cannot_write(out, error) from error
     say = terminal().print
@@ -71,39 +75,14 @@ def _module(config: dict[str, Any], released: Any, source: Path) -> Any:
         raise UserError(f"{source}/config.json: transformers cannot build this model ({reason})") from error
 
 
-def _write(module: Any, source: Path, run: Path, part: Path) -> None:
-    """A run as it is before its first step: Lightning finds no optimizer state and begins with none."""
-    import lightning as L
-    import torch
-    import yaml
+def _tokenizer(source: Path) -> Any:
+    """The tokenizer of a folder; None without one, or with one that cannot be read."""
+    if not (source / "tokenizer.json").exists():
+        return None
+    from stableqat.data.tokenizer import load_tokenizer
 
-    hyper_parameters = {**module.hparams, **module.resolved(), "init_from": None}
-    (part / "checkpoints").mkdir(parents=True)
-    torch.save(
-        {
-            "epoch": 0,
-            "global_step": 0,
-            "pytorch-lightning_version": L.__version__,
-            "state_dict": module.state_dict(),
-            "callbacks": {},
-            "optimizer_states": [],
-            "lr_schedulers": [],
-            module.CHECKPOINT_HYPER_PARAMS_KEY: hyper_parameters,
-        },
-        part / "checkpoints" / "last.ckpt",
-    )
-    arguments = {"config": module.resolved()["config"], "skip": list(module.skip)}
-    arguments["quantizer"] = hyper_parameters["quantizer"]
-    logger = {"save_dir": str(run.parent), "name": "", "version": run.name, "default_hp_metric": False}
-    data = {}
-    if (source / "tokenizer.json").exists():
-        tokenizer = {"tokenizer": str(source.absolute())}
-        data = {"data": {"class_path": "stableqat.data.TextDataModule", "init_args": tokenizer}}
-    settings = {
-        "model": {"class_path": hyper_parameters["_class_path"], "init_args": arguments},
-        **data,
-        "trainer": {
-            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
-        },
-    }
-    (part / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    try:
+        return load_tokenizer(str(source))
+    except UserError as error:
+        logger.warning("the run has no tokenizer: %s", error)
+        return None
