@@ -164,7 +164,7 @@ def in_notebook() -> list[str]:
     own = abs(loss("A", STE, 8e-3) - loss("D", STE, 8e-3))
     tests = sum(each.p is not None and each.quantity == "loss" for each in study("B").differences)
     return [
-        f"the stretched grid is worth {-mean(difference('A', PARETOQ, 1e-3)):.2f}.",
+        f"the stretched grid gains {-mean(difference('A', PARETOQ, 1e-3)):.2f}.",
         f"over all {tests} tests;",
         f"as STE, at 1e-3 {fewer[0]:.2f} of them.",
         f"STE with {share(0.21):.2f} of the weights' learning rate is the control.",
@@ -173,7 +173,7 @@ def in_notebook() -> list[str]:
         f"they are {own:.3f} apart for STE itself",
         f"accounts for {explained[0]}, {explained[1]} and {explained[2]} of the gain at amplitudes 0.05,"
         " 0.10 and"
-        f" 0.15, and for {explained[3]} at 0.21. The {min(excess):.3f} to {max(excess):.3f} that are left",
+        f" 0.15, and for {explained[3]} at 0.21. The {min(excess):.3f} to {max(excess):.3f} that remain",
         f"all but the constant factor are within {math.ceil(1e3 * (max(bests) - min(bests))) / 1e3:.3f}."
         " At 1 StableQAT"
         f" is {at_1[STE] - at_1[STABLE]:.2f} below STE, and STE with 0.405 of the learning rate for the"
@@ -186,7 +186,7 @@ def in_notebook() -> list[str]:
 
 
 GIVEN_IN_THE_NOTEBOOK = [
-    "A Llama of 9.9 M parameters, trained in full precision, is rounded to 2 bits and trained on for 2.0"
+    "A Llama of 9.9 M parameters, trained in full precision, is rounded to 2 bits and then trained for 2.0"
     " M tokens",
     "at learning rates over 2.5 decades.",
     "## A. Five arms and full precision over 2.5 decades",
@@ -194,9 +194,9 @@ GIVEN_IN_THE_NOTEBOOK = [
     "within 0.05 of the best span as many octaves.",
     "with 95% t intervals;",
     "equivalent is within 10, fixed beforehand.",
-    "At 1e-3 it is equivalent.",
+    "At 1e-3 StableQAT is equivalent.",
     "at 8e-3 STE at 0.75 has nearly as many codes",
-    "max and lsq do at 1e-3 only;",
+    "max and lsq do at 1e-3 only.",
     "1e-3 is the lower edge of the two.",
     "(that of STE with 0.1135 is the upper edge)",
     "still there at 3 bits, less so at 4 (three seeds,",
