@@ -91,16 +91,17 @@ def load_source(source: str, tokenizer: str | None) -> Source:
 
 def _rows(run: Run, module: QATModule) -> tuple[dict[str, Tensor], str, list[str] | None]:
     """Rows on which file and model are compared, in words where they come from, and the names of classes."""
-    classes = None
     try:
         datamodule = run.data()
+    except NoDataError as error:
+        return _random_rows(module), f"random rows: {error}", None
+    classes = None
+    try:
         batch, validated = _validation_rows(datamodule, run.validated_rows)
         classes = getattr(datamodule, "class_names", None)
         if _suits(batch, module):
             return (batch := _bounded(batch, module)), _part(batch, validated), classes
         reason = "the run's data is not what its model takes"
-    except NoDataError as error:
-        reason = str(error)
     except (UserError, OSError) as error:
         reason = f"the run's data cannot be read ({error})"
     return _random_rows(module), f"random rows: {reason}", classes
