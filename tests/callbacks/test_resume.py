@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import tiny
 from stableqat.callbacks import BestCheckpoint, DivergenceGuard, Interruption, LastCheckpoint
-from stableqat.data.base import DataModule
+from stableqat.data.datamodule import DataModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*dirpath has changed"),

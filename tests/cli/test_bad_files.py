@@ -48,7 +48,7 @@ FILES = {
         ["has no column text", "content", "set text_column"],
     ),
     "no parquet": ("case.parquet", b"PAR1 no", ["case.parquet is cut short"]),
-    "hardly any text": ("case.jsonl", TEXT[:74].encode(), ["no row of block_size 16"]),
+    "hardly any text": ("case.jsonl", TEXT[:74].encode(), ["less than one row of block_size 16"]),
 }
 
 
@@ -99,4 +99,4 @@ def test_another_number_of_classes_is_refused(refuse, images):
 def test_an_image_that_cannot_be_read_is_named(workers, refuse, images):
     steps = ["--trainer.max_steps", "2", "--model.num_classes", "2"]
     line = refuse(["fit", "-c", "vit.yaml", *images, *steps, "--data.num_workers", workers])
-    assert line.endswith("images/train/dog/2.png is not an image that can be read: repair or remove it")
+    assert line.endswith("images/train/dog/2.png is not a readable image: repair or remove it")

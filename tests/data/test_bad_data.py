@@ -15,10 +15,11 @@ from raw import full_disk
 from sample_documents import document
 
 from stableqat.data import ImageDataModule, TextDataModule, source
-from stableqat.data.files import _zst_is_whole
-from stableqat.data.prepare.tokenize import tokenize
+from stableqat.data.damage import _zst_is_whole
+from stableqat.data.encoder import DocumentEncoder
+from stableqat.data.prepare.command import tokenize
 from stableqat.data.source import TEXT_FORMATS
-from stableqat.data.tokenizer import encode_batch, load_tokenizer
+from stableqat.data.tokenizer import load_tokenizer
 from stableqat.errors import UserError
 
 
@@ -105,7 +106,7 @@ def test_image_arguments(options, says):
 
 FILES = {
     "an empty file": ("a.jsonl", "", r"a.jsonl is empty"),
-    "another format": ("a.csv", "text\nhello\n", r"a.csv: cannot read .csv; take .json,"),
+    "another format": ("a.csv", "text\nhello\n", r"a.csv: cannot read .csv, only .json,"),
     "zst cut short": ("a.jsonl.zst", cut(zst(lines())), r"a.jsonl.zst is cut short"),
     "zst less its last byte": ("a.jsonl.zst", zst(lines())[:-1], r"a.jsonl.zst is cut short"),
     "no zst": ("a.jsonl.zst", lines(), r"a.jsonl.zst is cut short or not zstandard"),
@@ -134,7 +135,9 @@ def test_one_file_is_one_source_of_a_mixture(tmp_path, monkeypatch, twin):
     Path("link.jsonl").symlink_to("a.jsonl")
     os.link("a.jsonl", "hard.jsonl")
     twin = twin.format(here=tmp_path)
-    with pytest.raises(UserError, match=f"source names one place twice, as a.jsonl and as {twin}: name it"):
+    with pytest.raises(
+        UserError, match=f"source names the same data twice, as a.jsonl and as {twin}: name it"
+    ):
         TextDataModule({"a.jsonl": 1, twin: 2})
 
 
@@ -143,7 +146,7 @@ def test_one_folder_is_one_source_of_a_mixture(tmp_path, monkeypatch, twin):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "set/a.jsonl", lines())
     Path("link").symlink_to("set")
-    with pytest.raises(UserError, match="source names one place twice, as set and as"):
+    with pytest.raises(UserError, match="source names the same data twice, as set and as"):
         TextDataModule({"set": 1, twin.format(here=tmp_path): 2})
     write(tmp_path, "other/a.jsonl", lines())
     TextDataModule({"set": 1, "other": 2})
@@ -197,25 +200,25 @@ CONTENTS = {
     ),
     "a line that is no object": ("a.jsonl", lines((2, "[1, 2]")), r"a.jsonl line 2 is not a JSON object"),
     "a broken list": ("a.json", '[{"text": "a"},\n {"text": }]', r"a.json line 2 is not valid JSON"),
-    "damaged zst": ("a.jsonl.zst", flipped(zst(lines())), r"a.jsonl.zst can't be decompressed"),
-    "damaged gz": ("a.jsonl.gz", b"\x1f\x8b" + bytes(50), r"a.jsonl.gz can't be decompressed"),
+    "damaged zst": ("a.jsonl.zst", flipped(zst(lines())), r"a.jsonl.zst cannot be decompressed"),
+    "damaged gz": ("a.jsonl.gz", b"\x1f\x8b" + bytes(50), r"a.jsonl.gz cannot be decompressed"),
     "not UTF-8": ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 at byte 3"),
-    "damaged parquet": ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", r"a.parquet can't be read as parquet"),
+    "damaged parquet": ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", r"a.parquet cannot be read as parquet"),
     "no text column": (
         "a.jsonl",
         '{"content": "x", "id": 1}\n',
         r"no column text \(it has content, id\): set text_column",
     ),
-    "numbers": ("a.jsonl", '{"text": 1}\n{"text": 2}\n', r"column text of .* holds not only strings"),
+    "numbers": ("a.jsonl", '{"text": 1}\n{"text": 2}\n', r"column text of .* holds more than strings"),
     "numbers among strings": (
         "a.jsonl",
         '{"text": 1}\n{"text": "a"}\n',
-        r"column text of .* holds not only strings",
+        r"column text of .* holds more than strings",
     ),
     "only nulls": ("a.jsonl", '{"text": null}\n' * 9, r"column text of .* is empty: give documents"),
     "empty documents": ("a.jsonl", '{"text": ""}\n' * 9, r"column text of .* is empty: give documents"),
-    "blank lines": ("a.jsonl", "\n" * 9, r"can't be read as json: it holds no rows"),
-    "empty mappings": ("a.jsonl", "{}\n" * 9, r"can't be read as json: it holds no rows"),
+    "blank lines": ("a.jsonl", "\n" * 9, r"cannot be read as json \(it holds no rows\)"),
+    "empty mappings": ("a.jsonl", "{}\n" * 9, r"cannot be read as json \(it holds no rows\)"),
     "nested without end": (
         "a.jsonl",
         lines((3, '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")),
@@ -227,12 +230,12 @@ CONTENTS = {
         zst('{"text": ' + '{"a": ' * 50_000 + "1" + "}" * 50_001),
         r"a.jsonl.zst nests more than 200 levels",
     ),
-    "a null record": ("a.jsonl", "null\n" + lines(), r"a.jsonl holds a line that is null: it must be a JSON"),
+    "a null record": ("a.jsonl", "null\n" + lines(), r"a.jsonl holds a line that is null: make it a JSON"),
     "null alone": ("a.json.gz", gzip.compress(b" \n null"), r"a.json.gz holds a line that is null"),
     "nested deeply": (
         "a.jsonl",
         '{"text": ' + "[" * 190 + "]" * 190 + "}",
-        r"can't be read as json: Recursion",
+        r"cannot be read as json \(Recursion",
     ),
     "half of a surrogate pair": (
         "a.jsonl",
@@ -247,12 +250,12 @@ CONTENTS = {
     "messages": (
         "a.jsonl",
         '{"messages": [{"role": "user", "content": "hi"}], "id": "x"}\n' * 9,
-        r"holds chats \(in messages\), which are not supported yet: .* \(columns of text: id\)",
+        r"holds chats \(in messages\), which are not supported: .* \(columns of text: id\)",
     ),
     "conversations": (
         "a.jsonl",
         '{"conversations": [{"from": "human", "value": "hi"}]}\n' * 9,
-        r"holds chats \(in conversations\), which are not supported yet: .* \(columns of text: none\)",
+        r"holds chats \(in conversations\), which are not supported: .* \(columns of text: none\)",
     ),
     "prompt and completion": (
         "a.jsonl",
@@ -262,13 +265,13 @@ CONTENTS = {
     "instruction and output": (
         "a.jsonl",
         '{"instruction": "a", "input": "", "output": "b"}\n' * 9,
-        r"holds pairs \(in instruction and output\), which are not supported yet",
+        r"holds pairs \(in instruction and output\), which are not supported",
     ),
     "one document": ("a.txt", document(1), r"a.txt is a single document"),
     "too little": (
         "a.jsonl",
         "".join(json.dumps({"text": f"x{n}"}) + "\n" for n in range(3)),
-        r"no row of block_size",
+        r"less than one row of block_size",
     ),
 }
 
@@ -286,9 +289,9 @@ def test_a_chat_is_told_whatever_the_column_and_the_verb(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"messages": [{"role": "user", "content": "hi"}], "id": "x"}\n' * 9)
     for column in ("text", "messages"):
         data = TextDataModule(path, text_column=column, cache_dir=str(tmp_path / "cache"))
-        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported yet"):
+        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported"):
             data.setup()
-        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported yet"):
+        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported"):
             tokenize(
                 input=path, tokenizer="train:300", block_size=8, out=str(tmp_path / "out"), text_column=column
             )
@@ -331,9 +334,9 @@ def test_every_kind_of_text_column_is_read(tmp_path, kind):
     [
         (pyarrow.nulls(9), r"column text of .* is empty: give documents"),
         (pyarrow.array([None] * 9, pyarrow.string()), r"column text of .* is empty: give documents"),
-        (pyarrow.array([], pyarrow.string()), r"a.parquet holds no rows: give more, or remove it"),
-        ([["a"]] * 9, r"column text of .* holds not only strings: it has no column of text"),
-        ([b"a"] * 9, r"column text of .* holds not only strings"),
+        (pyarrow.array([], pyarrow.string()), r"a.parquet holds no rows: remove it"),
+        ([["a"]] * 9, r"column text of .* holds more than strings: it has no column of text"),
+        ([b"a"] * 9, r"column text of .* holds more than strings"),
     ],
 )
 def test_parquet_without_text(tmp_path, column, says):
@@ -356,7 +359,7 @@ def test_names_are_no_patterns(tmp_path):
 def test_a_link_to_nothing_is_told(tmp_path):
     write(tmp_path, "set/train-0.jsonl", lines())
     (tmp_path / "set/train-1.jsonl").symlink_to("moved.jsonl")
-    with pytest.raises(UserError, match=r"set/train-1.jsonl is a link to nothing: repair or remove it"):
+    with pytest.raises(UserError, match=r"set/train-1.jsonl is a broken link: repair or remove it"):
         TextDataModule(str(tmp_path / "set"))
 
 
@@ -392,7 +395,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, module, cache, why):
     write(tmp_path, "file", "mine")
     cache = str(tmp_path / "cache") if cache == "full" else cache.format(here=tmp_path)
     data = module(tmp_path, cache)
-    says = rf"the cache folder {re.escape(cache)} can't be written \({why}\): make room there, or set data\."
+    says = rf"the cache folder {re.escape(cache)} cannot be written \({why}\): make room there, or set data\."
     with (
         full_disk(0 if why == "File too large" else resource.RLIM_INFINITY),
         pytest.raises(UserError, match=says),
@@ -403,11 +406,11 @@ def test_a_cache_that_cannot_be_written(tmp_path, module, cache, why):
 def test_a_cache_of_the_environment_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("STABLEQAT_CACHE", write(tmp_path, "file", "mine"))
     with pytest.raises(
-        UserError, match=r"file can't be written .*, or set \$STABLEQAT_CACHE to another folder"
+        UserError, match=r"file cannot be written .*, or set \$STABLEQAT_CACHE to another folder"
     ):
         TextDataModule().prepare_data()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/proc/none"))
-    with pytest.raises(UserError, match=r"cache folder /proc/none \(below \$HF_HOME\) can't be written"):
+    with pytest.raises(UserError, match=r"cache folder /proc/none \(below \$HF_HOME\) cannot be written"):
         text_module(tmp_path, None).prepare_data()
 
 
@@ -447,8 +450,8 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch):
         with pytest.raises(UserError) as caught:
             module("someone/nothing").setup()
         assert str(caught.value) == (
-            "someone/nothing is neither a local file or folder nor a data set that the hub gives: "
-            "Couldn't reach 'someone/nothing' on the Hub"
+            "someone/nothing is not found locally or on the Hub (Couldn't reach 'someone/nothing' on the "
+            "Hub): check its name"
         )
 
 
@@ -468,7 +471,7 @@ def test_a_hub_data_set_without_a_train_split(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{}", "can't be loaded from disk or the hub"),
+        ("{}", "cannot be loaded from disk or the Hub"),
         ('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "has no EOS token"),
     ],
 )
@@ -519,7 +522,6 @@ def test_regular_expressions_of_well_known_tokenizers_are_taken(tmp_path, patter
 
 def test_a_regular_expression_that_gives_up_on_a_document_is_told(tmp_path):
     """One that the trial at loading does not find, in every reader of documents."""
-    from tokenizers import Tokenizer
 
     pattern = r"^(\u6f22+)+$"  # of a letter that is not tried
     path = split_by(pattern, tmp_path)
@@ -529,9 +531,9 @@ def test_a_regular_expression_that_gives_up_on_a_document_is_told(tmp_path):
         "set/a.jsonl",
         "".join(json.dumps({"text": "\u6f22" * 99 + f"!{n}"}) + "\n" for n in range(9)),
     )
-    says = "the tokenizer can't encode a document .*: choose another tokenizer"
+    says = "the tokenizer cannot encode a document .*: choose another tokenizer"
     with pytest.raises(UserError, match=says):
-        encode_batch(Tokenizer.from_file(path), ["\u6f22" * 99 + "!"])
+        DocumentEncoder(Path(path).read_text(), 0)(["\u6f22" * 99 + "!"])
     with pytest.raises(UserError, match=says):
         TextDataModule(str(tmp_path / "set"), tokenizer=path, cache_dir=str(tmp_path / "cache")).setup()
     with pytest.raises(UserError, match=says):
@@ -563,23 +565,23 @@ def images(folder, **columns):
         (
             {"label": [0] * 10},
             {"image_column": "label"},
-            r"column label of .* holds no images: set image_column",
+            r"column label of .* does not hold images: set image_column",
         ),
-        ({"label": [0.5] * 10}, {}, r"column label of .* holds no classes"),
-        ({"label": [-1] * 10}, {}, r"column label of .* holds no classes"),
-        ({"label": [[0]] * 10}, {}, r"column label of .* holds no classes"),
-        ({"label": [{"a": 0}] * 10}, {}, r"column label of .* holds no classes"),
-        ({"label": [None] * 10}, {}, r"column label of .* holds no classes"),
-        ({"label": [0, None] * 5}, {}, r"column label of .* holds no classes"),
-        ({"label": ["a", None] * 5}, {}, r"column label of .* holds no classes"),
-        ({"label": [0, 10**9] * 5}, {}, r"column label of .* has label 1000000000, more than there can be"),
-        ({"label": [0, 2**62] * 5}, {}, r"column label of .* has label 4611686018427387904, more than there"),
+        ({"label": [0.5] * 10}, {}, r"column label of .* does not hold classes"),
+        ({"label": [-1] * 10}, {}, r"column label of .* does not hold classes"),
+        ({"label": [[0]] * 10}, {}, r"column label of .* does not hold classes"),
+        ({"label": [{"a": 0}] * 10}, {}, r"column label of .* does not hold classes"),
+        ({"label": [None] * 10}, {}, r"column label of .* does not hold classes"),
+        ({"label": [0, None] * 5}, {}, r"column label of .* does not hold classes"),
+        ({"label": ["a", None] * 5}, {}, r"column label of .* does not hold classes"),
+        ({"label": [0, 10**9] * 5}, {}, r"column label of .* has label 1000000000, too large for a class"),
+        ({"label": [0, 2**62] * 5}, {}, r"column label of .* has label 4611686018427387904, too large"),
         (
             {"label": [0] * 10},
             {"validation_fraction": 0.01},
             r"validation_fraction 0.01 of 10 images holds out none",
         ),
-        ({"label": [0] * 10}, {"auto_augment": "bogus"}, r"auto_augment bogus is no policy of timm"),
+        ({"label": [0] * 10}, {"auto_augment": "bogus"}, r"auto_augment bogus is not a timm policy"),
     ],
 )
 def test_image_columns(tmp_path, columns, options, says):
@@ -600,5 +602,7 @@ def test_a_label_beyond_the_training_classes_is_named(tmp_path):
         table = pyarrow.table({"image": [{"bytes": b"x", "path": None}] * 3, "label": labels})
         pyarrow.parquet.write_table(table, tmp_path / "set" / f"{split}.parquet")
     data = ImageDataModule(str(tmp_path / "set"), validation_fraction=0.5, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"test row 1 of .* has label 2, none of the 2 training classes"):
+    with pytest.raises(
+        UserError, match=r"test row 1 of .* has label 2, which is not one of the 2 training classes"
+    ):
         data.setup()

@@ -96,22 +96,22 @@ def test_a_run_that_ends_with_its_time_declares_no_tokens_in_all(corpora: Path, 
     [
         (
             {"trainer__accumulate_grad_batches": 8},
-            "tokens_per_step 1024 is declared, and a step takes 512: batch_size 1 x block_size 64 x "
+            "tokens_per_step 1024 is declared, but a step takes 512: batch_size 1 x block_size 64 x "
             "1 processes x accumulate_grad_batches 8; change one of them",
         ),
         (
             {"trainer__max_steps": 8},
-            "tokens 8000 is declared, and trainer.max_steps 8 takes 8192: lower max_steps (-1 with "
+            "tokens 8000 is declared, but trainer.max_steps 8 takes 8192: lower max_steps (-1 with "
             "max_epochs 1 ends with the budget), or set repeat: true",
         ),
         (
             {"trainer__max_epochs": 3},
-            "tokens 8000 is declared, and trainer.max_epochs 3 takes 24000: lower max_epochs (1 ends with "
+            "tokens 8000 is declared, but trainer.max_epochs 3 takes 24000: lower max_epochs (1 ends with "
             "the budget), or set repeat: true",
         ),
         (
             {"trainer__max_epochs": -1, "model__lr_scheduler": "null", "trainer__max_time": "00:00:00:01"},
-            "tokens 8000 is declared, and trainer.max_epochs -1 takes more: lower max_epochs (1 ends with "
+            "tokens 8000 is declared, but trainer.max_epochs -1 takes more: lower max_epochs (1 ends with "
             "the budget), or set repeat: true",
         ),
         (

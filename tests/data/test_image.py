@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stableqat.data import ImageDataModule
-from stableqat.data.image import held_out
+from stableqat.data.holdout import held_out_images
 from stableqat.data.order import PAD, EvaluationOrder, Loader
 from stableqat.errors import UserError
 
@@ -76,11 +76,11 @@ def everything(rows):
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.sampled_from([0.1, 0.2, 1 / 3, 0.5]))
 def test_each_class_is_held_out_alike(labels, fraction):
     labels = np.array(labels)
-    mask = held_out(labels, fraction)
+    mask = held_out_images(labels, fraction)
     for label in range(5):
         of_class = mask[labels == label]
         assert of_class.sum() == int(len(of_class) * fraction + 1e-9)
-        assert (held_out(np.zeros(len(of_class), int), fraction) == of_class).all()
+        assert (held_out_images(np.zeros(len(of_class), int), fraction) == of_class).all()
 
 
 class TestDigits:
@@ -206,7 +206,7 @@ def test_an_unreadable_image_is_named(tmp_path, make, workers, end):
     bad.write_bytes(bad.read_bytes()[:end])
     data = make(root, num_workers=workers)
     # Nothing may hold the error, whose traceback keeps the workers.
-    with pytest.raises(UserError, match=f"^{re.escape(str(bad))} is not an image that can be read: [a-z ]+$"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(bad))} is not a readable image: [a-z ]+$"):
         list(data.val_dataloader())
 
 
@@ -223,7 +223,7 @@ class Suicidal:
 def test_the_end_of_a_worker_is_told():
     loader = Loader(Suicidal(), batch_size=None, sampler=EvaluationOrder(8, 2), num_workers=1)
     with pytest.raises(
-        UserError, match=r"^a process that loads batches was ended .*: lower data.num_workers$"
+        UserError, match=r"^a worker process of the data loader died .*: lower data.num_workers$"
     ):
         list(loader)
 
@@ -239,7 +239,7 @@ def test_an_unreadable_row_is_numbered(tmp_path, make):
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
     data = make(path, validation_fraction=0.5)
-    with pytest.raises(UserError, match=r"a.parquet train row 3 is not an image"):
+    with pytest.raises(UserError, match=r"a.parquet train row 3 is not a readable image"):
         list(data.val_dataloader()), list(data.train_dataloader())
 
 
@@ -248,7 +248,7 @@ def test_images_outside_of_class_folders_are_told(tmp_path, make, names):
     for number, name in enumerate(names):
         (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
         picture(number).save(tmp_path / "pets" / name)
-    with pytest.raises(UserError, match=r"pets has images outside of the folders of their classes"):
+    with pytest.raises(UserError, match=r"pets has images outside the folders of their classes"):
         make(tmp_path / "pets")
 
 
@@ -256,7 +256,7 @@ def test_a_class_that_training_lacks_is_told(tmp_path, make, caplog):
     image_folder(tmp_path / "pets", {"cat": 2, "dog": 2}, ("train", "val"))
     image_folder(tmp_path / "pets", {"zebra": 2}, ("val",))
     make(tmp_path / "pets")
-    assert "pets: no training image is of 1 classes of validation: zebra" in caplog.text
+    assert "pets: 1 classes of validation have no training image: zebra" in caplog.text
 
 
 def test_class_folders_are_no_patterns(tmp_path, make):
@@ -273,7 +273,7 @@ def test_a_path_that_is_no_file_is_not_opened(tmp_path, make):
     for number, path in enumerate(paths):
         table = pyarrow.table({"image": [{"bytes": None, "path": path}] * 4, "label": [0, 1] * 2})
         pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet")
-        with pytest.raises(UserError, match=rf"^{re.escape(path)} is no file: repair or remove it"):
+        with pytest.raises(UserError, match=rf"^{re.escape(path)} is not a file: repair or remove it"):
             make(tmp_path / f"{number}.parquet", validation_fraction=0.5)
 
 

@@ -167,7 +167,7 @@ def test_a_batch_whose_step_was_cut_short_is_not_counted():
 
 
 @pytest.mark.parametrize(
-    ("size", "seed", "says"), [(9, 0, "number of training samples an epoch is 8"), (8, 1, "seed is 0")]
+    ("size", "seed", "says"), [(9, 0, "number of training samples per epoch is 8"), (8, 1, "seed is 0")]
 )
 def test_other_data_does_not_resume(size, seed, says):
     state = TrainingLoader(Echo(8), TrainingOrder(8, 2, seed=0)).state_dict()

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stableqat.data import ImageDataModule
-from stableqat.data.base import DataModule
+from stableqat.data.datamodule import DataModule
 
 SIZE, BATCH = 41, 4  # ten steps an epoch, one sample dropped
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sample_documents import document
 
-from stableqat.data import TextDataModule, embedded, packed, text
+from stableqat.data import TextDataModule, embedded, text, text_rows
+from stableqat.data.holdout import document_hash, hash_cutoff
 from stableqat.data.order import PAD
 from stableqat.data.source import TEXT_FORMATS, local_files
 from stableqat.data.tokenizer import EOS, train_bpe
@@ -145,7 +146,7 @@ def test_rows_are_the_documents_less_the_tail(documents, block_size, chunk):
 
     table = pyarrow.table({"input_ids": pyarrow.array(documents, pyarrow.list_(pyarrow.int32()))})
     pieces = pyarrow.Table.from_batches(table.to_batches(max_chunksize=chunk))
-    rows = packed.PackedRows(datasets.Dataset(pieces), block_size)
+    rows = text_rows.PackedRows(datasets.Dataset(pieces), block_size)
     everything = [token for tokens in documents for token in tokens]
     assert rows.num_tokens == len(everything)
     assert len(rows) == len(everything) // block_size
@@ -165,8 +166,11 @@ def test_held_out_documents_are_whole_and_never_trained_on(corpus, documents, ma
         }
 
     train, validation = split_texts("train"), split_texts("validation")
-    assert len(validation & set(documents)) >= 19  # the last one may have lost its tail
-    assert len(train & set(documents)) >= 179
+    held_out = {text for text in documents if document_hash(text) < hash_cutoff(0.1)}
+    assert len(held_out) > 10
+    for split, expected in ((validation, held_out), (train, set(documents) - held_out)):
+        assert split & set(documents) <= expected
+        assert len(split & set(documents)) >= len(expected) - 1  # the last one may have lost its tail
     assert not train & validation - {""}
 
 
@@ -175,14 +179,14 @@ def test_equal_documents_are_held_out_together_and_order_does_not_matter(tmp_pat
     as_jsonl(tmp_path, "once", texts)
     as_jsonl(tmp_path, "twice", [*reversed(texts), *texts])
     once, twice = make(tmp_path / "once.jsonl"), make(tmp_path / "twice.jsonl")
-    cutoffs = {documents.cutoff for data in (once, twice) for documents in data._documents.values()}
+    cutoffs = {each.held_out.cutoff for data in (once, twice) for each in data._documents.values()}
     assert len(cutoffs) == 1
     assert twice.splits["validation"].num_tokens == 2 * once.splits["validation"].num_tokens
 
 
 def test_another_block_size_tokenizes_nothing_again(corpus, make, monkeypatch):
     first = make(corpus)
-    monkeypatch.setattr("stableqat.data.documents._backend", None)  # a call would fail
+    monkeypatch.setattr("stableqat.data.encoder._backend", None)  # a call would fail
     second = make(corpus, block_size=32)
     assert flat(second, "train")[:320] == flat(first, "train")[:320]
 
@@ -209,7 +213,7 @@ def test_a_tokenizer_from_a_folder_or_a_file(corpus, make, tokenizer_folder, tmp
     assert max(flat(data, "train")) < 300
 
 
-def test_a_bpe_is_trained_once_on_the_train_split_alone(corpus, make, monkeypatch):
+def test_a_bpe_is_trained_once_on_the_train_split_alone(corpus, documents, make, monkeypatch):
     trained = []
 
     def spy(texts, vocab_size):
@@ -219,7 +223,7 @@ def test_a_bpe_is_trained_once_on_the_train_split_alone(corpus, make, monkeypatc
     monkeypatch.setattr(text, "train_bpe", spy)
     first, second = (make(corpus, tokenizer=None, vocab_size=320) for _ in range(2))
     assert len(trained) == 1
-    assert len(trained[0]) == 190
+    assert trained[0] == [text for text in documents if document_hash(text) >= hash_cutoff(0.05)]
     assert first.vocab_size == len(first.tokenizer) == 320
     assert flat(first, "train") == flat(second, "train")
     strange = "caf\u00e9 \u4e16\u754c\n\ttab"

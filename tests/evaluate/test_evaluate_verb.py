@@ -362,8 +362,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(what, run, place, tmp_path, 
     copy = shutil.copytree(run, tmp_path / "run")
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace(str(place / "cache"), str(where)))
-    assert f"the cache folder {where} can't be written" in refused(copy)
-    assert f"the cache folder {where} can't be written" in refused(copy, "--split", "train")
+    assert f"the cache folder {where} cannot be written" in refused(copy)
+    assert f"the cache folder {where} cannot be written" in refused(copy, "--split", "train")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", where)
     line = refused(copy, "--data", place / "further.txt")
-    assert f"the cache folder {where} (below $HF_HOME) can't be written" in line
+    assert f"the cache folder {where} (below $HF_HOME) cannot be written" in line

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from stableqat.cli.main import main
 from stableqat.data.embedded import embedded_digits
-from stableqat.data.image import held_out
+from stableqat.data.holdout import held_out_images
 from stableqat.events import read_run
 
 VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -69,7 +69,7 @@ def test_a_run_and_its_export(vit, tmp_path, capsys):
     assert 0.1 < live["top1"] < live["top5"] <= 1
     confusion = np.array(live["confusion"])
     labels = embedded_digits()[1]
-    labels = labels[held_out(labels, 0.2)]
+    labels = labels[held_out_images(labels, 0.2)]
     assert confusion.sum(1).tolist() == np.bincount(labels).tolist()  # a row a true class
     assert np.trace(confusion) / confusion.sum() == pytest.approx(live["top1"])
     assert live["images"] == len(labels)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 import tiny
-from stableqat.data.packed import PackedRows
+from stableqat.data.text_rows import PackedRows
 from stableqat.data.tokenizer import train_bpe
 from stableqat.errors import UserError
 from stableqat.evaluate import text

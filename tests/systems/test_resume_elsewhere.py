@@ -14,7 +14,7 @@ import forked
 import pytest
 import torch
 
-from stableqat.data.prepare.tokenize import tokenize
+from stableqat.data.prepare.command import tokenize
 from stableqat.data.tokenizer import train_bpe
 
 BLOCK, ROWS, STEPS, SAVED = 32, 8, 9, 4

@@ -40,8 +40,8 @@ TOOL_VERBS = {
     "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),
     "export": ("stableqat.export.command", "packed weights for other runtimes, proven equal to the model"),
     "evaluate": ("stableqat.evaluate.command", "perplexity, accuracy and harness tasks of any model"),
-    "data sample": ("stableqat.data.prepare.sample", "draw documents from a corpus, local or on the hub"),
-    "data tokenize": ("stableqat.data.prepare.tokenize", "turn documents into rows of tokens on disk"),
+    "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),
+    "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),
 }
 
 

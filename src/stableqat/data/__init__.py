@@ -1,8 +1,8 @@
-"""The data that models train on: text packed into rows, images with their labels, and how text is prepared.
+"""The data that models train on: text packed into rows, and images with their labels.
 
-Both LightningDataModules serve an embedded default set, local files and the hub's data sets through one
+Both LightningDataModules serve an embedded default set, local files and data sets of the Hub through one
 order of samples that depends on the seed and the position alone, never on the number of processes or workers.
-They are imported when first used, so that the help of `stableqat data` comes at once.
+They are imported on first use, so that the help of `stableqat data` answers at once.
 """
 
 from importlib import import_module

@@ -1,9 +1,9 @@
-"""The embedded sets, which need no network and no file from outside.
+"""The embedded data sets, which need no network and no further files.
 
-Text: English that the running Python carries, its language reference topics (`pydoc_data.topics`) and the
-docstrings of the standard library, a module a document, read from source with `ast`; nothing is imported.
+Text: English that comes with the running Python, its language reference (`pydoc_data.topics`) and the
+docstrings of the standard library, one document per module, read from source with `ast`; nothing is imported.
 Images: scikit-learn's 1,797 handwritten digits of 8x8 pixels. Both are real and small: they show that
-training works, not how well. The text depends on the Python version, so its cache is keyed by it.
+training works, not how well. The text depends on the Python version, and so does the name of its cache.
 """
 
 import ast
@@ -29,7 +29,7 @@ _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-#: How a user takes another cache folder than `cache_root`.
+#: How a user replaces the cache folder `cache_root`.
 CACHE_REMEDY = "set $STABLEQAT_CACHE to another folder"
 
 
@@ -50,13 +50,13 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def stdlib_documents(root: Path | None = None) -> list[str]:
-    """Return the standard library's English: the topics, then one document a module, sorted by path.
+    """Return the standard library's English: the topics, then one document per module, sorted by path.
 
     Args:
         root: folder of the standard library's sources; None takes the running Python's.
 
     Raises:
-        UserError: the sources are not there (a frozen or stripped Python).
+        UserError: there are no sources (a frozen or stripped Python).
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     documents: list[str] = []
@@ -74,7 +74,7 @@ def stdlib_documents(root: Path | None = None) -> list[str]:
     topics = root / "pydoc_data" / "topics.py"
     if not documents or not topics.is_file():
         raise UserError(
-            f"the sources of Python's standard library are not in {root}: name your own text as source"
+            f"{root} does not hold the sources of Python's standard library: name your own text as source"
         )
     tables = (node.value for node in ast.parse(topics.read_bytes()).body if isinstance(node, ast.Assign))
     articles = [text for table in tables for _, text in sorted(ast.literal_eval(table).items())]
@@ -90,7 +90,7 @@ def embedded_text() -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table({"text": stdlib_documents()})
-        # Processes may race here; each writes its own file, and the last move wins over an equal one.
+        # Processes may race here; each writes a file of its own, and the last of equal ones stays.
         with tempfile.TemporaryDirectory(dir=path.parent) as made:
             pyarrow.parquet.write_table(table, f"{made}/{path.name}")
             os.replace(f"{made}/{path.name}", path)
@@ -106,7 +106,7 @@ def embedded_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class DigitsTransform:
-    """Standardises a digit and, in training, shifts it by at most one pixel each way.
+    """Standardises a digit and, in training, shifts it by at most one pixel in each direction.
 
     Args:
         augment: whether to shift.

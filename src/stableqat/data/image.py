@@ -1,8 +1,6 @@
-"""Images for classifiers: the embedded digits, image folders, parquet files and hub data sets.
+"""Images for classifiers: the embedded digits, image folders, parquet files and Hub data sets.
 
-Training images go through timm's augmentation, evaluation images through its resize and centre crop. Every
-random choice is drawn from (seed, epoch, image), so the same run sees the same pixels whatever the workers
-and wherever it resumes. Where a source has no validation split, every k-th image of each class is held out.
+Training images go through timm's augmentation, evaluation images through its resize and centre crop.
 """
 
 import logging
@@ -13,21 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from stableqat.data.base import DataModule, Rows
+from stableqat.data.datamodule import DataModule, Rows
 from stableqat.data.embedded import DIGITS_MEAN, DIGITS_SIZE, DIGITS_STD, DigitsTransform, embedded_digits
-from stableqat.data.order import PAD, Key, sample_rng
-from stableqat.data.picture import look, read
+from stableqat.data.holdout import held_out_images
+from stableqat.data.image_rows import ImageReader, ImageRows
 from stableqat.data.source import IMAGE_FORMATS, load_splits, local_files
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: How evaluation images are resized, cropped and normalised where nothing says otherwise.
+#: How evaluation images are resized, cropped and normalised by default.
 PREPROCESSING: dict[str, Any] = {
     "mean": IMAGENET_MEAN,
     "std": IMAGENET_STD,
@@ -37,133 +34,46 @@ PREPROCESSING: dict[str, Any] = {
 }
 _DIGITS_FRACTION = 0.2
 _MOST_CLASSES = 1_000_000
-#: Headers of a split that are read before training, in a second or two.
-_LOOKED_AT = 20_000
-
-
-def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Return a mask of the held-out samples: in each class, in order, every (1/fraction)-th.
-
-    Args:
-        labels: class of each sample, shape (n,).
-        fraction: share of each class to hold out, in (0, 1).
-    """
-    order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], labels[order], side="left")
-    rank = np.empty(len(labels), np.int64)
-    rank[order] = np.arange(len(labels)) - starts
-    # The small excess keeps 5 * 0.2 and the like on the side of the integer that they mean.
-    return np.floor((rank + 1) * fraction + 1e-9) > np.floor(rank * fraction + 1e-9)
-
-
-class ImageReader:
-    """Opens some of a data set's images by index, upright and in RGB.
-
-    Args:
-        rows: data set whose image column is not decoded.
-        column: that column.
-        chosen: the rows that make this split.
-        source: what the user called the data set, for messages.
-    """
-
-    def __init__(self, rows: "Dataset", column: str, chosen: np.ndarray, source: str):
-        self.rows, self.column, self.chosen, self.source = rows, column, chosen, source
-
-    def __call__(self, index: int) -> "Image":
-        """Return one image, decoded.
-
-        Raises:
-            UserError: it can't be read or is of a kind that is not taken; names the file, or the row.
-        """
-        return read(*self._record(int(self.chosen[index])))
-
-    def look(self) -> None:
-        """Read the headers of images that are files of their own, of very many only every k-th.
-
-        Raises:
-            UserError: one of them is not taken; names the file.
-        """
-        for row in self.chosen[:: len(self.chosen) // _LOOKED_AT + 1].tolist():
-            source, where = self._record(row)
-            if isinstance(source, bytes):
-                return
-            look(source, where)
-
-    def _record(self, row: int) -> tuple[bytes | str, str]:
-        """Return the bytes or the path of a row's image, and what messages call it."""
-        record = self.rows[row][self.column] or {}
-        content, path = record.get("bytes"), record.get("path")
-        if isinstance(path, str) and not content:
-            return path, path
-        return content or b"", f"{self.source} row {row}"
-
-
-class ImageRows:
-    """Images and labels by key.
-
-    Args:
-        read: index -> image.
-        labels: class of each image, shape (n,).
-        transform: image -> tensor of shape (channels, height, width); may draw from the global generators.
-    """
-
-    def __init__(
-        self, read: Callable[[int], Any], labels: np.ndarray, transform: Callable[[Any], torch.Tensor]
-    ):
-        self.read, self.labels, self.transform = read, labels, transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]:
-        images, labels = [], []
-        for seed, epoch, index in keys:
-            image = self.read(max(index, 0))
-            with sample_rng(seed, epoch, max(index, 0)):
-                images.append(self.transform(image))
-            labels.append(-100 if index == PAD else int(self.labels[index]))
-        return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
 
 
 class ImageDataModule(DataModule):
     """Images for classifiers, as `pixel_values` (batch, channels, size, size) and `labels` (batch,).
 
     Args:
-        source: an image folder (a folder a class), a parquet file or folder with an image column, or a hub
-            name; null takes the embedded digits. Images are PNG, JPEG, WebP, BMP, TIFF or GIF, of 8 or 16
+        source: an image folder (one folder per class), a parquet file or folder with an image column, or a
+            Hub name; null takes the embedded digits. Images are PNG, JPEG, WebP, BMP, TIFF or GIF, of 8 or 16
             bits, or TIFF in floating point within [0, 1]. In a folder, parquet files whose names start with
             train, validation (valid, val, dev) or test, or folders named so, make the splits.
-        name: configuration of a hub data set.
+        name: configuration of a Hub data set.
         image_column: the column of images; null takes the one that holds images.
         label_column: the column of classes; null takes the one that holds class labels, or is named label.
         image_size: height and width in pixels; null takes the model's on the command line, otherwise 8 for
-            the digits and 224 for others. A model that is not told its size takes this one.
-        batch_size: images a step and process.
+            the digits and 224 for others. A model without a size of its own takes this one.
+        batch_size: images per step and process.
         validation_fraction: share of each class held out where the source has no validation split; the digits
             hold out every fifth image.
         augment: augment training images: the digits are shifted by at most a pixel, others get the timm
             options below.
         scale: smallest and largest share of the image's area that a random crop takes.
         hflip: probability of a horizontal flip.
-        color_jitter: strength of changes of brightness, contrast and saturation; auto_augment takes its
-            place.
+        color_jitter: strength of changes of brightness, contrast and saturation; auto_augment replaces it.
         auto_augment: timm policy, for example rand-m9-mstd0.5-inc1; null for none.
         re_prob: probability of erasing a random rectangle.
         crop_pct: share of the image that evaluation's centre crop keeps. null takes, here and in the next
             four, what the model was trained with on the command line, and otherwise ImageNet's usual: 0.875.
         crop_mode: timm's center, squash or border; null: center.
         interpolation: how images are resized: bicubic, bilinear or nearest; null: bicubic.
-        mean: mean of each channel that is subtracted, for pixels in [0, 1]; the digits have their own.
-        std: standard deviation of each channel that is divided by; the digits have their own.
+        mean: mean to subtract from each channel, for pixels in [0, 1]; the digits have their own.
+        std: standard deviation to divide each channel by; the digits have their own.
         num_workers: processes that load batches ahead; 0 loads in the training process.
         seed: decides the order and the augmentation; null takes the run's seed (seed_everything).
-        cache_dir: where prepared data is kept; null takes the default folder of `datasets`.
+        cache_dir: folder for prepared data; null takes the default folder of `datasets`.
 
     Raises:
-        UserError: a value out of range, a missing, empty or cut-short file.
+        UserError: a value is out of range, or a file is missing, empty or cut short.
     """
 
-    training: ClassVar[bool] = True  # needs a train split, and holds out a share where none validates
+    training: ClassVar[bool] = True  # needs a train split, and holds out a share without a validation split
 
     def __init__(
         self,
@@ -202,7 +112,7 @@ class ImageDataModule(DataModule):
                 f"scale {list(scale)} must be two rising shares of the area, above 0 and at most 1"
             )
         if crop_pct is not None and not 0 < crop_pct <= 1:
-            raise UserError(f"crop_pct {crop_pct} must lie above 0 and at most at 1")
+            raise UserError(f"crop_pct {crop_pct} must be above 0 and at most 1")
         if interpolation not in ("bicubic", "bilinear", "nearest", None):
             raise UserError(f"interpolation {interpolation} must be bicubic, bilinear or nearest")
         for key, probability in (("hflip", hflip), ("re_prob", re_prob)):
@@ -234,10 +144,10 @@ class ImageDataModule(DataModule):
 
     @classmethod
     def evaluation_settings(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return how evaluation images are resized and normalised, as timm's `pretrained_cfg` has it.
+        """Return how evaluation images are resized and normalised, in the form of timm's `pretrained_cfg`.
 
         Args:
-            arguments: those of a data module, whose data may be gone.
+            arguments: those of a data module; its data need not exist.
         """
         settings = {
             key: usual if (given := arguments.get(key)) is None else given
@@ -263,7 +173,7 @@ class ImageDataModule(DataModule):
             return create_transform(size, is_training=training, **prepared, **own)
         except (AssertionError, ValueError, KeyError) as error:
             raise UserError(
-                f"auto_augment {self._augmentation['auto_augment']} is no policy of timm: {error}"
+                f"auto_augment {self._augmentation['auto_augment']} is not a timm policy: {error}"
             ) from error
 
     @cached_property
@@ -293,12 +203,14 @@ class ImageDataModule(DataModule):
 
         self.image_column = find(self.image_column, "image", holds_images)
         if not holds_images(self.image_column):
-            raise UserError(f"column {self.image_column} of {self.source} holds no images: set image_column")
+            raise UserError(
+                f"column {self.image_column} of {self.source} does not hold images: set image_column"
+            )
         labelled = any(isinstance(feature, ClassLabel) for feature in features.values())
         if not (labelled or "label" in features) and self._builder == "imagefolder":
             raise UserError(
-                f"{self.source} has images outside of the folders of their classes, or one class only: put "
-                "each into the folder of its class, such as cat/1.png and dog/2.png, all equally deep"
+                f"{self.source} has images outside the folders of their classes, or only one class: put each "
+                "into the folder of its class, such as cat/1.png and dog/2.png, all equally deep"
             )
         self.label_column = find(
             self.label_column,
@@ -329,10 +241,12 @@ class ImageDataModule(DataModule):
                 if max(values) < _MOST_CLASSES:
                     return [str(label) for label in range(max(values) + 1)]
                 raise UserError(
-                    f"column {self.label_column} of {self.source} has label {max(values)}, more than there "
-                    "can be classes: number them from 0, or set label_column"
+                    f"column {self.label_column} of {self.source} has label {max(values)}, too large for a "
+                    "class: number classes from 0, or set label_column"
                 )
-        raise UserError(f"column {self.label_column} of {self.source} holds no classes: set label_column")
+        raise UserError(
+            f"column {self.label_column} of {self.source} does not hold classes: set label_column"
+        )
 
     @property
     def num_classes(self) -> int:
@@ -347,7 +261,7 @@ class ImageDataModule(DataModule):
         for row, label in enumerate(labels):
             if label is None or not 0 <= label < self.num_classes:
                 raise UserError(
-                    f"{split} row {row} of {self.source} has label {values[row]}, none of the "
+                    f"{split} row {row} of {self.source} has label {values[row]}, which is not one of the "
                     f"{self.num_classes} training classes: repair or remove it"
                 )
         return np.array(labels, np.int64)
@@ -367,7 +281,7 @@ class ImageDataModule(DataModule):
         """
         if self.source is None:
             pixels, classes = embedded_digits()
-            held = held_out(classes, _DIGITS_FRACTION)
+            held = held_out_images(classes, _DIGITS_FRACTION)
             return {
                 "train": ImageRows(pixels[~held].__getitem__, classes[~held], DigitsTransform(self.augment)),
                 "validation": ImageRows(pixels[held].__getitem__, classes[held], DigitsTransform(False)),
@@ -378,16 +292,16 @@ class ImageDataModule(DataModule):
             if unseen := set(labels[split].tolist()) - set(labels["train"].tolist()):
                 names = ", ".join(self.class_names[label] for label in sorted(unseen)[:10])
                 log.warning(
-                    "%s: no training image is of %d classes of %s: %s", self.source, len(unseen), split, names
+                    "%s: %d classes of %s have no training image: %s", self.source, len(unseen), split, names
                 )
         # Split -> the split of the source it comes from, and its rows there.
         chosen = {split: (split, np.arange(len(labels[split]))) for split in labels}
         if self.training and "validation" not in labels:
-            held = held_out(labels["train"], self.validation_fraction)
+            held = held_out_images(labels["train"], self.validation_fraction)
             if not held.any():
                 raise UserError(
                     f"validation_fraction {self.validation_fraction} of {len(held)} images holds out none: "
-                    "raise it or give a validation split"
+                    "raise it or add a validation split"
                 )
             chosen["train"] = "train", np.flatnonzero(~held)
             chosen["validation"] = "train", np.flatnonzero(held)

@@ -1,9 +1,9 @@
 """A mixture: which row of which source is the i-th of an epoch, a pure function of (seed, epoch, i).
 
-The sources take turns in a fixed pattern that repeats: of any first p rows, source s has its share w_s * p to
-less than one row (Tijdeman's bound for the chairman assignment problem, Discrete Math. 32, 1980). Each source
-is visited in permutations of its own; where an epoch asks for more rows than a source has, the source goes
-round again in a new one. Nothing is copied: an epoch is an array of indices into the sources laid end to end.
+The sources take turns in a fixed pattern that repeats: among the first p rows, source s has its share w_s * p
+to within one row (Tijdeman's bound for the chairman assignment problem, Discrete Math. 32, 1980). Each source
+is visited in permutations of its own; where an epoch needs more rows than a source has, the source starts
+over in a new one. Nothing is copied: an epoch is an array of indices into the sources laid end to end.
 """
 
 import math
@@ -17,18 +17,17 @@ import numpy as np
 def permutation(size: int, seed: int, visit: int, source: int = 0) -> np.ndarray:
     """Return the order in which visit `visit` goes through the `size` rows of a source.
 
-    Sorting raw Philox output, whose stream NumPy guarantees for good, makes the order independent of
-    versions.
+    Sorting raw Philox output, whose stream NumPy guarantees, makes the order independent of versions.
     """
     key = np.array([seed, source << 32 | visit], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
 
 
 def interleaving(shares: Sequence[int], length: int) -> np.ndarray:
-    """Return the source of each of the first `length` rows of a mixture, none off its share by a row.
+    """Return the source of each of the first `length` rows of a mixture, none off its share by one row.
 
     Row j of source s must come between the first p at which w_s * p - j >= e and the one after the last at
-    which w_s * p - j <= 1 - e, with e = 1 / (2n - 2). Earliest deadline first meets all of these windows.
+    which w_s * p - j <= 1 - e, with e = 1 / (2n - 2). Earliest deadline first meets all these windows.
     """
     total, sources = sum(shares), range(len(shares))
     if len(shares) == 1:
@@ -71,11 +70,11 @@ class Mixture:
         self.size = self._without_repetition() if size is None else size
 
     def _without_repetition(self) -> int:
-        """Return the rows of the longest epoch in which no source goes round again."""
+        """Return the rows of the longest epoch in which no source starts over."""
         period = sum(self.shares)
         rounds = min(rows // share for rows, share in zip(self.rows, self.shares, strict=True))
         left = [rows - rounds * share for rows, share in zip(self.rows, self.shares, strict=True)]
-        # By here some source must have exceeded what is left of it.
+        # By this row some source has exceeded what is left of it.
         enough = min(-(-(n + 2) * period // share) for n, share in zip(left, self.shares, strict=True))
         pattern = interleaving(self.shares, min(period, enough))
         ends = [np.flatnonzero(pattern == s)[n : n + 1] for s, n in enumerate(left)]
@@ -93,7 +92,7 @@ class Mixture:
         return [rounds * share + int(n) for share, n in zip(self.shares, begun, strict=True)]
 
     def first(self, size: int) -> "Mixture":
-        """Return a mixture whose epochs go through the first rows of each source only, `size` in all."""
+        """Return a mixture whose epochs visit only the first rows of each source, `size` in all."""
         some = Mixture(self.rows, self.shares, size)
         some.rows = [min(rows, count) for rows, count in zip(self.rows, some.counts, strict=True)]
         return some

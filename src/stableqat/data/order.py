@@ -1,13 +1,13 @@
-"""The order of samples: a pure function of (seed, position), shared out over processes, resumed exactly.
+"""The order of samples: a pure function of (seed, position), divided among processes, resumed exactly.
 
 Training is one endless stream. Epoch e visits the samples in an order drawn from (seed, e); a step takes the
-next batch_size * world_size of them, and process r takes every world_size-th from the r-th on, so that any
-number of processes sees the same samples a step. An iterator goes on where the last batch handed out ended,
+next batch_size * world_size of them, and process r takes every world_size-th, starting with the r-th, so that
+any number of processes sees the same samples per step. An iterator continues after the last batch handed out,
 across Lightning's epochs and across a resume: the whole state is (epoch, samples consumed by all processes).
-So a run goes on with the very next samples on any number of processes; if the samples a step stay the same,
-its steps are those of the undisturbed run, and if not, the order still is, but for the samples at an epoch's
-end that fill no step. Evaluation visits every sample once; a process that would be short of a batch gets one
-of padding, because sharded forwards are collectives.
+So a run resumes with the very next samples on any number of processes. With as many samples per step, its
+steps are those of an uninterrupted run; otherwise the order still is, except for the samples at the end of an
+epoch that fill no step. Evaluation visits every sample once; a process that runs out of batches gets one of
+padding, because sharded forwards are collectives.
 """
 
 import random
@@ -25,14 +25,13 @@ from stableqat.errors import UserError
 #: The index of a padding row, whose labels are all ignored.
 PAD = -1
 
-#: What a dataset is asked for: the seed and the epoch (which decide its augmentation) and the index of a
-#: sample.
+#: What a dataset maps to a sample: the seed and the epoch, which decide its augmentation, and its index.
 Key = tuple[int, int, int]
 
-#: What the training stream is drawn from, in a user's words.
+#: What the training stream is drawn from, in the user's words.
 _ORIGIN = {
     "seed": "data seed",
-    "size": "number of training samples an epoch",
+    "size": "number of training samples per epoch",
     "shares": "ratio of sources",
     "rows": "number of samples of each source",
 }
@@ -40,7 +39,7 @@ _ORIGIN = {
 
 @contextmanager
 def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators for one sample and restore them afterwards."""
+    """Seed the CPU generators of Python, NumPy and torch for one sample, and restore them afterwards."""
     generator = torch.default_generator
     state = random.getstate(), np.random.get_state(), generator.get_state()
     words = np.random.SeedSequence([seed, epoch, index]).generate_state(4)
@@ -55,14 +54,14 @@ def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
         generator.set_state(state[2])
 
 
-# Lightning's overfit_batches replaces every sampler that is not a SequentialSampler by one that knows no
-# keys; these two go through their positions in sequence, so the name is no lie.
+# Lightning's overfit_batches replaces any sampler that is not a SequentialSampler with one that does not know
+# keys; these two do visit their positions in sequence.
 class TrainingOrder(SequentialSampler):
-    """One process's share of the endless training stream, in batches of keys, one epoch's worth an iterator.
+    """One process's share of the endless training stream, in batches of keys; an iterator yields one epoch.
 
     Args:
         mixture: what an epoch visits; its last incomplete global batch is dropped.
-        batch_size: samples a step and process.
+        batch_size: samples per step and process.
         seed: decides the order.
         rank: this process among those that read different data.
         world_size: number of such processes.
@@ -101,11 +100,11 @@ class TrainingOrder(SequentialSampler):
 
 
 class EvaluationOrder(SequentialSampler):
-    """One process's share of every sample once, in order, in the same number of batches on each process.
+    """One process's share of all samples, each once and in order, in equally many batches per process.
 
     Args:
         size: number of samples.
-        batch_size: samples a batch and process.
+        batch_size: samples per batch and process.
         rank: this process among those that read different data.
         world_size: number of such processes.
     """
@@ -124,34 +123,34 @@ class EvaluationOrder(SequentialSampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader that keeps a user's error, or the end of a worker, to one line."""
+    """A DataLoader that reports a user's error, or the death of a worker, in one line."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             yield from super().__iter__()
         except UserError as error:
             *_, line = str(error).strip().splitlines()
-            # Its traceback ends in torch's frame that holds it: a cycle that would keep the workers alive.
+            # Its traceback ends in a frame of torch that holds it: a cycle that would keep the workers alive.
             cause = error.with_traceback(None)
             raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from cause
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
-                "a process that loads batches was ended (for memory?): lower data.num_workers"
+                "a worker process of the data loader died (out of memory?): lower data.num_workers"
             ) from error
 
 
 class TrainingLoader(Loader):
     """A loader over a `TrainingOrder` that saves and restores its place in the stream.
 
-    Batches that workers fetched ahead do not count: only what was handed out does, less the batch whose
-    training step `unfinished` reports as cut short.
+    Only batches handed out count, not those that workers have prefetched, nor the last one if `unfinished`
+    reports that its training step was cut short.
 
     Args:
         dataset: maps a list of keys to a batch.
         order: the stream of lists of keys.
-        unfinished: whether the step on the last batch handed out has yet to finish.
+        unfinished: whether the step on the last batch handed out is unfinished.
         **kwargs: DataLoader's arguments.
     """
 
@@ -175,7 +174,7 @@ class TrainingLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the stream, in samples of all processes, and what the stream was drawn from."""
+        """Return the place in the stream, in samples of all processes, and what the stream is drawn from."""
         epoch, consumed = self._previous if self.unfinished() else self.order.position
         place = {"epoch": epoch, "consumed": consumed, "global_batch": self.order.global_batch}
         return {**place, **self._origin()}

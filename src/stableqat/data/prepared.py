@@ -1,16 +1,101 @@
-"""What `stableqat data` wrote, checked and opened: a tokenized set from its memory map, nothing is copied."""
+"""What `stableqat data` writes, as it lies on disk: a manifest, shards, and how a tokenized set is opened.
 
+A tokenized set is read from its memory map; nothing is copied.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from stableqat.data.prepare.output import MANIFEST, Shard, read_field, read_manifest, read_shards
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MANIFEST = "manifest.json"
 #: What manifests call a tokenized set and a sample.
-KIND, SAMPLE = "tokenized set", "sample"
+TOKENIZED, SAMPLE = "tokenized set", "sample"
+_TYPES: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", int: "a number"}
+V = TypeVar("V")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a folder that `stableqat data` wrote, or None for any other folder."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return manifest if isinstance(manifest, dict) and "kind" in manifest else None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a finished output, as the manifest describes it."""
+
+    path: Path
+    size: int
+    sha256: str
+
+    def check_size(self) -> None:
+        """Raise UserError if the file is missing or was cut short."""
+        if not self.path.is_file() or self.path.stat().st_size != self.size:
+            raise UserError(f"{self.path} is missing or does not have its {self.size} bytes: copy it again")
+
+    def check_content(self) -> None:
+        """Raise UserError if a byte of the file has changed; reads a file again only after it was written."""
+        self.check_size()
+        if _sha256(self.path.resolve(), self.path.stat().st_mtime_ns) != self.sha256:
+            raise UserError(
+                f"{self.path} is damaged (its SHA-256 is not the manifest's): copy it again, or make the set "
+                "again"
+            )
+
+
+@cache
+def _sha256(path: Path, modified: int) -> str:
+    """Return the SHA-256 of a file that was last written at that time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_field(folder: Path, manifest: dict[str, Any], kind: type[V], *keys: str | int) -> V:
+    """Return what a folder's manifest says under some keys, each inside of the one before.
+
+    Raises:
+        UserError: nothing, or something of another type; names the key.
+    """
+    value: Any = manifest
+    try:
+        for key in keys:
+            value = value[key]
+    except (LookupError, TypeError):
+        value = None
+    if type(value) is not kind or not value:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({'.'.join(map(str, keys))} is not {_TYPES[kind]}): "
+            "copy it again, or make the set again"
+        )
+    return value
+
+
+def read_shards(folder: Path, manifest: dict[str, Any]) -> dict[str, list[Shard]]:
+    """Return the shards of each split of a finished output.
+
+    Raises:
+        UserError: the manifest lacks one of their fields; names it.
+    """
+    found: dict[str, list[Shard]] = {}
+    for split in read_field(folder, manifest, dict, "splits"):
+        found[split] = []
+        for number in range(len(read_field(folder, manifest, list, "splits", split, "shards"))):
+            at = "splits", split, "shards", number
+            name = Path(read_field(folder, manifest, str, *at, "file")).name
+            size = read_field(folder, manifest, int, *at, "bytes")
+            found[split].append(Shard(folder / name, size, read_field(folder, manifest, str, *at, "sha256")))
+    return found
 
 
 def prepared_manifest(source: str) -> dict[str, Any] | None:
@@ -24,9 +109,9 @@ def prepared_manifest(source: str) -> dict[str, Any] | None:
     if manifest is None and folder.is_dir() and next(folder.glob("*.arrow"), None):
         raise UserError(
             f"{folder} holds Arrow files without the manifest of `stableqat data tokenize`: copy its "
-            f"{MANIFEST} again, or give the text"
+            f"{MANIFEST} again, or name the text"
         )
-    if manifest is None or manifest["kind"] != KIND:
+    if manifest is None or manifest["kind"] != TOKENIZED:
         return None
     read_field(folder, manifest, str, "tokenizer_sha256")
     shards = read_shards(folder, manifest)
@@ -38,13 +123,13 @@ def prepared_manifest(source: str) -> dict[str, Any] | None:
 
 
 def check_content(source: str) -> None:
-    """Compare the files that `stableqat data` wrote with the manifest's SHA-256; of other sources, none.
+    """Compare the files that `stableqat data` wrote with the SHA-256 of their manifest; skip other sources.
 
     Raises:
         UserError: a shard is damaged; names it.
     """
     folder = Path(source).expanduser()
-    if (manifest := read_manifest(folder)) is not None and manifest["kind"] in (KIND, SAMPLE):
+    if (manifest := read_manifest(folder)) is not None and manifest["kind"] in (TOKENIZED, SAMPLE):
         for shard in (shard for some in read_shards(folder, manifest).values() for shard in some):
             shard.check_content()
 
@@ -62,9 +147,9 @@ def prepared_splits(source: str, manifest: dict[str, Any]) -> dict[str, "Dataset
             opened = Dataset.from_file(str(shard.path))
             if opened.features["input_ids"].feature.dtype == "int32":
                 return opened
-        except Exception as error:  # pyarrow's and `datasets`' are of many classes
-            raise UserError(f"{shard.path} can't be read as rows of tokens: copy it again") from error
-        raise UserError(f"{shard.path} holds no rows of tokens: tokenize again")
+        except Exception as error:  # pyarrow and `datasets` raise many classes
+            raise UserError(f"{shard.path} cannot be read as rows of tokens: copy it again") from error
+        raise UserError(f"{shard.path} does not hold rows of tokens: tokenize again")
 
     shards = read_shards(Path(source).expanduser(), manifest)
     return {split: concatenate_datasets([rows(shard) for shard in some]) for split, some in shards.items()}

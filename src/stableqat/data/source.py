@@ -1,6 +1,6 @@
-"""From a name to splits: a local file, a folder, or a data set of the hub, read by `datasets`.
+"""From a name to splits: a local file, a folder, or a data set of the Hub, read by `datasets`.
 
-What is wrong with them, or with the cache that holds what was read, is told in one line.
+Whatever is wrong with them, or with the cache of `datasets`, becomes an error of one line.
 """
 
 import errno
@@ -13,8 +13,8 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableqat.data.files import check, file_format, find_crash, find_damage
-from stableqat.errors import UserError
+from stableqat.data.damage import check, file_format, find_crash, find_damage
+from stableqat.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,8 +31,8 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 SPLITS |= {"dev": "validation", "test": "test"}
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LISTED = 12  # names that a line can hold
-#: Columns of chats, and of pairs of a request and its answer.
+_LISTED = 12  # names that fit a line
+#: Columns of chats, and of pairs of a request and an answer.
 _CHATS: list[tuple[str, ...]] = [("messages",), ("conversations",), ("conversation",), ("dialog",), ("chat",)]
 _CHATS += [
     (request, answer)
@@ -42,10 +42,10 @@ _CHATS += [
 
 
 def _split(path: Path) -> str | None:
-    """Return the split that a path inside a folder names: a folder in full, a data file by how it starts.
+    """Return the split that a path inside a folder names: by a folder's whole name, or how a file's begins.
 
-    Single images take it from their folders alone, because they, and their classes' folders, may be called
-    anything.
+    Single images take it from their folders alone, because they and the folders of their classes may have any
+    name.
     """
     for folder in path.parts[:-1]:
         if split := SPLITS.get(folder.lower()):
@@ -59,15 +59,15 @@ def _split(path: Path) -> str | None:
 def local_files(
     source: str, formats: dict[str, str], *, training: bool = True
 ) -> tuple[str, dict[str, list[Path]]] | None:
-    """Return the builder and the files a split of a local source, or None for the name of a hub data set.
+    """Return the builder and the files per split of a local source, or None for the name of a Hub data set.
 
     Args:
-        source: path of a file or a folder, or a hub name.
+        source: path of a file or a folder, or a Hub name.
         formats: file suffix -> builder.
         training: a folder that names splits must name train among them.
 
     Raises:
-        UserError: nothing there, no file of these formats, several formats, an empty or cut-short file.
+        UserError: there is no file of these formats, several formats, or an empty or cut-short file.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -80,7 +80,7 @@ def local_files(
             if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(path).parts)
         ]
         if lost := next((p for p in found if p.is_symlink() and not p.exists()), None):
-            raise UserError(f"{lost} is a link to nothing: repair or remove it")
+            raise UserError(f"{lost} is a broken link: repair or remove it")
         found = [p for p in found if p.is_file()]
         splits = {}
         for file in found:
@@ -89,7 +89,7 @@ def local_files(
         if not splits:
             splits = {"train": unnamed}
         elif unnamed:
-            log.info("%s: %d files belong to no split and are left out", source, len(unnamed))
+            log.info("%s: leaving out %d files whose names say no split", source, len(unnamed))
         if not found:
             raise UserError(f"no data file in {source}: expected {', '.join(sorted(formats))}")
         if training and "train" not in splits:
@@ -105,7 +105,7 @@ def local_files(
     builders = {formats[file_format(file)] for file in files}
     if len(builders) > 1:
         names = ", ".join(sorted({file_format(file) for file in files}))
-        raise UserError(f"{source} mixes file formats ({names}): keep one format a folder")
+        raise UserError(f"{source} mixes file formats ({names}): keep one format per folder")
     return builders.pop(), splits
 
 
@@ -121,15 +121,16 @@ def load_splits(
     """Return the splits of a source, prepared by `datasets` and mapped from its cache.
 
     Args:
-        source: path of a file or a folder, or a hub name.
-        name: configuration of a hub data set.
+        source: path of a file or a folder, or a Hub name.
+        name: configuration of a Hub data set.
         formats: file suffix -> builder.
-        cache_dir: where `datasets` keeps prepared data; None takes its own default.
+        cache_dir: where `datasets` caches prepared data; None takes its default.
         training: train must be among the splits.
         **options: builder name -> that builder's arguments.
 
     Raises:
-        UserError: the source can't be found, reached or read; names the file, and the line of broken JSON.
+        UserError: the source is not found, out of reach or not readable; names the file, and the line of
+            broken JSON.
     """
     import datasets
 
@@ -141,10 +142,7 @@ def load_splits(
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"{source} is neither a local file or folder nor a data set that the hub gives: {reason}"
-            ) from error
+            raise not_found(source, error) from error
         splits = {SPLITS[key]: rows for key, rows in found.items() if key in SPLITS}
         if not splits or (training and "train" not in splits):
             wanted = "train split" if training else "train, validation or test split"
@@ -176,25 +174,31 @@ def load_splits(
             error, (datasets.exceptions.DatasetsError, ValueError, StopIteration, RecursionError)
         ):
             raise
-        reason = (str(error.__cause__ or error).strip() or "no rows").splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if reason.startswith("Couldn't cast"):
             raise UserError(
                 f"the documents of {source} differ in their columns: give all the same, or read them with "
-                "stableqat data tokenize, which needs no others than the text"
+                "stableqat data tokenize, which needs the text only"
             ) from error
-        reason = "it holds no rows" if "corresponds to no data" in reason else reason
-        raise UserError(f"{source} can't be read as {kind}: {reason}") from error
+        if "corresponds to no data" in reason or reason == "StopIteration":
+            reason = "it holds no rows"
+        raise UserError(f"{source} cannot be read as {kind} ({reason}): repair it") from error
+
+
+def not_found(source: str, error: Exception) -> UserError:
+    """Return the error of a source that the Hub does not serve either, with the reason."""
+    return UserError(f"{source} is not found locally or on the Hub ({first_line(error)}): check its name")
 
 
 @contextmanager
 def caching(
     cache_dir: str | Path | None, remedy: str = "set data.cache_dir to another folder"
 ) -> Iterator[None]:
-    """Tell a cache folder that can't be written in one line.
+    """Report a cache folder that cannot be written in one line.
 
     Args:
-        cache_dir: the folder; None means the default one of `datasets`.
-        remedy: how to take another one.
+        cache_dir: the folder; None means the default of `datasets`.
+        remedy: how to choose another one.
 
     Raises:
         UserError: instead of the system's error.
@@ -213,12 +217,12 @@ def caching(
         where = cache_dir or f"{HF_DATASETS_CACHE} (below $HF_HOME)"
         why = os.strerror(getattr(found, "errno", None) or errno.ENOSPC)
         raise UserError(
-            f"the cache folder {where} can't be written ({why}): make room there, or {remedy}"
+            f"the cache folder {where} cannot be written ({why}): make room there, or {remedy}"
         ) from error
 
 
 def _says(error: BaseException, folder: Path) -> bool:
-    """Whether an error is the system's, of writing in or making a folder."""
+    """Whether the system raised an error over writing in, or making, a folder."""
     if not isinstance(error, OSError):
         return False
     if error.errno is None:  # of `datasets`
@@ -235,28 +239,28 @@ def _listed(names: Collection[str]) -> str:
 
 
 def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError:
-    """Return the error of a text column that is missing or holds something else than text.
+    """Return the error of a text column that is missing or holds something other than text.
 
     Args:
         where: the file or the source.
-        column: the text column that was wanted.
+        column: the text column that is wanted.
         columns: each column, and whether it holds text.
     """
     texts = _listed([name for name, is_text in columns.items() if is_text])
     if chat := next((chat for chat in _CHATS if columns.keys() >= set(chat)), None):
         kind = f"{'chats' if len(chat) == 1 else 'pairs'} (in {' and '.join(chat)})"
         return UserError(
-            f"{where} holds {kind}, which are not supported yet: write each as one text, and set text_column "
-            f"to its column (columns of text: {texts or 'none'})"
+            f"{where} holds {kind}, which are not supported: write each as one text, and set text_column to "
+            f"its column (columns of text: {texts or 'none'})"
         )
     remedy = f"set text_column to a column of text ({texts})" if texts else "it has no column of text"
     if column not in columns:
         return UserError(f"{where} has no column {column} (it has {_listed(columns)}): {remedy}")
-    return UserError(f"column {column} of {where} holds not only strings: {remedy}")
+    return UserError(f"column {column} of {where} holds more than strings: {remedy}")
 
 
 def find_fault(source: str, formats: dict[str, str]) -> str | None:
-    """Return what is wrong with the first broken file of a source, or None where nothing is found."""
+    """Return what is wrong with the first broken file of a source, or None."""
     if (local := local_files(source, formats, training=False)) is None:
         return None
     faults = (find_damage(path, local[0]) for paths in local[1].values() for path in paths)

@@ -2,7 +2,7 @@
 
 Raw text is tokenized once, each document ended by EOS; a tokenized set is read as it is. An epoch is the
 whole of one source, what the scarcest source of a mixture allows, or a budget of tokens. The sources of a
-mixture take turns, so that the ratio holds at any moment of the training and not only at its end.
+mixture take turns, so that the ratio holds at every moment of the training and not only at its end.
 """
 
 import hashlib
@@ -14,15 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableqat.data.base import DataModule, Rows
-from stableqat.data.budget import token_count
+from stableqat.data.budget import Budget
+from stableqat.data.datamodule import DataModule, Rows
 from stableqat.data.documents import Documents
 from stableqat.data.embedded import CACHE_REMEDY, cache_root, embedded_text
+from stableqat.data.encoder import DocumentEncoder
 from stableqat.data.mixture import Mixture
 from stableqat.data.order import TrainingLoader
-from stableqat.data.packed import MixedRows, PackedRows
 from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
 from stableqat.data.source import TEXT_FORMATS, caching, local_files
+from stableqat.data.text_rows import MixedRows, PackedRows
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
     EOS,
@@ -37,10 +38,9 @@ from stableqat.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerFast
 
-#: More text than this hardly moves a BPE's merges.
+#: More text than this hardly changes a BPE's merges.
 _BPE_MAX_BYTES = 100_000_000
 
 
@@ -48,34 +48,35 @@ class TextDataModule(DataModule):
     """Rows of tokens for language models: `input_ids` and (unshifted) `labels`, (batch, block_size).
 
     Args:
-        source: a file or folder of jsonl, json, parquet or txt (.zst, .gz, .bz2, .xz too), or a hub name;
+        source: a file or folder of jsonl, json, parquet or txt (.zst, .gz, .bz2, .xz too), or a Hub name;
             null takes the embedded text. In a folder, files whose names start with train, validation (valid,
             val, dev) or test, or folders named so, make the splits. A txt file is one document. A folder that
             `data tokenize` wrote is read as it is, with its tokenizer and any block_size. A mapping such as
             {data/slim: 1, data/edu: 1} mixes sources at these ratios of tokens; its validation split holds
             all of theirs.
-        tokens: training tokens of an epoch, such as 300000, 20M or 1.5B; null takes all, of a mixture as many
+        tokens: training tokens per epoch, such as 300000, 20M or 1.5B; null takes all, of a mixture as many
             as its scarcest source allows.
-        tokens_per_step: declared tokens of an optimizer step, of all processes and accumulated batches; a run
+        tokens_per_step: declared tokens per optimizer step, over all processes and accumulated batches; a run
             that takes another number is refused. null declares nothing.
-        repeat: let a source that has fewer tokens than its share of the budget go round again, and a run
-            take the budget more than once.
-        name: configuration of a hub data set.
-        tokenizer: a hub name, a folder or a tokenizer.json; null takes the one of a tokenized source or,
+        repeat: let a source that has fewer tokens than its share of the budget start over, and a run take
+            the budget more than once.
+        name: configuration of a Hub data set.
+        tokenizer: a Hub name, a folder or a tokenizer.json; null takes the one of a tokenized source or,
             on the command line, of what the model starts from, and otherwise trains a byte-level BPE on the
             train splits, taken evenly.
         vocab_size: entries of that BPE; not used with a tokenizer.
         text_column: the column that holds the text.
-        block_size: tokens a row; the last incomplete row of a split is dropped.
-        batch_size: rows a step and process.
-        validation_fraction: share of the documents held out, whole, where a source has no validation split.
+        block_size: tokens per row; the last incomplete row of a split is dropped.
+        batch_size: rows per step and process.
+        validation_fraction: share of the documents held out, whole and by their hashes, where a source has no
+            validation split.
         num_workers: processes that load batches ahead; 0 loads in the training process.
         seed: decides the order; null takes the run's seed (seed_everything).
-        cache_dir: where prepared data and trained tokenizers are kept; null takes the default folders of
+        cache_dir: folder for prepared data and trained tokenizers; null takes the default folders of
             `datasets` and of stableqat ($STABLEQAT_CACHE).
 
     Raises:
-        UserError: a value out of range, a missing, empty or cut-short file, sources of different tokenizers.
+        UserError: a value is out of range, a file is missing, empty or cut short, or tokenizers differ.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class TextDataModule(DataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if block_size < 2:
             raise UserError(
-                f"block_size {block_size} must be at least 2: a token is predicted from those before it"
+                f"block_size {block_size} must be at least 2: the model predicts a token from those before it"
             )
         if tokenizer is None and vocab_size < BPE_MIN_VOCAB:
             raise UserError(f"vocab_size {vocab_size} must be at least {BPE_MIN_VOCAB}: 256 bytes and EOS")
@@ -107,16 +108,16 @@ class TextDataModule(DataModule):
             raise UserError(f"validation_fraction {validation_fraction} must lie between 0 and 1")
         if tokenizer is not None:
             check_tokenizer(tokenizer)
-        self.tokens = None if tokens is None else token_count(tokens)
-        if self.tokens is not None and self.tokens < block_size:
-            raise UserError(f"tokens {tokens} is less than one row of block_size {block_size}: raise it")
+        self.tokens = None if tokens is None else Budget(tokens)
+        if self.tokens is not None:
+            self.tokens.rows(block_size)  # at least one
         if repeat and tokens is None:
             raise UserError("repeat true needs a number of tokens to stop at: set tokens")
         self.source = source
         self.ratios = _ratios(source)
         if len(self.ratios) > 1 and name is not None:
             raise UserError(
-                f"name {name} is the configuration of one hub data set, and source mixes {len(self.ratios)}: "
+                f"name {name} is the configuration of one Hub data set, and source mixes {len(self.ratios)}: "
                 "draw from it first with data sample --name"
             )
         self._manifests: dict[str, dict[str, Any]] = {}
@@ -128,9 +129,7 @@ class TextDataModule(DataModule):
         self._check_one_tokenizer()
         if self._manifests and tokenizer is None:
             tokenizer = f"{next(iter(self._manifests))}/tokenizer"
-        self.tokens_per_step = (
-            None if tokens_per_step is None else token_count(tokens_per_step, "tokens_per_step")
-        )
+        self.tokens_per_step = None if tokens_per_step is None else Budget(tokens_per_step, "tokens_per_step")
         self.repeat = repeat
         self.name = name
         self.tokenizer_source = tokenizer
@@ -163,13 +162,13 @@ class TextDataModule(DataModule):
         return {each: Documents(each, **options) for each in sources if each not in self._manifests}
 
     def _training_texts(self) -> Iterator[str]:
-        """Yield the documents that a BPE learns from, an equal part from each source."""
+        """Yield the documents that the BPE learns from, an equal part from each source."""
         for documents in self._documents.values():
             yield from documents.training_texts(_BPE_MAX_BYTES // len(self._documents))
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer: the one named, that of the sources, or the BPE, trained on first use and cached."""
+        """The tokenizer: the named one, that of the sources, or the BPE, trained on first use and cached."""
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source)
         texts = " ".join(documents.fingerprint for documents in self._documents.values())
@@ -192,7 +191,7 @@ class TextDataModule(DataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Embedding rows that the tokens need: those asked of the BPE, or the named tokenizer's entries."""
+        """Embedding rows that the tokens need: the entries of the BPE, or of the named tokenizer."""
         return self._bpe_size if self.tokenizer_source is None else token_rows(self.tokenizer)
 
     @property
@@ -203,11 +202,11 @@ class TextDataModule(DataModule):
     def _tokenized(self, source: str) -> dict[str, "Dataset"]:
         """Return the splits of one source with a column `input_ids`."""
         if (manifest := self._manifests.get(source)) is None:
-            return self._documents[source].tokenized(self.tokenizer)
+            return self._documents[source].tokenized(DocumentEncoder.of(self.tokenizer))
         if tokenizer_hash(self.tokenizer) != manifest["tokenizer_sha256"]:
             raise UserError(
                 f"{source} was made with another tokenizer than {self.tokenizer_source}: "
-                "leave tokenizer away, or tokenize again"
+                "leave tokenizer out, or tokenize again"
             )
         return prepared_splits(source, manifest)
 
@@ -221,11 +220,13 @@ class TextDataModule(DataModule):
                 packed[source][split] = rows = PackedRows(run, self.block_size)
                 if not len(rows):
                     raise UserError(
-                        f"the {split} split of {source if self.ratios else 'the embedded text'} has only "
-                        f"{rows.num_tokens} tokens, no row of block_size {self.block_size}: "
-                        "lower block_size or give more text"
+                        f"the {split} split of {self._called(source)} has {rows.num_tokens} tokens, less "
+                        f"than one row of block_size {self.block_size}: lower block_size or give more text"
                     )
         return packed
+
+    def _called(self, source: str) -> str:
+        return source if self.ratios else "the embedded text"
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -238,15 +239,15 @@ class TextDataModule(DataModule):
         mixture = Mixture(rows, list(self.ratios.values()) or [1])
         if self.tokens is None:
             return mixture
-        budget = Mixture(rows, mixture.shares, self.tokens // self.block_size)
+        budget = Mixture(rows, mixture.shares, self.tokens.rows(self.block_size))
         if budget.size > mixture.size and not self.repeat:
             asked = zip(self._packed, budget.counts, rows, strict=True)
             source, share, there = max(asked, key=lambda each: each[1] / each[2])
             of = "" if len(rows) == 1 else f" of its share of {share * self.block_size}"
-            raise UserError(
-                f"tokens {self.tokens} is more than the data allows without repetition, "
-                f"{mixture.size * self.block_size} ({source if self.ratios else 'the embedded text'} has "
-                f"{there * self.block_size}{of}): lower it, or set repeat: true"
+            raise self.tokens.more_than(
+                f"the data allows without repetition, {mixture.size * self.block_size} "
+                f"({self._called(source)} has {there * self.block_size}{of})",
+                "set repeat: true",
             )
         return budget
 
@@ -257,13 +258,13 @@ class TextDataModule(DataModule):
         if trainer is None or (steps := trainer.estimated_stepping_batches) == math.inf:
             return described
         accumulated, batches = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
-        # an epoch's last step may be a short one
+        # the last step of an epoch may be a short one
         epochs, rest = divmod(int(steps), math.ceil(batches / accumulated))
         taken = epochs * batches + rest * accumulated
         return {**described, "training_tokens": taken * step // accumulated}
 
     def _step(self) -> dict[str, int]:
-        """What the tokens of a step are the product of."""
+        """Return the settings whose product is the tokens of a step."""
         return {
             "batch_size": self.batch_size,
             "block_size": self.block_size,
@@ -275,39 +276,15 @@ class TextDataModule(DataModule):
         """Return the loader of the training stream, if the run takes the tokens that it declares.
 
         Raises:
-            UserError: another number of tokens a step, or more in all than the budget; see `DataModule`, too.
+            UserError: another number of tokens per step, or more in all than the budget; see `DataModule`.
         """
-        factors = self._step()
-        step = math.prod(factors.values())
-        if self.tokens_per_step not in (None, step):
-            raise UserError(
-                f"tokens_per_step {self.tokens_per_step} is declared, and a step takes {step}: "
-                "batch_size {batch_size} x block_size {block_size} x {processes} processes x "
-                "accumulate_grad_batches {accumulate_grad_batches}; change one of them".format(**factors)
-            )
+        step = self._step()
+        if self.tokens_per_step is not None:
+            self.tokens_per_step.check_step(step)
         loader = super().train_dataloader()
         if self.tokens is not None and not self.repeat and self.trainer is not None:
-            self._check_budget(self.tokens, self.trainer, len(loader))
+            self.tokens.check_run(self.trainer, math.prod(step.values()), len(loader))
         return loader
-
-    def _check_budget(self, tokens: int, trainer: "Trainer", batches: int) -> None:
-        """Refuse a run whose steps, or else whose epochs of so many batches, take more than the budget."""
-        steps, step = trainer.max_steps, math.prod(self._step().values())
-        if steps * step > tokens:
-            raise UserError(
-                f"tokens {tokens} is declared, and trainer.max_steps {steps} takes {steps * step}: "
-                "lower max_steps (-1 with max_epochs 1 ends with the budget), or set repeat: true"
-            )
-        epochs, limit = trainer.max_epochs, trainer.limit_train_batches
-        assert epochs is not None
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        taken = epochs * batches * step // trainer.accumulate_grad_batches
-        if steps == -1 and (epochs == -1 or taken > tokens):
-            raise UserError(
-                f"tokens {tokens} is declared, and trainer.max_epochs {epochs} takes "
-                f"{'more' if epochs == -1 else taken}: lower max_epochs (1 ends with the budget), or set "
-                "repeat: true"
-            )
 
     def prepare_data(self) -> None:
         """Check what `stableqat data` wrote, and fill the caches, on one process of a machine."""
@@ -319,7 +296,7 @@ class TextDataModule(DataModule):
         """Return the splits as rows of tokens.
 
         Raises:
-            UserError: a split has fewer tokens than one row, or the data fewer than the budget.
+            UserError: a split has fewer tokens than one row, or the data has fewer than the budget.
         """
         self.mixture  # noqa: B018
         first, *others = self._packed.values()
@@ -341,7 +318,7 @@ def _ratios(source: dict[str, float] | str | None) -> dict[str, float]:
             raise UserError(f"source {source} must give each source a number, such as {{data/slim: 1}}")
         return {source: 1}
     if not source:
-        raise UserError("source {} mixes nothing: name sources and their ratios")
+        raise UserError("source {} is empty: name sources and their ratios")
     places: dict[object, str] = {}
     for each, ratio in source.items():
         if not 0 < ratio < math.inf:
@@ -350,5 +327,5 @@ def _ratios(source: dict[str, float] | str | None) -> dict[str, float]:
         stat = path.stat() if path.exists() else None
         first = places.setdefault((stat.st_dev, stat.st_ino) if stat else each, each)
         if first != each:
-            raise UserError(f"source names one place twice, as {first} and as {each}: name it once")
+            raise UserError(f"source names the same data twice, as {first} and as {each}: name it once")
     return {str(each): ratio for each, ratio in source.items()}

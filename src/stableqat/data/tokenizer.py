@@ -1,7 +1,7 @@
-"""Tokenizers: a byte-level BPE trained on the user's own text, or one that exists, from disk or the hub.
+"""Tokenizers: a byte-level BPE trained on the user's own text, or an existing one, from disk or the Hub.
 
-Byte-level means that every text can be written in it and comes back exactly; no token is unknown. A small
-vocabulary keeps the embeddings of a small model small, at the price of more tokens a word.
+Byte-level means that every text can be encoded and comes back exactly; no token is unknown. A small
+vocabulary keeps the embeddings of a small model small, at the price of more tokens per word.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
-#: EOS spellings looked for in a bare tokenizer.json, which doesn't say.
+#: EOS spellings looked for in a bare tokenizer.json, which does not name it.
 _EOS_SPELLINGS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _GAVE_UP, _TRIAL_SECONDS = 3, 60
-#: Encodes long runs; what follows them keeps a match from being given up for a letter that is nowhere.
+#: Encodes long runs; the letters after them keep a match from being given up early for want of a letter.
 _TRIAL = f"""
 import sys
 from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path | str) -> None:
-    """Write a tokenizer's folder; raises OSError, and nothing else, where the disk does not take it."""
+    """Write a tokenizer's folder; raise OSError, and nothing else, where the disk refuses it."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception for a full disk
@@ -73,14 +73,14 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path | str) -> 
 
 
 def check_tokenizer(source: str) -> None:
-    """Raise UserError for what can only be a local path and isn't there."""
+    """Raise UserError for what can only be a local path and does not exist."""
     local = source.endswith(".json") or source.startswith((".", "/", "~"))
     if local and not Path(source).expanduser().exists():
         raise UserError(f"no such tokenizer file or folder: {source}")
 
 
 def tokenizer_json(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return all that decides a tokenizer's output, without the padding and truncation set at the moment."""
+    """Return what decides a tokenizer's output, without the padding and truncation set at the moment."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -99,7 +99,7 @@ def keep_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Write a tokenizer into a new folder, which appears when it is whole.
 
     Raises:
-        UserError: it can't be written.
+        UserError: it cannot be written.
     """
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
@@ -138,7 +138,7 @@ def clash(tokenizer: "PreTrainedTokenizerFast", own: "PreTrainedTokenizerFast") 
     """Return why a tokenizer cannot stand in for a model's own, or None.
 
     Ordinary tokens may differ, at the price of a higher loss; a special token with another id, or in the
-    place of another token, ends and begins documents where the model has learnt something else.
+    place of another token, would begin and end documents where the model has learnt something else.
 
     Args:
         tokenizer: the one to be used.
@@ -148,37 +148,17 @@ def clash(tokenizer: "PreTrainedTokenizerFast", own: "PreTrainedTokenizerFast") 
     tokens = {number: token for token, number in ids.items()}
     for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
         if token in ids and ids[token] != number:
-            return f"{token} is token {number} in it and {ids[token]} in the model's"
+            return f"{token} is token {number} here and {ids[token]} in the model's tokenizer"
         if tokens.get(number, token) != token:
-            return f"token {number} is {token} in it and {tokens[number]} in the model's"
+            return f"token {number} is {token} here and {tokens[number]} in the model's tokenizer"
     return None
-
-
-def encode_batch(backend: Any, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of each text, without special tokens.
-
-    Args:
-        backend: a `tokenizers.Tokenizer`.
-        texts: documents.
-
-    Raises:
-        UserError: a regular expression of the tokenizer gives up.
-    """
-    try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what Rust's panics become; no class of it is public
-            raise
-        raise UserError(
-            f"the tokenizer can't encode a document ({str(error).splitlines()[0]}): choose another tokenizer"
-        ) from error
 
 
 @lru_cache(maxsize=8)
 def _is_patient(tokenizer: str) -> bool:
-    """Whether regular expressions of a tokenizer (as JSON) end soon on long runs of the same characters.
+    """Whether the regular expressions of a tokenizer (as JSON) finish soon on long runs of one character.
 
-    Tried in a process of its own, because neither a time nor a panic of Rust's can be caught in this one.
+    Tries them in a process of its own, because this one can catch neither a timeout nor a panic of Rust's.
     """
     if '"Regex"' not in tokenizer:
         return True
@@ -196,16 +176,16 @@ def _is_patient(tokenizer: str) -> bool:
 
 
 def _is_plain(config: Path) -> bool:
-    """Whether a folder's tokenizer is of no model's own class; AutoTokenizer imports torch to find that."""
+    """Whether a folder's tokenizer needs no model's own class; AutoTokenizer imports torch to find out."""
     named = json.loads(config.read_text()).get("tokenizer_class")
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer of a hub name, a local folder or a tokenizer.json.
+    """Return the tokenizer of a Hub name, a local folder or a tokenizer.json.
 
     Raises:
-        UserError: it can't be found or reached, is not a fast one, or has no EOS token.
+        UserError: it is not found or out of reach, is not a fast one, or has no EOS token.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -224,9 +204,10 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
             tokenizer = AutoTokenizer.from_pretrained(
                 str(file.parent if file.is_file() else source), trust_remote_code=False
             )
-    except Exception as error:  # tokenizers raises bare Exception for a file it can't parse
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"tokenizer {source} can't be loaded from disk or the hub: {reason}") from error
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        raise UserError(
+            f"tokenizer {source} cannot be loaded from disk or the Hub ({first_line(error)}): check it"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {source} has no fast version (tokenizer.json): choose another")
     if not _is_patient(tokenizer.backend_tokenizer.to_str()):
@@ -235,7 +216,5 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
             "choose another"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {source} has no EOS token: name it as eos_token in its tokenizer_config.json"
-        )
+        raise UserError(f"tokenizer {source} has no EOS token: set eos_token in its tokenizer_config.json")
     return tokenizer

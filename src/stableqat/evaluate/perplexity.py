@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from stableqat.data.packed import PackedRows, TokenRows
+from stableqat.data.text_rows import PackedRows, TokenRows
 from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
 

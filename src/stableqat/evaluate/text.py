@@ -13,9 +13,10 @@ import numpy as np
 
 from stableqat.data import TextDataModule
 from stableqat.data.documents import Documents
-from stableqat.data.packed import PackedRows, TokenRows
+from stableqat.data.encoder import DocumentEncoder
 from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
-from stableqat.data.tokenizer import encode_batch, tokenizer_hash, tokenizer_json
+from stableqat.data.text_rows import PackedRows, TokenRows
+from stableqat.data.tokenizer import tokenizer_hash
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,13 +127,9 @@ def _pick(source: str, split: Split | None, splits: list[str]) -> str:
 
 
 def _documents(texts: Iterator[str], tokenizer: Any) -> "Dataset":
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer_json(tokenizer))
-    given, rows = (text for text in texts if text), []
+    encode, given, rows = DocumentEncoder.of(tokenizer), filter(None, texts), []
     while batch := list(islice(given, DOCUMENTS)):
-        ids = [token for ids in encode_batch(backend, batch) for token in (*ids, tokenizer.eos_token_id)]
-        rows.append(np.array(ids, np.int32))
+        rows.append(np.concatenate(encode(batch)))
     return _dataset(rows)
 
 

@@ -17,9 +17,11 @@ from raw import contents, full_disk, kill_until_done, records, write_fineweb, wr
 from sample_documents import document
 
 from stableqat.cli.main import main
-from stableqat.data.corpus import CorpusFile, document_hash, find_corpus, hash_cutoff, read
+from stableqat.data.holdout import document_hash, hash_cutoff
 from stableqat.data.prepare import sample as module
-from stableqat.data.prepare.sample import Place, draw, sample
+from stableqat.data.prepare.command import sample
+from stableqat.data.prepare.corpus import CorpusFile, find_corpus, read
+from stableqat.data.prepare.sample import Place, draw
 from stableqat.errors import UserError
 
 
@@ -233,23 +235,23 @@ def test_what_is_there_already_is_left_alone(slimpajama, tmp_path, capsys):
     before = contents(out)
     capsys.readouterr()
     take(slimpajama, out)
-    assert "holds this sample already" in capsys.readouterr().out
+    assert "already holds this sample" in capsys.readouterr().out
     with pytest.raises(
-        UserError, match=r"out holds a sample of another seed \(0, not 1\): give another --out"
+        UserError, match=r"out holds a sample with another seed \(0, not 1\): give another --out"
     ):
         take(slimpajama, out, seed=1)
     assert contents(out) == before
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="other exists and is no sample"):
+    with pytest.raises(UserError, match="other exists and is not a sample"):
         take(slimpajama, other)
     assert contents(other) == {"thesis.txt": b"x"}
 
 
 def test_one_process_writes_at_a_time(slimpajama, tmp_path, monkeypatch):
     def second(*_):
-        with pytest.raises(UserError, match="is being written by another process"):
+        with pytest.raises(UserError, match="another process is writing"):
             take(slimpajama, tmp_path / "out")
         raise KeyboardInterrupt
 
@@ -257,7 +259,7 @@ def test_one_process_writes_at_a_time(slimpajama, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         take(slimpajama, tmp_path / "out")
     with pytest.raises(
-        UserError, match=r"out.part holds a sample of another tokens \(8k, not 9k\): delete it"
+        UserError, match=r"out.part holds a sample with another tokens \(8k, not 9k\): delete it"
     ):
         take(slimpajama, tmp_path / "out", "9k")
 
@@ -268,13 +270,16 @@ def test_a_source_that_changed_is_told(slimpajama, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         take(source, tmp_path / "out")
     next(source.rglob("*.zst")).unlink()
-    with pytest.raises(UserError, match=r"have changed: delete .*out.part to begin again"):
+    with pytest.raises(UserError, match=r"have changed: delete .*out.part to start again"):
         take(source, tmp_path / "out")
 
 
 class TestMistakes:
     def test_too_many_tokens(self, slimpajama, tmp_path):
-        with pytest.raises(UserError, match=r"holds only about \d+ training tokens, fewer than 2M"):
+        with pytest.raises(
+            UserError,
+            match=r"tokens 2000000 is more than .* holds, about \d+: lower tokens, or draw --tokens all",
+        ):
             take(slimpajama, tmp_path / "out", "2M")
         assert not list(tmp_path.iterdir())
         take(slimpajama, tmp_path / "out", "20k")
@@ -290,8 +295,8 @@ class TestMistakes:
             ({"layout": "fineweb-edu"}, r"no data file in .*: expected .parquet"),
             ({"seed": -1}, "seed: must be 0 or more"),
             ({"text_column": "body"}, r"has no column body \(it has text, meta\): set text_column"),
-            ({"text_column": "meta"}, "column meta of .* holds not only strings"),
-            ({"name": "sample-10BT"}, "is local: name and revision belong to data sets of the hub"),
+            ({"text_column": "meta"}, "column meta of .* holds more than strings"),
+            ({"name": "sample-10BT"}, "is local; name and revision belong to data sets of the Hub"),
         ],
     )
     def test_options(self, slimpajama, tmp_path, options, says):
@@ -334,7 +339,7 @@ class TestMistakes:
             "1k",
         ]
         assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-        assert "out.part can't be written (No space left on device): make room" in capsys.readouterr().err
+        assert "out.part cannot be written (No space left on device): make room" in capsys.readouterr().err
         monkeypatch.undo()
         assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
 
@@ -355,24 +360,24 @@ class TestMistakes:
         with full_disk(size):
             assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(r"out\.part can't be written \(.*File too large\): make room, and the same", line)
+        assert re.search(r"out\.part cannot be written \(.*File too large\): make room and repeat the", line)
         assert main(arguments) == 0
 
     @pytest.mark.parametrize(
         ("out", "says"),
         [
-            (".", "out: '.' is no new folder"),
-            ("./", "out: './' is no new folder"),
-            ("", "out: '' is no new folder"),
-            (" ", "out: ' ' is no new folder"),
-            ("/", "out: '/' is no new folder"),
-            ("..", "out: '..' is no new folder"),
-            ("other/..", "out: 'other/..' is no new folder"),
-            ("a" * 300, "is no folder that can be made"),
-            ("loop", "is no folder that can be made"),
-            ("file", "file exists and is no sample: give another --out"),
-            ("file/below", "can't be written"),
-            ("/proc/none/out", "can't be written"),
+            (".", "out: '.' is not a new folder"),
+            ("./", "out: './' is not a new folder"),
+            ("", "out: '' is not a new folder"),
+            (" ", "out: ' ' is not a new folder"),
+            ("/", "out: '/' is not a new folder"),
+            ("..", "out: '..' is not a new folder"),
+            ("other/..", "out: 'other/..' is not a new folder"),
+            ("a" * 300, "cannot be created"),
+            ("loop", "cannot be created"),
+            ("file", "file exists and is not a sample: give another --out"),
+            ("file/below", "cannot be written"),
+            ("/proc/none/out", "cannot be written"),
         ],
     )
     def test_an_output_that_cannot_be(self, slimpajama, tmp_path, monkeypatch, out, says):
@@ -396,7 +401,7 @@ class TestMistakes:
         assert all(line.isprintable() for line in (said.out + said.err).splitlines())
         assert r"red\x1b[31m" in said.out
         assert r"latin\udce9" in said.out
-        assert r"bell\x07 line holds a sample of another seed" in said.err
+        assert r"bell\x07 line holds a sample with another seed" in said.err
 
     def test_an_output_may_be_a_link(self, slimpajama, tmp_path):
         (tmp_path / "disk").mkdir()
@@ -409,10 +414,10 @@ class TestMistakes:
     def test_a_damaged_record_of_a_begun_sample_is_told(self, slimpajama, tmp_path):
         (tmp_path / "out.part").mkdir()
         (tmp_path / "out.part" / ".request.json").write_text('{"kind": "sam')
-        with pytest.raises(UserError, match=r".request.json is damaged: delete .*out.part to begin again"):
+        with pytest.raises(UserError, match=r".request.json is damaged: delete .*out.part to start again"):
             take(slimpajama, tmp_path / "out", "1k", layout="text")
         (tmp_path / "out.part" / ".request.json").write_text('{"kind": "sample"}')
-        with pytest.raises(UserError, match=r"is damaged \(request is no mapping\)"):
+        with pytest.raises(UserError, match=r"is damaged \(request is not a mapping\)"):
             take(slimpajama, tmp_path / "out", "1k", layout="text")
 
 
@@ -509,7 +514,7 @@ class TestHub:
             raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/x' is a gated dataset\nsecond line")
 
         monkeypatch.setattr(datasets, "load_dataset_builder", gated)
-        with pytest.raises(UserError, match=r"org/x is neither a local file.*gated dataset$"):
+        with pytest.raises(UserError, match=r"org/x is not found .*\(.*gated dataset\): check"):
             take("org/x", tmp_path / "out")
 
 

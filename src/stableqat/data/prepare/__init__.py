@@ -1,1 +1,1 @@
-"""Data that is prepared once, on disk: documents drawn from a corpus, and rows of tokens."""
+"""Text prepared on disk: documents drawn from a corpus, and documents turned into rows of tokens."""

@@ -1,7 +1,7 @@
-"""Batches of raw documents become tokens in processes of their own, in the order of the input.
+"""Batches of raw documents become tokens in worker processes, in the order of the input.
 
-They parse and hash as well as tokenize, so that the process that reads and writes keeps many of them busy. At
-most a few batches are in flight, so that memory doesn't grow with the input.
+Workers parse and hash as well as tokenize, so that one process that reads and writes keeps many of them busy.
+Only a few batches are in flight, so that memory does not grow with the input.
 """
 
 import os
@@ -13,36 +13,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
-from stableqat.data.corpus import Record, document_hash, parse, text_of
-from stableqat.data.tokenizer import encode_batch
+from stableqat.data.encoder import DocumentEncoder
+from stableqat.data.holdout import HeldOut, document_hash
+from stableqat.data.prepare.corpus import Record, parse, text_of
 from stableqat.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Which training documents are none: those of low hashes, and those that another split has, too."""
-
-    cutoff: int
-    listed: "np.ndarray"
-
-    def __contains__(self, number: int) -> bool:
-        return number < self.cutoff or self.is_listed(number)
-
-    def is_listed(self, number: int) -> bool:
-        """Whether another split has a document of that hash."""
-        place = self.listed.searchsorted(number)
-        return bool(place < len(self.listed) and self.listed[place] == number)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Records of one file, from number `first` on."""
+    """Records of one file, starting with number `first`."""
 
     split: str
     file: int
@@ -53,7 +33,7 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """A batch's tokens by split, as bytes of int32, and what was counted."""
+    """A batch's tokens by split, as bytes of int32, and counts of what became of its documents."""
 
     tokens: dict[str, bytes] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -61,41 +41,26 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Work:
-    """What a process must know, once."""
+    """What each process receives, once."""
 
-    tokenizer: str
-    eos: int
+    encoder: DocumentEncoder
     column: str
     held_out: HeldOut
 
-    @cached_property
-    def _backend(self) -> Any:
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_str(self.tokenizer)
-
     def encode(self, batch: Batch) -> Encoded:
-        """Parse a batch's records, share them out to the splits and tokenize them."""
-        import numpy as np
-
+        """Parse a batch's records, assign them to splits and tokenize them."""
         texts: dict[str, list[str]] = {}
         left_out = 0
         for number, record in enumerate(batch.records, batch.first):
-            text = text_of(parse(record, batch.name, number), self.column, batch.name)
-            if not text:
-                continue
-            mark = document_hash(text) if batch.split == "train" else None
-            if mark is not None and self.held_out.is_listed(mark):
-                left_out += 1
-                continue
-            split = "validation" if mark is not None and mark < self.held_out.cutoff else batch.split
-            # JSON can name half of a surrogate pair, which no tokenizer takes
-            texts.setdefault(split, []).append(text.encode("utf-8", "replace").decode())
+            if text := text_of(parse(record, batch.name, number), self.column, batch.name):
+                split: str | None = batch.split
+                if split == "train" and (split := self.held_out.split(document_hash(text))) is None:
+                    left_out += 1
+                else:
+                    texts.setdefault(str(split), []).append(text)
         encoded = Encoded()
         for split, some in texts.items():
-            encoded_texts = encode_batch(self._backend, some)
-            tokens = [np.array([*ids, self.eos], np.int32) for ids in encoded_texts]
-            encoded.tokens[split] = np.concatenate(tokens).tobytes()
+            encoded.tokens[split] = b"".join(tokens.tobytes() for tokens in self.encoder(some))
             encoded.counts[split] = {"documents": len(some), "characters": sum(map(len, some))}
         if left_out:
             encoded.counts.setdefault("train", {})["left_out"] = left_out
@@ -159,7 +124,7 @@ def encode_all(work: Work, batches: Iterator[Batch], num_proc: int) -> Iterator[
             yield batch, future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that tokenizes was ended (for memory?): the same command goes on; lower num_proc"
+            "a worker process died (out of memory?): lower num_proc and repeat the command; it resumes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

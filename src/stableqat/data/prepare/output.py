@@ -1,9 +1,9 @@
-"""An output folder that appears when it is whole, and a writing that goes on where it was killed.
+"""An output folder that appears when it is whole, and whose writing resumes where it was killed.
 
-Everything is written to `OUT.part`, which is renamed to `OUT` at the end, its hidden files left out. Shards
-of all splits are cut together; each is written under a hidden name and moved, and then one small file,
-replaced atomically, records the shards and the place in the input that they reach. Work after that record is
-lost by a kill and done again, byte for byte.
+Everything is written to `OUT.part`, which is renamed to `OUT` at the end, without its hidden files. Shards of
+all splits are cut together; each is written under a hidden name and moved, and then one small file, replaced
+atomically, records the shards and the place in the input that they reach. A kill loses the work after that
+record; the next call does it again, byte for byte.
 """
 
 import fcntl
@@ -13,124 +13,38 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, Protocol, Self, TypeVar
 
+from stableqat.data.prepared import MANIFEST, read_field, read_manifest
 from stableqat.errors import UserError
 
-MANIFEST = "manifest.json"
 _STATE = ".state.json"
 _REQUEST = ".request.json"
-_TYPES: dict[type, str] = {dict: "mapping", list: "list", str: "text", int: "number"}
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder that `stableqat data` wrote, or None for any other folder."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return manifest if isinstance(manifest, dict) and "kind" in manifest else None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of a finished output, as its manifest has it."""
-
-    path: Path
-    size: int
-    sha256: str
-
-    def check_size(self) -> None:
-        """Raise UserError if the file is missing or was cut short."""
-        if not self.path.is_file() or self.path.stat().st_size != self.size:
-            raise UserError(
-                f"{self.path} is missing or not the {self.size} bytes that were written: copy it again"
-            )
-
-    def check_content(self) -> None:
-        """Raise UserError if a byte of the file has changed; it is read once, and again if it is written."""
-        self.check_size()
-        known = self.path.resolve(), self.path.stat().st_mtime_ns, self.sha256
-        if known in _whole:
-            return
-        with self.path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
-                raise UserError(
-                    f"{self.path} is damaged (its SHA-256 is not the manifest's): copy it again, or make "
-                    "the set anew"
-                )
-        _whole.add(known)
-
-
-V = TypeVar("V")
-
-#: Shards whose content this process has found whole.
-_whole: set[tuple[Path, int, str]] = set()
-
-
-def read_field(folder: Path, manifest: dict[str, Any], kind: type[V], *keys: str | int) -> V:
-    """Return what a folder's manifest says under some keys, each inside of the one before.
-
-    Raises:
-        UserError: nothing, or something of another type; names the key.
-    """
-    value: Any = manifest
-    try:
-        for key in keys:
-            value = value[key]
-    except (LookupError, TypeError):
-        value = None
-    if type(value) is not kind or not value:
-        raise UserError(
-            f"{folder / MANIFEST} is damaged ({'.'.join(map(str, keys))} is no {_TYPES[kind]}): "
-            "copy it again, or make the set anew"
-        )
-    return value
-
-
-def read_shards(folder: Path, manifest: dict[str, Any]) -> dict[str, list[Shard]]:
-    """Return the shards of each split of a finished output.
-
-    Raises:
-        UserError: the manifest lacks one of their fields; names it.
-    """
-    found: dict[str, list[Shard]] = {}
-    for split in read_field(folder, manifest, dict, "splits"):
-        found[split] = []
-        for number in range(len(read_field(folder, manifest, list, "splits", split, "shards"))):
-            at = "splits", split, "shards", number
-            name = Path(read_field(folder, manifest, str, *at, "file")).name
-            size = read_field(folder, manifest, int, *at, "bytes")
-            found[split].append(Shard(folder / name, size, read_field(folder, manifest, str, *at, "sha256")))
-    return found
 
 
 def _new_folder(out: str) -> Path:
-    """Return the folder that `out` names, if it can be made by a rename."""
+    """Return the folder that `out` names, if a rename can create it."""
     folder = Path(out).expanduser()
     try:
         if folder.is_symlink() or folder.name in ("", ".."):
             folder = folder.resolve()
         whole, here = Path(os.path.abspath(folder)), Path.cwd()
         if not out.strip() or whole in (here, *here.parents) or os.path.ismount(folder):
-            raise UserError(
-                f"out: {out!r} is no new folder: give a name inside of it, such as --out data/small"
-            )
+            raise UserError(f"out: {out!r} is not a new folder: name one inside it, such as --out data/small")
         folder.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
-        raise UserError(f"out: {out} is no folder that can be made ({error}): give another --out") from error
+        raise UserError(f"out: {out} cannot be created ({error}): give another --out") from error
     return folder
 
 
 class Output:
-    """An output folder in the making; as a context, it is this process's alone.
+    """An output folder in the making; as a context manager it belongs to this process alone.
 
     Args:
         out: the folder; `out.part` until it is whole.
         kind: what the folder holds.
-        request: all that decides its content; what was begun with another one is refused.
+        request: everything that decides its content; an output begun with another request is refused.
 
     Raises:
         UserError: the folder holds something else, or another process is writing it.
@@ -142,13 +56,13 @@ class Output:
         self.kind, self.request = kind, request
         self._lock: IO[str] | None = None
         manifest = read_manifest(self.folder)
-        #: Whether an earlier call has done it all.
+        #: Whether an earlier call has finished it.
         self.done = manifest is not None
         if manifest is not None:
             self._compare(manifest, self.folder, "give another --out")
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and is no {kind}: give another --out")
+            raise UserError(f"{self.folder} exists and is not a {kind}: give another --out")
         with self._writing("give another --out"):
             self.part.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.part / ".lock", "w")  # noqa: SIM115 - locked as long as it is open
@@ -163,25 +77,27 @@ class Output:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{self.part} is being written by another process") from error
+            raise UserError(
+                f"another process is writing {self.part}: wait for it, or give another --out"
+            ) from error
         if begun := self.load(MANIFEST) or self.load(_REQUEST):
             self._compare(begun, self.part, "delete it or give another --out")
         with self._writing():
             if not begun:
                 self.save(_REQUEST, {"kind": self.kind, "request": self.request})
-            if (self.part / MANIFEST).is_file():  # killed in the last moment
+            if (self.part / MANIFEST).is_file():  # killed just before the rename
                 self._publish()
                 self.done = True
 
     @contextmanager
-    def _writing(self, remedy: str = "make room, and the same command goes on") -> Iterator[None]:
+    def _writing(self, remedy: str = "make room and repeat the command; it resumes") -> Iterator[None]:
         try:
             yield
         except OSError as error:
             file = Path(os.fsdecode(error.filename or self.part))
             ours = file.is_relative_to(self.part) or self.part.is_relative_to(file)
             deed, where = ("written", self.part) if ours else ("read", file)
-            raise UserError(f"{where} can't be {deed} ({error.strerror or error}): {remedy}") from error
+            raise UserError(f"{where} cannot be {deed} ({error.strerror or error}): {remedy}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -189,9 +105,9 @@ class Output:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock is not None:
             if isinstance(error, UserError) and self.part.is_dir() and not (self.part / _STATE).is_file():
-                self.discard()  # the corrected command begins anew
+                self.discard()  # the corrected command starts afresh
             self._lock.close()
-        if isinstance(error, OSError):  # what is read raises errors of its own
+        if isinstance(error, OSError):  # reading raises UserErrors
             with self._writing():
                 raise error
 
@@ -202,7 +118,7 @@ class Output:
         for key, value in wanted.items():
             if (other := read_field(folder, found, dict, "request").get(key)) != value:
                 what = f" ({other}, not {value})" if isinstance(value, str | int | float | None) else ""
-                raise UserError(f"{folder} holds a {self.kind} of another {key}{what}: {remedy}")
+                raise UserError(f"{folder} holds a {self.kind} with another {key}{what}: {remedy}")
 
     def load(self, name: str) -> Any:
         """Return what was saved under a name, or None."""
@@ -210,10 +126,10 @@ class Output:
         try:
             return json.loads(path.read_text()) if path.is_file() else None
         except ValueError as error:
-            raise UserError(f"{path} is damaged: delete {self.part} to begin again") from error
+            raise UserError(f"{path} is damaged: delete {self.part} to start again") from error
 
     def save(self, name: str, value: Any) -> None:
-        """Write a JSON file, wholly or not at all."""
+        """Write a JSON file, all of it or nothing."""
         temporary = self.part / f".{name}"
         with temporary.open("w") as file:
             json.dump(value, file, indent=1)
@@ -222,12 +138,10 @@ class Output:
             os.fsync(file.fileno())
         os.replace(temporary, self.part / name)
 
-    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest, move the folder to its name and return the manifest."""
-        manifest = {"kind": self.kind, "request": self.request} | manifest
-        self.save(MANIFEST, manifest)
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest and move the folder to its name."""
+        self.save(MANIFEST, {"kind": self.kind, "request": self.request} | manifest)
         self._publish()
-        return manifest
 
     def _publish(self) -> None:
         for path in self.part.iterdir():
@@ -236,26 +150,26 @@ class Output:
         os.replace(self.part, self.folder)
 
     def discard(self) -> None:
-        """Delete what was begun: it can't become a whole."""
+        """Delete what was begun: it cannot be finished."""
         shutil.rmtree(self.part)
 
 
 class Writer(Protocol):
-    """What writes one shard to an open file."""
+    """Writes one shard to an open file."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the rest."""
 
 
 W = TypeVar("W", bound=Writer)
 
 
 class Shards(Generic[W]):
-    """The shards of an output, all splits cut together.
+    """The shards of an output; all splits are cut together.
 
     Args:
         output: where they go.
-        suffix: of their names.
+        suffix: how their names end.
         start: makes the writer of a shard from its path.
     """
 
@@ -269,7 +183,7 @@ class Shards(Generic[W]):
         self._open: dict[str, tuple[Path, W, dict[str, int]]] = {}
 
     def __getitem__(self, split: str) -> W:
-        """The writer of a split's present shard."""
+        """The writer of a split's open shard."""
         if split not in self._open:
             path = self.output.part / f"{split}-{self.cuts:05}{self.suffix}"
             hidden = path.with_name(f".{path.name}")
@@ -277,14 +191,14 @@ class Shards(Generic[W]):
         return self._open[split][1]
 
     def count(self, split: str, **numbers: int) -> None:
-        """Add to the numbers that are recorded with a split's present shard."""
+        """Add to the numbers that are recorded with a split's open shard."""
         self[split]
         counts = self._open[split][2]
         for name, number in numbers.items():
             counts[name] = counts.get(name, 0) + number
 
     def counted(self, name: str) -> int:
-        """Return the sum of a number over the shards that are open."""
+        """Return the sum of a number over the open shards."""
         return sum(counts.get(name, 0) for _, _, counts in self._open.values())
 
     def cut(self, place: Any) -> None:
@@ -304,7 +218,7 @@ class Shards(Generic[W]):
         self.output.save(_STATE, {"cuts": self.cuts, "shards": self.shards, "place": place})
 
     def splits(self) -> dict[str, dict[str, Any]]:
-        """Return each split's shards and the sums of their numbers."""
+        """Return the shards of each split and the sums of their numbers."""
         found: dict[str, dict[str, Any]] = {}
         for shard in self.shards:
             split = found.setdefault(shard["split"], {"shards": []})

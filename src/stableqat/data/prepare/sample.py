@@ -1,11 +1,11 @@
-"""`stableqat data sample`: documents drawn from a corpus until there are N tokens of them.
+"""A sample: documents drawn from a corpus until a budget of tokens is met.
 
-Each folder of the corpus (a chunk of SlimPajama, a crawl of FineWeb-Edu) gives a share in proportion to its
-bytes. In a folder the files come in an order that the seed shuffles, and a round over them takes those
-documents whose hash, with the seed, falls into one of four equal parts; further rounds take the other parts.
-So a sample spreads over four times as many files as could hold it, at the price of reading four times its
-text, and is a pure function of the corpus and the seed. All documents have the same chance, but for one
-thing: the file at which a folder's share is full is left at that document, which favours its beginning.
+Each folder of the corpus (a chunk of SlimPajama, a crawl of FineWeb-Edu) contributes in proportion to its
+bytes. Within a folder the seed shuffles the files, and a round over them takes the documents whose hash, with
+the seed, falls into one of four equal parts; further rounds take the other parts. So a sample spreads over
+four times as many files as could hold it, at the price of reading four times its text, and is a pure function
+of the corpus and the seed. All documents have the same chance, with one exception: drawing stops in the
+middle of the file that completes a folder's share, which favours the beginning of that file.
 """
 
 import hashlib
@@ -15,27 +15,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-from stableqat.data.budget import token_count
-from stableqat.data.corpus import (
-    CORPUS_FORMATS,
-    Corpus,
-    CorpusFile,
-    document_hash,
-    find_corpus,
-    hash_cutoff,
-    parse,
-    read,
-    text_of,
-)
+import numpy as np
+
+from stableqat.data.budget import CHARACTERS_PER_TOKEN, Budget
+from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
+from stableqat.data.prepare.corpus import Corpus, CorpusFile, find_corpus, parse, read, text_of
 from stableqat.data.prepare.output import Output, Shards
-from stableqat.data.prepared import SAMPLE
+from stableqat.data.source import TEXT_FORMATS
 from stableqat.errors import UserError
-from stableqat.terminal import plain, terminal
 
-#: English text, byte-level BPE: a little less than tokenizers of 32k entries and more need.
-CHARACTERS_PER_TOKEN = 4
 #: Validation documents, as a share of the training documents' tokens.
 VALIDATION_SHARE = 0.01
 #: Parts that the documents of a file are divided into by their hashes.
@@ -50,13 +40,13 @@ _LAYOUTS: dict[str, tuple[dict[str, str], str]] = {
         "GitHub MIT, BSD or Apache, books, arXiv, Wikipedia CC BY-SA, StackExchange CC BY-SA",
     ),
     "fineweb-edu": ({".parquet": "parquet"}, "FineWeb-Edu: ODC-By 1.0, and Common Crawl's terms of use"),
-    "text": (CORPUS_FORMATS, "not known to this program"),
+    "text": (TEXT_FORMATS, "not known to this program"),
 }
 
 
 @dataclass
 class Place:
-    """How far a draw has come; enough to go on with it.
+    """How far a draw has come; enough to resume it.
 
     Args:
         taken: characters drawn.
@@ -85,84 +75,58 @@ class _JsonLines:
         self.stream.close()  # the file, too
 
 
-def sample(
-    *,
-    source: str,
-    layout: Literal["slimpajama", "fineweb-edu", "text"],
-    tokens: str,
-    out: str,
-    seed: int = 0,
-    name: str | None = None,
-    revision: str | None = None,
-    text_column: str = "text",
-) -> int:
-    """Draws whole documents from a corpus until they hold so many tokens, and keeps all their fields.
-
-    Killed and called again, it goes on, and ends with the same bytes. A source's own validation split is
-    sampled by 1% of the tokens; from one that has none, the documents of the lowest 1% of hashes are held
-    out, the same ones whatever the seed. No validation document is a training document.
+def write_sample(output: Output, budget: Budget | None) -> dict[str, dict[str, Any]]:
+    """Draw the documents that the output's request asks for.
 
     Args:
-        source: Folder or file, or the name of a data set on the hub, which is streamed.
-        layout: slimpajama (.jsonl.zst in chunk folders), fineweb-edu (parquet), or text: jsonl, parquet or
-            txt, compressed or not.
-        tokens: Training tokens to draw, such as 300000, 20M or 1.5B, counted as characters / 4; or all.
-        out: New folder for train-*.jsonl.zst, validation-*.jsonl.zst and manifest.json.
-        seed: Decides which documents are drawn.
-        name: Configuration of a data set on the hub, such as sample-10BT of FineWeb-Edu.
-        revision: Branch, tag or commit of a data set on the hub; the commit is recorded and kept to.
-        text_column: Column that holds the text.
+        output: where they go.
+        budget: training tokens; None draws all documents.
 
     Returns:
-        0
+        The numbers of each split.
+
+    Raises:
+        UserError: the source cannot be read or holds too little.
     """
-    goal = math.inf if tokens == "all" else float(token_count(tokens) * CHARACTERS_PER_TOKEN)
-    if seed < 0:
-        raise UserError(f"seed: must be 0 or more, not {seed}")
-    formats, licence = _LAYOUTS[layout]
-    request = {"source": source, "layout": layout, "tokens": tokens, "seed": seed}
-    request |= {"name": name, "revision": revision, "text_column": text_column}
-    with Output(out, SAMPLE, request) as output:
-        if output.done:
-            terminal().print(plain(f"{out} holds this sample already"))
-            return 0
-        corpus = _corpus(output, source, formats, name, revision)
-        drawn = _draw_all(output, corpus, goal, seed, text_column)
-        splits = drawn.splits()
-        characters = splits.get("train", {}).get("characters", 0)
-        if characters == 0 or characters < goal < math.inf:
-            output.discard()
-            raise UserError(
-                f"{source} holds only about {characters // CHARACTERS_PER_TOKEN} training tokens, fewer than "
-                f"{tokens}: ask for fewer, or for --tokens all"
-            )
-        for about in splits.values():
-            about["estimated_tokens"] = about["characters"] // CHARACTERS_PER_TOKEN
-        own = "validation" in corpus.splits
-        output.finish(
-            {
-                "source": source,
-                "layout": layout,
-                "revision": corpus.revision,
-                "licence": licence,
-                "seed": seed,
-                "text_column": text_column,
-                "token_estimate": f"characters / {CHARACTERS_PER_TOKEN}",
-                "validation": "from the source's own" if own else "held out by the hash of the text",
-                "files": drawn.place["files"],
-                "splits": splits,
-            }
-        )
-    for split, about in splits.items():
-        terminal().print(f"{split}: {about['documents']} documents, about {about['estimated_tokens']} tokens")
-    terminal().print(plain(f"written to {out}; next: stableqat data tokenize --input {out}"))
-    return 0
+    request = output.request
+    source, seed, column = request["source"], request["seed"], request["text_column"]
+    formats, licence = _LAYOUTS[request["layout"]]
+    corpus = _corpus(output, source, formats, request["name"], request["revision"])
+    goal = budget.characters if budget else math.inf
+    drawn = _draw_all(output, corpus, goal, seed, column)
+    splits = drawn.splits()
+    characters = splits.get("train", {}).get("characters", 0)
+    if budget and characters < goal:
+        output.discard()
+        there = characters // CHARACTERS_PER_TOKEN
+        raise budget.more_than(f"{source} holds, about {there}", "draw --tokens all")
+    if characters == 0:
+        output.discard()
+        raise UserError(f"{source} has no training documents: give more text")
+    for about in splits.values():
+        about["estimated_tokens"] = about["characters"] // CHARACTERS_PER_TOKEN
+    own = "validation" in corpus.splits
+    output.finish(
+        {
+            "source": source,
+            "layout": request["layout"],
+            "revision": corpus.revision,
+            "licence": licence,
+            "seed": seed,
+            "text_column": column,
+            "token_estimate": f"characters / {CHARACTERS_PER_TOKEN}",
+            "validation": "from the source's own" if own else "held out by the hash of the text",
+            "files": drawn.place["files"],
+            "splits": splits,
+        }
+    )
+    return splits
 
 
 def _corpus(
     output: Output, source: str, formats: dict[str, str], name: str | None, revision: str | None
 ) -> Corpus:
-    """Return the files of the source, on the hub those of the commit that the sample was begun with."""
+    """Return the files of the source; on the Hub, those of the commit that the sample was begun with."""
     saved = output.load(".corpus.json")
     if saved:
         splits = {split: [CorpusFile(*file) for file in files] for split, files in saved["splits"].items()}
@@ -171,14 +135,14 @@ def _corpus(
             return known
     corpus = find_corpus(source, formats, name=name, revision=revision)
     if saved and known != corpus:
-        raise UserError(f"the files of {source} have changed: delete {output.part} to begin again")
+        raise UserError(f"the files of {source} have changed: delete {output.part} to start again")
     files = {split: [list(asdict(file).values()) for file in files] for split, files in corpus.splits.items()}
     output.save(".corpus.json", {"revision": corpus.revision, "splits": files})
     return corpus
 
 
 def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: str) -> Shards[_JsonLines]:
-    """Write the documents of both splits, from where the last cut ended."""
+    """Write the documents of both splits, starting where the last cut ended."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -188,7 +152,6 @@ def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: st
     saved = shards.place or {"validation": {}, "train": {}, "files": []}
     places = {split: Place(**saved[split]) for split in ("validation", "train")}
     sources = dict.fromkeys(saved["files"])
-    held_out = set(_written_hashes(shards, column)) if "validation" in corpus.splits else None
 
     def cut(done: bool = False) -> None:
         about = {split: asdict(place) for split, place in places.items()}
@@ -202,25 +165,26 @@ def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: st
             cut()
 
     parts = 1 if goal == math.inf else _PARTS
-    if held_out is not None:
+    held_out = HeldOut(hash_cutoff(VALIDATION_SHARE))
+    if "validation" in corpus.splits:
+        listed = list(_written_hashes(shards, column))
         place = places["validation"]
         files = corpus.splits["validation"]
         for fields, text, number, file in draw(files, VALIDATION_SHARE * goal, parts, seed, column, place):
             place.taken += len(text)
-            held_out.add(number)
+            listed.append(number)
             write("validation", fields, text, file)
-    place, cutoff = places["train"], hash_cutoff(VALIDATION_SHARE)
+        held_out = HeldOut(0, np.unique(np.array(listed, np.int64)))
+    place = places["train"]
     columns = "{task.description}", BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn()
     console = Console(stderr=True)
     total, shown = (None if goal == math.inf else goal), 0
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
         for fields, text, number, file in draw(corpus.splits["train"], goal, parts, seed, column, place):
-            if held_out is None and number < cutoff:
-                write("validation", fields, text, file)
-            elif held_out is None or number not in held_out:
-                place.taken += len(text)
-                write("train", fields, text, file)
+            if (split := held_out.split(number)) is not None:
+                place.taken += len(text) if split == "train" else 0
+                write(split, fields, text, file)
             if place.taken - shown > 100_000:
                 shown = place.taken
                 bar.update(task, completed=shown, description=f"{shown / 4e6:.1f}M tokens")
@@ -240,7 +204,7 @@ def _written_hashes(shards: Shards[_JsonLines], column: str) -> Iterator[int]:
 def _as_line(fields: dict[str, Any]) -> bytes:
     try:
         line = json.dumps(fields, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can name and UTF-8 can't hold
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can name it, UTF-8 cannot hold it
         line = json.dumps(fields, default=str).encode()
     return line + b"\n"
 
@@ -248,15 +212,15 @@ def _as_line(fields: dict[str, Any]) -> bytes:
 def draw(
     files: list[CorpusFile], goal: float, parts: int, seed: int, column: str, place: Place
 ) -> Iterator[tuple[dict[str, Any], str, int, CorpusFile]]:
-    """Yield documents until `place.taken`, which the caller counts up, reaches the goal or there are no more.
+    """Yield documents until `place.taken`, which the caller counts, reaches the goal or none are left.
 
     Args:
         files: of one split.
         goal: characters.
-        parts: into which the documents are divided by hash; each file is read as often.
+        parts: into which the documents are divided by hash; each file is read once per part.
         seed: decides the order of files and the parts.
-        column: that holds the text.
-        place: where to go on; moved past each document before it is yielded.
+        column: the column that holds the text.
+        place: where to resume; moved past each document before it is yielded.
 
     Yields:
         The document's fields, its text, the hash of the text, and its file.
@@ -270,7 +234,7 @@ def draw(
     for lap in range(place.lap, 2):
         for number in range(place.folder, len(folders)):
             place.lap, place.folder = lap, number
-            # What one folder draws too much, or lacks, the next one makes good.
+            # The next folder makes up for what this one draws too much or lacks.
             share = sum(sizes[: number + 1]) / sum(sizes) if lap == 0 else 1
             if place.taken < goal * share:
                 for document in _of_folder(folders[number], parts, seed, column, place.cursors[number]):

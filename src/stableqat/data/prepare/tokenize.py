@@ -1,9 +1,8 @@
-"""`stableqat data tokenize`: documents become rows of tokens in memory-mapped Arrow files.
+"""A tokenized set: documents become rows of tokens in memory-mapped Arrow files.
 
-Documents are tokenized without special tokens, each is ended by EOS, and the run of a split's documents, in
-the order of the files, is cut into rows of `block_size` tokens. The rows, one after another, are that run but
-for its tail that fills no row. The result depends on the input and the tokenizer, not on the number of
-processes, and on nothing that happened on the way.
+The tokens of a split's documents, in the order of the files, form one run that is cut into rows of
+`block_size`; a tail that fills no row is dropped. The result depends on the input and the tokenizer alone,
+not on the number of processes or on interruptions.
 """
 
 import json
@@ -13,37 +12,28 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableqat.data.corpus import (
-    CORPUS_FORMATS,
-    CorpusFile,
-    Record,
-    document_hash,
-    find_corpus,
-    hash_cutoff,
-    parse,
-    read,
-    text_of,
-)
-from stableqat.data.prepare.encode import Batch, HeldOut, Work, encode_all
-from stableqat.data.prepare.output import Output, Shards, read_field, read_manifest
-from stableqat.data.prepared import KIND, SAMPLE, check_content
+import numpy as np
+
+from stableqat.data.encoder import DocumentEncoder
+from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
+from stableqat.data.prepare.corpus import CorpusFile, Record, parse, read, text_of
+from stableqat.data.prepare.encode import Batch, Work, encode_all
+from stableqat.data.prepare.output import Output, Shards
+from stableqat.data.prepared import SAMPLE, check_content, read_field, read_manifest
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
     check_tokenizer,
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
-    tokenizer_json,
     train_bpe,
 )
 from stableqat.errors import UserError
-from stableqat.terminal import plain, terminal
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
-#: More text than this hardly moves a BPE's merges.
+#: More text than this hardly changes a BPE's merges.
 _BPE_CHARACTERS = 100_000_000
 #: Shards are cut at this many tokens; so much work can be lost by a kill.
 _SHARD_TOKENS = 64_000_000
@@ -53,100 +43,58 @@ _WRITTEN_TOKENS = 1_000_000
 _BATCH_CHARACTERS = 500_000
 
 
-def tokenize(
-    *,
-    input: str,
-    tokenizer: str,
-    block_size: int,
-    out: str,
-    num_proc: int = 2,
-    validation_fraction: float = 0.01,
-    text_column: str | None = None,
-) -> int:
-    """Turns documents into rows of tokens, in memory-mapped Arrow files that fit and validate read.
-
-    Killed and called again, it goes on, and ends with the same bytes. Validation documents come from the
-    files whose names say so, or are held out by their hashes; a training document with the text of one of
-    them is left out.
+def write_tokens(
+    output: Output, files: dict[str, list[CorpusFile]], sampled: dict[str, Any], num_proc: int
+) -> dict[str, dict[str, Any]]:
+    """Write the tokenized set that the output's request asks for.
 
     Args:
-        input: Folder of documents, such as one that `data sample` wrote: jsonl, parquet or txt, compressed or
-            not.
-        tokenizer: Hub name, folder or tokenizer.json; train:8192 trains a byte-level BPE of 8192 entries on
-            the training documents. It is saved in the folder tokenizer of the set.
-        block_size: Tokens a row.
-        out: New folder for train-*.arrow, validation-*.arrow, tokenizer/ and manifest.json.
-        num_proc: Processes that tokenize.
-        validation_fraction: Share of the documents held out where the input has no validation files.
-        text_column: Column that holds the text; if not given, what the input's manifest says, or text.
+        output: where it goes.
+        files: of each split of the input.
+        sampled: manifest of the input, if it is a sample.
+        num_proc: processes that tokenize.
 
     Returns:
-        0
+        The numbers of each split.
+
+    Raises:
+        UserError: the input cannot be read, or a split fills no row.
     """
-    if block_size < 2:
-        raise UserError(f"block_size: must be at least 2, not {block_size}")
-    if num_proc < 1:
-        raise UserError(f"num_proc: must be at least 1, not {num_proc}")
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction: must lie between 0 and 1, not {validation_fraction}")
-    _bpe_size(tokenizer)
-    if not Path(input).expanduser().exists():
-        raise UserError(f"no such data file or folder: {input} (a data set of the hub is sampled first)")
-    corpus = find_corpus(input, CORPUS_FORMATS)
-    sampled = _sampled(Path(input).expanduser())
-    column = text_column or sampled.get("text_column", "text")
-    own = "validation" in corpus.splits
-    request = {
-        "input": input,
-        "tokenizer": tokenizer,
-        "block_size": block_size,
-        "text_column": column,
-        "validation_fraction": None if own else validation_fraction,
-        "files": {split: [[f.name, f.size] for f in files] for split, files in corpus.splits.items()},
-    }
-    with Output(out, KIND, request) as output:
-        if output.done:
-            terminal().print(plain(f"{out} holds this set already"))
-            return 0
-        check_content(input)
-        held_out = _held_out(corpus.splits, column, None if own else validation_fraction)
-        chosen = _tokenizer(output, tokenizer, _training_texts(corpus.splits["train"], column, held_out))
-        work = Work(tokenizer_json(chosen), chosen.eos_token_id, column, held_out)
-        rows = _Rows(output, block_size)
-        _run(work, corpus.splits, rows, num_proc, sampled)
-        splits = rows.splits()
-        for split in ("train", "validation"):
-            if not splits.get(split, {}).get("rows"):
-                output.discard()
-                raise UserError(
-                    f"the {split} split of {input} fills no row of block_size {block_size}: "
-                    f"give more documents{'' if own else ' or a larger validation_fraction'}"
-                )
-        origin = {key: sampled[key] for key in ("source", "revision", "licence", "seed") if key in sampled}
-        output.finish(
-            {
-                "tokenizer": tokenizer,
-                "tokenizer_sha256": tokenizer_hash(chosen),
-                "vocab_size": len(chosen),
-                "eos_token_id": chosen.eos_token_id,
-                "block_size": block_size,
-                "validation": "the input's own" if own else f"{validation_fraction} of the hashes, held out",
-                "sample": origin,
-                "splits": splits,
-            }
-        )
-    for split, about in splits.items():
-        terminal().print(
-            f"{split}: {about['documents']} documents, {about['rows']} rows, {about['tokens']} tokens"
-        )
-    terminal().print(
-        plain(f"written to {out}; next: stableqat fit ... --data.source {out} --data.block_size {block_size}")
+    request = output.request
+    source, tokenizer, block_size = request["input"], request["tokenizer"], request["block_size"]
+    column, fraction = request["text_column"], request["validation_fraction"]
+    check_content(source)
+    held_out = _held_out(files, column, fraction, source)
+    chosen = _tokenizer(output, tokenizer, _training_texts(files["train"], column, held_out))
+    rows = _Rows(output, block_size)
+    _run(Work(DocumentEncoder.of(chosen), column, held_out), files, rows, num_proc, sampled)
+    splits = rows.splits()
+    for split in ("train", "validation"):
+        if not splits.get(split, {}).get("rows"):
+            output.discard()
+            raise UserError(
+                f"the {split} split of {source} fills no row of block_size {block_size}: "
+                f"give more documents{'' if fraction is None else ' or a larger validation_fraction'}"
+            )
+    output.finish(
+        {
+            "tokenizer": tokenizer,
+            "tokenizer_sha256": tokenizer_hash(chosen),
+            "vocab_size": len(chosen),
+            "eos_token_id": chosen.eos_token_id,
+            "block_size": block_size,
+            "validation": "the input's own" if fraction is None else f"{fraction} of the hashes, held out",
+            "sample": {
+                key: sampled[key] for key in ("source", "revision", "licence", "seed") if key in sampled
+            },
+            "splits": splits,
+        }
     )
-    return 0
+    return splits
 
 
-def _sampled(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a sample, nothing for other input."""
+def read_sample(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a sample, an empty mapping for any other input."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["kind"] != SAMPLE:
         return {}
@@ -156,7 +104,7 @@ def _sampled(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _bpe_size(tokenizer: str) -> int | None:
+def bpe_size(tokenizer: str) -> int | None:
     """Return N of train:N, or None for the name of a tokenizer."""
     if not tokenizer.startswith("train:"):
         check_tokenizer(tokenizer)
@@ -169,13 +117,21 @@ def _bpe_size(tokenizer: str) -> int | None:
     return int(size)
 
 
-def _held_out(splits: dict[str, list[CorpusFile]], column: str, fraction: float | None) -> HeldOut:
+def _held_out(
+    splits: dict[str, list[CorpusFile]], column: str, fraction: float | None, source: str
+) -> HeldOut:
     """Hash the documents outside of train; 8 bytes for each are the one thing that grows with the input."""
-    import numpy as np
 
-    others = [file for split in ("validation", "test") for file in splits.get(split, ())]
-    hashes = (document_hash(text) for file in others for text in _texts(file, column))
-    return HeldOut(0 if fraction is None else hash_cutoff(fraction), np.unique(np.fromiter(hashes, np.int64)))
+    def hashes(*names: str) -> Iterator[int]:
+        return (
+            document_hash(text)
+            for name in names
+            for file in splits.get(name, ())
+            for text in _texts(file, column)
+        )
+
+    cutoff = 0 if fraction is None else hash_cutoff(fraction, hashes("train"), source)
+    return HeldOut(cutoff, np.unique(np.fromiter(hashes("validation", "test"), np.int64)))
 
 
 def _texts(file: CorpusFile, column: str) -> Iterator[str]:
@@ -185,11 +141,11 @@ def _texts(file: CorpusFile, column: str) -> Iterator[str]:
 
 
 def _training_texts(files: list[CorpusFile], column: str, held_out: HeldOut) -> Iterator[str]:
-    """Yield the training documents, up to what a BPE can use, an equal share from each file."""
+    """Yield training documents, an equal share from each file, as many as a BPE can use."""
     for file in files:
         left = _BPE_CHARACTERS // len(files)
         for text in _texts(file, column):
-            if document_hash(text) not in held_out:
+            if held_out.split(document_hash(text)) == "train":
                 yield text
                 left -= len(text)
             if left <= 0:
@@ -197,10 +153,10 @@ def _training_texts(files: list[CorpusFile], column: str, held_out: HeldOut) -> 
 
 
 def _tokenizer(output: Output, name: str, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer, which lies in the output's folder `tokenizer` from then on."""
+    """Return the tokenizer, saved in the output's folder `tokenizer`."""
     folder = output.part / "tokenizer"
     if not folder.is_dir():
-        size = _bpe_size(name)
+        size = bpe_size(name)
         made = load_tokenizer(name) if size is None else train_bpe(texts, size)
         save_tokenizer(made, output.part / ".tokenizer")
         os.replace(output.part / ".tokenizer", folder)
@@ -210,7 +166,7 @@ def _tokenizer(output: Output, name: str, texts: Iterable[str]) -> "PreTrainedTo
 def _batches(
     splits: dict[str, list[CorpusFile]], column: str, place: dict[str, Any] | None
 ) -> Iterator[Batch]:
-    """Yield the records of all files, from a place on; a batch never spans files."""
+    """Yield the records of all files, starting at a place; a batch never spans files."""
     files = [(split, file) for split in ("validation", "test", "train") for file in splits.get(split, ())]
     at, first = (place["file"], place["record"]) if place else (0, 0)
     for number in range(at, len(files)):
@@ -242,7 +198,7 @@ class _ArrowFile:
         self.schema = pyarrow.schema({"input_ids": row}, metadata={"huggingface": about})
         self.writer = pyarrow.ipc.new_stream(str(path), self.schema)
 
-    def write(self, tokens: "np.ndarray") -> None:
+    def write(self, tokens: np.ndarray) -> None:
         import pyarrow
 
         rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(tokens), self.block_size)
@@ -253,27 +209,21 @@ class _ArrowFile:
 
 
 class _Rows:
-    """Cuts the run of each split's tokens into rows and writes them to shards."""
+    """Cuts the run of a split's tokens into rows and writes them to shards."""
 
     def __init__(self, output: Output, block_size: int):
-        import numpy as np
-
         self.block_size = block_size
         self.shards = Shards(output, ".arrow", lambda path: _ArrowFile(path, block_size))
         tails = self.shards.place["tails"] if self.shards.place else {}
         self.pending = {split: [np.array(tail, np.int32)] for split, tail in tails.items()}
 
     def add(self, split: str, tokens: bytes) -> None:
-        import numpy as np
-
         pending = self.pending.setdefault(split, [])
         pending.append(np.frombuffer(tokens, np.int32))
         if sum(map(len, pending)) >= _WRITTEN_TOKENS:
             self._write(split)
 
     def _write(self, split: str) -> None:
-        import numpy as np
-
         run = np.concatenate(self.pending[split])
         whole = len(run) // self.block_size * self.block_size
         self.pending[split] = [run[whole:]]
@@ -288,7 +238,7 @@ class _Rows:
         self.shards.cut({**place, "tails": tails})
 
     def splits(self) -> dict[str, dict[str, Any]]:
-        """Return each split's shards and numbers, with the tokens at its end that fill no row."""
+        """Return the shards and numbers of each split, with the tokens at its end that fill no row."""
         tails = self.shards.place["tails"]
         return {
             split: {**about, "tail_tokens": len(tails.get(split, ()))}
@@ -299,7 +249,7 @@ class _Rows:
 def _run(
     work: Work, splits: dict[str, list[CorpusFile]], rows: _Rows, num_proc: int, sampled: dict[str, Any]
 ) -> None:
-    """Tokenize all that the last cut doesn't hold yet."""
+    """Tokenize what the last cut does not hold yet."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -1,11 +1,10 @@
-"""A corpus of raw text: its files, in a local folder or on the hub, and their documents from any place on.
+"""A corpus of raw text: its files, in a local folder or on the Hub, and their documents from any place on.
 
-Files are opened and read as streams, JSON lines by the line and parquet by the row group, so that a corpus of
-any size passes through memory that doesn't grow with it, and a file of the hub never lies on this disk. The
-place of a document is (file, record): reading goes on from there after a stop.
+Files are streamed, JSON lines by the line and parquet by the row group, so that memory does not grow with the
+corpus and a file of the Hub never lies on this disk. The place of a document is (file, record): after a stop,
+reading resumes there.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,21 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stableqat.data.files import decompressed, file_format
-from stableqat.data.source import SPLITS, local_files, wrong_column
-from stableqat.errors import UserError
+from stableqat.data.damage import decompressed, file_format
+from stableqat.data.source import SPLITS, TEXT_FORMATS, local_files, not_found, wrong_column
+from stableqat.errors import UserError, first_line
 
-#: File suffix -> how documents lie in it. A `.json` file is read as JSON lines, as C4 names them.
-CORPUS_FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
 _HUB_FILE = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)")
 
-#: A line of JSON that is not parsed yet, or a row.
+#: A line of JSON, not parsed yet, or a row.
 Record = bytes | dict[str, Any]
 
 
@@ -48,42 +39,33 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a corpus by split, sorted by name; revision is the hub's commit, None for local files."""
+    """The files of a corpus by split, sorted by name; revision is the Hub's commit, None for local files."""
 
     splits: dict[str, list[CorpusFile]]
     revision: str | None
 
 
-def document_hash(text: str) -> int:
-    """Return 63 bits that depend on the text alone, so that equal documents land in one split."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def hash_cutoff(share: float) -> int:
-    """Return the number below which the hashes of a share of all documents lie."""
-    return int(share * 2**63)
-
-
 def find_corpus(
     source: str, formats: dict[str, str], *, name: str | None = None, revision: str | None = None
 ) -> Corpus:
-    """Return the files of a local file or folder, or of a data set of the hub.
+    """Return the files of a local file or folder, or of a data set of the Hub.
 
     Args:
-        source: path or hub name.
+        source: path or Hub name.
         formats: file suffix -> how documents lie in it.
-        name: configuration of a hub data set.
-        revision: branch, tag or commit of a hub data set.
+        name: configuration of a Hub data set.
+        revision: branch, tag or commit of a Hub data set.
 
     Raises:
-        UserError: nothing there, not reachable, another format, a broken or cut-short local file.
+        UserError: the source is missing, out of reach, of another format, broken or cut short.
     """
     local = local_files(source, formats)
     if local is None:
         return _hub_corpus(source, formats, name, revision)
     if name or revision:
-        raise UserError(f"{source} is local: name and revision belong to data sets of the hub")
+        raise UserError(
+            f"{source} is local; name and revision belong to data sets of the Hub: leave them out"
+        )
     path = Path(source).expanduser()
     root = path if path.is_dir() else path.parent
     splits = {
@@ -112,16 +94,13 @@ def _hub_corpus(source: str, formats: dict[str, str], name: str | None, revision
                     system, path = url_to_fs(address)
                     size = system.info(path)["size"]
                     splits.setdefault(split, []).append(CorpusFile(inside, address, size))
-    except Exception as error:  # the hub's client raises errors of several libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{source} is neither a local file or folder nor a data set that the hub gives: {reason}"
-        ) from error
+    except Exception as error:  # the Hub's client raises errors of several libraries
+        raise not_found(source, error) from error
     if "train" not in splits:
         raise UserError(f"{source} has no files of a train split: choose another data set or name")
     for file in (file for files in splits.values() for file in files):
         if file_format(Path(file.name)) not in formats:
-            raise UserError(f"{source}: cannot read {file.name}; take {', '.join(sorted(formats))}")
+            raise UserError(f"{source}: cannot read {file.name}, only {', '.join(sorted(formats))}")
     return Corpus({split: sorted(files) for split, files in splits.items()}, commit)
 
 
@@ -143,7 +122,7 @@ def read(file: CorpusFile, start: int = 0, *, column: str | None = None) -> Iter
         "parquet": _rows,
         "text": _whole,
     }
-    reader = readers[CORPUS_FORMATS[file_format(Path(file.name))]]
+    reader = readers[TEXT_FORMATS[file_format(Path(file.name))]]
     try:
         system, path = url_to_fs(file.path)
         with system.open(path, "rb") as stream:
@@ -151,15 +130,14 @@ def read(file: CorpusFile, start: int = 0, *, column: str | None = None) -> Iter
     except UserError:
         raise
     except Exception as error:  # each decompressor, reader and network client raises errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file.path} can't be read: {reason}") from error
+        raise UserError(f"{file.path} cannot be read ({first_line(error)}): repair or remove it") from error
 
 
 def _lines(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterator[Record]:
     with decompressed(stream, name) as lines:
         for number, line in enumerate(iter(lines.readline, b"")):
             if number == 0 and line.startswith(b"["):
-                raise UserError(f"{name} holds one JSON list: write it as JSON lines, a document a line")
+                raise UserError(f"{name} holds one JSON list: write it as JSON lines, one document per line")
             if number >= start:
                 yield line
 
@@ -190,13 +168,13 @@ def parse(record: Record, name: str, number: int) -> dict[str, Any]:
     """Return a record as a mapping; a blank line is an empty one.
 
     Raises:
-        UserError: a line that is no JSON object; names the file and the line.
+        UserError: a line is not a JSON object; names the file and the line.
     """
     if isinstance(record, dict):
         return record
     try:
         fields = json.loads(record) if record.strip() else {}
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
         raise UserError(f"{name} line {number + 1} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{name} line {number + 1} is not a JSON object")
@@ -207,7 +185,7 @@ def text_of(fields: dict[str, Any], column: str, name: str) -> str:
     """Return a document's text, or an empty string where it has none.
 
     Raises:
-        UserError: no such column, or something else than text in it.
+        UserError: there is no such column, or it holds something other than text.
     """
     if not fields:
         return ""

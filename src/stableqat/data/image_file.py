@@ -1,10 +1,10 @@
-"""One picture, upright and in 8-bit RGB: the same pixels for training, validation, prediction and evaluation.
+"""One image file, upright and in 8-bit RGB: the same pixels for training, validation and evaluation.
 
 Only a fixed list of formats is opened: for some others, such as EPS, Pillow starts a program that interprets
-the file. Black and white of deeper pixels are those that the file defines: 16-bit grey ends at 65535, 12-bit
-grey at 4095, and floating point is taken as [0, 1]; where a file defines no white, the picture is refused.
-The orientation that a camera notes is applied. Transparency and colour profiles are dropped, as timm and
-torchvision drop them; of an animation the first frame counts.
+the file. The file defines black and white of deeper pixels: 16-bit grey ends at 65535, 12-bit grey at 4095,
+and floating point lies in [0, 1]; an image without a defined white is refused. The orientation that a camera
+records is applied. Transparency and colour profiles are dropped, as timm and torchvision drop them; of an
+animation the first frame counts.
 """
 
 import io
@@ -25,37 +25,37 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _MAX_RATIO = 1000
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
-#: Modes whose white Pillow knows, each with the one that it passes through on the way to RGB.
+#: Modes whose white Pillow knows, each with the mode that it passes through on the way to RGB.
 _KNOWN = dict.fromkeys(("1", "L", "LA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"), "RGB")
 _KNOWN |= {"P": "RGBA", "PA": "RGBA", "La": "LA"}
 
 
 def look(source: bytes | str, where: str) -> None:
-    """Read a picture's header only.
+    """Read an image's header only.
 
     Args:
         source: encoded bytes, or a path.
-        where: what messages call the picture.
+        where: the image's name, for messages.
 
     Raises:
-        UserError: the picture has a format, a size or pixels that are not taken.
+        UserError: its format, size or pixels are not supported.
     """
     with _opened(source, where):
         pass
 
 
 def read(source: bytes | str, where: str) -> "Image":
-    """Return a picture in RGB, upright.
+    """Return an image in RGB, upright.
 
     Args:
         source: encoded bytes, or a path.
-        where: what messages call the picture.
+        where: the image's name, for messages.
 
     Raises:
-        UserError: it can't be read, or its pixels have no defined white.
+        UserError: it cannot be read, or its pixels have no defined white.
     """
     with _opened(source, where) as image:
-        image.load()  # turns a TIFF by itself, and reads what a PNG notes at its end
+        image.load()  # rotates a TIFF by itself, and reads what a PNG records at its end
         return _upright(_rgb(image, where), _orientation(image))
 
 
@@ -64,17 +64,19 @@ def _opened(source: bytes | str, where: str) -> Iterator["Image"]:
     import PIL.Image
 
     if isinstance(source, str) and not os.path.isfile(source):  # a parquet file may name anything
-        raise UserError(f"{where} is no file: repair or remove it")
+        raise UserError(f"{where} is not a file: repair or remove it")
     try:
         with PIL.Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, "r", FORMATS
         ) as image:
             width, height = image.size
             if max(width, height) > _MAX_RATIO * min(width, height):
-                raise UserError(f"{where} has {width} x {height} pixels, too long a strip: crop or remove it")
+                raise UserError(
+                    f"{where} has {width} x {height} pixels, a strip too long to resize: crop or remove it"
+                )
             if image.mode not in _KNOWN and _white(image) is None:
                 raise UserError(
-                    f"{where} has pixels of a kind whose white is not defined (Pillow's mode {image.mode}): "
+                    f"{where} has pixels without a defined white (Pillow's mode {image.mode}): "
                     "convert it to 8 or 16 bits, or remove it"
                 )
             yield image
@@ -84,19 +86,19 @@ def _opened(source: bytes | str, where: str) -> Iterator["Image"]:
         raise UserError(f"{where} has too many pixels to be safe: scale it down or remove it") from error
     except PIL.UnidentifiedImageError as error:
         raise UserError(
-            f"{where} is not an image that can be read (PNG, JPEG, WebP, BMP, TIFF or GIF): "
+            f"{where} is not a readable image (PNG, JPEG, WebP, BMP, TIFF or GIF): "
             "convert, repair or remove it"
         ) from error
     except Exception as error:  # every decoder raises errors of its own on damaged files
-        raise UserError(f"{where} is not an image that can be read: repair or remove it") from error
+        raise UserError(f"{where} is not a readable image: repair or remove it") from error
 
 
 def _white(image: "Image") -> float | None:
-    """The value of white in a picture of deep grey pixels, None where the file defines none."""
+    """The value of white in an image of deep grey pixels, None where the file defines none."""
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})
         return 2.0 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
-    if image.mode == "I" and image.format == "PNG":  # Pillow before 11.3 opens 16 bits so
+    if image.mode == "I" and image.format == "PNG":  # how Pillow before 11.3 opens 16 bits
         return 65535
     return 1 if image.mode == "F" else None
 
@@ -109,8 +111,8 @@ def _rgb(image: "Image", where: str) -> "Image":
     grey = np.asarray(image).astype(np.float64) / white
     if not (grey.min() >= 0 and grey.max() <= 1):  # NaN neither
         raise UserError(
-            f"{where} has values from {grey.min():g} to {grey.max():g}, and a picture "
-            "in floating point must lie in [0, 1]: scale it, or remove it"
+            f"{where} has values from {grey.min():g} to {grey.max():g}, but pixels in floating point must "
+            "lie in [0, 1]: scale it, or remove it"
         )
     if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 1 - grey
@@ -118,10 +120,10 @@ def _rgb(image: "Image", where: str) -> "Image":
 
 
 def _orientation(image: "Image") -> int:
-    """How the camera was held (1 to 8), 1 where the picture doesn't say."""
+    """How the camera was held (1 to 8), 1 where the file does not say."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged notes are no reason to refuse whole pixels
+    except Exception:  # damaged metadata is no reason to refuse sound pixels
         return 1
 
 

@@ -1,8 +1,8 @@
-"""What text and images share: loaders over the one order of samples, a resumable place in it, the seed.
+"""The base of both data modules: loaders over one order of samples, a resumable place in it, the seed.
 
-A subclass says how its splits come to be (`load`); each split is a dataset that maps a list of (seed, epoch,
-index) keys to a batch. Lightning restores a loader's own state only when it resumes inside an epoch, so the
-place in the training stream is kept in the data module's state as well.
+A subclass loads its splits; each is a dataset that maps a list of (seed, epoch, index) keys to a batch.
+Lightning restores a loader's own state only when it resumes inside an epoch, so the data module's state holds
+the place in the training stream as well.
 """
 
 import os
@@ -20,7 +20,7 @@ from stableqat.errors import UserError
 
 
 class Rows(Protocol):
-    """A split: `len` samples, and batches of them."""
+    """A split: its number of samples, and batches of them."""
 
     def __len__(self) -> int: ...
 
@@ -31,12 +31,12 @@ class DataModule(LightningDataModule):
     """Serves the splits that a subclass loads.
 
     Args:
-        batch_size: samples a step and process.
+        batch_size: samples per step and process.
         num_workers: processes that load batches ahead; 0 loads in the training process.
         seed: decides the order and the augmentation; null takes the run's seed (seed_everything).
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     def __init__(self, *, batch_size: int, num_workers: int = 0, seed: int | None = None):
@@ -69,7 +69,7 @@ class DataModule(LightningDataModule):
 
     @property
     def run_seed(self) -> int:
-        """The seed in force: the argument, or what Lightning's seed_everything left behind, or 0."""
+        """The seed in force: the argument, or the one of Lightning's seed_everything, or 0."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def describe(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class DataModule(LightningDataModule):
         return {"batch_size": self.batch_size}
 
     def prepare_data(self) -> None:
-        """Fill the caches, on one process of a machine."""
+        """Fill the caches, on one process per machine."""
         self.splits  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
@@ -87,10 +87,10 @@ class DataModule(LightningDataModule):
             self._train_loader, self._place = None, {}
             if self.trainer is not None:
                 recount = LambdaCallback(on_train_start=lambda *_: self._recount())
-                self.trainer.callbacks.insert(0, recount)  # type: ignore[attr-defined]  # others may save
+                self.trainer.callbacks.insert(0, recount)  # type: ignore[attr-defined]  # before others save
 
     def _share(self) -> dict[str, int]:
-        """Return this process's place among those that read different data (tensor-parallel ones do not)."""
+        """Return this process's place among those that read different data (not tensor-parallel ones)."""
         strategy = getattr(self.trainer, "strategy", None)
         share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
         return {"rank": share["rank"], "world_size": share["num_replicas"]}
@@ -101,7 +101,7 @@ class DataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": strategy is not None and strategy.root_device.type == "cuda",
-            # A loader draws a base seed at every start; from a generator of its own it leaves torch's alone.
+            # A loader draws a base seed at every start; its own generator leaves torch's alone.
             "generator": torch.Generator(),
         }
 
@@ -112,10 +112,11 @@ class DataModule(LightningDataModule):
         return progress.ready > progress.processed  # type: ignore[attr-defined]
 
     def train_dataloader(self) -> TrainingLoader:
-        """Return the loader of the training stream, at the place that was restored.
+        """Return the loader of the training stream, at the restored place.
 
         Raises:
-            UserError: fewer samples than one step of all processes takes, or a checkpoint of other data.
+            UserError: there are fewer samples than one step of all processes takes, or the checkpoint is of
+                other data.
         """
         rows, mixture = self.splits["train"], self.mixture
         share = self._share()
@@ -123,13 +124,13 @@ class DataModule(LightningDataModule):
         if size < step:
             raise UserError(
                 f"the train split has {size} samples, fewer than the {step} of one step "
-                f"(batch_size x {share['world_size']} processes): lower batch_size or give more data"
+                f"(batch_size x {share['world_size']} processes): lower batch_size or add data"
             )
         if overfit := getattr(self.trainer, "overfit_batches", 0):
             few = overfit * step if isinstance(overfit, int) else max(step, int(overfit * size))
             mixture = mixture.first(min(size, few))
         order = TrainingOrder(mixture, self.batch_size, seed=self.run_seed, **share)
-        # A weak reference: workers take seconds to end when a cycle of references keeps their loader.
+        # A weak reference: workers take seconds to end if a cycle of references keeps their loader alive.
         module = weakref.proxy(self)
         loader = TrainingLoader(
             rows, order, unfinished=lambda: module._step_unfinished(), **self._loader_options()
@@ -149,11 +150,11 @@ class DataModule(LightningDataModule):
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> Loader:
-        """Return the loader of the test split, or of the validation split where there is none."""
+        """Return the loader of the test split, or of the validation split if there is none."""
         return self._evaluation_loader("test" if "test" in self.splits else "validation")
 
     def predict_dataloader(self) -> Loader:
-        """Return the same loader as for testing; padding rows carry labels of -100 only."""
+        """Return the same loader as for testing; padding rows only carry labels of -100."""
         return self.test_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,18 +162,18 @@ class DataModule(LightningDataModule):
         return self._train_loader.state_dict() if self._train_loader is not None else self._place
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a checkpoint's place in the training stream for the training loader.
+        """Hand a checkpoint's place in the training stream to the training loader.
 
-        Sharded strategies restore late: the loader exists by then if the schedule asked for the run's length.
+        Sharded strategies restore late: the loader already exists if the schedule asked for the run's length.
         """
         self._place = state_dict
         if self._train_loader is not None:
             self._train_loader.load_state_dict(state_dict)
 
     def _recount(self) -> None:
-        """Count the batches of an earlier run, of another size, as batches of this one.
+        """Convert the batches of an earlier run, of another size, to batches of this one.
 
-        Lightning ends an epoch, accumulates gradients and validates by the number of batches done.
+        Lightning ends an epoch, accumulates gradients and validates by the number of finished batches.
         """
         place, self._place = self._place, {}
         assert self._train_loader is not None

@@ -1,8 +1,8 @@
-"""Rows of tokens: windows of `block_size` on one flat run of tokens that stays on disk.
+"""Rows of tokens: windows of `block_size` over one flat run of tokens that stays on disk.
 
-Memory stays flat, a change of block_size tokenises nothing again, and the concatenation of the rows is the
-concatenation of the documents, less the tail of a split that doesn't fill a row. Rows attend across document
-borders, as in GPT-3's pretraining.
+Memory stays flat, another block_size tokenizes nothing again, and the rows in sequence are the documents in
+sequence, without the tail of a split that fills no row. Attention crosses document borders, as in GPT-3's
+pretraining.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TokenRows:
-    """Turns keys into a batch; a subclass has the rows."""
+    """Turns keys into a batch; a subclass provides the rows."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -40,7 +40,7 @@ class PackedRows(TokenRows):
 
     Args:
         documents: data set with a column `input_ids`.
-        block_size: tokens a row.
+        block_size: tokens per row.
     """
 
     def __init__(self, documents: "Dataset", block_size: int):
@@ -76,8 +76,8 @@ class MixedRows(TokenRows):
 
     Args:
         parts: the rows of each source.
-        spread: put each source's rows at even distances instead, so that any first part of the whole has its
-            share of each source.
+        spread: put each source's rows at even distances instead, so that any first part of the whole holds
+            each source's share.
     """
 
     def __init__(self, parts: Sequence[PackedRows], *, spread: bool = False):

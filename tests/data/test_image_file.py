@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stableqat.data import ImageDataModule
-from stableqat.data.picture import look, read
+from stableqat.data.image_file import look, read
 from stableqat.errors import UserError
 
 GREYS = np.array([[0, 0.25, 0.5, 1]], np.float32)
@@ -135,25 +135,25 @@ def forbidden(monkeypatch):
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
 FLOAT = np.array([[0.5, 1.5]], np.float32)
 REFUSED = {
-    "EPS": (EPS, r"it is not an image that can be read \(PNG, JPEG, WebP, BMP, TIFF or GIF\)"),
-    "PPM": (b"P6 1 1 255 abc", r"it is not an image that can be read \(PNG,"),
-    "nothing": (b"", r"it is not an image that can be read \(PNG,"),
+    "EPS": (EPS, r"it is not a readable image \(PNG, JPEG, WebP, BMP, TIFF or GIF\)"),
+    "PPM": (b"P6 1 1 255 abc", r"it is not a readable image \(PNG,"),
+    "nothing": (b"", r"it is not a readable image \(PNG,"),
     "a bomb": (png(60000, 60000, 8, 2, b"\0"), r"it has too many pixels to be safe: scale it down"),
-    "a strip": (png(1, 2000, 8, 0, b"\0\0" * 2000), r"it has 1 x 2000 pixels, too long a strip"),
+    "a strip": (png(1, 2000, 8, 0, b"\0\0" * 2000), r"it has 1 x 2000 pixels, a strip too long to resize"),
     "32-bit whole numbers": (
         encoded(Image.fromarray(np.array([[7]], np.int32)), "tiff"),
-        r"it has pixels of a kind whose white is not defined \(Pillow's mode I\): convert it to 8 or 16 bits",
+        r"it has pixels without a defined white \(Pillow's mode I\): convert it to 8 or 16 bits",
     ),
-    "signed 16 bits": (tiff(((1, 1), b"\1\1"), 16, _339=2), r"it has pixels of a kind whose white is not"),
+    "signed 16 bits": (tiff(((1, 1), b"\1\1"), 16, _339=2), r"it has pixels without a defined white"),
 }
 REFUSED_PIXELS = {
     "cut short": (
         encoded(Image.effect_noise((64, 64), 9), "png")[:900],
-        r"it is not an image that can be read:",
+        r"it is not a readable image:",
     ),
     "beyond one": (
         encoded(Image.fromarray(FLOAT), "tiff"),
-        r"it has values from 0.5 to 1.5, and a picture in",
+        r"it has values from 0.5 to 1.5, but pixels in",
     ),
     "no number": (encoded(Image.fromarray(FLOAT * np.nan), "tiff"), r"it has values from nan to nan"),
     "beyond white": (encoded(Image.fromarray(-FLOAT), "tiff"), r"it has values from -1.5 to -0.5"),
@@ -206,5 +206,5 @@ def test_a_file_that_is_no_picture_ends_before_the_first_batch(tmp_path, monkeyp
             (tmp_path / "files" / label / f"{number}.png").write_bytes(encoded(Image.fromarray(RGB), "png"))
     (tmp_path / "files" / "b" / "7.png").write_bytes(EPS)
     data = ImageDataModule(str(tmp_path / "files"), image_size=8, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"files/b/7.png is not an image that can be read"):
+    with pytest.raises(UserError, match=r"files/b/7.png is not a readable image"):
         data.prepare_data()

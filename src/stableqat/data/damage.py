@@ -1,8 +1,8 @@
-"""What can be wrong with one data file.
+"""What can be wrong with one data file: damage, found before it is read or explained after reading failed.
 
-Absent, empty and cut-short files are found before anything is read: a .zst says where its blocks end and a
-parquet file ends in a magic word, so neither needs decompressing. What would crash the reader of JSON is
-looked for before it is read, a line that is no JSON object only after reading has failed.
+Empty and cut-short files are found first: a .zst says where its blocks end and a parquet file ends in a magic
+word, so neither needs decompressing. What would crash the reader of JSON is looked for before reading, a
+broken line only after reading has failed.
 """
 
 import bz2
@@ -14,17 +14,17 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, first_line
 
 _COMPRESSIONS = {".zst", ".gz", ".bz2", ".xz"}
-#: Levels of JSON; pyarrow's reader crashes at some ten thousand.
+#: Levels of JSON; pyarrow's reader crashes at about ten thousand.
 _DEEPEST = 200
 _NULL_RECORD = re.compile(rb"(?m)^\s*null")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def file_format(path: Path) -> str:
-    """Return the suffix that names a file's format, a compression's suffix left out."""
+    """Return the suffix that names a file's format, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
@@ -32,7 +32,7 @@ def file_format(path: Path) -> str:
 
 
 def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
-    """Return a stream that reads what a file of that name holds, decompressed."""
+    """Return a stream of the decompressed content of a file with that name."""
     suffix = Path(name).suffix.lower()
     if suffix == ".zst":
         import zstandard
@@ -47,21 +47,21 @@ def check(file: Path, formats: dict[str, str]) -> None:
     suffix = file_format(file)
     if suffix not in formats:
         raise UserError(
-            f"{file}: cannot read {suffix or 'a file without suffix'}; take {', '.join(sorted(formats))}"
+            f"{file}: cannot read {suffix or 'a file without suffix'}, only {', '.join(sorted(formats))}"
         )
-    if "::" in str(file):  # which joins addresses where files are opened
+    if "::" in str(file):  # fsspec takes it for a chain of addresses
         raise UserError(f"{file}: cannot read a path with :: in it; rename it")
     size = file.stat().st_size
     if size == 0:
-        raise UserError(f"{file} is empty")
+        raise UserError(f"{file} is empty: fill or remove it")
     if file.suffix.lower() == ".zst" and not _zst_is_whole(file):
-        raise UserError(f"{file} is cut short or not zstandard: fetch or compress it again")
+        raise UserError(f"{file} is cut short or not zstandard: download or compress it again")
     if suffix == ".parquet":
         with file.open("rb") as stream:
             head = stream.read(4)
             stream.seek(max(size - 4, 0))
             if head != b"PAR1" or stream.read(4) != b"PAR1":
-                raise UserError(f"{file} is cut short or not parquet: fetch or write it again")
+                raise UserError(f"{file} is cut short or not parquet: download or write it again")
 
 
 def _zst_is_whole(file: Path) -> bool:
@@ -96,7 +96,7 @@ def _zst_is_whole(file: Path) -> bool:
 
 
 def find_crash(path: Path) -> str | None:
-    """Return what in a JSON file would crash the C++ that reads it: a record `null`, or endless nesting."""
+    """Return what in a JSON file would crash its C++ reader: a record `null`, or very deep nesting."""
     import numpy as np
 
     depth, is_list = 0, None
@@ -106,7 +106,7 @@ def find_crash(path: Path) -> str | None:
                 text = b"".join(lines)
                 is_list = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") if is_list is None else is_list
                 if not is_list and _NULL_RECORD.search(text):
-                    return f"{path} holds a line that is null: it must be a JSON object"
+                    return f"{path} holds a line that is null: make it a JSON object or remove it"
                 outside = text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
                 marks = np.frombuffer(b"".join(outside).translate(None, _NO_BRACKETS), np.uint8)
                 if len(marks):
@@ -114,35 +114,35 @@ def find_crash(path: Path) -> str | None:
                     if heights.max() > _DEEPEST:
                         return f"{path} nests more than {_DEEPEST} levels deep: write documents as plain text"
                     depth = max(int(heights[-1]), 0)
-    except Exception:  # what else is wrong with it is told when it is read
+    except Exception:  # any other damage is reported when it is read
         return None
     return None
 
 
 def find_damage(path: Path, builder: str) -> str | None:
-    """Return what is wrong with a file that could not be read, or None where nothing is found."""
+    """Return what is wrong with a file that could not be read, or None if nothing is found."""
     if builder == "parquet":
         import pyarrow
 
         try:
             if not pyarrow.parquet.ParquetFile(path).read().num_rows:
-                return f"{path} holds no rows: give more, or remove it"
+                return f"{path} holds no rows: remove it"
         except (pyarrow.ArrowException, OSError) as error:
-            return f"{path} can't be read as parquet: {str(error).splitlines()[0]}"
+            return f"{path} cannot be read as parquet ({first_line(error)}): repair or remove it"
         return None
-    if builder == "imagefolder":  # each picture is looked at when it is opened
+    if builder == "imagefolder":  # each image is checked when it is opened
         return None
     line_number = 0
     try:
         with path.open("rb") as file, decompressed(file, path.name) as stream:
-            # A file that opens with a bracket holds one list; its lines are no documents of their own.
+            # A file that begins with a bracket holds one list; its lines are not documents.
             if builder == "json" and (first := stream.read(1)) != b"[":
                 lines = enumerate(iter(stream.readline, b""), 1)
                 for line_number, line in lines:
                     text = (first + line if line_number == 1 else line).strip()
-                    # JSON's own decoder lets halves of surrogate pairs pass, written out and as bytes
+                    # json lets halves of surrogate pairs pass, escaped and as bytes
                     if text and not isinstance(fields := json.loads(text.decode()), dict):
-                        return f"{path} line {line_number} is not a JSON object"
+                        return f"{path} line {line_number} is not a JSON object: repair it"
                     if text:
                         json.dumps(fields, ensure_ascii=False).encode()
             elif builder == "json":
@@ -150,15 +150,16 @@ def find_damage(path: Path, builder: str) -> str | None:
             else:
                 stream.read().decode()
     except json.JSONDecodeError as error:
-        return f"{path} line {line_number or error.lineno} is not valid JSON: {error.msg}"
+        return f"{path} line {line_number or error.lineno} is not valid JSON ({error.msg}): repair it"
     except UnicodeDecodeError as error:
-        return f"{path} {f'line {line_number} ' if line_number else ''}is not UTF-8 at byte {error.start}"
+        where = f"{path} line {line_number}" if line_number else path
+        return f"{where} is not UTF-8 at byte {error.start}: convert it"
     except UnicodeEncodeError:
-        return f"{path} line {line_number} holds half of a surrogate pair, which is no text: repair it"
+        return f"{path} line {line_number} holds half of a surrogate pair, which is not text: repair it"
     except Exception as error:  # each decompressor raises errors of its own
         if path.suffix.lower() in _COMPRESSIONS:
-            return f"{path} can't be decompressed: {error}"
+            return f"{path} cannot be decompressed ({first_line(error)}): download or compress it again"
         if isinstance(error, OSError):
-            return f"{path} can't be read: {error.strerror}"
+            return f"{path} cannot be read ({error.strerror}): repair or remove it"
         raise
     return None

@@ -1,0 +1,113 @@
+"""One rule says which documents validate: raw, tokenized, sampled and mixed, they are the same."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from raw import records
+from sample_documents import document
+
+from stableqat.data import TextDataModule
+from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
+from stableqat.data.prepare.command import sample, tokenize
+from stableqat.data.tokenizer import train_bpe
+from stableqat.errors import UserError
+
+TEXTS = [document(n) for n in range(400)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(TEXTS[:50], 300).save_pretrained(folder)
+    return str(folder)
+
+
+def jsonl(folder: Path, texts: list[str]) -> None:
+    for name, some in (("a", texts[::2]), ("b", texts[1::2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+
+
+def plain_text(folder: Path, texts: list[str]) -> None:
+    for number, text in enumerate(texts):
+        (folder / f"{number:03}.txt").write_text(text)
+
+
+def splits(source: object, tokenizer: str, cache: Path, **options: object) -> dict[str, set[str]]:
+    """The documents of each split as training reads them, the one that the last row cuts off left out."""
+    data = TextDataModule(
+        source, tokenizer=tokenizer, block_size=2, batch_size=1, cache_dir=str(cache), **options
+    )
+    data.setup("fit")
+    found: dict[str, set[str]] = {"train": set(), "validation": set()}
+    for split, texts in found.items():
+        rows = data.splits[split]
+        for part in getattr(rows, "parts", [rows]):
+            run = part.tokens(0, 2 * len(part))
+            texts.update(data.tokenizer.decode(run).split(data.tokenizer.eos_token))
+    return {split: texts & set(TEXTS) for split, texts in found.items()}
+
+
+@pytest.mark.parametrize("write", [jsonl, plain_text])
+@pytest.mark.parametrize("count", [400, 12])  # of 12 none falls below the share
+def test_a_raw_folder_and_the_same_folder_tokenized_validate_on_the_same(tmp_path, tokenizer, write, count):
+    texts, share = TEXTS[:count], {"validation_fraction": 0.1 if count == 400 else 0.01}
+    (tmp_path / "raw").mkdir()
+    write(tmp_path / "raw", texts)
+    raw = splits(str(tmp_path / "raw"), tokenizer, tmp_path / "cache", **share)
+    out = str(tmp_path / "out")
+    settings = {"tokenizer": tokenizer, "block_size": 2, "num_proc": 1, **share}
+    tokenize(input=str(tmp_path / "raw"), out=out, **settings)
+    assert splits(out, tokenizer, tmp_path / "cache") == raw
+    hashes = {text: document_hash(text) for text in texts}
+    expected = {text for text in texts if hashes[text] < hash_cutoff(share["validation_fraction"])}
+    assert raw["validation"] >= (expected or {min(hashes, key=hashes.get)}) - {*texts[-1:]}
+    assert not raw["train"] & raw["validation"]
+    assert len(raw["train"] | raw["validation"]) >= count - 2
+
+
+def test_a_sample_and_a_mixture_validate_on_no_other_documents(tmp_path, tokenizer):
+    (tmp_path / "raw").mkdir()
+    jsonl(tmp_path / "raw", TEXTS)
+    cache, share = tmp_path / "cache", {"validation_fraction": 0.01}
+    raw = splits(str(tmp_path / "raw"), tokenizer, cache, **share)
+    drawn = {}
+    for tokens in ("all", "8k"):
+        out = tmp_path / tokens
+        sample(source=str(tmp_path / "raw"), layout="text", tokens=tokens, out=str(out))
+        drawn[tokens] = {split: {each["text"] for each in records(out, split)} for split in raw}
+        assert drawn[tokens]["validation"] <= {t for t in TEXTS if document_hash(t) < hash_cutoff(0.01)}
+        assert not drawn[tokens]["train"] & raw["validation"]
+    assert drawn["all"]["validation"] >= raw["validation"]
+    mixed = splits({str(tmp_path / "all"): 1, str(tmp_path / "raw"): 1}, tokenizer, cache, **share)
+    assert mixed["validation"] == raw["validation"]
+    assert not mixed["train"] & mixed["validation"]
+
+
+@given(st.sets(st.integers(0, 2**63 - 1), min_size=2), st.floats(1e-9, 1, exclude_max=True))
+def test_both_sides_have_a_document_and_a_larger_share_holds_out_more(hashes, share):
+    held_out = HeldOut(hash_cutoff(share, hashes))
+    sides = {held_out.split(number) for number in hashes}
+    assert sides == {"train", "validation"}
+    assert hash_cutoff(share / 2, hashes) <= held_out.cutoff
+
+
+def test_a_listed_document_is_left_out():
+    held_out = HeldOut(10, np.array([5, 20]))
+    assert [held_out.split(number) for number in (4, 5, 9, 10, 20, 21)] == [
+        *("validation", None, "validation", "train", None, "train")
+    ]
+
+
+def test_one_document_cannot_be_split(tmp_path, tokenizer):
+    path = tmp_path / "one.jsonl"
+    path.write_text((json.dumps({"text": TEXTS[0]}) + "\n") * 3)
+    says = "one.jsonl is a single document, and validation takes whole ones: put it in a folder beside"
+    with pytest.raises(UserError, match=says):
+        TextDataModule(str(path), tokenizer=tokenizer, cache_dir=str(tmp_path / "cache")).setup()
+    with pytest.raises(UserError, match=says):
+        tokenize(input=str(path), tokenizer=tokenizer, block_size=8, out=str(tmp_path / "out"), num_proc=1)
+    assert not (tmp_path / "out").exists()
