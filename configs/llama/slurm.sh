@@ -1,6 +1,6 @@
 #!/bin/bash
 # 2 nodes x 8 GPUs: sbatch configs/llama/slurm.sh -c OVERLAY.yaml ... --KEY VALUE ... (what follows goes to fit)
-# Two minutes before its time is up the job saves, is queued again and goes on; so it does when it is preempted.
+# Two minutes before its time is up, or when it is preempted, the job saves, is queued again and resumes.
 #SBATCH --job-name=stableqat
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -11,13 +11,13 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-run=$SLURM_JOB_NAME-$SLURM_JOB_ID # the same when the job is queued again
+run=$SLURM_JOB_NAME-$SLURM_JOB_ID # stays the same when the job is queued again
 folder=lightning_logs/llama/$run resume=
 for checkpoint in "$folder"/checkpoints/{last,previous}.ckpt; do
     [ -e "$checkpoint" ] && resume="--ckpt_path last"
 done
 if [ -z "$resume" ] && [ -e "$folder" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    mv "$folder" "$folder.restart$SLURM_RESTART_COUNT" # it was queued again before its first checkpoint
+    mv "$folder" "$folder.restart$SLURM_RESTART_COUNT" # requeued before its first checkpoint
 fi
 
 trap : USR1 TERM # srun passes them on to its tasks
