@@ -1,10 +1,7 @@
 """The layout keeps its promises: imports point one way, and forbidden habits stay out."""
 
 import ast
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,44 +101,6 @@ def test_no_forbidden_habits(path: Path) -> None:
                 assert named.get("trust_remote_code") == "False", "a model folder's own code is never run"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and part(path) != "cli":
             assert node.func.id != "print", "the library logs, the command line prints"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[*verb, "--help"] for verb in ([], ["sweep"], ["compare"], ["bench"], ["export"], ["evaluate"])],
-)
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    heavy = {"torch", "lightning", "transformers", "timm", "datasets", "tensorboard", "matplotlib", "sklearn"}
-    code = (
-        "import sys; from stableqat.cli.main import main; code = main(sys.argv[1:]);"
-        f"loaded = {heavy!r} & set(sys.modules); assert not loaded, loaded; sys.exit(code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
-
-
-def test_a_misspelt_file_is_noticed_before_heavy_imports(tmp_path: Path) -> None:
-    commands = [
-        ["fit", "-c", "none.yaml"],
-        ["validate", "-c", str(ROOT / "configs/llama/base.yaml"), "--ckpt_path", "none.ckpt"],
-        ["evaluate", "none.ckpt"],
-        ["export", "none", "--format", "hf", "--out", "out"],
-        ["consolidate", "none.ckpt"],
-        ["import", "none", "--from", "paretoq", "--out", "out"],
-        ["sweep", "none.yaml"],
-        ["compare", "none"],
-        ["publish", "none"],
-    ]
-    code = (
-        "import json, sys; from stableqat.cli.main import main;"
-        "codes = list(map(main, json.loads(sys.argv[1])));"
-        "assert set(codes) == {2}, codes; assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    argv = [sys.executable, "-c", code, json.dumps(commands)]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == len(commands)
 
 
 def test_every_published_name_resolves() -> None:

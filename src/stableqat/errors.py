@@ -51,10 +51,23 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
     Returns:
         The end of a message, without the semicolon before it.
     """
+    names = list(known)
+    if near := nearest(name, names):
+        return f"did you mean {near}?"
+    return otherwise or f"choose one of {', '.join(names)}"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like a name, whatever the case of its letters; None if none is.
+
+    Args:
+        name: What the user wrote.
+        known: The names that exist.
+        cutoff: How alike they must be, from 0 to 1.
+    """
     spelt = {each.lower(): each for each in known}
-    if near := get_close_matches(name.lower(), spelt, 1):
-        return f"did you mean {spelt[near[0]]}?"
-    return otherwise or f"choose one of {', '.join(spelt.values())}"
+    near = get_close_matches(name.lower(), spelt, 1, cutoff)
+    return spelt[near[0]] if near else None
 
 
 def first_line(error: BaseException) -> str:

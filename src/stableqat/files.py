@@ -1,4 +1,4 @@
-"""Files and folders that appear when they are whole."""
+"""Paths, and files and folders that appear when they are whole."""
 
 import fcntl
 import os
@@ -9,6 +9,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from stableqat.errors import UserError
+
+
+def only_local(name: str) -> bool:
+    """Whether a name of a model or of data can only be a path: nothing on the Hub has a name like it."""
+    suffix = Path(name).suffix in (".ckpt", ".jsonl", ".parquet")
+    return (name.startswith(("/", ".", "~")) or name.count("/") > 1 or suffix) and not set(":[{") & set(name)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Why a value is refused: what its type would accept, and which class was probably meant."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from stableqat.errors import nearest
 
 _WORDS = {
     int: "a whole number",
@@ -62,8 +63,8 @@ def _suggestion(given: str, bases: list[type]) -> str:
         match = known[name]
         whole = f"{match.__module__}.{match.__qualname__}" if match.__name__ == given else match.__name__
         return f"; did you mean {whole}?"
-    if near := difflib.get_close_matches(name, leaves, 1, cutoff=0.7):
-        return f"; did you mean {leaves[near[0]]}?"
+    if near := nearest(name, leaves, cutoff=0.7):
+        return f"; did you mean {leaves[near]}?"
     return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= _LISTED else ""
 
 

@@ -7,7 +7,6 @@ my_methods.Mine`, or by naming the class there (`--model.quantizer my_methods.Mi
 imported it. In a field whose type is no class a `class_path` is refused whatever it names.
 """
 
-import difflib
 import inspect
 import itertools
 import os
@@ -24,7 +23,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, did_you_mean
 from stableqat.refusals import alternatives, refusal, untrusted
 
 T = TypeVar("T")
@@ -231,11 +230,8 @@ def arguments(cls: type, values: Any, where: str) -> dict[str, Any]:
     hints, made = _hints(cls), {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            raise UserError(
-                f"{where}.{_short(key)} is no setting of {cls.__name__}"
-                + (f"; did you mean {near[0]}?" if near else "; another version may have written this file")
-            )
+            remedy = did_you_mean(str(key), hints, "another version may have written this file")
+            raise UserError(f"{where}.{_short(key)} is no setting of {cls.__name__}; {remedy}")
         made[key] = _value(hints[key], value, f"{where}.{key}")
     return made
 

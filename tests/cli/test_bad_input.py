@@ -71,7 +71,7 @@ SETTINGS = {
     ),
     "an unknown key of the quantizer": (
         llama("--model.quantizer.temperature", "1"),
-        ["model.quantizer.temperature: unknown key; there are amplitude, harmonics, mask, bits"],
+        ["model.quantizer.temperature: unknown key; choose one of amplitude, bits, grid, group_size,"],
     ),
     "a misspelt key of the optimizer": (
         llama("--model.optimizer.weight_decai", "0"),
@@ -311,7 +311,7 @@ SETTINGS = {
     "no config at all": (["fit"], ["data, model: missing; set it in a config file"]),
     "a missing data file": (
         llama("--data.source", "none.jsonl"),
-        ["no such data file or folder: none.jsonl"],
+        ["data.source: none.jsonl does not exist; name a file, a folder or a data set on the Hub"],
     ),
     "a missing checkpoint": (
         llama("--ckpt_path", "none.ckpt"),
@@ -327,7 +327,7 @@ SETTINGS = {
     ),
     "a missing start": (
         llama("--model.init_from", "none.ckpt"),
-        ["init_from: there is no checkpoint none.ckpt"],
+        ["model.init_from: none.ckpt does not exist; name a run, a checkpoint, a model folder or"],
     ),
     "an output folder below a file": (
         llama("--trainer.logger.save_dir", "llama.yaml/logs"),
@@ -428,7 +428,7 @@ CONFIGS = {
     ),
     "a misspelt key in one of several types": (
         "trainer: {strategy: {class_path: stableqat.modules.FSDP2Strategy, init_args: {backend: x}}}",
-        ["trainer.strategy.backend: unknown key; there are save_distributed_checkpoint"],
+        ["trainer.strategy.backend: unknown key; choose one of save_distributed_checkpoint"],
     ),
     "a number for a class": ("model: 3", ["model: 3 is no QATModule", "LlamaModule, ViTModule"]),
 }

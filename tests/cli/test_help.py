@@ -22,14 +22,14 @@ HEAVY = [
 
 ASK = """
 import contextlib, io, json, sys
-from stableqat.cli.main import main
+from stableqat.cli.main import TOOL_VERBS, main
 
 texts = {}
-for verb in ([], ["sweep"], ["compare"], ["bench"]):
+for verb in ("", *TOOL_VERBS):
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        assert main([*verb, "--help"]) == 0
-    texts[" ".join(verb)] = text.getvalue()
+        assert main([*verb.split(), "--help"]) == 0
+    texts[verb] = text.getvalue()
 print(json.dumps([texts, sorted(sys.modules)]))
 """
 

@@ -267,9 +267,10 @@ WORDS = {
 @pytest.mark.parametrize("word", WORDS)
 def test_a_word_of_the_user_is_enough(word, here, capsys):
     Path("theirs.yaml").write_text(yaml.safe_dump(CONFIGS["quantizer"]))
-    arguments = [*WORDS[word], "--data.source", "nowhere.jsonl"]
+    Path("empty").mkdir()
+    arguments = [*WORDS[word], "--data.source", "empty"]
     assert main(["fit", "-c", "llama.yaml", *arguments]) == 2  # for the data, which comes later
-    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert "no data file in empty" in capsys.readouterr().err
     assert Path("marker").read_text() == "built"
 
 
@@ -442,7 +443,8 @@ def test_no_configuration_is_enough_to_read_task_files(case, here, capsys, monke
     Path("t/theirs.yaml").write_text(TASK)
     Path("docs.jsonl").write_text('{"q": "x"}\n')
     Path("theirs.yaml").write_text(yaml.safe_dump(config))
-    argv = ["fit", "-c", "llama.yaml", "-c", "theirs.yaml", "--data.source", "nowhere.jsonl"]
+    argv = ["fit", "-c", "llama.yaml", "-c", "theirs.yaml", "--data.source", "empty"]
+    Path("empty").mkdir()
     for other in ([], ["--evaluate.tasks", "theirs"], ["--evaluate.tasks_path", "other"]):
         if not (other and case == "a folder" and "tasks_path" in other[0]):
             line = refused([*argv[:3], *other, *argv[3:]], capsys)
@@ -450,7 +452,7 @@ def test_no_configuration_is_enough_to_read_task_files(case, here, capsys, monke
             assert f"may name {file};" in line
     flag = "--" + key.removesuffix(": ")
     given = [flag, file if case != "a file" else "piqa, t/theirs.yaml"]
-    assert "nowhere.jsonl" in refused([*argv, *given], capsys)  # the data comes next
+    assert "no data file in empty" in refused([*argv, *given], capsys)  # the data comes next
     monkeypatch.setenv("STABLEQAT_STUDY", "1")
     assert key in refused([*argv, *given], capsys)
 

@@ -4,7 +4,6 @@ Lightning finds many mistakes late, after hours of tokenising perhaps, or not at
 from nothing where there is no checkpoint, and lets a checkpoint's settings replace the configuration's.
 """
 
-import difflib
 import errno
 import fcntl
 import logging
@@ -24,7 +23,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from stableqat.checkpoints.names import BEST, CHECKPOINTS, CONFIG, LAST, is_sharded, last_checkpoints
 from stableqat.checkpoints.read import check_sums, read_checkpoint, read_rest
-from stableqat.errors import UserError, check_range
+from stableqat.errors import UserError, check_range, did_you_mean, first_line
 from stableqat.modules import QATModule
 from stableqat.modules.base import LARGEST
 from stableqat.trust import walk, words
@@ -337,21 +336,10 @@ def _locked(path: Path) -> Iterator[bool]:
             return
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's exception says, up to its first line break."""
-    return next(
-        (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
-
-
 def _check_name(key: str, name: str, known: list[str]) -> None:
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, 1)
-    raise UserError(
-        f"{key}: {name} is unknown; "
-        + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}")
-    )
+    raise UserError(f"{key}: {name} is unknown; {did_you_mean(name, known)}")
 
 
 def _run_folder(settings: Namespace) -> Path:

@@ -20,26 +20,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import stableqat.data.image
 import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
-from stableqat.callbacks import (
-    BestCheckpoint,
-    DivergenceGuard,
-    Evaluate,
-    GradientMismatch,
-    Interruption,
-    LastCheckpoint,
-    QuantizerMonitor,
-    RunRecord,
-    Throughput,
-)
+from stableqat import callbacks
 from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.checkpoints.names import TOKENIZER, is_sharded
 from stableqat.checkpoints.read import read_checkpoint, read_rest
 from stableqat.checkpoints.write import StreamedCheckpointIO, on_disk
 from stableqat.cli import checks
+from stableqat.cli.arguments import CALLBACKS
 from stableqat.cli.inherit import inherit
 from stableqat.cli.messages import OneLineErrors, user_error
 from stableqat.data.tokenizer import keep_tokenizer
-from stableqat.errors import UserError
+from stableqat.errors import UserError, first_line
 from stableqat.files import whole_file
 from stableqat.modules import QATModule
 from stableqat.modules.base import state_dict_follows
@@ -100,7 +91,12 @@ class QATCommand(LightningCLI):
                 seed_everything_default=0,
                 trainer_defaults={
                     "use_distributed_sampler": False,
-                    "callbacks": [LearningRateMonitor("step"), RunRecord(), Interruption(), *_progress_bar()],
+                    "callbacks": [
+                        LearningRateMonitor("step"),
+                        callbacks.RunRecord(),
+                        callbacks.Interruption(),
+                        *_progress_bar(),
+                    ],
                     "logger": {
                         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                         "init_args": {
@@ -120,13 +116,8 @@ class QATCommand(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The suite's configurable callbacks, each under a key of its own."""
-        parser.add_lightning_class_args(DivergenceGuard, "guard")
-        parser.add_lightning_class_args(QuantizerMonitor, "monitor")
-        parser.add_lightning_class_args(GradientMismatch, "mismatch")
-        parser.add_lightning_class_args(Throughput, "throughput")
-        parser.add_lightning_class_args(Evaluate, "evaluate")
-        parser.add_lightning_class_args(BestCheckpoint, "best")
-        parser.add_lightning_class_args(LastCheckpoint, "last")
+        for key, name in CALLBACKS.items():
+            parser.add_lightning_class_args(getattr(callbacks, name), key)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's settings replace the configuration's silently; say which ones."""
@@ -174,7 +165,7 @@ class QATCommand(LightningCLI):
         try:
             super().instantiate_classes()
         except MisconfigurationException as error:  # Lightning's own word for a mistake in the settings
-            raise UserError(f"{checks.first_line(error)}; correct this setting") from error
+            raise UserError(f"{first_line(error)}; correct this setting") from error
         except ValueError as error:
             if cause := user_error(error):
                 raise UserError(str(cause)) from error
@@ -185,7 +176,7 @@ class QATCommand(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
-            raise UserError(f"trainer: {checks.first_line(error)}; correct this setting") from error
+            raise UserError(f"trainer: {first_line(error)}; correct this setting") from error
 
     def after_instantiate_classes(self) -> None:
         """Checks that need no data."""
@@ -221,7 +212,7 @@ class QATCommand(LightningCLI):
             stop.code = EXIT_CODE
             raise
         except MisconfigurationException as error:
-            raise UserError(f"{checks.first_line(error)}; correct this setting") from error
+            raise UserError(f"{first_line(error)}; correct this setting") from error
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
                 raise
@@ -235,7 +226,7 @@ class QATCommand(LightningCLI):
             named = re.match(r"\s*`(\w+)`", str(error))
             if named is None or named[1] not in self.config[subcommand].trainer:
                 raise
-            raise UserError(f"trainer.{named[1]}: {checks.first_line(error)}") from error
+            raise UserError(f"trainer.{named[1]}: {first_line(error)}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

@@ -7,21 +7,17 @@ shows the traceback); a fault of the program keeps its traceback.
 """
 
 import argparse
-import filecmp
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from inspect import signature
-from itertools import pairwise
 from keyword import iskeyword
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from stableqat.cli.arguments import check_arguments
 from stableqat.errors import UserError, did_you_mean
-from stableqat.shipped import find_config, shipped_config
 from stableqat.terminal import plain
 from stableqat.trust import allowing
 
@@ -94,7 +90,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"stableqat {version('stableqat')}")
         return 0
     if verb in RUN_VERBS:
-        arguments = _with_files(arguments)
+        arguments = check_arguments(arguments)
         # Libraries read these once, at import
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it would say, our own error says
@@ -105,27 +101,6 @@ def _dispatch(arguments: list[str]) -> int:
         return _tool(verb, arguments[words:])
     verbs = [*RUN_VERBS, *TOOL_VERBS]
     raise UserError(f"{verb} is not a verb of stableqat; {did_you_mean(verb, verbs)}")
-
-
-def _with_files(arguments: list[str]) -> list[str]:
-    """Put files in place of the names of shipped configurations, and refuse files that are not there.
-
-    The libraries, whose import takes seconds, are not imported yet.
-    """
-    named = list(arguments)
-    for at, (flag, value) in enumerate(pairwise(["", *arguments])):
-        start = "--config=" if value.startswith("--config=") else ""
-        name = value.removeprefix(start)
-        if (start or flag in ("-c", "--config")) and not re.search(r"[:{\n]", name):  # not YAML itself
-            path = find_config(name)
-            named[at] = f"{start}{path}"
-            if (other := shipped_config(name)) and not filecmp.cmp(path, other, shallow=False):
-                print(f"stableqat: {path}: the file here, not the shipped configuration", file=sys.stderr)
-        elif flag == "--ckpt_path" and value not in ("last", "best", "null") and not Path(value).exists():
-            raise UserError(
-                f"ckpt_path: {value} does not exist; name a checkpoint, or leave it out to start anew"
-            )
-    return named
 
 
 def _parser(group: str) -> argparse.ArgumentParser:

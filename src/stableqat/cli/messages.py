@@ -6,17 +6,15 @@ what it would have accepted, says what is wrong; each outer one only puts its pa
 """
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
+from stableqat.cli.arguments import LISTED, nearest_key
 from stableqat.errors import UserError
 from stableqat.refusals import refusal
-
-_LISTED = 12  # names that a line can hold
 
 _WITHIN = re.compile(r'^Parser key "([^"]+)"')
 _NO_FILE = re.compile(r"""^Parser key "config": (.+): '(.+)'""")
@@ -127,14 +125,7 @@ def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError
 
 def _unknown(parser: Any, key: str) -> Fault:
     options = [a.dest for a in parser._actions if not re.search(r"(^|\.)(help|print_\w+)$", a.dest)]
-    heads = list(dict.fromkeys(["class_path", "init_args", *(option.split(".")[0] for option in options)]))
-    head, dot, rest = key.partition(".")
-    if head in heads:
-        near = difflib.get_close_matches(key, options, 1)
-    else:
-        near = [n + dot + rest for n in difflib.get_close_matches(head, heads, 1)]
-    near = near or [option for option in options if option.endswith(f".{key}")]
-    if near:
-        return Fault(key, "unknown key", near[0])
-    known = f"there are {', '.join(options)}" if len(options) <= _LISTED else "--help lists what there is"
+    if near := nearest_key(key, [*options, "class_path", "init_args"]):
+        return Fault(key, "unknown key", near)
+    known = f"choose one of {', '.join(options)}" if len(options) <= LISTED else "--help lists the settings"
     return Fault(key, f"unknown key; {known}")

@@ -1,0 +1,202 @@
+"""The arguments of a run's verb, checked before the libraries are imported, which takes seconds.
+
+Configuration files must exist, paths too, and a key must be an argument of what it belongs to: of Lightning's
+Trainer, of a callback, of the class of the model, its data or its quantizer. Their arguments are read from
+their source code. Where that does not name all of them, for a user's own class for example, the parser
+decides.
+"""
+
+import ast
+import filecmp
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stableqat.errors import UserError, nearest
+from stableqat.files import only_local
+from stableqat.shipped import find_config, shipped_config
+from stableqat.trust import walk, words
+
+# configurable callbacks, each under a key of its own
+CALLBACKS = {
+    "guard": "DivergenceGuard",
+    "monitor": "QuantizerMonitor",
+    "mismatch": "GradientMismatch",
+    "throughput": "Throughput",
+    "evaluate": "Evaluate",
+    "best": "BestCheckpoint",
+    "last": "LastCheckpoint",
+}
+LISTED = 12  # names that fit into a message
+
+_ROOMS = {"model": "modules", "data": "data", "model.quantizer": "quantizers"}
+_OF_THE_PARSER = ("config", "help", "print_config", "seed_everything", "trainer", "model", "data")
+_START = "a run, a checkpoint, a model folder or a name on the Hub"
+_PATHS = {
+    "ckpt_path": "a checkpoint, or leave it out to start anew",
+    "model.init_from": _START,
+    "model.teacher.source": _START,
+    "data.source": "a file, a folder or a data set on the Hub",
+    "data.tokenizer": "a tokenizer's file or folder, or a name on the Hub",
+}
+
+Setting = tuple[str, str, Any]  # where it is from, its key without init_args, its value
+
+
+def check_arguments(arguments: Sequence[str]) -> list[str]:
+    """Refuse what is certainly wrong on the command line of fit, validate, test or predict.
+
+    Args:
+        arguments: The verb and its flags.
+
+    Returns:
+        The arguments with files in place of the names of shipped configurations.
+
+    Raises:
+        UserError: If a configuration or a path does not exist, or a key is unknown.
+    """
+    named, files = _find_configs(arguments)
+    _check_paths(named)
+    settings = [("", key, value) for key, value in words(named)]
+    for file in files:
+        # an unreadable file is left to the parser
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
+            content = yaml.safe_load(file.read_text())
+            settings += [(f"{file}: ", key, value) for key, value in walk(content, str(file))]
+    _check_keys(arguments[0], list(_shortened(settings)))
+    return named
+
+
+def _find_configs(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
+    named, files = list(arguments), []
+    for at, (flag, value) in enumerate(pairwise(["", *arguments])):
+        start = "--config=" if value.startswith("--config=") else ""
+        name = value.removeprefix(start)
+        is_file = (start or flag in ("-c", "--config")) and not name.startswith("-")
+        if not is_file or re.search(r"[:{\n]", name):  # settings themselves, as YAML
+            continue
+        path = find_config(name)
+        if (other := shipped_config(name)) and not filecmp.cmp(path, other, shallow=False):
+            print(f"stableqat: {path}: the file here, not the shipped configuration", file=sys.stderr)
+        named[at] = f"{start}{path}"
+        files.append(path)
+    return named, files
+
+
+def _check_paths(arguments: Sequence[str]) -> None:
+    given: dict[str, str] = {}
+    for flag, following in pairwise([*arguments, ""]):
+        flag, equals, joined = flag.partition("=")
+        if flag in ("-c", "--config"):
+            given.clear()  # the file may name another
+        given[flag.removeprefix("--").replace("init_args.", "")] = joined if equals else following
+    for key in _PATHS.keys() & given.keys():
+        path = given[key]
+        local = only_local(path) or (key == "ckpt_path" and not re.match(r"(last|best|null)$|-", path))
+        if local and not Path(path).expanduser().exists():
+            raise UserError(f"{key}: {path} does not exist; name {_PATHS[key]}")
+
+
+def _shortened(settings: Iterable[Setting]) -> Iterator[Setting]:
+    for where, key, value in settings:
+        parts = key.strip(".+").split(".")
+        if parts[-1] != "init_args":  # its arguments follow, each by itself
+            yield where, ".".join(part for part in parts if part != "init_args"), value
+
+
+def _check_keys(verb: str, settings: Sequence[Setting]) -> None:
+    lightning, ours = find_spec("lightning"), Path(__file__).parents[1]
+    assert lightning is not None
+    assert lightning.origin is not None
+    trainer = _classes([Path(lightning.origin).parent / "pytorch" / "trainer" / "trainer.py"])
+    options = _parameters(trainer, "Trainer", verb)
+    known = {
+        "": options and {*options, *_OF_THE_PARSER, *CALLBACKS},
+        "trainer": _parameters(trainer, "Trainer"),
+    }
+    callbacks = _classes((ours / "callbacks").glob("*.py"))
+    known |= {key: _parameters(callbacks, name) for key, name in CALLBACKS.items()}
+    for block, room in _ROOMS.items():
+        classes = _classes((ours / room).glob("*.py"))
+        every = [_arguments_of(classes, name) for name in _named_classes(settings, block)]
+        known[block] = set().union(*filter(None, every)) if every and None not in every else None
+    known["model.quantizer"] = (known["model.quantizer"] or set()) - {"weight"}  # the layer's
+    for where, key, value in settings:
+        parts = key.split(".")
+        if isinstance(value, dict) or {"class_path", "dict_kwargs", "help"} & set(parts):
+            continue
+        for depth, part in enumerate(parts):
+            names = known.get(".".join(parts[:depth]))
+            if part and names and part not in names:
+                keys = [f"{b}.{n}".strip(".") for b, inside in known.items() for n in inside or ()]
+                if near := nearest_key(key, keys):
+                    remedy = f"did you mean {near}?"
+                elif len(names) > LISTED:
+                    remedy = f"stableqat {verb} --help lists the settings"
+                else:
+                    remedy = f"choose one of {', '.join(sorted(names))}"
+                raise UserError(f"{where}{key}: unknown key; {remedy}")
+
+
+def nearest_key(key: str, options: Sequence[str]) -> str | None:
+    """The known dotted key that an unknown one may stand for: misspelt in one part, or without its block.
+
+    Args:
+        key: What the user wrote.
+        options: The keys that exist.
+    """
+    parts, known = key.split("."), [option.split(".") for option in options]
+    for depth, part in enumerate(parts):
+        names = {o[depth] for o in known if o[:depth] == parts[:depth] and len(o) > depth}
+        if part not in names:
+            if near := nearest(part, names):
+                return ".".join([*parts[:depth], near, *parts[depth + 1 :]])
+            break
+    return next((option for option in options if option.endswith(f".{key}")), None)
+
+
+def _named_classes(settings: Iterable[Setting], block: str) -> Iterator[str]:
+    """The classes that settings name for a block; an empty name if one does without."""
+    for _, key, value in settings:
+        if key in (block, f"{block}.class_path") and value not in (None, "null"):
+            whole = isinstance(value, dict) and value.keys() <= {"class_path", "init_args", "dict_kwargs"}
+            if not whole:
+                yield value if isinstance(value, str) else ""
+
+
+def _arguments_of(classes: dict[str, ast.ClassDef], name: str) -> set[str] | None:
+    home, _, short = name.rpartition(".")
+    return _parameters(classes, short) if home.partition(".")[0] in ("", "stableqat") else None
+
+
+def _classes(files: Iterable[Path]) -> dict[str, ast.ClassDef]:
+    with suppress(OSError, SyntaxError):
+        trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+        return {n.name: n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    return {}
+
+
+def _parameters(classes: dict[str, ast.ClassDef], name: str, method: str = "__init__") -> set[str] | None:
+    """What a method takes, with what it hands on to the base class; None if that is not among the classes."""
+    found: set[str] = set()
+    decided = {"self"}  # what a class does not leave to its caller
+    while name in classes:
+        for each in classes[name].body:
+            if isinstance(each, ast.FunctionDef) and each.name == method:
+                arguments = each.args
+                taken = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+                found |= taken - decided
+                if arguments.kwarg is None:
+                    return found
+                calls = [c for c in ast.walk(each) if isinstance(c, ast.Call)]
+                above = (c for c in calls if ast.unparse(c.func) == f"super().{method}")
+                decided |= {keyword.arg for call in above for keyword in call.keywords if keyword.arg} - found
+        name = ".".join(map(ast.unparse, classes[name].bases[:1]))
+    return None
