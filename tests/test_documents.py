@@ -15,7 +15,7 @@ from lightning import Trainer
 
 from stableqat import callbacks, data, modules, quantizers
 from stableqat.cli import lightning
-from stableqat.cli.main import RUN_VERBS, TOOL_VERBS, _with_files, main
+from stableqat.cli.main import RUN_VERBS, TOOL_VERBS, main
 from stableqat.shipped import shipped_config
 
 ROOT = Path(__file__).parents[1]
@@ -108,12 +108,18 @@ COMMANDS = commands()
 
 
 def words(line: str) -> list[str]:
-    """A line as the arguments that it means; files of the reader's own are left out."""
+    """A line as the arguments that it means, with the shipped configurations alone."""
     given = [word for word in shlex.split(line, comments=True) if word != "..."]
-    mine = [i for i, word in enumerate(given[1:], 1) if given[i - 1] == "-c" and not shipped_config(word)]
-    kept = [word for i, word in enumerate(given) if not {i, i + 1} & set(mine)]
-    if given[0] in RUN_VERBS and "-c" not in kept and "--help" not in line and ".help" not in line:
-        kept[1:1] = ["-c", "llama/base"]  # a finished run's own configuration
+    if given[0] in RUN_VERBS and not any(map(shipped_config, given)) and "help" not in line:
+        given[1:1] = ["-c", "llama/base"]  # for what a finished run's own configuration says
+    kept: list[str] = []
+    for word in given:
+        if kept[-1:] != ["-c"]:
+            kept.append(word)
+        elif found := shipped_config(word):
+            kept.append(str(found))
+        else:
+            kept.pop()
     return kept
 
 
@@ -140,7 +146,7 @@ def parse(parsers, monkeypatch, capsys):
             with pytest.raises(Parsed):
                 lightning.QATCommand(arguments[:1])
         with suppress(SystemExit):  # help; a mistake is a UserError
-            parsers[arguments[0]].parse_args(_with_files(arguments))
+            parsers[arguments[0]].parse_args(arguments)
 
     def tool_verb(verb: str, arguments: list[str]) -> None:
         home = import_module(TOOL_VERBS[verb][0])
