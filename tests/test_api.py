@@ -29,6 +29,7 @@ from transformers import (
 
 import stableqat
 import tiny
+from stableqat.callbacks import HoldWeights
 from stableqat.errors import UserError
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.linear import quantized_layers
@@ -551,6 +552,26 @@ def test_weights_are_averaged_after_they_are_prepared(late):
     assert list(quantized_layers(module)) == ["net.0", "net.2"]
     for ended, *steps in zip(module.parameters(), *taken, strict=True):
         torch.testing.assert_close(ended.detach(), torch.stack(steps).mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_a_validation_sees_the_averaged_weights():
+    """They are swapped in by a callback after PrepareQAT, in a way that leaves no trace in the tensors."""
+    module = Foreign()
+    losses = []
+
+    class Losses(L.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            plain = stableqat.convert(copy.deepcopy(module.net))
+            x, y = next(iter(samples()))
+            losses.append((trainer.callback_metrics["val/loss"], F.cross_entropy(plain(x), y)))
+
+    callbacks = [stableqat.PrepareQAT("dsq", skip=["net.4"], bits=2), Losses(), WeightAveraging()]
+    trainer = lightning(4, callbacks=callbacks, limit_val_batches=1)
+    trainer.fit(module, samples(), samples())
+    for seen, expected in losses:
+        torch.testing.assert_close(seen, expected)
+    assert sum(type(callback) is HoldWeights for callback in trainer.callbacks) == 1
 
 
 AVERAGING = [

@@ -26,7 +26,9 @@ ALLOWED = {
     "parameters": {"layers", "quantizers"},
     "api": {"layers", "surgery", "quantizers"},
     "checkpoints": {"trust"},
-    "modules": {"checkpoints", "layers", "ops", "parameters", "quantizers", "surgery", "trust"},
+    "modules": {
+        *("callbacks", "checkpoints", "layers", "ops", "parameters", "quantizers", "surgery", "trust"),
+    },
     "data": set(),
     "callbacks": {"api", "checkpoints", "evaluate", "layers", "ops", "quantizers", "surgery"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines

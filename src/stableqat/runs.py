@@ -23,7 +23,8 @@ from stableqat.checkpoints.write import StreamedCheckpointIO
 from stableqat.data.tokenizer import check_vocabulary, clash, keep_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
-from stableqat.modules.base import state_dict_follows
+from stableqat.modules.hyperparameters import rebuild
+from stableqat.modules.start import state_dict_follows
 from stableqat.trust import arguments, read_settings
 
 # of a run's settings, what only training needs
@@ -148,7 +149,7 @@ class Run:
         return self._build(init_from=self.start, **({} if quantized else {"quantizer": None}))
 
     def _build(self, **changes: Any) -> QATModule:
-        module = QATModule.of_checkpoint(self.checkpoint, self.content, **(TRAINING | changes))
+        module = rebuild(QATModule, self.checkpoint, self.content, **(TRAINING | changes))
         with torch.device("meta"):
             described = sum(parameter.numel() for parameter in module.build_model().parameters())
         held = sum(tensor.numel() for tensor in self.content["state_dict"].values())

@@ -227,7 +227,7 @@ def arguments(cls: type, values: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: must be a mapping of settings, not {_short(values)}")
-    hints, made = _hints(cls), {}
+    hints, made = argument_types(cls), {}
     for key, value in values.items():
         if key not in hints:
             remedy = did_you_mean(str(key), hints, "another version may have written this file")
@@ -292,7 +292,7 @@ def _specified(value: Any, bases: list[type], where: str) -> tuple[type, dict[st
     return found, arguments(found, spec.get("init_args") or {}, where)
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def argument_types(cls: type) -> dict[str, Any]:
     """The types of a class's arguments, with those that it hands on to its bases."""
     found: dict[str, Any] = {}
     for base in cls.__mro__[:-1]:

@@ -14,7 +14,8 @@ from stableqat.checkpoints.read import read_checkpoint
 from stableqat.cli.main import main
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule, QATModule, ViTModule
-from stableqat.modules.base import state_dict_follows
+from stableqat.modules.hyperparameters import rebuild
+from stableqat.modules.start import state_dict_follows
 from stableqat.studies.study import read_study
 from stableqat.trust import check_settings, read_settings
 
@@ -71,7 +72,7 @@ def saved(place):
         rest = {"pytorch-lightning_version": "2.6.0", "global_step": 1, "epoch": 0, "callbacks": {}}
         rest |= {"loops": {}, "optimizer_states": [], "lr_schedulers": [], "hyper_parameters": values}
         with state_dict_follows():
-            module = cls.of_checkpoint(Path("made"), rest)
+            module = rebuild(cls, Path("made"), rest)
             module.configure_model()
         made[family] = rest | {"state_dict": module.state_dict()}
     return made
@@ -137,7 +138,7 @@ def test_no_field_of_a_checkpoint_is_built(family, payload, saved, here):
         with suppress(UserError) if harmless else pytest.raises(UserError, match=r"hyper_parameters|model"):
             read = read_checkpoint(path)
             with state_dict_follows():
-                QATModule.of_checkpoint(path, read).configure_model()
+                rebuild(QATModule, path, read).configure_model()
         assert "planted" not in sys.modules, place
         assert not Path("marker").exists(), place
 

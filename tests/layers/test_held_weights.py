@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import (
 )
 
 import tiny
+from stableqat.callbacks.hold import HoldWeights
+from stableqat.callbacks.refused import check_trainer
 from stableqat.errors import UserError
 from stableqat.layers.linear import quantized_layers
-from stableqat.modules import QATModule
-from stableqat.modules.strategy import FSDP2Strategy
+from stableqat.modules.parallel import FSDP2Strategy
 
 LAYERS = {"llama": 14, "vit": 8}
 FAMILIES = pytest.mark.parametrize("family", LAYERS)
@@ -51,7 +52,7 @@ def unheld(monkeypatch):
 
     def run(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(QATModule, "hold_weights", lambda self: None)
+            patch.setattr(HoldWeights, "_hold", lambda *_: None)
             return fit(*args, **options)
 
     return run
@@ -126,7 +127,7 @@ def test_evaluation_gives_what_it_gave(stage, monkeypatch):
         return trainer.callback_metrics["val/loss"]
 
     found = run()
-    monkeypatch.setattr(QATModule, "hold_weights", lambda self: None)
+    monkeypatch.setattr(HoldWeights, "_hold", lambda *_: None)
     assert torch.equal(found, run())
 
 
@@ -228,4 +229,4 @@ def test_sharded_weights_are_not_averaged(callback):
     with pytest.raises(
         UserError, match=rf"^trainer\.callbacks: {callback.__name__} averages no sharded weights"
     ):
-        tiny.module("llama").check_trainer(trainer)
+        check_trainer(trainer)

@@ -12,24 +12,36 @@ from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import DSQ, StableQAT
 
 
-def module(checkpointing, method="dsq", **options):
+def module(checkpointing, method="dsq", family="llama", **options):
     """With dropout, so that the recomputation has randomness to repeat."""
-    config = {**tiny.LLAMA, "attention_dropout": 0.3, "num_hidden_layers": 4}
-    return tiny.module(
-        "llama", method, **{"config": config, "activation_checkpointing": checkpointing, **options}
-    )
+    architecture = {
+        "llama": {"config": {**tiny.LLAMA, "attention_dropout": 0.3, "num_hidden_layers": 4}},
+        "vit": {"model_args": {**tiny.VIT, "proj_drop_rate": 0.3, "drop_path_rate": 0.2, "depth": 4}},
+    }
+    options = {**architecture[family], "activation_checkpointing": checkpointing, **options}
+    return tiny.module(family, method, **options)
 
 
-def fit(checkpointing, *, steps=4, callbacks=(), compiled=False, precision="32-true", windows=1, **options):
+def fit(
+    checkpointing,
+    *,
+    family="llama",
+    steps=4,
+    callbacks=(),
+    compiled=False,
+    precision="32-true",
+    windows=1,
+    **options,
+):
     L.seed_everything(0, verbose=False)
-    made, losses = module(checkpointing, **options), tiny.Losses()
+    made, losses = module(checkpointing, family=family, **options), tiny.Losses()
     trainer = tiny.trainer(
         max_steps=steps, callbacks=[losses, *callbacks], precision=precision, accumulate_grad_batches=windows
     )
     if compiled:
         made.configure_model()
         made.model.compile(backend="eager")
-    data = tiny.loader("llama", 16, 4)
+    data = tiny.loader(family, 16, 4)
     trainer.fit(made, data, data)
     return losses.values, {name: value.clone() for name, value in made.state_dict().items()}
 
@@ -45,6 +57,8 @@ def same(found, expected):
     [
         {"method": "fp"},
         {"method": "dsq"},
+        {"method": "fp", "family": "vit"},
+        {"method": "dsq", "family": "vit"},
         {"method": "stableqat", "precision": "bf16-mixed"},
         {"method": "paretoq", "windows": 2},
         {"method": "ste", "lean_loss": True, "skip": []},
@@ -58,10 +72,10 @@ def test_losses_and_weights_are_bit_equal(options):
     same(fit(True, **options), expected)
 
 
-def saved_bytes(checkpointing, **options):
+def saved_bytes(checkpointing, family, **options):
     """Bytes of activations that a forward keeps for the backward: parameters are there anyway."""
     L.seed_everything(0, verbose=False)
-    made = module(checkpointing, **options)
+    made = module(checkpointing, family=family, **options)
     made.configure_model()
     own = {p.untyped_storage().data_ptr() for p in made.parameters()}
     seen: dict[int, int] = {}
@@ -73,15 +87,15 @@ def saved_bytes(checkpointing, **options):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = made.loss(tiny.batch("llama"))
+        loss = made.loss(tiny.batch(family))
     loss.backward()
     assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("method", ["fp", "dsq"])
-def test_it_keeps_a_fraction_of_the_activations(method):
-    assert saved_bytes(True, method=method) < 0.4 * saved_bytes(False, method=method)
+@pytest.mark.parametrize(("family", "method"), [("llama", "fp"), ("llama", "dsq"), ("vit", "dsq")])
+def test_it_keeps_a_fraction_of_the_activations(family, method):
+    assert saved_bytes(True, family, method=method) < 0.4 * saved_bytes(False, family, method=method)
 
 
 def test_each_layer_is_computed_twice_and_not_in_evaluation():

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from stableqat.errors import UserError
 from stableqat.modules import Distillation, LlamaModule
-from stableqat.modules.architecture import hub_refusal
+from stableqat.modules.config import hub_refusal
 
 NAME = "meta-llama/Llama-3.2-1B"
 

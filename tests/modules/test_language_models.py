@@ -7,7 +7,8 @@ import pytest
 
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
-from stableqat.modules.architecture import resolve_config
+from stableqat.modules.config import resolve_config
+from stableqat.modules.hyperparameters import rebuild
 from stableqat.modules.start import check_start
 
 BASE = {
@@ -63,7 +64,7 @@ def test_what_a_folder_describes_a_checkpoint_describes_again(model_type, case, 
     assert again.to_dict() == module.config.to_dict()
     assert again.use_cache is False
     read = {"hyper_parameters": {**module.hparams, "config": saved, "init_from": None}}
-    assert LlamaModule.of_checkpoint(tmp_path, read).config.to_dict() == module.config.to_dict()
+    assert rebuild(LlamaModule, tmp_path, read).config.to_dict() == module.config.to_dict()
 
 
 def test_a_checkpoint_with_keys_of_another_library_is_opened(tmp_path):

@@ -8,7 +8,7 @@ import torch
 import tiny
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule, ViTModule
-from stableqat.modules.base import _shard
+from stableqat.modules.parallel import shard
 from stableqat.quantizers import STE
 
 FAMILIES = ["llama", "vit"]
@@ -114,7 +114,7 @@ def test_tensor_parallelism_is_refused():
             return 2
 
     with pytest.raises(UserError, match="take --trainer"):
-        _shard(torch.nn.Linear(2, 2), [], Mesh(data_parallel=Mesh(), tensor_parallel=Mesh()))
+        shard(torch.nn.Linear(2, 2), [], Mesh(data_parallel=Mesh(), tensor_parallel=Mesh()))
 
 
 def test_processes_draw_apart(monkeypatch):

@@ -3,6 +3,7 @@
 from stableqat.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from stableqat.callbacks.divergence import DivergenceGuard
 from stableqat.callbacks.evaluate import Evaluate
+from stableqat.callbacks.hold import HoldWeights
 from stableqat.callbacks.interruption import Interruption
 from stableqat.callbacks.mismatch import GradientMismatch
 from stableqat.callbacks.monitor import QuantizerMonitor
@@ -15,6 +16,7 @@ __all__ = [
     "DivergenceGuard",
     "Evaluate",
     "GradientMismatch",
+    "HoldWeights",
     "Interruption",
     "LastCheckpoint",
     "PrepareQAT",

@@ -173,6 +173,21 @@ class LastCheckpoint(_GuardedCheckpoint):
         super()._put(trainer, partial, path)
 
 
+def forget_paths_elsewhere(checkpoint: dict[str, Any]) -> None:
+    """Drop the paths of a checkpoint's `ModelCheckpoint`s that lead elsewhere, in place: they remove files.
+
+    Args:
+        checkpoint: What is about to be resumed from.
+    """
+    paths = {"best_model_path": "", "kth_best_model_path": "", "last_model_path": "", "best_k_models": {}}
+    states = checkpoint.get("callbacks")
+    for state in states.values() if isinstance(states, dict) else ():
+        if isinstance(state, dict) and "best_model_path" in state:
+            named = [*(state.get("best_k_models") or {}), *(state.get(key) or "" for key in paths)]
+            if any("://" in str(path) or ".." in Path(str(path)).parts for path in named):
+                state.update(paths)
+
+
 def _guards(trainer: L.Trainer) -> list[DivergenceGuard]:
     return [c for c in trainer.callbacks if isinstance(c, DivergenceGuard)]  # type: ignore[attr-defined]
 

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch.distributed.tensor import DTensor
 
 from stableqat.api import make_factory, prepare_and_report, refuse_another, was_converted
+from stableqat.callbacks.hold import HoldWeights
 from stableqat.callbacks.record import keep_report
+from stableqat.callbacks.refused import left_out
 from stableqat.errors import UserError
-from stableqat.layers.hold import hold_weights, release_weights
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory
 from stableqat.surgery import HEADS, SurgeryReport
@@ -56,6 +57,8 @@ class PrepareQAT(L.Callback):
         """
         if stage == "fit":
             self._check_averaging(trainer.callbacks)  # type: ignore[attr-defined]
+        if not any(isinstance(callback, HoldWeights) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(HoldWeights())  # type: ignore[attr-defined]
         if quantized_layers(pl_module):
             refuse_another(pl_module, make_factory(self.quantizer, self.options), self.skip)
             return
@@ -100,12 +103,11 @@ class PrepareQAT(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the report; refuse an optimizer without the scales: they would silently stay as they are."""
         keep_report(self.report, trainer)
-        optimized = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
-        learned = [p for m in pl_module.modules() if isinstance(m, Quantizer) for p in m.parameters()]
-        lost = sum(p.requires_grad and id(p) not in optimized for p in learned)
+        quantizers = [module for module in pl_module.modules() if isinstance(module, Quantizer)]
+        lost = left_out(trainer, (named for each in quantizers for named in each.named_parameters()))
         if lost:
             raise UserError(
-                f"PrepareQAT: {lost} learned parameters of quantizers are in no optimizer; make it in "
+                f"PrepareQAT: {len(lost)} learned parameters of quantizers are in no optimizer; make it in "
                 "configure_optimizers from stableqat.parameter_groups(self, lr)"
             )
 
@@ -124,29 +126,3 @@ class PrepareQAT(L.Callback):
                     f"layer {name}: its weight is used without calling the layer, with latent values; call "
                     f"the layer, or add {name.split('.')[-1]} to skip"
                 )
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Weights stay as they are from here on: compute what they become once."""
-        release_weights(pl_module)  # an optimizer may have left no trace
-        with trainer.precision_plugin.forward_context():
-            hold_weights(pl_module)
-
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self.on_validation_epoch_start(trainer, pl_module)
-
-    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self.on_validation_epoch_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Weights may change again."""
-        release_weights(pl_module)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        release_weights(pl_module)
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        release_weights(pl_module)

@@ -26,6 +26,7 @@ from stableqat.checkpoints.read import check_sums, read_checkpoint, read_rest
 from stableqat.errors import UserError, check_range, did_you_mean, first_line
 from stableqat.modules import QATModule
 from stableqat.modules.base import LARGEST
+from stableqat.modules.schedule import check_schedule
 from stableqat.trust import walk, words
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def check_optimizer(model: QATModule, trainer: L.Trainer) -> None:
     if model.lr_scheduler is None:
         return
     try:
-        model.check_schedule(model.lr_scheduler(optimizer), trainer)
+        check_schedule(model.lr_scheduler(optimizer), trainer)
     except UserError as error:
         group = "model" if str(error).startswith("lr_scheduler") else "model.lr_scheduler"
         raise UserError(f"{group}.{error}") from error

@@ -22,6 +22,7 @@ import stableqat.data.image
 import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
 from stableqat import callbacks
 from stableqat.callbacks.interruption import EXIT_CODE
+from stableqat.callbacks.refused import check_trainer
 from stableqat.checkpoints.names import TOKENIZER, is_sharded
 from stableqat.checkpoints.read import read_checkpoint, read_rest
 from stableqat.checkpoints.write import StreamedCheckpointIO, on_disk
@@ -33,9 +34,9 @@ from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError, first_line
 from stableqat.files import whole_file
 from stableqat.modules import QATModule
-from stableqat.modules.base import state_dict_follows
-from stableqat.modules.start import check_start
-from stableqat.modules.strategy import register_strategies
+from stableqat.modules.hyperparameters import saved_arguments
+from stableqat.modules.parallel import register_strategies
+from stableqat.modules.start import check_start, state_dict_follows
 from stableqat.trust import arguments, check_settings, find_class, wall
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class QATCommand(LightningCLI):
         saved = read_rest(Path(path)) if is_sharded(Path(path)) else read_checkpoint(Path(path))
         if not saved["hyper_parameters"]:
             return
-        cls, values = QATModule.saved_arguments(Path(path), saved)
+        cls, values = saved_arguments(QATModule, Path(path), saved)
         arguments(cls, values, f"{path}: hyper_parameters")
         same = find_class(configured.class_path, [QATModule], "model") is cls  # under whichever name
         named = configured.class_path if same else saved["hyper_parameters"]["_class_path"]
@@ -187,7 +188,7 @@ class QATCommand(LightningCLI):
             checks.check_optimizer(self.model, self.trainer)
         if self.model.init_from is not None and ckpt_path is None:
             check_start(self.model, self.model.init_from)
-        self.model.check_trainer(self.trainer)
+        check_trainer(self.trainer)
         self.model.check_data(self.datamodule)
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -15,7 +15,7 @@ from stableqat.data import ImageDataModule
 from stableqat.data.order import EvaluationOrder
 from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
-from stableqat.modules.evaluation import MeanLoss
+from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.vit import image_size
 
 

@@ -23,7 +23,7 @@ from stableqat.data.tokenizer import check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.evaluate.quiet import quiet
 from stableqat.modules import QATModule
-from stableqat.modules.architecture import first_line, pretrained_config
+from stableqat.modules.config import first_line, pretrained_config
 from stableqat.modules.start import check_start
 from stableqat.modules.vit import image_size
 from stableqat.runs import Run, open_run

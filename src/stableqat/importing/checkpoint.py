@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stableqat.errors import UserError
-from stableqat.modules.architecture import pretrained_config, resolve_config
+from stableqat.modules.config import pretrained_config, resolve_config
 
 logger = logging.getLogger(__name__)
 

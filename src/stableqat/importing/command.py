@@ -37,7 +37,7 @@ def import_(
     # torch is heavy; a misspelt name does without it
     from stableqat.importing.checkpoint import check_sizes, read_config, read_state
     from stableqat.importing.released import SHARPNESS, ReleasedLayer, check_computes, transfer
-    from stableqat.modules.base import state_dict_follows
+    from stableqat.modules.start import state_dict_follows
     from stableqat.runs import write_run
 
     source, run = Path(checkpoint).expanduser(), Path(out).expanduser()

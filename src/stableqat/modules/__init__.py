@@ -2,8 +2,8 @@
 
 from stableqat.modules.base import QATModule
 from stableqat.modules.llama import LlamaModule
+from stableqat.modules.parallel import DDPStrategy, FSDP2Strategy
 from stableqat.modules.schedule import CosineWarmup
-from stableqat.modules.strategy import DDPStrategy, FSDP2Strategy
 from stableqat.modules.teacher import Distillation
 from stableqat.modules.vit import ViTModule
 

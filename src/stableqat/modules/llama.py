@@ -13,18 +13,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from stableqat.checkpoints.names import find_checkpoint
 from stableqat.errors import UserError
 from stableqat.layers.embedding import quantize_tied_embedding
-from stableqat.modules.architecture import compare_configs, first_line, hub_refusal, resolve_config
-from stableqat.modules.base import QATModule, state_dict_follows
-from stableqat.modules.evaluation import MeanLoss
+from stableqat.modules.base import QATModule
+from stableqat.modules.config import compare_configs, first_line, hub_refusal, resolve_config
 from stableqat.modules.loss import lean_forward, token_losses
+from stableqat.modules.metrics import MeanLoss, log_evaluation
+from stableqat.modules.start import state_dict_follows
 from stableqat.modules.teacher import Distillation, Teacher
-from stableqat.quantizers import QuantizerFactory
 
 
 class LlamaModule(QATModule):
@@ -33,22 +32,11 @@ class LlamaModule(QATModule):
     Args:
         config: The architecture: keys of a transformers config (`model_type: llama` or `qwen3`), or a local
             folder or hub name that has one. None takes it from `init_from`.
-        quantizer: Makes the quantizer of one weight; None trains in full precision.
-        skip: Linear layers that stay in full precision, by name patterns.
-        init_from: Full-precision start: run folder, checkpoint, model folder or hub name.
-        optimizer: Makes the optimizer from parameter groups.
-        lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
-        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
-        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose
-            gradients are smaller.
-        compile_model: Compile the inner model with `torch.compile`.
-        recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides, see
-            `QuantLinear`.
         lean_loss: Compute the loss a chunk of tokens at a time, without the logits of a whole batch; equal to
             rounding. For vocabularies of tens of thousands.
-        activation_checkpointing: Save the input of each decoder layer only, and compute the layer again in
-            the backward: a third more work for a fraction of the activations' memory.
         teacher: Distillation from a full-precision model; None trains on the data alone.
+        skip: Linear layers that stay in full precision, by name patterns.
+        options: Those of `QATModule`.
 
     Raises:
         UserError: If the architecture is unknown or a setting does not fit it.
@@ -56,47 +44,28 @@ class LlamaModule(QATModule):
 
     family = "text"
     input_key = "input_ids"
+    heads = ("lm_head",)
 
     def __init__(
         self,
         *,
         config: dict[str, Any] | str | None = None,
-        quantizer: QuantizerFactory | None = None,
-        skip: Sequence[str] = ("lm_head",),
-        init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        scale_lr_multiplier: float = 0.1,
-        weight_lr_multiplier: float = 1.0,
-        compile_model: bool = False,
-        recompute: bool | None = None,
+        skip: Sequence[str] = heads,
         lean_loss: bool = False,
-        activation_checkpointing: bool = False,
         teacher: Distillation | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            quantizer=quantizer,
-            skip=skip,
-            init_from=init_from,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            scale_lr_multiplier=scale_lr_multiplier,
-            weight_lr_multiplier=weight_lr_multiplier,
-            compile_model=compile_model,
-            recompute=recompute,
-            activation_checkpointing=activation_checkpointing,
-        )
+        super().__init__(skip=skip, **options)
         self.lean_loss = lean_loss
         self.distillation: Distillation | None = None
         if teacher is not None and teacher.is_on:
-            self.distillation = replace(teacher, source=teacher.source or init_from)
+            self.distillation = replace(teacher, source=teacher.source or self.init_from)
             if self.distillation.source is None:
                 raise UserError(
                     "teacher.source: missing; name the full-precision model, or start from it with init_from"
                 )
         self.teacher: Teacher | None = None  # no module: nothing saves, shards or optimizes it
-        self.save_plain_hyperparameters()
-        self.config = resolve_config(config, init_from)
+        self.config = resolve_config(config, self.init_from)
         self.check_architecture()
         self.val_loss = MeanLoss()
 
@@ -247,7 +216,7 @@ class LlamaModule(QATModule):
     def _log_evaluation(self, stage: str) -> None:
         losses = self.val_loss.compute()
         metrics = {"loss": losses["loss"], "perplexity": losses["loss"].exp()}
-        self.log_evaluation(stage, metrics, losses)
+        log_evaluation(self, stage, metrics, losses)
         self.val_loss.reset()
 
 

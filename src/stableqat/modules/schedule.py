@@ -6,8 +6,10 @@ Every parameter group is scaled by the same factor, so the scales' own multiplie
 from math import cos, pi
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.callbacks import Timer
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from stableqat.errors import UserError, check_range
 
@@ -56,7 +58,53 @@ class CosineWarmup(LambdaLR):
         return {key: value for key, value in super().state_dict().items() if key not in shape}
 
 
-def check_end(scheduler: object, steps: float) -> None:
+def check_schedule(scheduler: object, trainer: L.Trainer) -> None:
+    """Refuse a schedule that follows no steps, or ends with an endless run, or before a run's end.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            "lr_scheduler: ReduceLROnPlateau follows a metric, and rates here follow the step, so that "
+            "runs compare and resume; take stableqat.modules.CosineWarmup, or another schedule of torch's"
+        )
+    epochs = trainer.max_epochs
+    if epochs is None and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        epochs = -1  # what Lightning takes once it begins
+    if getattr(scheduler, "total_steps", 0) is None and epochs == trainer.max_steps == -1:
+        raise UserError(
+            "total_steps: the schedule ends with the run, and nothing says after how many steps that is; "
+            "set it, or trainer.max_steps or trainer.max_epochs"
+        )
+    _check_end(scheduler, trainer.max_steps)
+
+
+def end_with_run(scheduler: object, trainer: L.Trainer) -> int | None:
+    """Let a schedule without an end of its own end with the run.
+
+    Args:
+        scheduler: The schedule.
+        trainer: Knows the number of steps.
+
+    Returns:
+        The steps of the run if the schedule ends with it.
+
+    Raises:
+        UserError: As `check_schedule`.
+    """
+    check_schedule(scheduler, trainer)
+    if not hasattr(scheduler, "total_steps"):
+        return None
+    steps = trainer.estimated_stepping_batches
+    _check_end(scheduler, steps)
+    if scheduler.total_steps is not None:
+        return None
+    vars(scheduler)["total_steps"] = int(steps)
+    return int(steps)
+
+
+def _check_end(scheduler: object, steps: float) -> None:
     """Refuse a schedule that fails, in the middle of the run, beyond its end."""
     if isinstance(scheduler, OneCycleLR) and steps > scheduler.total_steps:
         raise UserError(
@@ -65,10 +113,17 @@ def check_end(scheduler: object, steps: float) -> None:
         )
 
 
-def place(scheduler: object) -> None:
-    """Set the rates that a schedule has at its step, where that alone decides them."""
+def place(scheduler: object, steps: int | None) -> None:
+    """Make a schedule this run's: a resumed one brings the rate, and the end, that were planned before.
+
+    Args:
+        scheduler: The schedule, at its step.
+        steps: What `end_with_run` returned.
+    """
+    if steps is not None:
+        vars(scheduler)["total_steps"] = steps
     if not isinstance(scheduler, LambdaLR):
-        return
+        return  # the step alone does not decide its rates
     rates = [rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
     scheduler._last_lr = [lr * rate for lr, rate in zip(scheduler.base_lrs, rates, strict=True)]
     for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):

@@ -6,6 +6,9 @@ checkpoint that was trained with quantizers the latent weights are taken, and sa
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +22,23 @@ if TYPE_CHECKING:
     from stableqat.modules.base import QATModule
 
 logger = logging.getLogger(__name__)
+
+_STATE_DICT_FOLLOWS: ContextVar[bool] = ContextVar("state_dict_follows", default=False)
+
+
+@contextmanager
+def state_dict_follows(follows: bool = True) -> Iterator[None]:
+    """Inside, `configure_model` neither loads a start nor initialises scales: a checkpoint will."""
+    token = _STATE_DICT_FOLLOWS.set(follows)
+    try:
+        yield
+    finally:
+        _STATE_DICT_FOLLOWS.reset(token)
+
+
+def will_be_loaded() -> bool:
+    """Whether this is inside of `state_dict_follows`."""
+    return _STATE_DICT_FOLLOWS.get()
 
 
 def load_start(module: "QATModule", source: str) -> nn.Module:

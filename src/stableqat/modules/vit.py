@@ -16,17 +16,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from stableqat.errors import UserError
-from stableqat.modules.architecture import first_line
 from stableqat.modules.base import QATModule
-from stableqat.modules.evaluation import MeanLoss
+from stableqat.modules.config import first_line
+from stableqat.modules.metrics import MeanLoss, log_evaluation
 from stableqat.modules.start import compare_weights
-from stableqat.quantizers import QuantizerFactory
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +40,8 @@ class ViTModule(QATModule):
         label_smoothing: Share of the target spread over all classes in the training loss.
         mixup_alpha: Strength of mixup; 0 is off.
         cutmix_alpha: Strength of cutmix; 0 is off.
-        quantizer: Makes the quantizer of one weight; None trains in full precision.
         skip: Linear layers that stay in full precision, by name patterns.
-        init_from: Full-precision start: run folder, checkpoint, weight file (.safetensors, .pth) or
-            hub name.
-        optimizer: Makes the optimizer from parameter groups.
-        lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
-        scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
-        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose
-            gradients are smaller.
-        compile_model: Compile the inner model with `torch.compile`.
-        recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides, see
-            `QuantLinear`.
+        options: Those of `QATModule`.
 
     Raises:
         UserError: If the model is unknown or a setting does not fit it.
@@ -61,6 +49,7 @@ class ViTModule(QATModule):
 
     family = "images"
     input_key = "pixel_values"
+    heads = ("head", "head_dist")
 
     def __init__(
         self,
@@ -71,28 +60,10 @@ class ViTModule(QATModule):
         label_smoothing: float = 0.0,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
-        quantizer: QuantizerFactory | None = None,
-        skip: Sequence[str] = ("head", "head_dist"),
-        init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        scale_lr_multiplier: float = 0.1,
-        weight_lr_multiplier: float = 1.0,
-        compile_model: bool = False,
-        recompute: bool | None = None,
+        skip: Sequence[str] = heads,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            quantizer=quantizer,
-            skip=skip,
-            init_from=init_from,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            scale_lr_multiplier=scale_lr_multiplier,
-            weight_lr_multiplier=weight_lr_multiplier,
-            compile_model=compile_model,
-            recompute=recompute,
-        )
-        self.save_plain_hyperparameters()
+        super().__init__(skip=skip, **options)
         if num_classes < 2:
             raise UserError(f"model.num_classes: must be at least 2, not {num_classes}")
         if not 0 <= label_smoothing < 1:
@@ -263,7 +234,7 @@ class ViTModule(QATModule):
     def _log_evaluation(self, stage: str) -> None:
         losses = self.val_loss.compute()
         metrics = {"loss": losses["loss"], "top1": self.top1.compute(), "top5": self.top5.compute()}
-        self.log_evaluation(stage, metrics, losses)
+        log_evaluation(self, stage, metrics, losses)
         for metric in (self.val_loss, self.top1, self.top5):
             metric.reset()
 

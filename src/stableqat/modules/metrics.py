@@ -5,6 +5,7 @@ half for the report, a comparison of best learning rates stays fair. Batches of 
 half, those of odd number the other, so every arm of a study has the same halves.
 """
 
+import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -40,3 +41,20 @@ class MeanLoss(Metric):
             even, odd = (self.totals / self.counts).float()
             losses |= {"loss_even": even, "loss_odd": odd}
         return losses
+
+
+def log_evaluation(
+    module: L.LightningModule, stage: str, metrics: dict[str, Tensor], losses: dict[str, Tensor]
+) -> None:
+    """Log an evaluation, and the losses of its halves outside the progress bar.
+
+    Args:
+        module: What was evaluated.
+        stage: val or test.
+        metrics: Values by name.
+        losses: What `MeanLoss` computed.
+    """
+    halves = {key: loss for key, loss in losses.items() if key not in metrics}
+    for values, shown in ((metrics, True), (halves, False)):
+        named = {f"{stage}/{key}": value for key, value in values.items()}
+        module.log_dict(named, prog_bar=shown, sync_dist=True)

@@ -1,11 +1,12 @@
-"""Lightning's DDP and FSDP2 as a run of several processes wants them.
+"""What lets a model train on several GPUs and in less memory: DDP, FSDP2, activation checkpointing.
 
 Lightning's FSDP2 makes the GPUs of a node a tensor-parallel group. Here all processes are one
-data-parallel group; `QATModule.configure_model` shards the model block by block.
+data-parallel group, and `QATModule.configure_model` shards the model block by block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from lightning.pytorch import strategies
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from stableqat.checkpoints.names import REST, is_sharded
 from stableqat.checkpoints.sharded import load_shards
+from stableqat.errors import UserError
 
 
 class _Reducing:
@@ -133,3 +137,51 @@ def register_strategies() -> None:
     strategies.StrategyRegistry.register(
         "fsdp2", FSDP2Strategy, "Fully sharded data parallelism over all processes", override=True
     )
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """Let each block save its input only, and compute itself again in the backward.
+
+    The hooks around a forward do not run again: FSDP2 has gathered the block by then.
+    """
+    for block in blocks:
+        vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
+    """Shard a model over all processes, block by block.
+
+    Raises:
+        UserError: If the mesh asks for tensor parallelism.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise UserError(
+            "trainer.strategy: tensor parallelism is not supported; take --trainer.strategy fsdp2"
+        )
+    for block in blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def states_by_name(module: nn.Module, optimizers: Iterable[Optimizer], states: list[dict[str, Any]]) -> None:
+    """Put optimizer states under parameter names, in place.
+
+    PyTorch numbers parameters as the optimizer has them, FSDP2 as the model does; by name, any number
+    of processes resumes what another number saved.
+
+    Args:
+        module: Whose parameters are optimized.
+        optimizers: Its optimizers.
+        states: Their state dicts.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        if 0 in state.get("state", ()):
+            order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            groups = [
+                {**group, "params": [order[n] for n in group["params"]]} for group in state["param_groups"]
+            ]
+            states[number] = {
+                "state": {order[n]: v for n, v in state["state"].items()},
+                "param_groups": groups,
+            }

@@ -1,7 +1,9 @@
-"""Callbacks of Lightning's that a model built in `configure_model` does not go with.
+"""Lightning's own callbacks that do not work with a model built in `configure_model`.
 
 Most look at parameters, or copy them, before there are any, and then silently do nothing.
 """
+
+from collections.abc import Iterable
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -12,7 +14,9 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
 from stableqat.errors import UserError
 
@@ -29,8 +33,16 @@ UNFIT: dict[type[L.Callback], str] = {
 }
 
 
-def check_callbacks(trainer: L.Trainer) -> None:
-    """Refuse callbacks that would do nothing, or fail once training has begun."""
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse callbacks that would do nothing or fail later, and half-precision weights.
+
+    Raises:
+        UserError: Naming the trainer's setting.
+    """
+    if isinstance(trainer.precision_plugin, HalfPrecision):
+        precision = trainer.precision
+        mixed = precision.replace("true", "mixed")
+        raise UserError(f"trainer.precision: {precision} would round weights and scales; take {mixed}")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         for unfit, reason in UNFIT.items():
@@ -40,3 +52,9 @@ def check_callbacks(trainer: L.Trainer) -> None:
             raise UserError(
                 f"trainer.callbacks: {name} averages no sharded weights; take --trainer.strategy ddp"
             )
+
+
+def left_out(trainer: L.Trainer, named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of trainable parameters that are in no optimizer and would silently stay as they are."""
+    optimized = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    return [name for name, p in named if p.requires_grad and id(p) not in optimized]

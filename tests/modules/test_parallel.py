@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from stableqat.modules.strategy import DDPStrategy, FSDP2Strategy
+from stableqat.modules.parallel import DDPStrategy, FSDP2Strategy
 
 
 @pytest.fixture
