@@ -63,6 +63,7 @@ def place(tmp_path_factory) -> Path:
     files = {
         "llama/base": {**llama, "init_args": {**llama["init_args"], **optimizer}},
         "llama/tiny-llama": {"init_args": {"config": LLAMA | {"intermediate_size": 64}}},
+        "llama/lean-llama": {"init_args": {"lean_loss": True, "teacher": {"source": "gone"}}},
         "vit/base": vit,
         "vit/tiny-vit": {"init_args": {"model_args": VIT}},
         "vit/whole": vit | {"init_args": {"skip": ["*"], "model_args": VIT}},

@@ -40,6 +40,7 @@ def test_what_has_to_be_known_to_repeat_it(done):
     assert "thread" in done["device"]
     assert done["seeds"] == [0, 1]
     expected = {"model": "tiny-llama", "batch": 2, "tokens": 16, "precision": "32-true", "bits": 3}
+    expected["loss"] = "full logits"
     assert done["settings"].items() >= {**expected, "items": 32, "unit": "tokens", "rounds": 4}.items()
     assert done["kernels"] is None
 
@@ -109,12 +110,12 @@ REFUSED = {
     "a file that is no YAML": (["--model", "broken.yaml"], "broken.yaml cannot be read as YAML"),
     "another class": (["--model", "stranger.yaml"], "collections.Counter is no QATModule"),
     "a misspelt setting": (["--model", "misspelt.yaml"], "confg is no setting of LlamaModule"),
-    "nothing to quantize": (["--model", "whole"], "no linear layer to quantize"),
+    "nothing to quantize": (["--model", "whole"], "skip: * leaves none of the 5 linear layers to quantize"),
     "a batch of none": (["--batch", "0"], "batch: must be at least 1, not 0"),
     "no rounds": (["--rounds", "0"], "rounds: must be at least 1, not 0"),
     "no seeds": (["--seeds", "0"], "seeds: must be at least 1, not 0"),
     "half a batch": (["--batch", "1.5"], "batch: must be a whole number, not 1.5"),
-    "too many tokens": (["--tokens", "33"], "tokens: tiny-llama takes 2 to 32 tokens a row, not 33"),
+    "too many tokens": (["--tokens", "33"], "tokens: tiny-llama takes from 2 to 32 tokens per row, not 33"),
     "tokens of an image": (["--model", "tiny-vit", "--tokens", "8"], "tokens: tiny-vit takes images"),
     "an unknown method": (["--methods", "stableqt"], "methods: stableqt is unknown; did you mean StableQAT?"),
     "an unknown mode": (["--modes", "eagre"], "modes: must be eager, compiled or graphed, not eagre"),

@@ -12,6 +12,7 @@ from stableqat.bench.architecture import read_architecture
 from stableqat.bench.arms import Arm, build_arms, method_factories, rival_factories
 from stableqat.bench.workload import Workload
 from stableqat.layers.linear import quantized_layers
+from stableqat.modules import loss
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def built(workload, monkeypatch) -> dict[str, nn.Module]:
     model = workload.build_model()
     methods = method_factories(["all"], 4)
     rivals = rival_factories(["rivals.py:rounded"], 4, list(methods))
-    return {arm.name: arm.model for arm in build_arms(model, workload.module.skip, methods, rivals)}
+    return {arm.name: arm.model for arm in build_arms(model, workload.module, methods, rivals)}
 
 
 def test_the_overlay_lies_over_its_base(at):
@@ -60,18 +61,36 @@ def test_a_rival_replaces_what_the_surgery_swaps(built):
 
 
 def test_the_loss_is_the_models_own(workload, built):
-    batch = workload.batches(built["FP"])[1]
+    batch = workload.batches()[1]
     assert batch["input_ids"].shape == (2, 32)  # the model's positions, as none were asked for
     own = built["FP"](input_ids=batch["input_ids"], labels=batch["labels"]).loss
     assert workload.loss(built["FP"], batch).item() == own.item()
     assert workload.loss(built["STE"], batch).item() != own.item()
 
 
+def test_a_lean_loss_is_measured_as_such(at, monkeypatch):
+    """Every arm computes what the configuration trains with, and never the logits of a whole batch."""
+    options = {"batch": 2, "tokens": 16, "precision": "32-true", "device": CPU, "seeds": 1}
+    lean = Workload(read_architecture("lean-llama"), **options)
+    full = Workload(read_architecture("configs/llama/base.yaml"), **options)
+    assert (lean.kind_of_loss, full.kind_of_loss) == ("lean", "full logits")
+    (batch,), losses, seen = lean.batches(), {}, []
+    original = loss.sum_over_rows
+    monkeypatch.setattr(loss, "sum_over_rows", lambda *args: seen.append(1) or original(*args))
+    monkeypatch.setattr(arms, "find_spec", lambda name: None)
+    rivals = rival_factories(["rivals.py:rounded"], 4, [])
+    for workload in (lean, full):
+        built = build_arms(workload.build_model(), workload.module, method_factories(["STE"], 4), rivals)
+        losses[workload.kind_of_loss] = [workload.loss(arm.model, batch).item() for arm in built]
+    assert len(seen) == 3
+    assert losses["lean"] == pytest.approx(losses["full logits"], rel=1e-6)
+
+
 def test_batches_differ_by_seed_only(workload):
     model = workload.build_model()
-    first, second = workload.batches(model)
+    first, second = workload.batches()
     assert not torch.equal(first["input_ids"], second["input_ids"])
-    assert torch.equal(first["input_ids"], workload.batches(model)[0]["input_ids"])
+    assert torch.equal(first["input_ids"], workload.batches()[0]["input_ids"])
     again = workload.build_model()
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
 
@@ -130,9 +149,9 @@ def test_a_rival_that_breaks_its_graph_leaves_the_others_theirs(workload, monkey
     workload.module.config.num_hidden_layers = 1
     model = workload.build_model()
     rivals = rival_factories(["rivals.py:late"], 4, ["STE"])
-    trials = build_arms(model, workload.module.skip, method_factories(["STE"], 4), rivals)
+    trials = build_arms(model, workload.module, method_factories(["STE"], 4), rivals)
     told: list[str] = []
-    results = measure.measure("compiled", trials, workload, workload.batches(model), 1, told.append)
+    results = measure.measure("compiled", trials, workload, workload.batches(), 1, told.append)
     assert results["late"]["failed"] == "RuntimeError: no such kernel"
     assert len(results["STE"]["step_ms"]) == 1
     assert not any("compiled again" in line for line in told)

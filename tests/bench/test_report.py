@@ -38,6 +38,12 @@ def test_shares_of_a_copy(made):
     assert copy_shares(made["kernels"], "backward", "DSQ") == pytest.approx([0.8] * 5)
 
 
+def test_it_says_which_loss_was_measured(made):
+    """Files from before do not tell."""
+    made["settings"]["loss"] = "lean"
+    assert markdown(made).startswith("# llama-3.2-1b, 4 x 2048 tokens, bf16-mixed, 4 bits, lean loss\n")
+
+
 def test_the_table(made):
     text = markdown(made)
     assert text.startswith("# llama-3.2-1b, 4 x 2048 tokens, bf16-mixed, 4 bits\n")

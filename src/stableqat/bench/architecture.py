@@ -25,8 +25,10 @@ _TRAINING = {
     "optimizer",
     "lr_scheduler",
     "scale_lr_multiplier",
+    "weight_lr_multiplier",
     "compile_model",
     "recompute",
+    "teacher",
 }
 
 

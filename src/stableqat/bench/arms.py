@@ -6,7 +6,6 @@ place of exactly the layers that the surgery quantizes; torchao's is there when 
 """
 
 import copy
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from stableqat import quantizers
-from stableqat.errors import UserError
+from stableqat.errors import UserError, did_you_mean
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory
-from stableqat.surgery import quantize_linears
+
+if TYPE_CHECKING:
+    from stableqat.modules import QATModule
 
 FULL_PRECISION = "FP"
 TORCHAO = "torchao"
@@ -63,10 +64,7 @@ def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFact
     }
     for name in names:
         if name not in known and name != "all":
-            spelt = {other.lower(): other for other in known}
-            near = difflib.get_close_matches(name.lower(), spelt, 1)
-            hint = f"did you mean {spelt[near[0]]}?" if near else f"choose of {', '.join(known)}, or all"
-            raise UserError(f"methods: {name} is unknown; {hint}")
+            raise UserError(f"methods: {name} is unknown; {did_you_mean(name, [*known, 'all'])}")
     methods = [name for name, cls in known.items() if not cls.is_control]
     chosen = dict.fromkeys(methods if "all" in names else names)
     factories: dict[str, QuantizerFactory] = {name: partial(known[name], bits=bits) for name in chosen}
@@ -98,8 +96,7 @@ def rival_factories(places: Sequence[str], bits: int, taken: Sequence[str]) -> d
         factory = getattr(files[path], name, None)
         if factory is None:
             there = [key for key, value in vars(files[path]).items() if callable(value)]
-            near = difflib.get_close_matches(name, there, 1)
-            raise UserError(f"rival: {file} has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(f"rival: {file} has no {name}; {did_you_mean(name, there)}")
         if not callable(factory):
             raise UserError(f"rival: {name} in {file} is no function from nn.Linear to a module")
         label = name if name not in {FULL_PRECISION, TORCHAO, *taken, *rivals} else f"{path.stem}:{name}"
@@ -112,36 +109,41 @@ def rival_factories(places: Sequence[str], bits: int, taken: Sequence[str]) -> d
 
 def build_arms(
     model: nn.Module,
-    skip: Sequence[str],
+    module: "QATModule",
     methods: dict[str, QuantizerFactory],
     rivals: dict[str, Factory],
 ) -> list[Arm]:
-    """Make an arm of the untouched model, of each method and of each rival.
+    """Make an arm of full precision, of each method and of each rival, all assembled for training.
 
     Args:
-        model: The untouched model, whose Parameters all arms share.
-        skip: Linear layers that stay as they are.
+        model: The plain model, whose Parameters all arms share.
+        module: Its training system.
         methods: Quantizers by name, at least one.
         rivals: Factories of linear layers by name.
+
+    Raises:
+        UserError: If there is no layer to quantize.
     """
-    arms = [Arm(FULL_PRECISION, model)]
-    swapped: list[str] = []
+    module.check_architecture(next(iter(methods.values())))
+    full = sharing(model)
+    module.assemble(full, None)
+    arms = [Arm(FULL_PRECISION, full)]
+    layers: list[str] = []
     for name, quantizer in methods.items():
         quantized = sharing(model)
-        swapped = quantize_linears(quantized, quantizer, skip).swapped
-        if not swapped:
-            raise UserError("model: it has no linear layer to quantize; correct its skip")
-        layer = quantized_layers(quantized)[swapped[0]]
-        arms.append(Arm(name, quantized, path=layer.implementation))
-    return arms + [_rival_arm(name, factory, model, swapped) for name, factory in rivals.items()]
+        report = module.assemble(quantized, quantizer)
+        assert report is not None
+        layers = report.swapped
+        arms.append(Arm(name, quantized, path=quantized_layers(quantized)[layers[0]].implementation))
+    return arms + [_rival_arm(name, factory, model, module, layers) for name, factory in rivals.items()]
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy of a model on the same Parameters."""
+    """A copy of a plain model on the same Parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _rival_arm(name: str, factory: Factory, model: nn.Module, layers: list[str]) -> Arm:
+def _rival_arm(name: str, factory: Factory, model: nn.Module, module: "QATModule", layers: list[str]) -> Arm:
     replaced = sharing(model)
     try:
         for layer in layers:
@@ -151,6 +153,7 @@ def _rival_arm(name: str, factory: Factory, model: nn.Module, layers: list[str])
             if not isinstance(made, nn.Module):
                 raise TypeError(f"{name} returned a {type(made).__name__} for {layer}, not a module")
             replaced.set_submodule(layer, made.to(linear.weight.device).train())
+        module.assemble(replaced, None)
     except Exception as error:  # whatever a stranger's code raises
         return Arm(name, None, rival=True, failure=reason(error))
     return Arm(name, replaced, rival=True)

@@ -116,8 +116,8 @@ def bench(
 
     tell = _teller()
     untouched = workload.build_model()
-    inputs = workload.batches(untouched)
-    arms = build_arms(untouched, workload.module.skip, factories, rivals)
+    inputs = workload.batches()
+    arms = build_arms(untouched, workload.module, factories, rivals)
     tell(f"{len(arms)} arms of {architecture.name} on {name}: {', '.join(arm.name for arm in arms)}")
     result: dict[str, Any] = {
         **_circumstances(command, where),
@@ -127,6 +127,7 @@ def bench(
             "tokens": workload.tokens,
             "precision": precision,
             "bits": bits,
+            "loss": workload.kind_of_loss,
             "rounds": rounds,
             "parameters": sum(parameter.numel() for parameter in untouched.parameters()),
             "items": workload.items,

@@ -26,7 +26,6 @@ from stableqat.bench.engines import BITS, OnnxRunner, Runner, TinyGemm, TorchRun
 from stableqat.bench.report import header
 from stableqat.errors import UserError
 from stableqat.export.packed import PackedModel, pack
-from stableqat.modules import LlamaModule
 from stableqat.quantizers import STE, QuantizedWeight
 
 BASELINE = "torch bf16"
@@ -90,8 +89,8 @@ def measure_decode(
     Raises:
         UserError: If no engine here has a width, or the model decodes no text.
     """
-    module = architecture.module()
-    if not isinstance(module, LlamaModule):
+    module: Any = architecture.module()
+    if module.family != "text":
         raise UserError(f"decode: {architecture.name} is no language model; leave --decode out")
     limit = module.config.max_position_embeddings - NEW_TOKENS
     prompt = min(_PROMPT, limit) if prompt is None else prompt

@@ -83,7 +83,8 @@ def title(result: dict[str, Any]) -> str:
         if settings["tokens"]
         else f"{settings['batch']} images"
     )
-    return f"{settings['model']}, {shape}, {settings['precision']}, {settings['bits']} bits"
+    loss = f", {settings['loss']} loss" if settings.get("loss") else ""  # files from before do not tell
+    return f"{settings['model']}, {shape}, {settings['precision']}, {settings['bits']} bits{loss}"
 
 
 def header(result: dict[str, Any]) -> list[str]:

@@ -1,19 +1,19 @@
 """What every arm computes: one model's training loss on random batches, at one precision.
 
-The loss is the module's own `loss`, under autocast where Lightning's `bf16-mixed` has it.
-Inputs are random tokens or images of the model's size; their content does not change the cost, but
-each seed is another batch all the same.
+The loss is the module's own, of the model as it trains (`QATModule.assemble`), under autocast where
+Lightning's `bf16-mixed` has it. Inputs are random tokens or images of the model's size: content does not
+change the cost, but each seed is another batch all the same.
 """
 
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stableqat.bench.architecture import Architecture
 from stableqat.errors import UserError
-from stableqat.modules import LlamaModule, ViTModule
+from stableqat.modules import QATModule
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 Batch = dict[str, Tensor]
@@ -26,8 +26,8 @@ class Workload:
 
     Args:
         architecture: The model.
-        batch: Rows or images a step.
-        tokens: Tokens a row; None takes 2048 for a language model.
+        batch: Rows or images per step.
+        tokens: Tokens per row; None takes 2048 for a language model.
         precision: As Lightning's Trainer names it.
         device: Where it runs.
         seeds: Number of different batches.
@@ -46,19 +46,29 @@ class Workload:
         device: torch.device,
         seeds: int,
     ) -> None:
-        self.module = architecture.module()
+        module: Any = architecture.module()
+        self.module: QATModule = module
         self.precision, self.device, self.batch = precision, device, batch
         self.seeds = range(seeds)
         self.tokens: int | None = None
-        if isinstance(self.module, LlamaModule):
-            limit = self.module.config.max_position_embeddings
-            self.tokens = min(_TOKENS, limit) if tokens is None else tokens
-            if not 2 <= self.tokens <= limit:
-                raise UserError(f"tokens: {architecture.name} takes 2 to {limit} tokens a row, not {tokens}")
-        elif not isinstance(self.module, ViTModule):
-            raise UserError(f"model: {architecture.class_path} is neither a LlamaModule nor a ViTModule")
-        elif tokens is not None:
-            raise UserError(f"tokens: {architecture.name} takes images; leave --tokens out")
+        if module.family == "images":
+            if tokens is not None:
+                raise UserError(f"tokens: {architecture.name} takes images; leave --tokens out")
+            return
+        limit = module.config.max_position_embeddings
+        tokens = min(_TOKENS, limit) if tokens is None else tokens
+        if not 2 <= tokens <= limit:
+            raise UserError(
+                f"tokens: {architecture.name} takes from 2 to {limit} tokens per row, not {tokens}"
+            )
+        self.tokens = tokens
+
+    @property
+    def kind_of_loss(self) -> str | None:
+        """How a language model's loss is computed; None for images."""
+        if self.module.family == "images":
+            return None
+        return "lean" if getattr(self.module, "lean_loss", False) else "full logits"
 
     @property
     def unit(self) -> str:
@@ -67,7 +77,7 @@ class Workload:
 
     @property
     def items(self) -> int:
-        """Tokens or images a step."""
+        """Tokens or images per step."""
         return self.batch * (self.tokens or 1)
 
     def build_model(self) -> nn.Module:
@@ -77,12 +87,13 @@ class Workload:
             model = self.module.build_model()
         return model.to(torch.bfloat16) if self.precision == "bf16-true" else model
 
-    def batches(self, model: nn.Module) -> list[Batch]:
-        """The inputs, one a seed, on the device."""
-        return [self._batch(model, torch.Generator().manual_seed(seed)) for seed in self.seeds]
+    def batches(self) -> list[Batch]:
+        """The inputs, one per seed, on the device."""
+        made = (self.module.example_batch(self.batch, tokens=self.tokens or 0, seed=n) for n in self.seeds)
+        return [{key: self._placed(value) for key, value in batch.items()} for batch in made]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The training loss of a model of this architecture."""
+        """The training loss of an assembled model."""
         self.module.model = model
         with self.autocast():
             return self.module.loss(batch)
@@ -91,15 +102,6 @@ class Workload:
         """Autocast as the precision has it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
-    def _batch(self, model: nn.Module, generator: torch.Generator) -> Batch:
-        if isinstance(self.module, LlamaModule):
-            assert self.tokens is not None
-            vocabulary = self.module.config.vocab_size
-            ids = torch.randint(vocabulary, (self.batch, self.tokens), generator=generator).to(self.device)
-            return {"input_ids": ids, "labels": ids}
-        assert isinstance(self.module, ViTModule)
-        patches = model.patch_embed
-        shape = (self.batch, patches.proj.in_channels, *patches.img_size)  # type: ignore[union-attr, misc]
-        images = torch.randn(shape, generator=generator).to(self.device, next(model.parameters()).dtype)
-        labels = torch.randint(self.module.num_classes, (self.batch,), generator=generator).to(self.device)
-        return {"pixel_values": images, "labels": labels}
+    def _placed(self, value: Tensor) -> Tensor:
+        narrow = value.is_floating_point() and self.precision == "bf16-true"
+        return value.to(self.device, torch.bfloat16 if narrow else None)

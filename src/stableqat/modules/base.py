@@ -158,12 +158,12 @@ class QATModule(L.LightningModule, ABC):
             UserError: Naming both settings.
         """
 
-    def check_architecture(self) -> None:
+    def check_architecture(self, quantizer: QuantizerFactory | None) -> None:
         """Build, swap and try on the meta device: a setting that cannot work fails here, in no time."""
         with torch.device("meta"):
             model = self.build_model()
-        if self.quantizer is not None:
-            report = quantize_linears(model, self.quantizer, self.skip)
+        if quantizer is not None:
+            report = quantize_linears(model, quantizer, self.skip)
             if not report.swapped:
                 raise UserError(
                     f"skip: {', '.join(self.skip)} leaves none of the {len(report.skipped)} linear layers to "

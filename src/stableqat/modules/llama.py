@@ -66,7 +66,7 @@ class LlamaModule(QATModule):
                 )
         self.teacher: Teacher | None = None  # no module: nothing saves, shards or optimizes it
         self.config = resolve_config(config, self.init_from)
-        self.check_architecture()
+        self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
 
     def resolved(self) -> dict[str, Any]:

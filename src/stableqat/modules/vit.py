@@ -73,7 +73,7 @@ class ViTModule(QATModule):
         self.model_args = model_args or {}
         self.label_smoothing = label_smoothing
         self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
-        self.check_architecture()
+        self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
         self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-100)
         self.top5 = MulticlassAccuracy(
