@@ -198,7 +198,7 @@ SETTINGS = {
     ),
     "learning rates whose product is infinite": (
         llama("--model.optimizer.lr", "1e10", "--model.weight_lr_multiplier", "1e30"),
-        ["model.weight_lr_multiplier: 1e+30 makes an infinite learning rate; lower it"],
+        ["model.weight_lr_multiplier: 1e+30 makes the learning rate infinite; lower it"],
     ),
     "a schedule that ends nowhere": (
         llama(*COSINE, "--model.lr_scheduler.final_ratio", ".nan"),
@@ -254,11 +254,11 @@ SETTINGS = {
     ),
     "no folder for the run": (
         llama("--trainer.logger", "false"),
-        ["trainer.logger: a run is kept in its logger's folder"],
+        ["trainer.logger: the run's folder is the logger's, so it cannot be off"],
     ),
     "FSDP1": (
         llama("--trainer.strategy", "fsdp"),
-        ["trainer.strategy: fsdp", "take --trainer.strategy fsdp2"],
+        ["trainer.strategy: fsdp", "use --trainer.strategy fsdp2"],
     ),
     "a misspelt strategy": (
         llama("--trainer.strategy", "dpp"),
@@ -323,7 +323,7 @@ SETTINGS = {
     ),
     "the last checkpoint of no run": (
         llama("--ckpt_path", "last"),
-        ["ckpt_path: last and best need --trainer.logger.version"],
+        ["ckpt_path: last and best need the run's folder; add --trainer.logger.version"],
     ),
     "a missing start": (
         llama("--model.init_from", "none.ckpt"),
@@ -354,7 +354,7 @@ SETTINGS = {
         ["tok: unknown key; did you mean tokens?"],
     ),
 }
-VALIDATED = "above 0; --trainer.limit_val_batches 0 leaves validation out"
+VALIDATED = "above 0; --trainer.limit_val_batches 0 skips validation"
 SETTINGS |= {
     f"{key} {value}": (llama(f"--{key}", value), [f"{key}: must be {range}"])
     for key, value, range in [
@@ -497,7 +497,7 @@ def test_a_gpu_is_refused_where_there_is_none(refuse, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     line, made = refuse(llama("--trainer.accelerator", "gpu"))
-    assert line == "trainer.accelerator: gpu, but PyTorch sees no GPU here; take cpu or auto"
+    assert line == "trainer.accelerator: gpu, but PyTorch sees no GPU; use cpu or auto"
     assert not made
 
 
@@ -510,7 +510,7 @@ def test_more_gpus_than_there_are_are_refused(refuse, monkeypatch):
 
 def test_a_run_is_not_overwritten(run, refuse):
     line, made = refuse(llama("--trainer.logger.version", "done"))
-    assert f"{run}: holds a run already; choose another --trainer.logger.version, or resume it" in line
+    assert f"{run}: already holds a run; choose another --trainer.logger.version, or resume it" in line
     assert not made
 
 
@@ -561,7 +561,10 @@ def test_a_damaged_checkpoint_is_refused_and_never_executed(key, name, checkpoin
 
 def test_weights_alone_cannot_be_resumed(checkpoints, refuse):
     line, _ = refuse(llama("--ckpt_path", "bare.ckpt"))
-    assert "ckpt_path: bare.ckpt is not the checkpoint of a run; start from it with model.init_from" in line
+    assert (
+        "ckpt_path: bare.ckpt was not written by a run and cannot be resumed; name it as model.init_from"
+        in line
+    )
 
 
 # flags, the pieces of the line

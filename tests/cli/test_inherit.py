@@ -189,7 +189,7 @@ def test_another_tokenizer_takes_a_word(at):
     assert inherit(Namespace(tokenizer="again", source=None), "llama") == []  # equal, only elsewhere
     same.save_pretrained("moved")
     with pytest.raises(
-        UserError, match=r"^data\.tokenizer: moved cannot be that of model\.init_from llama: <eos>"
+        UserError, match=r"^data\.tokenizer: moved does not fit model\.init_from llama: <eos>"
     ):
         inherit(Namespace(tokenizer="moved", source=None), "llama")
     train_bpe(OTHER, 280).save_pretrained("smaller")  # the same EOS at the same place, and other merges
@@ -198,7 +198,7 @@ def test_another_tokenizer_takes_a_word(at):
     shutil.copytree("smaller", "plain", dirs_exist_ok=True)
     (line,) = inherit(Namespace(tokenizer="words", source=None), "plain")
     assert line == (
-        "data.tokenizer: words is not the one that model.init_from plain was trained with, as you ask"
+        "data.tokenizer: words is not the one that model.init_from plain was trained with, used as asked"
     )
 
 
@@ -212,7 +212,7 @@ def test_a_tokenized_set_must_have_the_tokenizer_of_the_start(at, capsys):
     for source in ("set-bpe", "{set-bpe: 1, set-bpe/: 1}"):
         assert call("set", source=yaml.safe_load(source), init_from="llama") == 2
         line = capsys.readouterr().err.strip()
-        assert "data.tokenizer: set-bpe/tokenizer, which data or start bring, is not the one that" in line
+        assert "data.tokenizer: set-bpe/tokenizer of the data or the start is not the one that" in line
         assert "or insist with --data.tokenizer set-bpe/tokenizer" in line
     assert not Path("logs/set").exists()
 
@@ -225,7 +225,7 @@ def test_a_teacher_has_the_tokenizer_of_the_student(at):
     shutil.copytree("qwen3", "teacher")
     train_bpe(words.DOCUMENTS, 280).save_pretrained("teacher")
     with pytest.raises(
-        UserError, match=r"llama, which .*, is not the one that model\.teacher\.source teacher"
+        UserError, match=r"llama of the data or the start is not the one that model\.teacher\.source teacher"
     ):
         inherit(Namespace(tokenizer=None, source=None), "llama", teacher={"source": "teacher"})
 
@@ -246,7 +246,7 @@ def test_a_start_without_a_tokenizer_needs_one_named(at, capsys):
 def test_a_checkpoint_outside_a_run_says_that_its_tokenizer_is_unknown(run, at):
     shutil.copy(f"{run}/checkpoints/last.ckpt", "lone.ckpt")
     (line,) = inherit(Namespace(tokenizer=None, source=None), "lone.ckpt")
-    assert line.startswith("model.init_from: lone.ckpt keeps no tokenizer")
+    assert line.startswith("model.init_from: lone.ckpt has no tokenizer")
 
 
 def test_a_tokenizer_of_more_entries_than_the_model_is_refused_everywhere(run, at, capsys):

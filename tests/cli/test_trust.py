@@ -450,7 +450,7 @@ def test_no_configuration_is_enough_to_read_task_files(case, here, capsys, monke
         if not (other and case == "a folder" and "tasks_path" in other[0]):
             line = refused([*argv[:3], *other, *argv[3:]], capsys)
             assert key in line
-            assert f"may name {file};" in line
+            assert f"cannot name {file};" in line
     flag = "--" + key.removesuffix(": ")
     given = [flag, file if case != "a file" else "piqa, t/theirs.yaml"]
     assert "no data file in empty" in refused([*argv, *given], capsys)  # the data comes next

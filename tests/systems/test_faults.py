@@ -150,7 +150,7 @@ def test_a_signal_saves_and_ends_with_143(case, place):
     version = case.replace(" ", "-")
     assert place.run(version, *fault("Signal", **SIGNALS[case])) == [143]
     assert checkpoint(place.at(version))["global_step"] in (SIGNALS[case]["step"], SIGNALS[case]["step"] + 1)
-    assert "told to stop at step" in place.said()[-1]
+    assert "stopped at step" in place.said()[-1]
     place.resume(version)
     place.assert_undisturbed(version)
 
@@ -247,7 +247,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(case, place, cut)
     assert torch.load(previous, weights_only=True)["global_step"] == 6
     assert previous.read_bytes() == good
     place.resume(cut)
-    told = [line for line in place.said() if "going on from the one before it" in line]
+    told = [line for line in place.said() if "resuming from the one before it" in line]
     assert len(told) <= 1
     place.assert_undisturbed(cut)
 
@@ -258,7 +258,7 @@ def test_what_is_said_of_a_damaged_checkpoint(place, cut, capsys):
     place.resume(cut)
     assert place.said()[0] == (
         f"stableqat: ckpt_path: {checkpoints}/last.ckpt: not a readable checkpoint (cut short or damaged); "
-        f"going on from the one before it, {checkpoints}/previous.ckpt"
+        f"resuming from the one before it, {checkpoints}/previous.ckpt"
     )
 
 

@@ -52,7 +52,7 @@ def test_torchrun(tmp_path):
     wait_for(run / "checkpoints" / "last.ckpt", process, log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(300) != 0
-    assert log.read_text().count("told to stop at step") == 1
+    assert log.read_text().count("stopped at step") == 1
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     done = launch([*command, "--trainer.max_steps", str(step + 3), "--ckpt_path", "last"], log)
     assert done.wait(600) == 0, log.read_text()

@@ -152,7 +152,7 @@ def test_damage_is_found(case, runs, tmp_path, capsys):
 def test_damaged_shards_give_way_to_the_checkpoint_before(runs):
     flip(runs.copy("damaged"))
     runs.succeed("sharded", "damaged", "--ckpt_path", "last")
-    assert "going on from the one before it" in runs.log.read_text()
+    assert "resuming from the one before it" in runs.log.read_text()
     made = runs.folder / "damaged.ckpt"
     assert main(["consolidate", str(runs.at("damaged")), "--out", str(made)]) == 0
     assert not list(differing(load(runs.done("fsdp2")), load(made)))

@@ -1,9 +1,9 @@
-"""What a model brings to its data: the tokenizer, or the preprocessing of images, that it was trained with.
+"""What the start of a model brings to its data: the tokenizer, or the preprocessing of images.
 
-On other tokens, or on pixels of another scale, a model computes nonsense and says nothing. So settings of
-the data that are null are taken from what the model starts from: a run, a checkpoint inside one, a folder, a
-hub name, or what timm knows of the architecture. Others take an explicit word, which is said, and a tokenizer
-that cannot be the model's is refused.
+With other tokens, or pixels of another scale, a model silently computes nonsense. So the data's null
+settings are taken from what the model starts from: a run, a checkpoint, a model folder, a name on the Hub,
+or timm's entry for the architecture. An explicit setting wins and is reported; a tokenizer that cannot be
+the model's is refused.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from stableqat.checkpoints.names import find_checkpoint
+from stableqat.cli.resume import as_saved
 from stableqat.data.prepared import prepared_manifest
 from stableqat.data.tokenizer import clash, load_tokenizer, tokenizer_hash
 from stableqat.errors import UserError
@@ -24,10 +25,10 @@ def inherit(settings: Namespace) -> list[str]:
     """Fill the data's settings from what the model starts from.
 
     Args:
-        settings: Of a verb, its `ckpt_path` resolved; changed in place.
+        settings: The verb's settings, with `ckpt_path` resolved; changed in place.
 
     Returns:
-        A line for each setting that was taken.
+        One line per setting that was taken.
 
     Raises:
         UserError: If data and model contradict each other.
@@ -45,7 +46,7 @@ def inherit(settings: Namespace) -> list[str]:
 
 
 def _starts(settings: Namespace) -> Iterator[tuple[str, str]]:
-    """Models that read the data: the setting that names each, and what it names."""
+    """The models that read the data: the setting that names each, and its value."""
     model = settings.model.get("init_args") or Namespace()
     if settings.get("ckpt_path") is not None:
         yield "ckpt_path", settings.ckpt_path
@@ -70,7 +71,7 @@ def _take_tokenizer(arguments: Namespace, key: str, source: str, asked: bool) ->
         arguments.tokenizer = own
         return [f"data.tokenizer: {own}, which {key} brings"]
     if named is None and (key != "model.init_from" or find_checkpoint(source) is not None):
-        return [f"{key}: {source} keeps no tokenizer; another than the data's own takes --data.tokenizer"]
+        return [f"{key}: {source} has no tokenizer; the data's own, or --data.tokenizer, is used"]
     if named in (None, own) or own is None:
         return []
     return _compare(named, own, key, source, asked)
@@ -95,17 +96,17 @@ def _take_preprocessing(
         given = arguments.get(name)
         if given is None:
             arguments[name] = taken[name] = value
-        elif source is not None and _plain(given) != _plain(value):
-            other[name] = f"{_plain(given)} (the model: {_plain(value)})"
+        elif source is not None and as_saved(given) != as_saved(value):
+            other[name] = f"{as_saved(given)} (the model: {as_saved(value)})"
     if taken:
-        lines.append(f"data.{_told({name: _plain(value) for name, value in taken.items()})}, which {whose}")
+        lines.append(f"data.{_told({name: as_saved(value) for name, value in taken.items()})}, which {whose}")
     if other:
-        lines.append(f"data.{_told(other)}: not what the model was trained with; leave out to take its own")
+        lines.append(f"data.{_told(other)}: not what the model was trained with; leave it out to use its own")
     return lines
 
 
 def _take_size(arguments: Namespace, model: Namespace, brought: int | None, fixed: bool) -> list[str]:
-    """Images as large as the model takes, and a model for images as large as asked for."""
+    """Match the images' size to the model's, and a model's to the size that is asked for."""
     options, lines = model.get("model_args") or {}, []
     usual = preprocessing(None, model.model_name).get("image_size")
     size = options.get("img_size") or arguments.image_size or brought or usual
@@ -127,17 +128,13 @@ def _told(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _sources(arguments: Namespace) -> list[str]:
     source = arguments.get("source")
     return [source] if isinstance(source, str) else list(source or [])
 
 
 def _tokenizer_of(source: str) -> str | None:
-    """Where a model's tokenizer is; None if nobody knows.
+    """Where a model's tokenizer is; None if that is unknown.
 
     Raises:
         UserError: If its run has none.
@@ -147,25 +144,24 @@ def _tokenizer_of(source: str) -> str | None:
         return Run(checkpoint).tokenizer
     try:
         load_tokenizer(source)
-    except UserError:  # the model says what is wrong with a source that is nothing
+    except UserError:  # loading the model reports a source that does not exist
         return None
     return str(Path(source).expanduser()) if Path(source).exists() else source
 
 
 def _compare(named: str, own: str, key: str, source: str, asked: bool) -> list[str]:
-    """Refuse a tokenizer that cannot be the model's, or that nobody asked for."""
+    """Refuse a tokenizer that cannot be the model's, or one that the user has not asked for."""
     given, trained = load_tokenizer(named), load_tokenizer(own)
     if tokenizer_hash(given) == tokenizer_hash(trained):
         return []
     if not asked:
         raise UserError(
-            f"data.tokenizer: {named}, which data or start bring, is not the one that {key} {source} "
-            f"was trained with; tokenize again with {own}, take another model, or insist with "
-            f"--data.tokenizer {named}"
+            f"data.tokenizer: {named} of the data or the start is not the one that {key} {source} was "
+            f"trained with; tokenize again with {own}, use another model, or add --data.tokenizer {named}"
         )
     if reason := clash(given, trained):
         raise UserError(
-            f"data.tokenizer: {named} cannot be that of {key} {source}: {reason}; leave it out to take the "
-            "model's own"
+            f"data.tokenizer: {named} does not fit {key} {source}: {reason}; leave it out to use the model's "
+            "own"
         )
-    return [f"data.tokenizer: {named} is not the one that {key} {source} was trained with, as you ask"]
+    return [f"data.tokenizer: {named} is not the one that {key} {source} was trained with, used as asked"]

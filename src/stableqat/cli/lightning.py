@@ -19,25 +19,25 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import stableqat.data.image
-import stableqat.data.text  # noqa: F401 - the classes are then known by their short names
+import stableqat.data.text  # noqa: F401 - makes the classes known by their short names
 from stableqat import callbacks
 from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.callbacks.refused import check_trainer
-from stableqat.checkpoints.names import TOKENIZER, is_sharded
-from stableqat.checkpoints.read import read_checkpoint, read_rest
+from stableqat.checkpoints.names import TOKENIZER
 from stableqat.checkpoints.write import StreamedCheckpointIO, on_disk
 from stableqat.cli import checks
 from stableqat.cli.arguments import CALLBACKS
 from stableqat.cli.inherit import inherit
 from stableqat.cli.messages import OneLineErrors, user_error
+from stableqat.cli.resume import differences, find_resumed, saved_model
+from stableqat.cli.run_folder import check_run_folder, claimed
 from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError, first_line
 from stableqat.files import whole_file
 from stableqat.modules import QATModule
-from stableqat.modules.hyperparameters import saved_arguments
 from stableqat.modules.parallel import register_strategies
 from stableqat.modules.start import check_start, state_dict_follows
-from stableqat.trust import arguments, check_settings, find_class, wall
+from stableqat.trust import check_settings, wall
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,16 @@ LOGGERS = {"stableqat": "stableqat: %(message)s", "lightning": "%(message)s"}
 
 
 def run(arguments: list[str]) -> int:
-    """Run one of LightningCLI's verbs.
+    """Run fit, validate, test or predict.
 
     Args:
         arguments: The verb and its flags.
 
     Returns:
-        0 when the run has ended, in divergence too.
+        0 once the run has ended; a diverged run counts as ended.
 
     Raises:
-        UserError: With one line that says what is wrong.
+        UserError: A one-line message.
     """
     _configure_logging()
     register_strategies()
@@ -64,21 +64,21 @@ def run(arguments: list[str]) -> int:
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, with errors of one line, and no class by a file's word alone."""
+    """LightningCLI's parser with one-line errors; refuses untrusted classes in files."""
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a config file whose classes are trusted."""
+        """Parse a configuration whose classes are trusted."""
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser says what is wrong
             check_settings(yaml.safe_load(Path(path).read_text()), str(path))
         return super().parse_path(path, *args, **kwargs)
 
 
 class QATCommand(LightningCLI):
-    """LightningCLI in subclass mode with the suite's callbacks, logger and checks."""
+    """LightningCLI in subclass mode, with this suite's callbacks, logger and checks."""
 
     def __init__(self, arguments: list[str]) -> None:
         self._verb, self._arguments = arguments[0], arguments
-        # a strategy of several processes starts the others with the command line that it finds here
+        # a strategy of several processes starts the others with this command line
         argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
         try:
             super().__init__(
@@ -112,43 +112,37 @@ class QATCommand(LightningCLI):
             sys.argv = argv
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Build only the parser that is needed: each costs a second."""
+        """Build only the verb's own parser: each takes a second."""
         return {self._verb: LightningCLI.subcommands()[self._verb]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The suite's configurable callbacks, each under a key of its own."""
+        """Add this suite's configurable callbacks, each under its own key."""
         for key, name in CALLBACKS.items():
             parser.add_lightning_class_args(getattr(callbacks, name), key)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning lets a checkpoint's settings replace the configuration's silently; say which ones."""
+        """Name the settings that a checkpoint replaces; Lightning replaces them silently."""
         settings = self.config[self._verb]
-        settings.ckpt_path = checks.find_resumed(settings)
+        settings.ckpt_path = find_resumed(settings)
         if settings.ckpt_path is None:
             return
         configured, path = settings.model, settings.ckpt_path
-        saved = read_rest(Path(path)) if is_sharded(Path(path)) else read_checkpoint(Path(path))
-        if not saved["hyper_parameters"]:
+        if (spec := saved_model(Path(path), configured)) is None:
             return
-        cls, values = saved_arguments(QATModule, Path(path), saved)
-        arguments(cls, values, f"{path}: hyper_parameters")
-        same = find_class(configured.class_path, [QATModule], "model") is cls  # under whichever name
-        named = configured.class_path if same else saved["hyper_parameters"]["_class_path"]
-        spec = {"class_path": named, "init_args": values}
         try:
             self.config = self.parser.parse_object({self._verb: {"model": spec}}, self.config)
         except UserError as error:
             raise UserError(f"ckpt_path: {path} is of another model: {error}") from error
-        for key, mine, saved in checks.differences(configured, self.config[self._verb].model):
+        for key, mine, saved in differences(configured, self.config[self._verb].model):
             if self._verb == "fit" or key == "model.class_path":
                 raise UserError(
-                    f"ckpt_path: {key} is {saved} in the checkpoint, {mine} in the configuration; resume a "
-                    "run with its own settings (its config.yaml), or start a new one with model.init_from"
+                    f"ckpt_path: {key} is {saved} in the checkpoint, {mine} in the configuration; resume "
+                    "with the run's own config.yaml, or start a new run with model.init_from"
                 )
             logger.warning("%s: %s from the checkpoint replaces %s from the configuration", key, saved, mine)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Check what needs no model."""
+        """Check settings that need no model."""
         super().parse_arguments(parser, args)
         settings = self.config[self._verb]
         checks.check_groups(settings, ["trainer", *self._parser(self._verb).callback_keys])
@@ -158,14 +152,14 @@ class QATCommand(LightningCLI):
             checks.check_tasks(settings, self._arguments)
 
     def before_instantiate_classes(self) -> None:
-        """Let the model bring what the data needs, before either is made."""
+        """Fill the data's settings from the model's start."""
         self._inherited = inherit(self.config[self._verb])
 
     def instantiate_classes(self) -> None:
-        """A mistake that a class found in its settings comes wrapped: unwrap it."""
+        """Build all; a mistake that a class finds in its settings comes wrapped and is unwrapped."""
         try:
             super().instantiate_classes()
-        except MisconfigurationException as error:  # Lightning's own word for a mistake in the settings
+        except MisconfigurationException as error:  # Lightning's name for a mistake in the settings
             raise UserError(f"{first_line(error)}; correct this setting") from error
         except ValueError as error:
             if cause := user_error(error):
@@ -173,17 +167,17 @@ class QATCommand(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Make the trainer; its settings are all that it can refuse."""
+        """Build the trainer; whatever it refuses is a setting."""
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {first_line(error)}; correct this setting") from error
 
     def after_instantiate_classes(self) -> None:
-        """Checks that need no data."""
+        """Check what needs the model, but no data."""
         ckpt_path = self.config[self._verb].ckpt_path
         if self.trainer.log_dir is not None:
-            checks.check_run_folder(self.trainer.log_dir, ckpt_path)
+            check_run_folder(self.trainer.log_dir, ckpt_path)
         if self._verb == "fit":
             checks.check_optimizer(self.model, self.trainer)
         if self.model.init_from is not None and ckpt_path is None:
@@ -199,17 +193,15 @@ class QATCommand(LightningCLI):
         try:
             settings = self.config[subcommand]
             with ExitStack() as stack:
-                if subcommand == "fit" or settings.ckpt_path is None:  # others may look at a run being made
-                    stack.enter_context(checks.claimed(self.trainer, settings))
+                if subcommand == "fit" or settings.ckpt_path is None:  # others only read
+                    stack.enter_context(claimed(self.trainer, settings))
                 stack.enter_context(_together(self.trainer))
                 stack.enter_context(state_dict_follows(bool(settings.ckpt_path)))
                 super()._run_subcommand(subcommand)
         except SIGTERMException as stop:
             if self.trainer.is_global_zero:
                 step = self.trainer.global_step
-                logger.warning(
-                    "told to stop at step %d; the same command with --ckpt_path last goes on", step
-                )
+                logger.warning("stopped at step %d; resume with the same command and --ckpt_path last", step)
             stop.code = EXIT_CODE
             raise
         except MisconfigurationException as error:
@@ -219,11 +211,11 @@ class QATCommand(LightningCLI):
                 raise
             where = error.filename or self.trainer.log_dir
             raise UserError(
-                f"{where}: the disk takes no more ({error.strerror}); make room, and resume with "
+                f"{where}: the disk refuses to write ({error.strerror}); free some space and resume with "
                 "--ckpt_path last"
             ) from error
         except ValueError as error:
-            # Lightning puts the name of a setting that does not fit the data first
+            # Lightning's message begins with the setting that does not fit the data
             named = re.match(r"\s*`(\w+)`", str(error))
             if named is None or named[1] not in self.config[subcommand].trainer:
                 raise
@@ -233,19 +225,19 @@ class QATCommand(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def predict(self, **kwargs: Any) -> None:
-        """Predict and save the predictions in the run's folder, a file for each process."""
+        """Save the predictions in the run's folder, one file per process."""
         predictions = self.trainer.predict(**kwargs)
         path = Path(self.trainer.log_dir or ".") / f"predictions-{self.trainer.global_rank}.pt"
         with whole_file(path) as part:
             problem = on_disk(StreamedCheckpointIO().save_checkpoint, predictions, part)
             if problem is not None:
-                raise UserError(f"{path}: could not be written ({problem}); make room, and predict again")
+                raise UserError(f"{path}: cannot be written ({problem}); free some space and predict again")
         logger.info("predictions saved: %s", path)
 
 
 @contextmanager
 def _together(trainer: L.Trainer) -> Iterator[None]:
-    """After a failure end the processes that this one has started: they would wait for it, or complain."""
+    """After a failure, end the processes that this one started: they would wait for it, or report errors."""
     try:
         yield
     except Exception:
@@ -255,17 +247,16 @@ def _together(trainer: L.Trainer) -> Iterator[None]:
 
 
 class RunConfig(SaveConfigCallback):
-    """Save the resolved configuration and the tokenizer once; the folder is new, or the run resumes in it."""
+    """Save the resolved configuration and the tokenizer, unless a resumed run has them."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write what a resumed run has not."""
-        log_dir = trainer.log_dir  # broadcast, and so asked of all processes together
+        """Write what is missing."""
+        log_dir = trainer.log_dir  # a broadcast: all processes must ask
         if self.already_saved or log_dir is None:
             return
         self.already_saved, path = True, Path(log_dir) / self.config_filename
         if trainer.is_global_zero and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # beside the configuration: the run is then enough to go on from
             if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
                 keep_tokenizer(tokenizer, path.parent / TOKENIZER)
             with whole_file(path) as part:
@@ -278,13 +269,13 @@ def _configure_logging() -> None:
         logging.getLogger(part).propagate = True
         logging.getLogger(part).setLevel(logging.NOTSET)
     for name, form in LOGGERS.items():
-        handler = logging.StreamHandler()  # a new one each time: stderr may have been replaced since
+        handler = logging.StreamHandler()  # new each time: stderr may have been replaced
         handler.setFormatter(logging.Formatter(form))
-        # an exception that a checkpoint is saved on is told when it arrives
+        # the exception itself is reported when it arrives
         handler.addFilter(lambda record: "was raised with message" not in record.getMessage())
         logging.getLogger(name).handlers[:] = [handler]
     _set_level(logging.WARNING)
-    # Lightning's hints about worker counts and log intervals are advice, not news
+    # advice about worker counts and log intervals, and what is known here
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
@@ -293,7 +284,7 @@ def _configure_logging() -> None:
 
 
 def _set_level(level: int) -> None:
-    """News come once the run begins; until then only what is wrong."""
+    """Warnings alone until the run begins, then news too."""
     for name in LOGGERS:
         logging.getLogger(name).setLevel(level)
 

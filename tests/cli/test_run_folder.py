@@ -81,7 +81,7 @@ def test_two_runs_without_a_version_take_two(at, monkeypatch):
         return chosen[-1]
 
     monkeypatch.setattr(TensorBoardLogger, "_get_next_version", late)
-    monkeypatch.setattr("stableqat.cli.checks.check_run_folder", lambda *_: None)  # it came too early
+    monkeypatch.setattr("stableqat.cli.lightning.check_run_folder", lambda *_: None)  # it came too early
     assert main(["fit", "-c", "llama.yaml", "--trainer.logger.name", "twins"]) == 0
     assert chosen == [0, 1]
     assert os.listdir(other) == ["config.yaml"]
@@ -133,5 +133,5 @@ def test_a_configuration_is_written_whole_or_not_at_all(at, monkeypatch, capsys)
 
     monkeypatch.setattr(Parser, "save", full)
     assert main(["fit", "-c", "llama.yaml", "--trainer.logger.version", "unwritten"]) == 2
-    assert "the disk takes no more" in capsys.readouterr().err
+    assert "the disk refuses to write" in capsys.readouterr().err
     assert not list(Path("logs/llama/unwritten").rglob("*config.yaml*"))
