@@ -1,5 +1,6 @@
-"""Paths, and files and folders that appear when they are whole."""
+"""Paths, and files and folders that appear when they are complete."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -22,7 +23,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Write a file beside its place and move it there at the end; after an exception nothing is left of it.
 
     Args:
-        path: The file; what is there is replaced in one move.
+        path: The file; one that is there is replaced in one move.
 
     Yields:
         The path to write to, this process's own.
@@ -36,7 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def left_over(path: Path) -> bool:
-    """Whether a file is what a killed process left of one that it wrote with `whole_file`."""
+    """Whether a killed process left this while it wrote a file or folder with this module."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
@@ -44,11 +45,11 @@ def left_over(path: Path) -> bool:
 def hidden_folder(beside: Path, prefix: str) -> Iterator[Path]:
     """A hidden folder to make something in before it is moved to its place; removed at the end.
 
-    Those that killed processes left are removed first: of them nobody holds the lock.
+    Those that killed processes left, on which nobody holds the lock, are removed first.
 
     Args:
-        beside: The folder that gets it.
-        prefix: How its name begins, with a dot.
+        beside: The folder to make it in.
+        prefix: The start of its name, with a dot.
 
     Yields:
         The folder.
@@ -68,7 +69,7 @@ def hidden_folder(beside: Path, prefix: str) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A file descriptor that holds the lock on a folder; None where it can't be had."""
+    """A file descriptor that holds the lock on a folder; None where another process holds it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -82,51 +83,94 @@ def _locked(folder: Path) -> int | None:
 
 
 @contextmanager
-def whole_folder(path: str) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """Fill a new folder beside its place and move it there at the end; after an exception nothing is left.
 
     Args:
-        path: The folder, of the setting `out`.
+        folder: The folder; its parents are made.
 
     Yields:
         The folder to write to, this process's own.
 
     Raises:
-        UserError: If something is there already, at the end as well, or the place cannot be written.
+        FileExistsError: If something is there already, at the end as well.
+        OSError: If the place cannot be written.
     """
-    folder = Path(os.path.abspath(Path(path).expanduser()))
-    if os.path.lexists(folder):
-        raise UserError(f"out: {path or folder} exists already; name a new folder")
+    folder = Path(os.path.abspath(folder))
     made = [parent for parent in folder.parents if not parent.exists()]
-    with ExitStack() as stack:
-        stack.callback(_remove_empty, made)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = stack.enter_context(hidden_folder(folder.parent, f".{folder.name}.")) / folder.name
-            part.mkdir()
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        yield part
-        if os.path.lexists(folder):
-            raise UserError(f"out: {path} exists by now; name a new folder")
-        try:
-            part.rename(folder)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+    try:
+        _refuse_existing(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with hidden_folder(folder.parent, f".{folder.name}.") as hidden:
+            (part := hidden / folder.name).mkdir()
+            yield part
+            _refuse_existing(folder)
+            try:
+                part.rename(folder)
+            except OSError:
+                _refuse_existing(folder)  # made meanwhile
+                raise
+    finally:
+        for parent in made:
+            with suppress(OSError):  # something is in it
+                parent.rmdir()
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # something is in it
-            folder.rmdir()
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
-def cannot_write(path: str, error: Exception) -> UserError:
-    """What to say where a folder of the setting `out` cannot be written.
+@contextmanager
+def new_folder(out: str) -> Iterator[Path]:
+    """`whole_folder` for the setting `out`.
 
     Args:
-        path: The folder.
-        error: The reason.
+        out: The folder.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        UserError: If something is there already, or the place cannot be written. Other errors of the body
+            pass, see `writing`.
     """
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return UserError(f"out: {path} cannot be written ({reason}); nothing is left of it, name another folder")
+    folder = Path(out).expanduser()
+    with ExitStack() as stack:
+        try:
+            part = stack.enter_context(whole_folder(folder))
+        except FileExistsError as error:
+            raise UserError(f"out: {out} exists already; name a new folder") from error
+        except OSError as error:
+            raise UserError(
+                f"out: {out} cannot be written ({error.strerror}); name another folder"
+            ) from error
+        yield part
+        with writing(f"out: {out}", "nothing is left of it, name another folder"):
+            stack.close()
+
+
+@contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """Say in one line that something cannot be written.
+
+    Args:
+        what: The file or folder, behind the setting that names it.
+        remedy: What to do.
+
+    Raises:
+        UserError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"{what} cannot be written ({reason}); {remedy}") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -63,7 +63,7 @@ def test_predictions_that_the_disk_does_not_take(at, capsys, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     path = "logs/llama/full/predictions-0.pt"
-    line = f"stableqat: {path}: cannot be written (File too large); free some space and predict again"
+    line = f"stableqat: {path} cannot be written (File too large); free some space and predict again"
     assert capsys.readouterr().err.splitlines() == [line]
     assert not (at / path).parent.exists()
 

@@ -221,7 +221,7 @@ def test_two_exports_to_one_folder(trained, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(hf, "read", other)
     assert main(["export", str(trained), "--format", "hf", "--out", str(out)]) == 2
-    assert "exists by now; name a new folder" in capsys.readouterr().err
+    assert "cannot be written (File exists); nothing is left of it, name" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert [p.name for p in out.iterdir()] == ["theirs"]
 

@@ -24,7 +24,7 @@ from stableqat.analysis.tables import (
 )
 from stableqat.errors import UserError
 from stableqat.events import COMPARED, Run, find_runs, read_run
-from stableqat.files import hidden_folder
+from stableqat.files import hidden_folder, writing
 from stableqat.terminal import printable, terminal
 
 __all__ = ["compare", "markdown", "notes", "read_comparisons", "rows"]
@@ -54,7 +54,7 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     command = tensorboard([Path(folder) for folder in folders])
     text = "\n\n".join([*map(markdown, comparisons), command]) + "\n"
     place = target.parent if out else target
-    try:
+    with writing(str(target), "name another folder with --out"):
         place.mkdir(parents=True, exist_ok=True)
         with hidden_folder(place, ".compare-") as made:
             part = made / "compare"
@@ -69,10 +69,6 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
             else:
                 for name in written:
                     os.replace(part / name, target / name)
-    except OSError as error:
-        raise UserError(
-            f"{target} can't be written ({error.strerror}): give another folder as --out"
-        ) from error
 
     console = terminal()
     for comparison in comparisons:

@@ -22,7 +22,7 @@ from stableqat.analysis.comparison import Arm, Comparison
 from stableqat.analysis.labels import NAMED
 from stableqat.errors import UserError
 from stableqat.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
-from stableqat.files import hidden_folder
+from stableqat.files import whole_folder, writing
 from stableqat.studies.study import short
 from stableqat.terminal import terminal
 
@@ -58,19 +58,13 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
             raise UserError(
                 f"{folder} holds studies, but no runs of its own: name the folders of the studies"
             )
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            with hidden_folder(target, ".publish-") as made:
-                copy = made / name
-                for path in find_runs(folder):
-                    if path.parent == folder:
-                        _write_run(path, copy / path.name, points, comparisons[0].named(path))
-                _write_overlay(comparisons[0], copy / OVERLAY, points)
-                if (folder / "study.yaml").exists():
-                    shutil.copyfile(folder / "study.yaml", copy / "study.yaml")
-                copy.rename(target / name)
-        except OSError as error:
-            raise UserError(f"{target} can't be written ({error.strerror}): give another --out") from error
+        with writing(str(target), "name another folder with --out"), whole_folder(target / name) as copy:
+            for path in find_runs(folder):
+                if path.parent == folder:
+                    _write_run(path, copy / path.name, points, comparisons[0].named(path))
+            _write_overlay(comparisons[0], copy / OVERLAY, points)
+            if (folder / "study.yaml").exists():
+                shutil.copyfile(folder / "study.yaml", copy / "study.yaml")
         size = sum(file.stat().st_size for file in (target / name).rglob("*") if file.is_file()) / 1e6
         more = f", more than {MOST_MEGABYTES:g} MB: lower --points" if size > MOST_MEGABYTES else ""
         console.print(f"published: {target / name}, {size:.1f} MB{more}")

@@ -26,10 +26,10 @@ from stableqat.checkpoints.write import (
     keep_previous,
     on_disk,
     put,
-    remove,
     tidy,
 )
 from stableqat.errors import check_range
+from stableqat.files import remove
 
 logger = logging.getLogger(__name__)
 

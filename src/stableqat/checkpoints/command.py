@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stableqat.checkpoints.names import is_sharded
 from stableqat.errors import UserError
-from stableqat.files import whole_file
+from stableqat.files import whole_file, writing
 from stableqat.terminal import terminal
 
 
@@ -22,12 +22,12 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
         0.
 
     Raises:
-        UserError: If the folder is no sharded checkpoint or damaged, or the file exists or can't be written.
+        UserError: If the folder is no sharded checkpoint or damaged, or the file exists or cannot be written.
     """
     if not Path(checkpoint).exists():
         raise UserError(f"{checkpoint}: there is no such checkpoint; name a folder that fsdp2 saved")
     from stableqat.checkpoints.read import check_sums, read_consolidated
-    from stableqat.checkpoints.write import StreamedCheckpointIO, on_disk
+    from stableqat.checkpoints.write import StreamedCheckpointIO
 
     folder = Path(checkpoint)
     if not is_sharded(folder):
@@ -38,9 +38,8 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
     if target.exists():
         raise UserError(f"out: {target} exists; choose another name, or remove it")
     check_sums(folder)
-    with whole_file(target) as part:
-        problem = on_disk(StreamedCheckpointIO().save_checkpoint, read_consolidated(folder), part)
-        if problem is not None:
-            raise UserError(f"out: {target} cannot be written ({problem}); make room, or name another place")
+    merged = read_consolidated(folder)
+    with writing(f"out: {target}", "make room, or name another place"), whole_file(target) as part:
+        StreamedCheckpointIO().save_checkpoint(merged, part)
     terminal().print(f"{target}: {target.stat().st_size / 1e9:.2f} GB")
     return 0

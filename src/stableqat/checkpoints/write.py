@@ -4,7 +4,6 @@ The price is disk space: the old checkpoint and the new one are there together u
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.checkpoints.names import OLD, PARTIAL, PREVIOUS
 from stableqat.errors import UserError
+from stableqat.files import remove
 
 
 class NotWrittenError(UserError):
@@ -27,13 +27,14 @@ class StreamedCheckpointIO(TorchCheckpointIO):
     over the old checkpoint where it lies on another file system: cut there, neither is whole.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: str | Path, storage_options: Any | None = None) -> None:
         """Save to a path where nothing is lost."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's word for whatever the disk says
+                raise _os_error(error) or error from error
             file.flush()
             os.fsync(file.fileno())
 
@@ -68,16 +69,8 @@ def tidy(path: Path) -> None:
         remove(left)
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint, a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def on_disk(action: Any, *args: Any) -> str | None:
-    """What the operating system had against an action; torch reports that in words of its own."""
+    """Why the operating system refused to write, which torch tells in its own words; None if it did not."""
     try:
         action(*args)
     except (OSError, RuntimeError, CheckpointException) as error:

@@ -24,7 +24,7 @@ from stableqat import callbacks
 from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.callbacks.refused import check_trainer
 from stableqat.checkpoints.names import TOKENIZER
-from stableqat.checkpoints.write import StreamedCheckpointIO, on_disk
+from stableqat.checkpoints.write import StreamedCheckpointIO
 from stableqat.cli import checks
 from stableqat.cli.arguments import CALLBACKS
 from stableqat.cli.inherit import inherit
@@ -33,7 +33,7 @@ from stableqat.cli.resume import differences, find_resumed, saved_model
 from stableqat.cli.run_folder import check_run_folder, claimed
 from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError, first_line
-from stableqat.files import whole_file
+from stableqat.files import whole_file, writing
 from stableqat.modules import QATModule
 from stableqat.modules.parallel import register_strategies
 from stableqat.modules.start import check_start, state_dict_follows
@@ -228,10 +228,8 @@ class QATCommand(LightningCLI):
         """Save the predictions in the run's folder, one file per process."""
         predictions = self.trainer.predict(**kwargs)
         path = Path(self.trainer.log_dir or ".") / f"predictions-{self.trainer.global_rank}.pt"
-        with whole_file(path) as part:
-            problem = on_disk(StreamedCheckpointIO().save_checkpoint, predictions, part)
-            if problem is not None:
-                raise UserError(f"{path}: cannot be written ({problem}); free some space and predict again")
+        with writing(str(path), "free some space and predict again"), whole_file(path) as part:
+            StreamedCheckpointIO().save_checkpoint(predictions, part)
         logger.info("predictions saved: %s", path)
 
 

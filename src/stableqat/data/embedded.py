@@ -11,7 +11,6 @@ import inspect
 import os
 import platform
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from stableqat.errors import UserError
+from stableqat.files import whole_file
 
 #: Mean and standard deviation of the digits' training pixels, scaled to [0, 1].
 DIGITS_MEAN, DIGITS_STD = 0.3051, 0.3762
@@ -90,10 +90,8 @@ def embedded_text() -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table({"text": stdlib_documents()})
-        # Processes may race here; each writes a file of its own, and the last of equal ones stays.
-        with tempfile.TemporaryDirectory(dir=path.parent) as made:
-            pyarrow.parquet.write_table(table, f"{made}/{path.name}")
-            os.replace(f"{made}/{path.name}", path)
+        with whole_file(path) as part:  # of processes that race, the last one's equal file stays
+            pyarrow.parquet.write_table(table, part)
     return path
 
 

@@ -7,9 +7,8 @@ mixture take turns, so that the ratio holds at every moment of the training and 
 
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from stableqat.data.tokenizer import (
     train_bpe,
 )
 from stableqat.errors import UserError
+from stableqat.files import whole_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -178,15 +178,9 @@ class TextDataModule(DataModule):
         folder = root / "tokenizers" / f"bpe-{self._bpe_size}-{digest}"
         if not folder.is_dir():
             bpe = train_bpe(self._training_texts(), self._bpe_size)
-            with caching(root, "set data.cache_dir to another folder" if self.cache_dir else CACHE_REMEDY):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-                    save_tokenizer(bpe, made)
-                    try:
-                        os.rename(made, folder)
-                    except OSError:
-                        if not folder.is_dir():  # no other process was first
-                            raise
+            remedy = "set data.cache_dir to another folder" if self.cache_dir else CACHE_REMEDY
+            with caching(root, remedy), suppress(FileExistsError), whole_folder(folder) as part:
+                save_tokenizer(bpe, part)  # unless another process was first
         return load_tokenizer(str(folder))
 
     @property

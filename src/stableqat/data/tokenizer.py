@@ -7,8 +7,6 @@ vocabulary keeps the embeddings of a small model small, at the price of more tok
 import hashlib
 import json
 import logging
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableqat.errors import UserError, first_line
+from stableqat.files import whole_folder, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -101,14 +100,8 @@ def keep_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    with writing(f"{folder}: the tokenizer", "make room"), whole_folder(folder) as part:
         save_tokenizer(tokenizer, part)
-        part.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: the tokenizer cannot be written ({error}); make room") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def token_rows(tokenizer: "PreTrainedTokenizerFast") -> int:

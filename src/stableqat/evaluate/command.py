@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
+from stableqat.files import writing
 
 if TYPE_CHECKING:
     from stableqat.evaluate.measure import Plan
@@ -151,10 +152,8 @@ def _new(out: str) -> Path:
     for each in (path, path.with_suffix(".png")):
         if each.exists():
             raise UserError(f"out: {each} exists already; name a new file")
-    try:
+    with writing(f"out: {out}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written ({error.strerror}); name another file") from error
     return path
 
 

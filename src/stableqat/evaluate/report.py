@@ -16,9 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stableqat.errors import UserError
 from stableqat.evaluate.model import labels
-from stableqat.files import whole_file
+from stableqat.files import whole_file, writing
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +43,11 @@ def keep(records: list[dict[str, Any]], settings: dict[str, Any], file: Path | N
     names = [*LIBRARIES, "lm_eval"] if settings["tasks"] else LIBRARIES
     versions = {name: version(name) for name in names}
     results = {"sources": records, "settings": settings, "versions": versions}
-    try:
+    with writing(f"out: {file}", "make room, or name another file"):
         with whole_file(file) as part:
             part.write_text(json.dumps(results, indent=2, default=str) + "\n")
         if any("images" in record for record in records):
             _draw(records, file.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"out: {file} cannot be written ({error.strerror or error})") from error
 
 
 def show(records: list[dict[str, Any]], file: Path | None) -> None:

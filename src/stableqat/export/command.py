@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
-from stableqat.files import cannot_write, whole_folder
+from stableqat.files import new_folder, writing
 from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def export(
     from stableqat.export.source import load_source
 
     given = None if template is None else gguf_template.read(Path(template).expanduser())
-    with whole_folder(out) as part:
+    with new_folder(out) as part:
         found = load_source(source, tokenizer)
         dtype = dtype or ("fp16" if format == "compressed-tensors" else "fp32")
         types = DTYPES[dtype], DTYPES[scale_dtype]
@@ -120,7 +120,7 @@ def export(
         packed = replace(packed, layers=pack(found.module, *types))
         writer.check(packed)
         logits, losses["file"] = evaluate(found.module, found.batch)
-        try:
+        with writing(f"out: {out}", "nothing is left of it, name another folder"):
             _write(writer, found, packed, part)
             differences = _compare(format, writer.read(packed, part), packed, logits)
             report: dict[str, Any] = {
@@ -142,8 +142,6 @@ def export(
             for file in _files(part):
                 file.chmod(0o644)  # safetensors makes them private
             (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise cannot_write(out, error) from error
     _tell(report, found, out)
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stableqat.errors import UserError
-from stableqat.files import cannot_write, whole_folder
+from stableqat.files import new_folder, writing
 from stableqat.terminal import terminal
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def import_(
     from stableqat.runs import write_run
 
     source, run = Path(checkpoint).expanduser(), Path(out).expanduser()
-    with whole_folder(out) as part:
+    with new_folder(out) as part:
         config, extras = read_config(source)
         state = read_state(source)
         check_sizes(config, state, str(source))
@@ -53,10 +53,8 @@ def import_(
         assert module.model is not None
         moved = transfer(state, module.model, released, str(source))
         check_computes(module.eval(), str(source))
-        try:
+        with writing(f"out: {out}", "nothing is left of it, name another folder"):
             write_run(part, module, place=run, tokenizer=_tokenizer(source))
-        except (OSError, RuntimeError) as error:  # torch's writer has only the latter for a full disk
-            raise cannot_write(out, error) from error
     say = terminal().print
     say(f"{run}: {moved}")
     say(f"stableqat validate -c {run}/config.yaml --ckpt_path last")

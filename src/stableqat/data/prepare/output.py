@@ -18,6 +18,7 @@ from typing import IO, Any, Generic, Protocol, Self, TypeVar
 
 from stableqat.data.prepared import MANIFEST, read_field, read_manifest
 from stableqat.errors import UserError
+from stableqat.files import remove, whole_file
 
 _STATE = ".state.json"
 _REQUEST = ".request.json"
@@ -130,13 +131,11 @@ class Output:
 
     def save(self, name: str, value: Any) -> None:
         """Write a JSON file, all of it or nothing."""
-        temporary = self.part / f".{name}"
-        with temporary.open("w") as file:
+        with whole_file(self.part / name) as part, part.open("w") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.part / name)
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest and move the folder to its name."""
@@ -146,7 +145,7 @@ class Output:
     def _publish(self) -> None:
         for path in self.part.iterdir():
             if path.name.startswith("."):
-                path.unlink()
+                remove(path)
         os.replace(self.part, self.folder)
 
     def discard(self) -> None:

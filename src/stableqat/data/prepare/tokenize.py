@@ -6,7 +6,6 @@ not on the number of processes or on interruptions.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from stableqat.data.tokenizer import (
     train_bpe,
 )
 from stableqat.errors import UserError
+from stableqat.files import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -158,8 +158,8 @@ def _tokenizer(output: Output, name: str, texts: Iterable[str]) -> "PreTrainedTo
     if not folder.is_dir():
         size = bpe_size(name)
         made = load_tokenizer(name) if size is None else train_bpe(texts, size)
-        save_tokenizer(made, output.part / ".tokenizer")
-        os.replace(output.part / ".tokenizer", folder)
+        with whole_folder(folder) as part:
+            save_tokenizer(made, part)
     return load_tokenizer(str(folder))
 
 
