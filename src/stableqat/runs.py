@@ -23,12 +23,9 @@ from stableqat.checkpoints.write import StreamedCheckpointIO
 from stableqat.data.tokenizer import check_vocabulary, clash, keep_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
-from stableqat.modules.hyperparameters import rebuild
+from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
 from stableqat.modules.start import state_dict_follows
 from stableqat.trust import arguments, read_settings
-
-# of a run's settings, what only training needs
-TRAINING = {"compile_model": False, "activation_checkpointing": False, "lean_loss": False, "teacher": None}
 
 
 class NoDataError(UserError):
@@ -149,7 +146,7 @@ class Run:
         return self._build(init_from=self.start, **({} if quantized else {"quantizer": None}))
 
     def _build(self, **changes: Any) -> QATModule:
-        module = rebuild(QATModule, self.checkpoint, self.content, **(TRAINING | changes))
+        module = rebuild(QATModule, self.checkpoint, self.content, **(ONLY_FOR_TRAINING | changes))
         with torch.device("meta"):
             described = sum(parameter.numel() for parameter in module.build_model().parameters())
         held = sum(tensor.numel() for tensor in self.content["state_dict"].values())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _TRAINING = {
     "quantizer",
     "init_from",
+    "init_quantizers",
     "optimizer",
     "lr_scheduler",
     "scale_lr_multiplier",

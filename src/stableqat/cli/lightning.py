@@ -37,6 +37,7 @@ from stableqat.files import whole_file, writing
 from stableqat.modules import QATModule
 from stableqat.modules.parallel import register_strategies
 from stableqat.modules.start import check_start, state_dict_follows
+from stableqat.modules.start_quantizers import check_quantizers
 from stableqat.trust import check_settings, wall
 
 logger = logging.getLogger(__name__)
@@ -182,6 +183,8 @@ class QATCommand(LightningCLI):
             checks.check_optimizer(self.model, self.trainer)
         if self.model.init_from is not None and ckpt_path is None:
             check_start(self.model, self.model.init_from)
+        if self.model.init_quantizers == "start" and ckpt_path is None:
+            check_quantizers(self.model)
         check_trainer(self.trainer)
         self.model.check_data(self.datamodule)
 

@@ -33,6 +33,7 @@ from stableqat.modules.hyperparameters import rebuild, save_plain_hyperparameter
 from stableqat.modules.parallel import checkpoint_activations, shard, states_by_name
 from stableqat.modules.schedule import end_with_run, place
 from stableqat.modules.start import load_start, state_dict_follows, will_be_loaded
+from stableqat.modules.start_quantizers import take_quantizers
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerFactory
 from stableqat.surgery import SurgeryReport, quantize_linears
@@ -55,6 +56,9 @@ class QATModule(L.LightningModule, ABC):
         skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
         init_from: Full-precision start: a run folder or checkpoint of this suite, a local model
             folder or weight file, or a hub name. None starts from random weights.
+        init_quantizers: weights sets scales from the start's latent weights; start takes the quantizers of
+            the run or checkpoint that init_from names, so that training starts with the loss that it
+            deploys. A layer with another grid or granularity starts from the start's deployed values.
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
@@ -77,6 +81,7 @@ class QATModule(L.LightningModule, ABC):
         quantizer: QuantizerFactory | None = None,
         skip: Sequence[str] = (),
         init_from: str | None = None,
+        init_quantizers: Literal["weights", "start"] = "weights",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
@@ -91,7 +96,10 @@ class QATModule(L.LightningModule, ABC):
             check_range(f"{name}_lr_multiplier", multiplier, 0, LARGEST)
         self.quantizer = quantizer
         self.skip = skip
+        if init_quantizers not in ("weights", "start"):
+            raise UserError(f"init_quantizers: must be weights or start, not {init_quantizers}")
         self.init_from = init_from
+        self.init_quantizers = init_quantizers
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.scale_lr_multiplier = scale_lr_multiplier
@@ -187,7 +195,10 @@ class QATModule(L.LightningModule, ABC):
         follows = will_be_loaded()
         fresh = follows or self.init_from is None
         model = self.build_model() if fresh else load_start(self, self.init_from)  # type: ignore[arg-type]
-        self.surgery = self.assemble(model, self.quantizer, initialize=not follows)
+        takes = self.init_quantizers == "start" and not follows
+        self.surgery = self.assemble(model, self.quantizer, initialize=not (follows or takes))
+        if takes:
+            take_quantizers(self, model)
         if self.device_mesh is not None:
             shard(model, self.blocks(model), self.device_mesh)
         self.model = model

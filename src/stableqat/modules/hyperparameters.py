@@ -15,6 +15,15 @@ import lightning as L
 from stableqat.errors import UserError
 from stableqat.trust import argument_types, arguments, check_plain, find_class
 
+# what the model is the same without: left out where a checkpoint's model is only evaluated or read
+ONLY_FOR_TRAINING: dict[str, Any] = {
+    "compile_model": False,
+    "activation_checkpointing": False,
+    "lean_loss": False,
+    "teacher": None,
+    "init_quantizers": "weights",
+}
+
 
 def save_plain_hyperparameters(module: L.LightningModule) -> None:
     """Save the arguments of a module's class and of its bases, as plain values.

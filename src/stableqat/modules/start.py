@@ -60,7 +60,7 @@ def load_start(module: "QATModule", source: str) -> nn.Module:
     model = module.build_model()
     state = read_checkpoint(checkpoint)["state_dict"]
     weights = _latent(state)
-    if len(weights) < len(state):
+    if len(weights) < len(state) and module.init_quantizers == "weights":
         logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
     load_weights(model, module.fit_state(model, weights, source), source)
     return model

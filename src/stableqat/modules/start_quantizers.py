@@ -1,0 +1,124 @@
+"""`init_quantizers: start`: a run starts with the quantizers of the run or checkpoint that `init_from` names.
+
+A second phase, or training after calibration, then starts with exactly the loss that its start deploys: where
+a layer's quantizer has the same grid and scale shape, all of its parameters are taken bit for bit. Where they
+differ, from 4 to 2 bits for example, the latent weight becomes the value that the start deploys, and the
+scale is set from it: what rounded differently before is lost, and what is left was trained.
+"""
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.read import read_checkpoint
+from stableqat.errors import UserError
+from stableqat.layers.linear import QuantLinear, quantized_layers
+from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
+from stableqat.modules.start import state_dict_follows
+from stableqat.quantizers import Quantizer
+from stableqat.surgery import quantize_linears
+
+if TYPE_CHECKING:
+    from stableqat.modules.base import QATModule
+
+logger = logging.getLogger(__name__)
+
+
+def check_quantizers(module: "QATModule") -> None:
+    """Refuse a start whose quantizers cannot be taken, before data is prepared.
+
+    Raises:
+        UserError: As `start_quantizers`.
+    """
+    with torch.device("meta"):
+        model = module.build_model()
+    if module.quantizer is not None:
+        quantize_linears(model, module.quantizer, module.skip)
+    start_quantizers(module, model)
+
+
+def start_quantizers(module: "QATModule", model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers of a module's start, their quantizers trained and on the CPU, without weights.
+
+    Args:
+        module: The training system, which names the start.
+        model: Its model with its own quantizers, on any device.
+
+    Raises:
+        UserError: If the start, or in it one of the model's quantized layers, has no quantizer.
+    """
+    from stableqat.modules.base import QATModule
+
+    key, remedy, source = "model.init_quantizers: start", "take init_quantizers: weights", module.init_from
+    checkpoint = None if source is None else find_checkpoint(source)
+    if checkpoint is None:
+        what = "init_from is missing" if source is None else f"{source} is not a run or checkpoint"
+        raise UserError(f"{key}, but {what}; name a quantized run as model.init_from, or {remedy}")
+    read = read_checkpoint(checkpoint)
+    with torch.device("meta"), state_dict_follows():
+        theirs = rebuild(QATModule, checkpoint, read, **ONLY_FOR_TRAINING)
+        theirs.configure_model()
+    assert theirs.model is not None
+    layers = quantized_layers(theirs.model)
+    if not layers:
+        raise UserError(f"{key}, but {source} was trained without quantizers; {remedy}")
+    if lost := [name for name in quantized_layers(model) if name not in layers]:
+        raise UserError(
+            f"{key}, but layer {lost[0]} has no quantizer in {source}; add it to model.skip, or {remedy}"
+        )
+    for name, layer in layers.items():
+        start = f"model.{name}.weight_quantizer."
+        state = {k.removeprefix(start): v for k, v in read["state_dict"].items() if k.startswith(start)}
+        try:
+            layer.weight_quantizer.to_empty(device="cpu").load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"{key}, but the quantizer of layer {name} in {source} is damaged; {remedy}"
+            ) from error
+    return layers
+
+
+@torch.no_grad()
+def take_quantizers(module: "QATModule", model: nn.Module) -> None:
+    """Let every layer start as the start deploys it; layers that are not quantized here take its values.
+
+    Args:
+        module: The training system, which names the start.
+        model: Its model with the latent weights of the start; its quantizers are not initialised.
+
+    Raises:
+        UserError: As `start_quantizers`.
+    """
+    ways: Counter[str] = Counter()
+    for name, theirs in start_quantizers(module, model).items():
+        layer: Any = model.get_submodule(name)
+        own = layer.weight_quantizer if isinstance(layer, QuantLinear) else None
+        if layer.weight.shape == theirs.weight.shape:
+            ways[_take(layer.weight, own, theirs.weight_quantizer.to(layer.weight.device))] += 1
+        elif own is not None:  # a new classifier
+            own.initialize(layer.weight)
+            ways["new weights"] += 1
+    told = ", ".join(f"{number} layers with {way}" for way, number in ways.items())
+    logger.info("init_quantizers: %s: %s", module.init_from, told)
+
+
+def _take(weight: Tensor, own: Quantizer | None, theirs: Quantizer) -> str:
+    """Start a layer as its start deploys it; in words, how."""
+    deployed = theirs.quantize(weight).dequantize()
+    if own is None:
+        weight.copy_(deployed)
+        return "the start's values"
+    if own.grid == theirs.grid and own.scale.shape == theirs.scale.shape:
+        state = theirs.state_dict()
+        if own.state_dict().keys() - state.keys():  # another method, which learns more
+            own.initialize(weight)
+        own.load_state_dict(state, strict=False)
+        if torch.equal(own.quantize(weight).dequantize(), deployed):
+            return "the start's scales"
+    weight.copy_(deployed)
+    own.initialize(weight)
+    return "scales set from the start's values"
