@@ -97,6 +97,8 @@ def _check_paths(arguments: Sequence[str]) -> None:
         if flag in ("-c", "--config"):
             given.clear()  # the file may name another
         given[flag.removeprefix("--").replace("init_args.", "")] = joined if equals else following
+    if given.get("ckpt_path", "null") != "null":
+        given.pop("model.init_from", None)  # a resumed run outlives its start
     for key in _PATHS.keys() & given.keys():
         path = given[key]
         local = only_local(path) or (key == "ckpt_path" and not re.match(r"(last|best|null)$|-", path))
