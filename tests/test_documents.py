@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from lightning import Trainer
 
-from stableqat import callbacks, data, modules, quantizers
+from stableqat import callbacks, data, modules
 from stableqat.cli import lightning
 from stableqat.cli.main import RUN_VERBS, TOOL_VERBS, main
 from stableqat.shipped import shipped_config
@@ -182,7 +182,7 @@ def test_verbs_and_flags_in_running_text_exist():
     """Inline code is cut short, so names alone are looked up."""
     settings = {
         "trainer": [Trainer],
-        "model": [modules.LlamaModule, modules.ViTModule, quantizers.Quantizer],
+        "model": [modules.QATModule, modules.LlamaModule, modules.ViTModule],
         "data": [data.TextDataModule, data.ImageDataModule],
         "mismatch": [callbacks.GradientMismatch],
         "evaluate": [callbacks.Evaluate],

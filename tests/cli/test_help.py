@@ -1,6 +1,7 @@
 """Help comes at once, because nothing heavy is imported for it, and says what the docstrings say."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -69,7 +70,16 @@ def test_no_arguments_are_a_cry_for_help(capsys):
 
 def test_help_of_fit_tells_the_docstrings(capsys):
     assert main(["fit", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: stableqat fit -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]\n")
+    assert "--model.help LlamaModule" in printed
+    ending = printed.partition("Shipped configurations for -c")[2].split()
+    assert {"llama/base", "llama/stableqat", "vit/deit-small"} <= set(ending)
+    assert not {"llama/demo-study", "llama/study/2bit"} & set(ending)
+    assert not re.search(r"\b(None|True|False)\b", printed)
+    headings = [line for line in printed.splitlines() if line[:1].strip() and line.endswith(":")]
+    assert not [line for line in headings if re.search(r"\b(via flags|advantage is|Useful to):$", line)]
+    text = " ".join(printed.split())
     assert "--trainer.max_steps" in text
     assert "--guard.patience" in text
     assert "Optimizer steps in a row that it may stay above." in text

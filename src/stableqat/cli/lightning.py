@@ -27,6 +27,7 @@ from stableqat.checkpoints.names import TOKENIZER
 from stableqat.checkpoints.write import StreamedCheckpointIO
 from stableqat.cli import checks
 from stableqat.cli.arguments import CALLBACKS
+from stableqat.cli.help import describe
 from stableqat.cli.inherit import inherit
 from stableqat.cli.messages import OneLineErrors, user_error
 from stableqat.cli.resume import differences, find_resumed, saved_model
@@ -64,7 +65,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-class Parser(OneLineErrors, LightningArgumentParser):
+class Parser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
     """LightningCLI's parser with one-line errors; refuses untrusted classes in files."""
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +116,11 @@ class QATCommand(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Build only the verb's own parser: each takes a second."""
         return {self._verb: LightningCLI.subcommands()[self._verb]}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        describe(parser, subcommand)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this suite's configurable callbacks, each under its own key."""

@@ -1,9 +1,9 @@
 """The `stableqat` command.
 
-`fit`, `validate`, `test` and `predict` are LightningCLI in subclass mode: any setting of trainer,
-model and data from YAML files and flags. The tool verbs are functions, imported when called, so
-that help answers at once. A user's mistake is one line on stderr and exit code 2 (`--debug`
-shows the traceback); a fault of the program keeps its traceback.
+`fit`, `validate`, `test` and `predict` are LightningCLI in subclass mode: any setting of trainer, model and
+data comes from YAML files and flags. The tool verbs are functions, imported when called, so that help
+answers at once. A user's mistake is one line on stderr and exit code 2 (`--debug` shows the traceback); a
+fault of the program keeps its traceback.
 """
 
 import argparse
@@ -17,31 +17,32 @@ from keyword import iskeyword
 from typing import Any, get_args, get_origin
 
 from stableqat.cli.arguments import check_arguments
+from stableqat.cli.help import RUN_VERBS
 from stableqat.errors import UserError, did_you_mean
 from stableqat.terminal import plain
 from stableqat.trust import allowing
 
-RUN_VERBS = {
-    "fit": "train a model, quantized or not",
-    "validate": "evaluate on the validation split (a quantized model that is not trained: PTQ)",
-    "test": "evaluate on the test split",
-    "predict": "write predictions for the test split",
-}
 TOOL_VERBS = {
     "sweep": ("stableqat.studies.command", "run the points of one or more studies"),
-    "compare": ("stableqat.analysis.command", "tables, pictures and a report from the event files of runs"),
-    "publish": ("stableqat.analysis.publish", "copy studies for publication, their event files thinned"),
-    "bench": ("stableqat.bench.command", "time and memory of the methods beside full precision"),
-    "consolidate": ("stableqat.checkpoints.command", "make one file of a sharded checkpoint"),
+    "compare": (
+        "stableqat.analysis.command",
+        "make tables, pictures and a report of studies",
+    ),
+    "publish": ("stableqat.analysis.publish", "copy studies for publication, with thinned event files"),
+    "bench": ("stableqat.bench.command", "measure time and memory of the methods beside full precision"),
+    "consolidate": ("stableqat.checkpoints.command", "merge a sharded checkpoint into one file"),
     "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),
-    "export": ("stableqat.export.command", "packed weights for other runtimes, proven equal to the model"),
-    "evaluate": ("stableqat.evaluate.command", "perplexity, accuracy and harness tasks of any model"),
+    "export": (
+        "stableqat.export.command",
+        "write packed weights for a runtime, proven equal to the model",
+    ),
+    "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
     "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),
     "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),
 }
 
 
-# what torch says of torchao, which transformers imports where it is installed
+# torch warns about torchao, which transformers imports if it is installed
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes them from the command line.
 
     Returns:
-        0 if it is done (a diverged run is), 1 if points of a study failed, 2 after a user's mistake, 130
-        after Ctrl-C.
+        0 when done, also after a run that diverged; 1 if points of a study failed; 2 after a user's mistake;
+        130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        # a data loader's worker hands its error over as the text of a traceback
+        # a data loader's worker passes its error on as a traceback's text
         line = str(error).rpartition("UserError: ")[2]
         print(f"stableqat: {plain(line)}", file=sys.stderr)
         return 2
@@ -73,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("stableqat: interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # argument parsers end with it, after help for example
+    except SystemExit as stop:  # how argument parsers end, after help for example
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
 
 
 def _dispatch(arguments: list[str]) -> int:
-    group = "data" if arguments[:1] == ["data"] else ""  # its verbs are two words
+    group = "data" if arguments[:1] == ["data"] else ""  # its verbs have two words
     words = 2 if group else 1
     verb = " ".join(arguments[:words])
     if arguments[words - 1 : words] in ([], ["-h"], ["--help"]):
@@ -93,7 +94,7 @@ def _dispatch(arguments: list[str]) -> int:
         arguments = check_arguments(arguments)
         # Libraries read these once, at import
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it would say, our own error says
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own errors say it
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         return import_module("stableqat.cli.lightning").run(arguments)
@@ -110,8 +111,9 @@ def _parser(group: str) -> argparse.ArgumentParser:
         prog="stableqat",
         usage="stableqat VERB [-c CONFIG.yaml ...] [--KEY VALUE ...]",
         description="Quantization-aware training of LLMs and ViTs at 1-4 bits.",
-        epilog=f"verbs (each has its own --help):\n{lines}\n\nwith any verb: --debug shows the traceback, "
-        "--allow my_package.MyClass lets files name a class that is not this suite's.",
+        epilog=f"verbs (each has its own --help):\n{lines}\n\nwith any verb:\n"
+        "  --debug                show the traceback of a mistake\n"
+        "  --allow PACKAGE.CLASS  let files name a class that is not this suite's",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -121,7 +123,7 @@ def _tool(verb: str, arguments: list[str]) -> int:
 
     from stableqat.cli.messages import OneLineErrors
 
-    class ToolParser(OneLineErrors, jsonargparse.ArgumentParser):
+    class ToolParser(OneLineErrors, jsonargparse.ArgumentParser):  # type: ignore[misc]
         pass
 
     home, description = TOOL_VERBS[verb]
@@ -130,13 +132,13 @@ def _tool(verb: str, arguments: list[str]) -> int:
     parser = ToolParser(prog=f"stableqat {verb}", description=description)
     parameters, texts = signature(function).parameters, _described(function)
     for name, parameter in parameters.items():
-        if get_origin(parameter.annotation) in (list, Sequence):  # jsonargparse alone would want brackets
+        if get_origin(parameter.annotation) in (list, Sequence):  # jsonargparse alone wants brackets
             listed: dict[str, Any] = {"nargs": "+", "type": get_args(parameter.annotation)[0]}
             if parameter.kind is parameter.KEYWORD_ONLY:
                 listed["default"] = list(parameter.default)
                 name = f"--{name}"
             parser.add_argument(name, help=texts[parameter.name], **listed)
-        elif iskeyword(word := name.removesuffix("_")):  # a flag that Python cannot call so
+        elif iskeyword(word := name.removesuffix("_")):  # a flag whose name Python reserves
             told = {"type": parameter.annotation, "help": texts[name], "required": True}
             parser.add_argument(f"--{word}", **told)
         else:

@@ -1,8 +1,8 @@
 """One line instead of jsonargparse's nested report.
 
-A setting such as `model.quantizer.bits` passes through a parser for each class on its way, and
-each wraps the error of the inner one in a report of its own. Here the innermost parser, which knows
-what it would have accepted, says what is wrong; each outer one only puts its part of the key in front.
+A setting such as `model.quantizer.bits` passes through one parser per class, and each wraps the inner one's
+error in a report of its own. Here the innermost parser, which knows what it accepts, says what is wrong; each
+outer one only puts its part of the key in front.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from stableqat.cli.arguments import LISTED, nearest_key
 from stableqat.errors import UserError
 from stableqat.refusals import refusal
 
+_AS_YAML = {"None": "null", "True": "true", "False": "false"}
 _WITHIN = re.compile(r'^Parser key "([^"]+)"')
 _NO_FILE = re.compile(r"""^Parser key "config": (.+): '(.+)'""")
 _MISSING = re.compile(r"^the following arguments are required: (.+)")
@@ -50,19 +51,25 @@ class OneLineErrors:
     """Mixin for a jsonargparse parser: a mistake ends the parsing as a `UserError` of one line."""
 
     exit_on_error: bool
+    ending = ""  # of the help text, printed as it is
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take whole names only: part of one may be another setting, in another version."""
+        """Take whole names only: in another version, a part may mean another setting."""
         super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[call-arg]
 
+    def format_help(self) -> str:
+        """The help text; values are written as in a configuration."""
+        text = super().format_help() + self.ending  # type: ignore[misc]
+        return re.sub(r"``(\w+)``", r"`\1`", re.sub(r"\b(None|True|False)\b", lambda m: _AS_YAML[m[0]], text))
+
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a config file; what is wrong with it is told with its name."""
+        """Parse a configuration file; its name begins the message about a mistake in it."""
         try:
             return super().parse_path(path, *args, **kwargs)  # type: ignore[misc]
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not a text file; give a YAML file") from error
+            raise UserError(f"{path}: not a text file; name a YAML file") from error
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise what is wrong: a `UserError` from the command's own parser, a `Fault` from one inside it."""
@@ -84,7 +91,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError:
-    """What is wrong, from the cause if that says it, otherwise from jsonargparse's message."""
+    """What is wrong, from the exception's causes or else from jsonargparse's message."""
     key = match[1] if (match := _WITHIN.match(message)) else ""
     for cause in _causes(ex):
         if isinstance(cause, UserError):
@@ -96,18 +103,16 @@ def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError
     if match := _NO_FILE.match(message):
         return UserError(f"{match[2]}: {match[1][0].lower()}{match[1][1:]}; -c takes a YAML file")
     if message.startswith("Unexpected config:"):
-        return UserError("holds no settings; write them as YAML, such as `trainer: {max_steps: 100}`")
+        return UserError("holds no settings; write YAML, such as `trainer: {max_steps: 100}`")
     if match := _MISSING.match(message):
         tool = parser.exit_on_error and not any(action.dest == "config" for action in parser._actions)
-        remedy = (
-            "--help tells what to give" if tool else "set it in a config file (-c FILE.yaml) or as a flag"
-        )
+        remedy = "see --help" if tool else "set it in a configuration (-c FILE.yaml) or as a flag"
         return Fault(re.sub(r"\b(fit|validate|test|predict)\.", "", match[1]), f"missing; {remedy}")
     if match := _INCOMPLETE.match(message):
         return Fault(match[1], match[2].replace("expected one argument", "needs a value"))
     if match := _UNRECOGNIZED.match(message):
         if not match[1].startswith("-"):
-            return UserError(f"{match[1]}: is no setting; write settings as --KEY VALUE")
+            return UserError(f"{match[1]}: not a setting; write settings as --KEY VALUE")
         return _unknown(parser, match[1].lstrip("-").split("=")[0])
     if match := _UNKNOWN.match(message):
         group = f"{match[1]}." if match[1] else ""
