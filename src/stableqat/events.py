@@ -49,10 +49,12 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Folders of runs in and under `folder`, hidden ones and overlays left out."""
+    """Folders of runs in and under `folder`, except hidden ones and overlays."""
     files = folder.rglob("events.out.tfevents.*")
-    folders = {file.parent for file in files if file.is_file() and file.parent.name != OVERLAY}
-    return sorted(f for f in folders if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+    found = {file.parent for file in files if file.is_file()}
+    overlays = {path for path in found if path.name == OVERLAY}
+    found = {path for path in found if not overlays & {path, path.parent}}
+    return sorted(f for f in found if not any(p.startswith(".") for p in f.relative_to(folder).parts))
 
 
 def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stableqat.analysis.command import read_comparisons
-from stableqat.analysis.comparison import Arm, Comparison, diverged
+from stableqat.analysis.arms import Result
+from stableqat.analysis.comparison import ArmSummary, Summary, read_summaries
 from stableqat.analysis.statistics import Paired, paired
 from stableqat.bench.report import ratios
-from stableqat.events import Run
 from stableqat.ops import Fourier
 from stableqat.studies.study import short
 
@@ -53,19 +52,19 @@ NAMES = {
 
 
 @cache
-def study(part: str) -> Comparison:
-    (comparison,) = read_comparisons([PUBLISHED / PARTS[part]])
+def study(part: str) -> Summary:
+    (comparison,) = read_summaries([PUBLISHED / PARTS[part]])
     return comparison
 
 
 @cache
-def arm(part: str, label: str) -> Arm:
-    (found,) = (each for each in study(part).arms if study(part).label(each) == label)
+def arm(part: str, label: str) -> ArmSummary:
+    (found,) = (each for each in study(part).arms if each.label == label)
     return found
 
 
 def labels(part: str) -> list[str]:
-    return [study(part).label(each) for each in study(part).fits]
+    return [each.label for each in study(part).fits]
 
 
 def count(*parts: str) -> int:
@@ -74,13 +73,11 @@ def count(*parts: str) -> int:
 
 def losses(part: str, label: str, lr: float) -> dict[Any, float]:
     """By seed, uncapped."""
-    return {run.hparams["seed"]: last(run) for run in arm(part, label).at(lr)}
+    return {run.hparams["seed"]: last(run) for run in arm(part, label).cells[lr].runs}
 
 
-def last(run: Run) -> float:
-    value = run.last("val/loss")
-    assert value is not None
-    return value
+def last(run: Result) -> float:
+    return run.last["val/loss"]
 
 
 def loss(part: str, label: str, lr: float) -> float:
@@ -126,17 +123,17 @@ def spread(values: dict[Any, float], digits: int = 4) -> str:
 
 def sensitivity(part: str, label: str) -> dict[Any, float]:
     """By seed."""
-    return study(part).sensitivities(arm(part, label))
+    return arm(part, label).sensitivity.by_seed
 
 
 def octaves(label: str) -> float:
-    band = study("A").band(arm("A", label))
+    band = arm("A", label).sensitivity.band
     assert band is not None
     return band.octaves
 
 
 def usable(label: str) -> str:
-    band = study("A").band(arm("A", label))
+    band = arm("A", label).sensitivity.band
     assert band is not None
     return f"{'>= ' * band.open}{band.octaves:.2f}"
 
@@ -200,14 +197,12 @@ def cosine(label: str, start: bool) -> float:
 
 def flips_back(part: str, label: str, lr: float) -> float:
     """Percent of the codes, in a step, at the end."""
-    value = arm(part, label).mean("quant/oscillation", lr)
-    assert value is not None
-    return 100 * value
+    return 100 * fmean(run.last["quant/oscillation"] for run in arm(part, label).cells[lr].runs)
 
 
 def changes(label: str, lr: float) -> float:
     """Code changes a weight in a whole run of B."""
-    runs = arm("B", label).at(lr)
+    runs = arm("B", label).cells[lr].runs
     return 240 * fmean(fmean(run.scalars["quant/flip_rate"].values()) for run in runs)
 
 
@@ -227,7 +222,7 @@ def wide_row(name: str, label: str) -> str:
     lrs = study("A").lrs
     means = {lr: loss("A", label, lr) for lr in lrs}
     lr = min(lrs, key=lambda each: means[each])
-    band = study("A").band(arm("A", label))
+    band = arm("A", label).sensitivity.band
     assert band is not None
     ends = " to ".join(short(float(f"{end:.2g}")) for end in (band.low, band.high))
     edge, one_way = (" (lower edge)", " (upward)") if lr == lrs[0] else ("", "")
@@ -278,14 +273,14 @@ def apart(names: Iterable[str]) -> str:
 
 
 def ptq(part: str, label: str) -> float:
-    value = study(part).ptq(arm(part, label))
+    value = arm(part, label).ptq
     assert value is not None
     return value
 
 
 def loss_at_3(label: str) -> float:
     """Mean loss of SGD's runs at learning rate 3 that were not ended, beyond the cap too."""
-    return fmean(last(run) for run in arm("SGD", label).at(3) if not diverged(run))
+    return fmean(last(run) for run in arm("SGD", label).cells[3].runs if not run.diverged)
 
 
 def time(name: str, key: str = "forward_backward_ms") -> float:

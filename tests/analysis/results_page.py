@@ -84,7 +84,7 @@ def in_results() -> list[str]:
 
 
 def claims() -> list[str]:
-    low, high = (study("A").band(arm("A", STABLE)), study("A").band(arm("A", STE)))
+    low, high = (arm("A", STABLE).sensitivity.band, arm("A", STE).sensitivity.band)
     assert low is not None
     assert high is not None
     ends = sorted((100 * (low.low / high.low - 1), 100 * (low.high / high.high - 1)))
@@ -185,7 +185,7 @@ def tables() -> list[str]:
     }
     start = study("B").full_precision
     assert min(loss("A", FP, lr) for lr in study("A").lrs) > (start or math.inf)
-    trained = fmean(run.last("hp/initial_loss") or math.nan for run in arm("B", FP).at(1e-3))
+    trained = fmean(run.last["hp/initial_loss"] for run in arm("B", FP).cells[1e-3].runs)
     return [
         *(wide_row(name, label) for name, label in NAMES.items()),
         f"A has four more ({', '.join(new)})",
@@ -238,7 +238,7 @@ def design() -> list[str]:
         for part in PARTS
         for each in study(part).fits
         for run in each.runs
-        if run.last("hp/diverged") == 1
+        if run.last["hp/diverged"] == 1
     ]
     assert [run.folder.name for run in ended] == ["constant-b2-lr3-s31"]
     identical = [each for each in study("C").differences if each.verdict == "identical" and each.lr]
@@ -338,7 +338,7 @@ def grids() -> list[str]:
     """Where learning rates, widths and seeds are named without a figure beside them."""
     a, b = study("A").lrs, study("B").lrs
     at_best = min(a, key=lambda lr: loss("A", STABLE, lr))
-    selected = [study("B").selected(each) for each in study("B").fits]
+    selected = [each.selected for each in study("B").fits]
     assert {(each.lr, each.edge) for each in selected} == {(b[0], "lower")}
     return [
         f"AdamW up to {short(a[-1])}, {a[-1] / at_best:.0f} times the best: no run diverged (A, C).",

@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from stableqat.analysis.arms import Result
+from stableqat.analysis.comparison import Summary, summarize
 from stableqat.events import Run
 
 COMMON = {"bits": 2, "scale_init": "mse", "granularity": "channel", "max_steps": 400, "subcommand": "fit"}
@@ -18,6 +20,11 @@ ARMS: list[dict[str, Any]] = [
 ]
 LRS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 PLAN = "compare: {baseline: {method: STE, grid: integer}, margin: 0.01}\n"
+
+
+def summary_of(runs: list[Run], folder: Path = Path("demo")) -> Summary:
+    """The comparison of runs that were not read from event files."""
+    return summarize(folder, [Result.of(run) for run in runs])
 
 
 def runs(

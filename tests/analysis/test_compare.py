@@ -19,15 +19,18 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from synthetic import summary_of
 from tensorboard.plugins.core import core_plugin
 
+from stableqat import quantizers
 from stableqat.analysis import panels, plot
-from stableqat.analysis.caps import Cap, Group
-from stableqat.analysis.command import compare, read_comparisons
-from stableqat.analysis.comparison import Comparison, usable
-from stableqat.analysis.drawing import colour_of
-from stableqat.analysis.publish import publish
-from stableqat.analysis.tables import as_json, markdown, notes, rows
+from stableqat.analysis.arms import Group, Result, usable
+from stableqat.analysis.caps import Cap
+from stableqat.analysis.command import compare, publish
+from stableqat.analysis.comparison import read_summaries
+from stableqat.analysis.notes import notes
+from stableqat.analysis.style import LOOKS, look_of, styles_of
+from stableqat.analysis.tables import as_json, markdown, write_page
 from stableqat.errors import UserError
 from stableqat.events import COMPARED, Run, read_run
 from stableqat.files import hidden_folder
@@ -157,11 +160,10 @@ def test_figures_of_a_study(demo: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 KILLED = """
 import os, signal, sys
-from stableqat.analysis import publish, report
-from stableqat.analysis import command as compare
+from stableqat.analysis import command, publish, report
 def end(*_): os.kill(os.getpid(), signal.SIGKILL)
 report.write = publish._write_overlay = end
-verb = {"compare": compare.compare, "publish": publish.publish}[sys.argv[1]]
+verb = {"compare": command.compare, "publish": command.publish}[sys.argv[1]]
 verb([sys.argv[2]], out=sys.argv[3])
 """
 
@@ -213,18 +215,18 @@ def test_ptq_counts_for_arms_that_round_alike(key: str, other: object) -> None:
         made(STE | {"lr": 1e-3}, 3.0, initial_loss=8.0),
         made(STE | {"lr": 1e-2}, 3.0, initial_loss=7.0, diverged=1),
     ]
-    comparison = Comparison(Path("demo"), runs)
+    comparison = summary_of(runs)
     (arm,) = comparison.fits
-    assert comparison.ptq(arm) is None
-    assert comparison.recovered(arm) is None
-    assert comparison.cap(arm) == Cap(7.0, "first training batch, STE")
-    assert comparison.worst(arm) == 7.0
+    assert arm.ptq is None
+    assert arm.figures["recovered"] is None
+    assert arm.cap == Cap(7.0, "first training batch, STE")
+    assert arm.sensitivity.worst == 7.0
 
-    comparison = Comparison(Path("demo"), [*runs, made(PTQ | {"mask": "soft"}, 5.0)])  # a mask rounds nothing
+    comparison = summary_of([*runs, made(PTQ | {"mask": "soft"}, 5.0)])  # a mask rounds nothing
     (arm,) = comparison.fits
-    assert comparison.ptq(arm) == 5.0
-    assert comparison.recovered(arm) == 2 / 3
-    assert comparison.cap(arm).loss == 5.0
+    assert arm.ptq == 5.0
+    assert arm.figures["recovered"] == 2 / 3
+    assert arm.cap.loss == 5.0
 
 
 def test_the_cap_is_the_smallest_of_the_arms() -> None:
@@ -234,8 +236,8 @@ def test_the_cap_is_the_smallest_of_the_arms() -> None:
         made(STRETCHED | {"lr": 1e-3}, 3.0, initial_loss=5.5),
         made(FP | {"lr": 1e-3}, 2.0, initial_loss=2.5),  # full precision trained on is no bound
     ]
-    comparison = Comparison(Path("demo"), runs)
-    caps = [comparison.cap(arm) for arm in comparison.fits]
+    comparison = summary_of(runs)
+    caps = [arm.cap for arm in comparison.fits]
     assert caps == [Cap(5.5, "first training batch, ParetoQ stretched")] * 3
 
 
@@ -256,7 +258,7 @@ def test_each_bit_width_has_its_own_cap(tmp_path: Path, quality: str, ptq: bool)
         log_run(folder / f"ptq-b{bits}", PTQ | {"bits": bits}, {"val/loss": {0: loss}, quality: {0: 0.4}})
     log_run(folder / "fp", FP | {"lr": 1e-3}, {"val/loss": {10: 0.1}, quality: {10: 0.9}})
 
-    (comparison,) = read_comparisons([folder])
+    (comparison,) = read_summaries([folder])
     images = quality == "val/top1"
     caps = {group: round(cap.loss, 6) for group, cap in comparison.caps.items()}
     assert caps == {Group(2, images): 0.9, Group(4, images): 0.158, Group(None, images): 0.9}
@@ -267,7 +269,7 @@ def test_each_bit_width_has_its_own_cap(tmp_path: Path, quality: str, ptq: bool)
     assert (four.baseline, round(four.mean or 0, 6)) == ("STE 4-bit", -0.002)
     assert found["StableQAT 4-bit", 1e-2].mean == 0.0  # both are worse than rounding
 
-    drawn = panels.losses(comparison, plot._styles([comparison]))
+    drawn = panels.losses(comparison, styles_of(comparison.fits))
     assert len(drawn) == 2 * (1 + images)  # a panel each, and one of top-1 beside it
     axes = Figure().subplots()
     drawn[0](axes)
@@ -281,8 +283,8 @@ def test_a_cap_is_never_below_a_good_run() -> None:
     runs = [made(PTQ, 2.0), made(STE | {"lr": 1e-3}, 2.5), made(STE | {"lr": 1e-3, "seed": 1}, 2.7)]
     runs += [made(STE | {"lr": 1e-2}, 9.0), made(STE | {"lr": 1e-4}, 1.0, diverged=1)]
     runs += [made(STABLE | {"lr": 1e-3, "seed": s}, 2.25) for s in (0, 1)]
-    comparison = Comparison(Path("demo"), runs)
-    assert comparison.cap(comparison.fits[0]) == Cap(2.7, "the largest of STE at its best learning rate")
+    comparison = summary_of(runs)
+    assert comparison.fits[0].cap == Cap(2.7, "the largest of STE at its best learning rate")
     (found,) = (d for d in comparison.differences if d.quantity == "loss" and d.lr == 1e-3)
     assert found.mean == pytest.approx(-0.35)
 
@@ -294,9 +296,9 @@ def test_images_and_text_in_one_folder_have_caps_and_baselines_of_their_own() ->
     for run in runs[2:]:
         run.scalars["val/top1"] = {10: 0.5}
     runs.append(made(FP | text | {"subcommand": "validate"}, 2.0))
-    comparison = Comparison(Path("demo"), runs)
+    comparison = summary_of(runs)
     assert {group.images: cap.loss for group, cap in comparison.caps.items()} == {False: 8.0, True: 2.3}
-    assert [comparison.recovered(arm) for arm in comparison.fits] == [None] * 4
+    assert [arm.figures["recovered"] for arm in comparison.fits] == [None] * 4
     found = [round(d.mean or 0, 3) for d in comparison.differences if d.quantity == "loss"]
     assert sorted(found) == [-0.5, -0.1]
 
@@ -304,39 +306,40 @@ def test_images_and_text_in_one_folder_have_caps_and_baselines_of_their_own() ->
 def test_lr_sensitivity_needs_every_learning_rate() -> None:
     runs = [made(STE | {"lr": lr}, loss, initial_loss=9.0) for lr, loss in ((1e-3, 3.0), (1e-2, 5.0))]
     runs.append(made(STABLE | {"lr": 1e-3}, 2.0, initial_loss=9.0))
-    ste, stable = Comparison(Path("demo"), runs).fits
-    comparison = Comparison(Path("demo"), runs)
-    assert comparison.sensitivity(ste) == 1.0
-    assert comparison.sensitivity(stable) is None
-    assert comparison.worst(stable) is None  # a worst of fewer learning rates would flatter
-    (row,) = (line for line in markdown(comparison).splitlines() if line.startswith("| StableQAT"))
+    ste, stable = summary_of(runs).fits
+    comparison = summary_of(runs)
+    assert ste.sensitivity.mean == 1.0
+    assert stable.sensitivity.mean is None
+    assert stable.sensitivity.worst is None  # a worst of fewer learning rates would flatter
+    lines = markdown(write_page(comparison)).splitlines()
+    (row,) = (line for line in lines if line.startswith("| StableQAT"))
     assert row.count("| - ") == 4
 
 
 def test_a_seed_without_every_learning_rate_has_no_lr_sensitivity() -> None:
     losses = {(0, 1e-3): 3.0, (0, 1e-2): 5.0, (1, 1e-3): 3.0, (1, 1e-2): 4.0, (2, 1e-3): 1.0}
     runs = [made(STE | {"seed": s, "lr": lr}, x, initial_loss=9.0) for (s, lr), x in losses.items()]
-    (arm,) = (comparison := Comparison(Path("demo"), runs)).fits
-    assert comparison.sensitivities(arm) == {0: 1.0, 1: 0.5}
-    assert comparison.sensitivity(arm) == 0.75
-    assert comparison.worsts(arm) == {0: 5.0, 1: 4.0}
+    (arm,) = summary_of(runs).fits
+    assert arm.sensitivity.by_seed == {0: 1.0, 1: 0.5}
+    assert arm.sensitivity.mean == 0.75
+    assert arm.sensitivity.worst_by_seed == {0: 5.0, 1: 4.0}
 
 
 def test_full_precision_as_measured_counts_before_the_start_runs() -> None:
     measured = made(FP | {"subcommand": "validate"}, 2.25, "fp")
     runs = [made(FP, 2.0, "start"), measured, made(STE | {"lr": 1e-3}, 3.0)]
-    comparison = Comparison(Path("demo"), runs)
+    comparison = summary_of(runs)
     assert comparison.full_precision == 2.25
-    assert [row["arm"] for row in rows(comparison)] == ["FP (start)", "FP (validate)", "STE"]
+    assert [row["arm"] for row in comparison.rows] == ["FP (start)", "FP (validate)", "STE"]
 
 
 def test_what_arms_differ_in_is_a_column_and_part_of_their_name() -> None:
     runs = [made(STE | {"lr": 1e-3, "scale_lr_multiplier": m}, 3.0, initial_loss=9.0) for m in (0.1, 1)]
-    comparison = Comparison(Path("demo"), runs)
+    comparison = summary_of(runs)
     assert comparison.columns == ["method", "bits", "grid", "mask", "scale_lr_multiplier"]
     # Neither value is more common than the other, so both are named.
     names = ["STE scale_lr_multiplier 0.1", "STE scale_lr_multiplier 1"]
-    assert [comparison.label(arm) for arm in comparison.fits] == names
+    assert [arm.label for arm in comparison.fits] == names
 
 
 def test_names_of_one_factor_arms_say_the_factor() -> None:
@@ -362,8 +365,8 @@ def test_names_of_one_factor_arms_say_the_factor() -> None:
         (FP | common, "FP"),
     ]
     runs = [made(hparams | {"lr": lr}, 3.0) for hparams, _ in arms for lr in (1e-3, 1e-2)]
-    comparison = Comparison(Path("demo"), runs)
-    names = [comparison.label(arm) for arm in comparison.fits]
+    comparison = summary_of(runs)
+    names = [arm.label for arm in comparison.fits]
     assert sorted(names) == sorted(name for _, name in arms)
     assert [name for name in names if " " not in name] == ["FP", "STE", "StableQAT"]
     assert names.index("STE") < names.index("STE mask none")  # the plain arm first
@@ -373,8 +376,8 @@ def test_names_of_one_factor_arms_say_the_factor() -> None:
 
 def test_bits_are_named_wherever_they_differ() -> None:
     runs = [made(STE | {"lr": 1e-3, "bits": b, "grid": g}, 3.0) for b, g in ((3, "a"), (4, "a"), (3, "b"))]
-    comparison = Comparison(Path("demo"), runs)
-    assert [comparison.label(arm) for arm in comparison.fits] == ["STE 3-bit", "STE 3-bit b", "STE 4-bit"]
+    comparison = summary_of(runs)
+    assert [arm.label for arm in comparison.fits] == ["STE 3-bit", "STE 3-bit b", "STE 4-bit"]
 
 
 def smoothed(lrs: dict[str, float]) -> list[Run]:
@@ -391,12 +394,12 @@ def test_arms_that_differ_in_no_hyper_parameter_are_told_apart_by_name() -> None
         *smoothed({"ste": 1e-3, "ste-smooth": 1e-3}),
         made(STRETCHED | {"lr": 1e-3, "method": "STE"}, 4.0),
     ]
-    comparison = Comparison(Path("demo"), runs)
+    comparison = summary_of(runs)
     names = ["STE named ste-b2", "STE named ste-smooth-b2", "STE stretched"]
-    assert sorted(map(comparison.label, comparison.fits)) == names
-    plain, smooth = (next(a for a in comparison.fits if comparison.label(a) == name) for name in names[:2])
-    assert comparison.losses(plain, 1e-3) == {0: 3.0, 1: 4.0}
-    assert comparison.losses(smooth, 1e-3) == {0: 5.0, 1: 6.0}
+    assert sorted(arm.label for arm in comparison.fits) == names
+    plain, smooth = (next(a for a in comparison.fits if a.label == name) for name in names[:2])
+    assert plain.cells[1e-3].capped == {0: 3.0, 1: 4.0}
+    assert smooth.cells[1e-3].capped == {0: 5.0, 1: 6.0}
 
 
 def test_arms_of_other_learning_rates_are_told_apart_by_what_the_sweep_set(tmp_path: Path) -> None:
@@ -408,25 +411,25 @@ def test_arms_of_other_learning_rates_are_told_apart_by_what_the_sweep_set(tmp_p
         settings = {"model.optimizer.lr": lr, "seed_everything": run.hparams["seed"], "smoothing": smoothing}
         run.folder.mkdir()
         Record("done", settings).write(run.folder)
-    comparison = Comparison(tmp_path, runs)
-    assert [comparison.label(arm) for arm in comparison.fits] == ["STE named smooth-b2", "STE named ste-b2"]
+    comparison = summary_of(runs, tmp_path)
+    assert [arm.label for arm in comparison.fits] == ["STE named smooth-b2", "STE named ste-b2"]
     for run in runs:
         settings = (record := Record.read(run.folder)).settings | {"smoothing": 0}  # type: ignore[union-attr]
         replace(record, settings=settings).write(run.folder)  # type: ignore[type-var]
-    comparison = Comparison(tmp_path, runs)
-    assert [comparison.label(arm) for arm in comparison.fits] == ["STE"]  # learning rate and seed alone
+    comparison = summary_of(runs, tmp_path)
+    assert [arm.label for arm in comparison.fits] == ["STE"]  # learning rate and seed alone
 
 
 def test_a_run_that_was_made_twice_is_no_second_seed() -> None:
     runs = [made(STE | {"lr": 1e-3}, 3.0, name) for name in ("ste-lr1e-3", "ste-lr1e-3-s0")]
     with pytest.raises(UserError, match=r"demo/ste-lr1e-3 and demo/ste-lr1e-3-s0 share all .*: move one"):
-        Comparison(Path("demo"), runs)
+        summary_of(runs)
 
 
 def test_ptq_of_two_methods_that_differ_in_nothing_else_is_named_by_them() -> None:
     runs = [made(PTQ | {"method": "LSQ"}, 5.0), made(PTQ, 6.0), made(PTQ | {"grid": "stretched"}, 4.0)]
-    comparison = Comparison(Path("demo"), [*runs, made(STE | {"lr": 1e-3}, 3.0)])
-    labels = [comparison.label(arm) for arm in comparison.ptqs]
+    comparison = summary_of([*runs, made(STE | {"lr": 1e-3}, 3.0)])
+    labels = [arm.label for arm in comparison.arms if arm.kind == "ptq"]
     assert sorted(labels) == ["PTQ LSQ", "PTQ STE", "PTQ stretched"]
 
 
@@ -435,12 +438,12 @@ def test_what_has_no_cap_is_not_averaged_over_survivors(caplog: pytest.LogCaptur
     runs += [made(STABLE | {"lr": 1e-3, "seed": seed}, 4.0) for seed in (0, 1)]
     for run, top1 in zip(runs, (0.5, 0.1, 0.25, 0.75), strict=True):
         run.scalars["val/top1"] = {10: top1}
-    comparison = Comparison(Path("demo"), runs)
-    assert [row["top-1"] for row in rows(comparison)] == [None, 0.5]
+    comparison = summary_of(runs)
+    assert [row["top-1"] for row in comparison.rows] == [None, 0.5]
     assert "Top-1: mean over seeds at the selected lr; - where one of them diverged." in notes(comparison)
-    assert "one of them diverged" not in notes(Comparison(Path("demo"), runs[2:]))
+    assert "one of them diverged" not in notes(summary_of(runs[2:]))
     drawn = Figure().subplots()
-    panels.losses(comparison, plot._styles([comparison]))[1](drawn)
+    panels.losses(comparison, styles_of(comparison.fits))[1](drawn)
     assert [list(line.get_ydata()) for line in drawn.lines] == [[], [50.0]]
 
 
@@ -458,9 +461,9 @@ def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_loss_of_zero_is_a_loss() -> None:
-    (arm,) = (comparison := Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 0.0)])).fits
-    assert (comparison.selected(arm).lr, comparison.selected(arm).loss) == (1e-3, 0.0)
-    assert comparison.selected(arm).edge == ""  # nothing was selected from
+    (arm,) = summary_of([made(STE | {"lr": 1e-3}, 0.0)]).fits
+    assert (arm.selected.lr, arm.selected.loss) == (1e-3, 0.0)
+    assert arm.selected.edge == ""  # nothing was selected from
 
 
 def halves(hparams: dict[str, Any], even: float, odd: float, **scalars: float) -> Run:
@@ -478,25 +481,25 @@ def test_the_learning_rate_is_selected_on_one_half_and_reported_on_the_other() -
         halves(STE | {"lr": 1e-2}, 2.4, 1.0),
         made(STE | {"lr": 0.1}, None, diverged=1),
     ]
-    comparison = Comparison(Path("demo"), [*runs, halves(FP | {"subcommand": "validate"}, 1.0, 1.5)])
+    comparison = summary_of([*runs, halves(FP | {"subcommand": "validate"}, 1.0, 1.5)])
     (arm,) = comparison.fits
-    assert comparison.selected(arm).lr == 3e-3
-    assert comparison.selected(arm).loss == 4.5
+    assert arm.selected.lr == 3e-3
+    assert arm.selected.loss == 4.5
     assert "of the odd ones" in notes(comparison)
-    assert "perplexity, odd batches" not in rows(comparison)[1]  # not of text
+    assert "perplexity, odd batches" not in comparison.rows[1]  # not of text
     for run in runs:
         run.scalars["val/perplexity"] = {10: 1e6}  # of all batches
-    perplexity = rows(Comparison(Path("demo"), runs))[0]["perplexity, odd batches"]
+    perplexity = summary_of(runs).rows[0]["perplexity, odd batches"]
     assert perplexity == pytest.approx((math.exp(4) + math.exp(5)) / 2)
     for run in runs:
         run.scalars["val/top1"] = {10: 0.25}
-    assert rows(Comparison(Path("demo"), runs))[0]["top-1, all batches"] == 0.25
-    assert [row["reported loss, odd batches"] for row in rows(comparison)] == [1.5, 4.5]
+    assert summary_of(runs).rows[0]["top-1, all batches"] == 0.25
+    assert [row["reported loss, odd batches"] for row in comparison.rows] == [1.5, 4.5]
 
     del runs[0].scalars["val/loss_odd"]
-    comparison = Comparison(Path("demo"), runs)
-    assert comparison.selection == ("val/loss", "val/loss")
-    assert comparison.selected(comparison.fits[0]).lr == 1e-2
+    comparison = summary_of(runs)
+    assert (comparison.selected_on, comparison.reported_on) == ("val/loss", "val/loss")
+    assert comparison.fits[0].selected.lr == 1e-2
     assert "flatters" in notes(comparison)
 
 
@@ -506,8 +509,8 @@ def test_a_best_learning_rate_at_the_edge_is_flagged(best: int, edge: str) -> No
     lrs = (1e-3, 1e-2, 0.1)
     runs = [made(STE | {"lr": lr}, 3.0 - (i == best), initial_loss=9.0) for i, lr in enumerate(lrs)]
     runs += [made(STABLE | {"lr": lr}, 3.0) for lr in (1e-4, *lrs, 1)]
-    comparison = Comparison(Path("demo"), runs)
-    selected = comparison.selected(comparison.fits[0])
+    comparison = summary_of(runs)
+    selected = comparison.fits[0].selected
     assert (selected.lr, selected.edge) == (lrs[best], edge)
 
 
@@ -523,7 +526,7 @@ def test_a_table_says_where_lr_sensitivity_looks_one_way(best: int, cells: list[
     runs = [
         made(STE | {"lr": lr}, 3.0 - (i == best), initial_loss=9.0) for i, lr in enumerate((1e-3, 1e-2, 0.1))
     ]
-    head, _, line = markdown(Comparison(Path("demo"), runs)).split("\n\n")[1].splitlines()
+    head, _, line = markdown(write_page(summary_of(runs))).split("\n\n")[1].splitlines()
     row = dict(zip((c.strip() for c in head.split("|")), (c.strip() for c in line.split("|")), strict=True))
     assert [row["selected lr"], row["lr sensitivity"]] == cells
 
@@ -534,7 +537,7 @@ def octaves(*losses: float | None, cap: float = 9.0) -> str:
         made(STE | {"lr": 1e-3 * 2**i}, loss, initial_loss=cap, diverged=loss is None)
         for i, loss in enumerate(losses)
     ]
-    head, _, line = markdown(Comparison(Path("demo"), runs)).split("\n\n")[1].splitlines()
+    head, _, line = markdown(write_page(summary_of(runs))).split("\n\n")[1].splitlines()
     row = dict(zip(head.split("|"), line.split("|"), strict=True))
     return next((value.strip() for key, value in row.items() if "usable" in key), "-")
 
@@ -553,16 +556,16 @@ def test_the_band_of_usable_learning_rates() -> None:
 def test_a_diverged_run_counts_as_the_cap_in_the_selection() -> None:
     runs = [halves(STE | {"lr": 1e-3}, 3.0, 3.5, initial_loss=4.0), halves(STE | {"lr": 1e-2}, 2.0, 2.5)]
     runs.append(made(STE | {"lr": 1e-2, "seed": 1}, 1.0, diverged=1))
-    (arm,) = (comparison := Comparison(Path("demo"), runs)).fits
-    selected = comparison.selected(arm)  # (2 + 4) / 2 is no better than 3: the first of equals
+    (arm,) = summary_of(runs).fits
+    selected = arm.selected  # (2 + 4) / 2 is no better than 3: the first of equals
     assert (selected.lr, selected.loss, selected.edge) == (1e-3, 3.5, "lower")
 
 
 def test_runs_without_any_cap_give_null_and_not_nan() -> None:
     runs = [made(STE | {"lr": lr, "seed": s}, 3.0, diverged=lr > 0.1) for lr in (1e-2, 1) for s in (0, 1)]
     runs += [made(STABLE | {"lr": lr, "seed": s}, 3.0, diverged=lr > 0.1) for lr in (1e-2, 1) for s in (0, 1)]
-    comparison = Comparison(Path("demo"), runs)
-    (study,) = json.loads(as_json([comparison]), parse_constant=pytest.fail)["studies"]
+    comparison = summary_of(runs)
+    (study,) = json.loads(as_json([write_page(comparison)]), parse_constant=pytest.fail)["studies"]
     assert [(cap["bits"], cap["loss"]) for cap in study["caps"]] == [(2, None)]
     assert study["arms"][0]["cells"][1]["mean"] is None
     assert study["arms"][0]["figures"]["lr sensitivity"] is None
@@ -588,7 +591,7 @@ def test_runs_without_any_cap_give_null_and_not_nan() -> None:
     ],
 )
 def test_runs_that_cannot_be_compared(run: Run, reason: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    assert usable(run) == (reason is None)
+    assert usable(Result.of(run)) == (reason is None)
     assert caplog.messages == ([f"demo/half is left out: {reason}"] if reason else [])
 
 
@@ -652,7 +655,7 @@ def test_a_clock_that_was_set_back_changes_no_run(tmp_path: Path, seconds: tuple
     run = read_run(tmp_path / "run")
     assert run.scalars["val/loss"] == {2: 5.0, 4: 4.0, 5: 9.0, 7: 9.0, 8: 2.5, 10: 2.0}
     assert run.hparams["lr"] == 4e-3
-    assert usable(run)
+    assert usable(Result.of(run))
 
 
 def test_a_run_that_resumed_from_an_earlier_checkpoint_than_before_is_told_by_its_clock(
@@ -693,14 +696,14 @@ def test_a_comparison_reads_means_over_layers_and_not_the_layers(tmp_path: Path)
 def test_columns_are_what_was_logged() -> None:
     run = made(STE | {"lr": 1e-3}, 3.0)
     run.scalars |= {"train/grad_norm": {1: 2.5, 2: 0.5}, "quant/grad_cosine": {1: 0.25, 2: 0.75}}
-    comparison = Comparison(Path("demo"), [run])
-    text = markdown(comparison)
+    comparison = summary_of([run])
+    text = markdown(write_page(comparison))
     (header, _, line) = text.split("### Training\n\n")[1].splitlines()[:3]
     columns = ["arm", "divergence rate", "grad norm median", "grad norm 95%", "grad norm 99%", "grad cosine"]
     assert [cell.strip() for cell in header.split("|")[1:-1]] == columns
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["STE", "0%", "0.5", "2.5", "2.5", "0.75"]
     assert "spikes" not in text.split("Validation loss")[0]
-    assert "### Training" not in markdown(Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 3.0)]))
+    assert "### Training" not in markdown(write_page(summary_of([made(STE | {"lr": 1e-3}, 3.0)])))
 
 
 @pytest.mark.parametrize("name", ["$x_{", "a $\\frac$ b|", "{}%s^_\\$$"])
@@ -715,8 +718,8 @@ def test_names_are_written_as_they_are(tmp_path: Path, name: str, monkeypatch: p
             log_run(folder / f"{len(arm)}-{arm}-{lr}-{seed}", settings, series)
     log_run(folder / f"ptq-{name}", PTQ, {"val/loss": {10: 4.0}})
     assert compare([str(folder)]) == 0
-    (drawn,) = read_comparisons([folder])
-    figure = plot._figure([drawn], plot._styles([drawn]), panels.losses, (3, 2), columns=1)
+    (drawn,) = read_summaries([folder])
+    figure = plot._figure([drawn], styles_of(drawn.fits), panels.losses, (3, 2), columns=1)
     assert figure is not None
     legend = figure.legends[0].get_texts()
     assert {f"STE note {name}".replace("$", r"\$")} <= {text.get_text() for text in legend}
@@ -768,17 +771,18 @@ def test_the_last_line_of_a_report_is_a_command(
     assert parser.parse_args(shlex.split(command)[1:])  # ends the test where a flag or a word is unknown
 
 
-def test_a_method_has_one_colour_in_every_picture() -> None:
-    """Whatever stands beside it, in a study or in a benchmark."""
-    (alone,) = plot._styles([Comparison(Path("demo"), [made(STABLE | {"lr": 1e-3}, 3.0)])]).values()
-    arms = (FP, STE, STRETCHED, STABLE, STABLE | {"amplitude": 0.1})
-    beside = plot._styles([Comparison(Path("demo"), [made(arm | {"lr": 1e-3}, 3.0) for arm in arms])])
-    stable = {style["color"] for label, style in beside.items() if label.startswith("StableQAT")}
-    assert stable == {alone["color"]} == {colour_of("StableQAT")}
+def test_a_method_has_one_colour_and_one_marker_in_every_picture() -> None:
+    """Whatever stands beside it, in a study or in a benchmark; line styles tell its arms apart."""
+    (alone,) = styles_of(summary_of([made(STABLE | {"lr": 1e-3}, 3.0)]).fits).values()
+    arms = (FP, STE, STRETCHED, STABLE, *(STABLE | {"amplitude": i / 100} for i in range(1, 24)))
+    beside = styles_of(summary_of([made(arm | {"lr": 1e-3}, 3.0) for arm in arms]).fits)
+    stable = [style for label, style in beside.items() if label.startswith("StableQAT")]
+    assert {(style["color"], style["marker"]) for style in [alone, *stable]} == {look_of("StableQAT")}
+    assert len({(str(style["linestyle"]), style["fillstyle"]) for style in stable}) == len(stable) == 24
     assert beside["FP"]["color"] == "black"
-    assert len({colour_of(name) for name in ("FP", "STE", "DSQ", "ParetoQ", "StableQAT", "Mine")}) == 6
-    looks = {(style["color"], style["marker"], str(style["linestyle"])) for style in beside.values()}
-    assert len(looks) == len(arms)
+    for looks in zip(*map(look_of, [*LOOKS, "Mine"]), strict=True):
+        assert len(set(looks)) == len(looks) == 8
+    assert set(LOOKS) >= {name for name in quantizers.__all__ if not name.startswith("Quantize")} | {"FP"}
 
 
 def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:
@@ -793,8 +797,8 @@ def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:
 
 
 def test_a_last_row_of_panels_has_no_empty_frames() -> None:
-    comparisons = [Comparison(Path("demo"), [made(STE | {"lr": 1e-3}, 3.0)])]
+    comparisons = [summary_of([made(STE | {"lr": 1e-3}, 3.0)])]
     panels: list[plot.Panel] = [lambda axes: axes.plot([0, 1])] * 4
-    figure = plot._figure(comparisons, plot._styles(comparisons), lambda *_: panels, (3, 2), columns=3)
+    figure = plot._figure(comparisons, styles_of(comparisons[0].fits), lambda *_: panels, (3, 2), columns=3)
     assert figure is not None
     assert [axes.get_visible() for axes in figure.axes] == [True] * 4 + [False] * 2

@@ -10,9 +10,8 @@ import pytest
 import synthetic
 
 from stableqat.analysis import report
-from stableqat.analysis.comparison import Comparison
 from stableqat.analysis.plot import CAPTIONS, draw_all
-from stableqat.analysis.tables import text_tables
+from stableqat.analysis.tables import write_page
 
 
 class Page(HTMLParser):
@@ -54,10 +53,11 @@ def made(tmp_path_factory):
     study = folder / "<b>study"
     study.mkdir()
     (study / "study.yaml").write_text(synthetic.PLAN)
-    comparisons = [Comparison(study, synthetic.runs(study))]
-    pictures = draw_all(comparisons, folder)
-    report.write(comparisons, pictures, folder / "compare.html")
-    return comparisons[0], pictures, folder / "compare.html"
+    summary = synthetic.summary_of(synthetic.runs(study), study)
+    page = write_page(summary)
+    pictures = draw_all([summary], folder)
+    report.write([page], pictures, folder / "compare.html", "tensorboard --logdir .")
+    return page, pictures, folder / "compare.html"
 
 
 def test_the_page_needs_nothing_but_itself(made):
@@ -72,9 +72,9 @@ def test_the_page_needs_nothing_but_itself(made):
 
 
 def test_the_page_has_every_table(made):
-    comparison, _, file = made
+    page, _, file = made
     cells = Page(file.read_text()).cells
-    assert cells == [cell for _, lines in text_tables(comparison) for line in lines for cell in line]
+    assert cells == [cell for _, lines in page.tables for line in lines for cell in line]
     assert "<b>study" not in file.read_text()
     assert "&lt;b&gt;study" in file.read_text()
 

@@ -12,9 +12,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from stableqat.analysis.command import read_comparisons
-from stableqat.analysis.publish import publish, thinned
-from stableqat.analysis.tables import markdown
+from stableqat.analysis.command import publish
+from stableqat.analysis.comparison import read_summaries
+from stableqat.analysis.publish import thinned
+from stableqat.analysis.tables import markdown, write_page
 from stableqat.errors import UserError
 from stableqat.events import read_run
 
@@ -52,10 +53,10 @@ def copy(study, tmp_path_factory):
 def test_compare_says_the_same_of_the_copy(study, copy):
     # but for what counts logged steps
     def losses(folder: Path) -> str:
-        return markdown(read_comparisons([folder])[0]).split("### Training")[0]
+        return markdown(write_page(read_summaries([folder])[0])).split("### Training")[0]
 
     assert losses(copy) == losses(study)
-    assert "### Differences" in markdown(read_comparisons([copy])[0])
+    assert "### Differences" in markdown(write_page(read_summaries([copy])[0]))
 
 
 def test_scalars_are_thinned_and_layers_left_out(study, copy):
@@ -86,19 +87,28 @@ def test_thinning_keeps_the_ends_and_what_is_not_finite():
 
 
 def test_the_overlay_draws_all_arms_of_a_learning_rate(copy):
-    events = EventAccumulator(str(copy / "overlay"))
-    events.Reload()
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
-    arms = {tag.rpartition("/")[2] for tag in events.Tags()["scalars"] if "train/loss" in tag}
-    assert arms == {"FP", "STE", "StableQAT"}
-    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    """Each method is a run of its own, because TensorBoard gives a run one colour in all charts."""
+
+    def read(folder: Path) -> EventAccumulator:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return events
+
+    tags = {}
+    for folder in (copy / "overlay").glob("*/"):
+        tags[folder.name] = read(folder).Tags()["scalars"]
+        assert {tag.rpartition("/")[2] for tag in tags[folder.name]} == {
+            folder.name
+        }  # one arm of each method
+    assert tags.keys() == {"FP", "STE", "StableQAT"}
+    config = read(copy / "overlay").Tensors("custom_scalars__config__")[0].tensor_proto
+    layout = Layout.FromString(config.string_val[0])
     assert [category.title for category in layout.category][:2] == ["train/loss", "train/grad_norm"]
     assert [chart.title for chart in layout.category[0].chart] == ["lr 3e-2", "lr 0.1", "lr 0.3"]
-    tags = events.Tags()["scalars"]
-    for category in layout.category:
-        for chart in category.chart:
-            for pattern in chart.multiline.tag:
-                assert sum(re.search(pattern, tag) is not None for tag in tags) == 1
+    drawn = [pattern for group in layout.category for chart in group.chart for pattern in chart.multiline.tag]
+    for pattern in drawn:
+        assert sum(re.search(pattern, tag) is not None for each in tags.values() for tag in each) == 1
+    assert len(drawn) == sum(map(len, tags.values()))
 
 
 def test_what_is_copied_is_the_study_and_what_can_be_read_of_it(tmp_path, monkeypatch):
@@ -119,8 +129,11 @@ def test_what_is_copied_is_the_study_and_what_can_be_read_of_it(tmp_path, monkey
     assert read_run(copied / second).scalars == read_run(runs[1].folder).scalars
     assert read_run(copied / first).hparams == runs[0].hparams | {"named": first.removesuffix("-s0")}
     assert read_run(copied / third).hparams["named"] == "smooth"
-    original = next(each for each in read_comparisons([Path()]) if each.folder == Path())
-    assert markdown(read_comparisons([copied])[0]).split("###")[0] == markdown(original).split("###")[0]
+    original = next(each for each in read_summaries([Path()]) if each.folder == Path())
+    assert (
+        markdown(write_page(read_summaries([copied])[0])).split("###")[0]
+        == markdown(write_page(original)).split("###")[0]
+    )
 
 
 def test_nothing_is_overwritten(study, copy):

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from scipy import stats
+from synthetic import summary_of
 
-from stableqat.analysis.comparison import Comparison
+from stableqat.analysis.arms import Result
+from stableqat.analysis.comparison import Summary
 from stableqat.analysis.differences import Difference
+from stableqat.analysis.notes import notes
 from stableqat.analysis.stability import quantile, spikes, stability
 from stableqat.analysis.statistics import Paired, holm, paired, verdict
-from stableqat.analysis.tables import as_json, markdown, notes, text_tables
+from stableqat.analysis.tables import as_json, markdown, write_page
 from stableqat.errors import UserError
 from stableqat.events import Run
 
@@ -119,14 +122,15 @@ def test_quantiles_are_values_that_were_logged() -> None:
 
 
 def test_stability_of_runs() -> None:
-    def run(losses: list[float], norms: list[float], flips: list[float]) -> Run:
+    def run(losses: list[float], norms: list[float], flips: list[float]) -> Result:
         tags = {"train/loss": losses, "train/grad_norm": norms, "quant/flip_rate": flips}
         tags |= {"quant/oscillation": flips}
-        return Run(Path("r"), {}, {tag: dict(enumerate(values)) for tag, values in tags.items()})
+        tags |= {"hp/diverged": [float(losses[-2] > 3)]}
+        return Result.of(Run(Path("r"), {}, {tag: dict(enumerate(values)) for tag, values in tags.items()}))
 
     calm = run([3.0] * 20, [1.0] * 9, [0.5, 0.25])
     wild = run([3.0] * 18 + [4.0, 3.0], [100.0], [0.75, 0.75])
-    figures = stability([calm, wild], [calm])
+    figures = stability([calm, wild])
     assert figures == {
         "spikes per 1000": 1000 * 1 / 20,
         "grad norm median": 1.0,
@@ -135,7 +139,7 @@ def test_stability_of_runs() -> None:
         "flip rate": 0.375,
         "oscillation": 0.25,
     }
-    assert stability([Run(Path("r"))], [Run(Path("r"))]) == {}
+    assert stability([Result.of(Run(Path("r")))]) == {}
 
 
 def runs(losses: dict[tuple[str, float, int], float | None], arms: dict[str, dict[str, Any]]) -> list[Run]:
@@ -148,7 +152,7 @@ def runs(losses: dict[tuple[str, float, int], float | None], arms: dict[str, dic
     return made
 
 
-def by_key(comparison: Comparison) -> dict[tuple[str, str, float | None], Difference]:
+def by_key(comparison: Summary) -> dict[tuple[str, str, float | None], Difference]:
     return {(each.arm, each.quantity, each.lr): each for each in comparison.differences}
 
 
@@ -165,7 +169,7 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
     losses |= {("stable", 1e-3, 0): 3.125, ("stable", 1e-3, 1): 3.0}
     (tmp_path / "study.yaml").write_text("compare: {baseline: {method: STE}, margin: 0.01}\n")
     found = runs(losses, {"ste": STE, "aa": PARETOQ, "stable": STABLE, "fp": FP})
-    comparison = Comparison(tmp_path, found)
+    comparison = summary_of(found, tmp_path)
     differences = by_key(comparison)
     assert {each.baseline for each in comparison.differences} == {"STE"}
     assert {each.arm for each in comparison.differences} == {"ParetoQ", "StableQAT"}
@@ -195,14 +199,14 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
     assert "(tests: loss: 2, lr sensitivity: 1, worst loss: 1)" in text
     assert "within +-0.01 nats" in text
     assert "Runs left out of pairs because the other side lacks them: 1." in text
-    (title, lines) = text_tables(comparison)[-1]
+    (title, lines) = write_page(comparison).tables[-1]
     assert title == "Differences from STE"
     assert lines[0] == ["arm", "of", "pairs", "difference", "95% interval", "p", "p (Holm)", "verdict"]
     line = ["ParetoQ", "loss at 1e-3", "3", "+0.0000", "[+0.0000, +0.0000]", "-", "-", "identical"]
     assert lines[1] == line
-    assert "### Differences from STE\n" in markdown(comparison)
+    assert "### Differences from STE\n" in markdown(write_page(comparison))
 
-    (study,) = json.loads(as_json([comparison]), parse_constant=pytest.fail)["studies"]
+    (study,) = json.loads(as_json([write_page(comparison)]), parse_constant=pytest.fail)["studies"]
     assert study["differences"][0]["verdict"] == "identical"
     assert (study["baseline"], study["margin"], study["lrs"]) == ({"method": "STE"}, 0.01, list(LRS))
     (arm,) = (arm for arm in study["arms"] if arm["arm"] == "StableQAT")
@@ -220,7 +224,7 @@ def test_holm_reaches_over_arms_and_learning_rates() -> None:
             losses["ste", lr, seed] = base = 3.0 + draw.gauss(0, 0.1)
             losses["aa", lr, seed] = base + 0.03 + draw.gauss(0, 0.01)
             losses["stable", lr, seed] = base - 0.01 + draw.gauss(0, 0.02)
-    comparison = Comparison(Path("demo"), runs(losses, {"ste": STE, "aa": PARETOQ, "stable": STABLE}))
+    comparison = summary_of(runs(losses, {"ste": STE, "aa": PARETOQ, "stable": STABLE}))
     family = [each for each in comparison.differences if each.quantity == "loss"]
     assert [each.p_holm for each in family] == holm([each.p for each in family if each.p is not None])
     assert len(family) == 4
@@ -237,11 +241,11 @@ def test_what_is_identical_or_capped_counts_in_no_family() -> None:
             losses["stable", lr, seed] = 2.9 + lr + seed / 10 + seed / 50
         losses |= {("ste", 1.0, seed): None, ("stable", 1.0, seed): None}
     arms = {"ste": STE, "stable": STABLE, "aa": PARETOQ}
-    alone = by_key(Comparison(Path("demo"), runs(losses, arms)))
+    alone = by_key(summary_of(runs(losses, arms)))
     for (name, lr, seed), loss in list(losses.items()):
         if name == "ste":
             losses["aa", lr, seed] = loss
-    beside = by_key(comparison := Comparison(Path("demo"), runs(losses, arms)))
+    beside = by_key(comparison := summary_of(runs(losses, arms)))
     assert [key for key in alone if alone[key] != beside[key]] == []
     small = beside["StableQAT", "loss", 1e-3]
     assert small.p is not None
@@ -257,17 +261,17 @@ def test_each_bit_width_has_its_own_baseline(tmp_path: Path) -> None:
         f"{name}{bits}": arm | {"bits": bits} for bits in (3, 4) for name, arm in (("s", STE), ("q", STABLE))
     }
     losses = {(name, lr, seed): 3.0 for name in arms for lr in LRS for seed in (0, 1)}
-    comparison = Comparison(tmp_path, runs(losses, arms))
+    comparison = summary_of(runs(losses, arms), tmp_path)
     pairs = dict.fromkeys((each.arm, each.baseline) for each in comparison.differences)
     assert list(pairs) == [("StableQAT 3-bit", "STE 3-bit"), ("StableQAT 4-bit", "STE 4-bit")]
     (tmp_path / "study.yaml").write_text("compare: {baseline: {method: STE, bits: 4}}\n")
-    comparison = Comparison(tmp_path, runs(losses, arms))
+    comparison = summary_of(runs(losses, arms), tmp_path)
     assert {each.baseline for each in comparison.differences} == {"STE 4-bit"}
 
 
 def test_one_seed_has_differences_but_no_tests() -> None:
     losses = {(name, lr, 0): 3.0 + lr for name in ("ste", "stable") for lr in LRS}
-    comparison = Comparison(Path("demo"), runs(losses, {"ste": STE, "stable": STABLE}))
+    comparison = summary_of(runs(losses, {"ste": STE, "stable": STABLE}))
     for each in comparison.differences:
         assert (each.n, each.mean, each.low, each.p, each.p_holm, each.verdict) == (
             1,
@@ -277,23 +281,23 @@ def test_one_seed_has_differences_but_no_tests() -> None:
             None,
             "-",
         )
-    assert [title for title, _ in text_tables(comparison)] == [""]
+    assert [title for title, _ in write_page(comparison).tables] == [""]
     assert "Differences: not tested" in notes(comparison)
 
 
 def test_a_study_of_one_arm_at_one_learning_rate_has_nothing_to_compare() -> None:
-    comparison = Comparison(Path("demo"), runs({("ste", 1e-3, 0): 3.0}, {"ste": STE}))
+    comparison = summary_of(runs({("ste", 1e-3, 0): 3.0}, {"ste": STE}))
     assert comparison.differences == []
     assert "Differences: none" in notes(comparison)
-    assert comparison.sensitivity(comparison.fits[0]) == 0.0
-    (study,) = json.loads(as_json([comparison]))["studies"]
+    assert comparison.fits[0].sensitivity.mean == 0.0
+    (study,) = json.loads(as_json([write_page(comparison)]))["studies"]
     assert study["differences"] == []
 
 
 def test_an_arm_at_some_learning_rates_is_compared_at_these() -> None:
     losses = {("ste", lr, seed): 3.0 for lr in LRS for seed in (0, 1)}
     losses |= {("stable", 1e-2, seed): 2.5 + seed / 8 for seed in (0, 1)}
-    comparison = Comparison(Path("demo"), runs(losses, {"ste": STE, "stable": STABLE}))
+    comparison = summary_of(runs(losses, {"ste": STE, "stable": STABLE}))
     assert [(each.quantity, each.lr) for each in comparison.differences] == [("loss", 1e-2)]
 
 
@@ -318,7 +322,7 @@ def test_mistakes_in_the_study_file(tmp_path: Path, text: str, message: str) -> 
     found = runs({(name, 1e-3, 0): 3.0 for name in arms}, arms)
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"study\.yaml.*{message}"):
-        _ = Comparison(tmp_path, found).differences
+        _ = summary_of(found, tmp_path).differences
 
 
 def test_the_study_file_may_say_the_cap(tmp_path: Path) -> None:
@@ -330,11 +334,11 @@ def test_the_study_file_may_say_the_cap(tmp_path: Path) -> None:
         ("stable", 1e-2, 0): None,
     }
     found = runs(losses, {"ste": STE, "stable": STABLE})
-    comparison = Comparison(tmp_path, found)
+    comparison = summary_of(found, tmp_path)
     assert by_key(comparison)["StableQAT", "loss", 1e-3].mean == -0.25
     assert "Cap: 4.5 (the largest of STE at its best learning rate)" in notes(comparison)
     (tmp_path / "study.yaml").write_text("compare: {cap: 5}\n")
-    comparison = Comparison(tmp_path, found)
+    comparison = summary_of(found, tmp_path)
     assert by_key(comparison)["StableQAT", "loss", 1e-3].mean == -0.25
     assert by_key(comparison)["StableQAT", "loss", 1e-2].mean == 0.0
     assert "Cap: 5 (the study's); a diverged run counts as the cap." in notes(comparison)
@@ -343,6 +347,6 @@ def test_the_study_file_may_say_the_cap(tmp_path: Path) -> None:
 def test_the_study_file_may_use_its_variables(tmp_path: Path) -> None:
     text = "vars: {m: 2e-2}\nargs: {x: '${vars.not_set}'}\ncompare: {margin: '${vars.m}'}\n"
     (tmp_path / "study.yaml").write_text(text)
-    assert Comparison(tmp_path, runs({("ste", 1e-3, 0): 3.0}, {"ste": STE})).plan.margin == 0.02
+    assert summary_of(runs({("ste", 1e-3, 0): 3.0}, {"ste": STE}), tmp_path).plan.margin == 0.02
     (tmp_path / "study.yaml").write_text("name: demo\n")
-    assert Comparison(tmp_path, runs({("ste", 1e-3, 0): 3.0}, {"ste": STE})).plan.margin == 0.0
+    assert summary_of(runs({("ste", 1e-3, 0): 3.0}, {"ste": STE}), tmp_path).plan.margin == 0.0

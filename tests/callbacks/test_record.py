@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import tiny
-from stableqat.analysis.comparison import usable
+from stableqat.analysis.arms import Result, usable
 from stableqat.callbacks import DivergenceGuard, RunRecord
 from stableqat.events import read_run
 from stableqat.modules import CosineWarmup
@@ -172,7 +172,7 @@ def test_a_run_of_epochs_says_whether_it_made_them(callbacks, finished, tmp_path
     run = read_run(tmp_path)
     assert run.hparams["max_steps"] == -1
     assert run.last("hp/finished") == finished
-    assert usable(run) == finished
+    assert usable(Result.of(run)) == finished
     unfinished = [message for message in caplog.messages if "is unfinished: it was cut at step 2" in message]
     assert len(unfinished) == (not finished)
 
@@ -192,7 +192,7 @@ def test_a_run_that_was_cut_with_nothing_left_to_do_is_finished_when_it_resumes(
         trainer = tiny.trainer(**length, logger=logger, callbacks=[*callbacks, RunRecord()])
         with suppress(SIGTERMException):
             trainer.fit(tiny.module("llama"), tiny.loader("llama"), tiny.loader("llama"), ckpt_path=resume)
-        assert usable(read_run(tmp_path)) == (resume is not None)
+        assert usable(Result.of(read_run(tmp_path))) == (resume is not None)
 
 
 def test_what_led_to_a_checkpoint_is_on_disk_with_it(tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stableqat.analysis.command import read_comparisons
-from stableqat.analysis.tables import markdown
+from stableqat.analysis.comparison import read_summaries
+from stableqat.analysis.tables import markdown, write_page
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -38,7 +38,7 @@ def begin(folder: Path, name: str, saves: str = "last.every_n_train_steps: 4") -
 
 
 def table(folder: Path) -> str:
-    return markdown(read_comparisons([folder])[0]).replace(folder.name, "study")
+    return markdown(write_page(read_summaries([folder])[0])).replace(folder.name, "study")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""Studies: many runs from one file (`study`, `sweep`), and what they show (`events`, `arms`, `compare`).
+"""What event files show: `compare` and `publish`.
 
-A sweep only starts ordinary `stableqat` commands and a comparison only reads event files, so
-nothing here knows a method, a model or a dataset, and nothing here is needed to train.
+A comparison only reads event files and the study file that lies with them, so nothing here knows a method, a
+model or a dataset, and nothing here is needed to train.
 """

@@ -1,35 +1,27 @@
-"""`stableqat compare`: event files in; tables, pictures and a report out.
+"""`stableqat compare`: event files in; tables, pictures and a report out. `stableqat publish`: a small copy.
 
 A run is a folder with event files, a study the folder above it. `compare.md` is what the terminal shows,
 `compare.csv` the same unrounded, `compare.json` everything down to the runs, `compare.html` a report with
-the pictures in it that opens without a network. What the figures mean: see `arms`, `stability`, `statistics`.
+the pictures in it that opens without a network. What the figures mean: see `arms`, `caps`, `sensitivity`,
+`differences`, `stability`.
 """
 
-import logging
 import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from stableqat.analysis.comparison import Comparison, usable
-from stableqat.analysis.tables import (
-    as_json,
-    comma_separated,
-    markdown,
-    notes,
-    rows,
-    tensorboard,
-    text_tables,
-)
+from stableqat.analysis.comparison import read_summaries
+from stableqat.analysis.tables import as_json, comma_separated, markdown, write_pages
 from stableqat.errors import UserError
-from stableqat.events import COMPARED, Run, find_runs, read_run
-from stableqat.files import hidden_folder, writing
+from stableqat.files import hidden_folder, whole_folder, writing
 from stableqat.terminal import printable, terminal
 
-__all__ = ["compare", "markdown", "notes", "read_comparisons", "rows"]
-
-log = logging.getLogger(__name__)
+MOST_MEGABYTES = 8.0
 
 
 def compare(folders: list[str], *, out: str | None = None) -> int:
@@ -37,75 +29,96 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
 
     Args:
         folders: Folders of studies, such as lightning_logs/demo-llama, or one that holds studies.
-        out: New folder for compare.md, .csv, .json, .html and the pictures. If not given they go, in place of
-            those of an earlier call, to the study's own; for several folders to the one that holds them all.
+        out: New folder for compare.md, .csv, .json, .html and the pictures. By default they replace those of
+            an earlier call in the study's own folder; for several folders, in the one that holds them all.
 
     Returns:
         0; a run that can't be compared is named in a warning and left out.
     """
     if out is not None and Path(out).exists():
         raise UserError(f"out: {out} exists already; name a new folder, or leave --out away")
-    comparisons = read_comparisons([Path(folder) for folder in folders])
+    summaries = read_summaries([Path(folder) for folder in folders])
+    pages = write_pages(summaries)
     from stableqat.analysis import report
     from stableqat.analysis.plot import draw_all
 
     logs = Path(os.path.relpath(os.path.commonpath([Path(folder).resolve() for folder in folders])))
+    command = _tensorboard([Path(folder) for folder in folders])
+    texts = [markdown(page) for page in pages]
     target = Path(out) if out else logs
-    command = tensorboard([Path(folder) for folder in folders])
-    text = "\n\n".join([*map(markdown, comparisons), command]) + "\n"
-    place = target.parent if out else target
-    with writing(str(target), "name another folder with --out"):
-        place.mkdir(parents=True, exist_ok=True)
-        with hidden_folder(place, ".compare-") as made:
-            part = made / "compare"
-            part.mkdir()
-            (part / "compare.md").write_text(text)
-            (part / "compare.csv").write_text(comma_separated(comparisons))
-            (part / "compare.json").write_text(as_json(comparisons))
-            report.write(comparisons, draw_all(comparisons, part), part / "compare.html")
-            written = sorted(path.name for path in part.iterdir())
-            if out:
-                part.rename(target)
-            else:
-                for name in written:
-                    os.replace(part / name, target / name)
+    made = whole_folder(target) if out else _replaced(logs)
+    with writing(str(target), "name another folder with --out"), made as part:
+        (part / "compare.md").write_text("\n\n".join([*texts, command]) + "\n")
+        (part / "compare.csv").write_text(comma_separated(pages))
+        (part / "compare.json").write_text(as_json(pages))
+        pictures = draw_all(summaries, part)
+        report.write(pages, pictures, part / "compare.html", command)
+        written = sorted(path.name for path in part.iterdir())
 
     console = terminal()
-    for comparison in comparisons:
+    for page, text in zip(pages, texts, strict=True):
         if console.is_terminal:
-            for title, lines in text_tables(comparison):
-                console.print(_terminal(title or printable(str(comparison.folder)), lines), soft_wrap=False)
-            console.print(notes(comparison))
+            for title, lines in page.tables:
+                console.print(_table(title or printable(str(page.summary.folder)), lines), soft_wrap=False)
+            console.print(page.notes)
         else:
-            console.print(markdown(comparison))
+            console.print(text)
     console.print(f"\nwritten to {target}: {', '.join(written)}\n{command}")
     return 0
 
 
-def read_comparisons(folders: list[Path]) -> list[Comparison]:
-    """Reads the runs in and under the folders, a comparison for each folder that holds runs.
+def publish(folders: list[str], *, out: str = "lightning_logs/published", points: int = 100) -> int:
+    """Copies studies for publication: their event files, thinned.
 
-    Raises:
-        UserError: A folder without event files, or without a run that can be compared.
+    Args:
+        folders: Folders of studies.
+        out: Folder that gets a folder per study; a study that is there already is refused.
+        points: Most values of a tag that are kept, first and last among them.
+
+    Returns:
+        0.
     """
-    comparisons: dict[Path, Comparison] = {}
-    for folder in folders:
-        studies: dict[Path, list[Run]] = {}
-        for path in find_runs(folder):
-            run = read_run(path, COMPARED)
-            for problem in run.problems:
-                log.warning("%s", problem)
-            if usable(run):
-                studies.setdefault(path.parent, []).append(run)
-        if not find_runs(folder):
-            raise UserError(f"{folder}: no event files in or under this folder: name the folder of a study")
-        if not studies:
-            raise UserError(f"{folder}: none of its runs can be compared (see the warnings)")
-        comparisons |= {study: Comparison(study, runs) for study, runs in studies.items()}
-    return list(comparisons.values())
+    from stableqat.analysis.publish import write_copy
+
+    if points < 2:
+        raise UserError(f"points: {points} must be 2 or more")
+    for folder in map(Path, folders):
+        target = Path(out, folder.resolve().name)
+        summaries = [summary for summary in read_summaries([folder]) if summary.folder == folder]
+        if not summaries:
+            raise UserError(
+                f"{folder} holds studies, but no runs of its own: name the folders of the studies"
+            )
+        if target.exists():
+            raise UserError(f"{target} exists already: move it away, or name another folder with --out")
+        with writing(str(target), "name another folder with --out"), whole_folder(target) as part:
+            write_copy(summaries[0], part, points)
+        size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
+        more = f", more than {MOST_MEGABYTES:g} MB: lower --points" if size > MOST_MEGABYTES else ""
+        terminal().print(f"published: {target}, {size:.1f} MB{more}")
+    return 0
 
 
-def _terminal(title: str, lines: list[list[str]]) -> Table:
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder whose files replace those of the same names in another one, all at the end."""
+    with hidden_folder(folder, ".compare-") as part:
+        yield part
+        for path in part.iterdir():
+            os.replace(path, folder / path.name)
+
+
+def _tensorboard(folders: Sequence[Path]) -> str:
+    """The command that opens TensorBoard on some folders."""
+    places = [folder.resolve() for folder in folders]
+    if len({place.parent for place in places}) == 1:
+        where = "--logdir", os.path.relpath(places[0] if len(places) == 1 else places[0].parent)
+    else:
+        where = "--logdir_spec", ",".join(f"{place.name}:{os.path.relpath(place)}" for place in places)
+    return printable(shlex.join(["tensorboard", *where]))
+
+
+def _table(title: str, lines: list[list[str]]) -> Table:
     picture = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), title_justify="left")
     for number, key in enumerate(lines[0]):
         picture.add_column(key, justify="right" if number else "left")

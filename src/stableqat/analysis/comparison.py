@@ -1,49 +1,68 @@
-"""The arms of a study, and their losses over learning rates.
+"""The comparison of a study's arms: every figure of it, computed once.
 
-An arm is all runs that differ in learning rate and seed only; where hyper-parameters don't tell the arms of
-a study apart, the names of its runs do. A loss is the validation loss at the end of a run, in nats; a
-diverged run counts as the cap, see `caps`. LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) is the
-mean over the learning rates of min(loss, cap) - best, the worst loss the largest min(loss, cap); both are
-computed seed by seed and averaged, and since they depend on the grid of learning rates, only seeds count that
-have all of it. An arm's learning rate is selected on the even batches of validation and its loss reported on
-the odd ones, because the smallest of several noisy losses flatters.
+`read_summaries` turns folders of event files into one `Summary` per study; tables, pictures, the report and
+what is published only render it. A loss is the validation loss at the end of a run, in nats; a diverged run
+counts as the cap, see `caps`. An arm's learning rate is selected on the even batches of validation and its
+loss reported on the odd ones, because the smallest of several noisy losses flatters.
 """
 
-import json
 import logging
 import math
-import re
 import statistics
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stableqat.analysis.band import Band, band, mean
-from stableqat.analysis.caps import Cap, Group, caps
-from stableqat.analysis.differences import Difference, differences
-from stableqat.analysis.labels import COLUMNS, NAMED, departures, differing, most_common
+from stableqat.analysis.arms import (
+    LOSS,
+    TOP1,
+    Arm,
+    Group,
+    Result,
+    find_arms,
+    find_columns,
+    most_common,
+    usable,
+)
+from stableqat.analysis.caps import Cap, find_caps
+from stableqat.analysis.differences import Difference, find_differences
+from stableqat.analysis.sensitivity import Sensitivity, sensitivity
+from stableqat.analysis.stability import stability
 from stableqat.errors import UserError
-from stableqat.events import Run
-from stableqat.studies.plan import SHORT_AXES, Plan, read_plan
-from stableqat.studies.record import Record
-from stableqat.studies.study import START, short
+from stableqat.events import COMPARED, find_runs, read_run
+from stableqat.studies.plan import Plan, read_plan
+from stableqat.studies.study import short
 from stableqat.terminal import printable
 
 log = logging.getLogger(__name__)
 
-LOSS, EVEN, ODD = "val/loss", "val/loss_even", "val/loss_odd"
-TOP1 = "val/top1"
+EVEN, ODD = "val/loss_even", "val/loss_odd"
+PERPLEXITY = "val/perplexity"
+ODD_HALF, ALL = ", odd batches", ", all batches"
 # Rounding to nearest is the same for two arms that share these.
 FORWARD = ("bits", "grid", "scale_init", "granularity")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cell:
-    """Runs of one arm at one learning rate: seeds."""
+    """Runs of one arm at one learning rate: seeds.
 
+    Attributes:
+        runs: The runs.
+        losses: Their losses as they ended; that of a diverged run is the cap.
+        capped: Seed to min(loss, cap); runs that don't say their seed are averaged.
+        top1: Their top-1; none if one of them diverged.
+        diverged: How many diverged.
+        stability: How calm they were, see `stability`.
+    """
+
+    runs: list[Result]
     losses: list[float]
+    capped: dict[Any, float]
+    top1: list[float]
     diverged: int
+    stability: dict[str, float]
 
     @property
     def mean(self) -> float:
@@ -64,7 +83,7 @@ class Selected:
     Attributes:
         lr: The learning rate.
         loss: Mean over the seeds of the loss reported for it.
-        edge: "lower" or "upper" where it is the arm's smallest or largest, so that the best may lie beyond.
+        edge: "lower" or "upper" if it is the arm's smallest or largest, so that the best may lie beyond.
     """
 
     lr: float
@@ -72,330 +91,271 @@ class Selected:
     edge: str
 
 
-@dataclass
-class Arm:
-    """Runs that differ in learning rate and seed only.
+@dataclass(frozen=True, kw_only=True)
+class ArmSummary(Arm):
+    """An arm with all its figures.
 
     Attributes:
-        kind: "fp" (measured or `start`), "ptq" (measured after rounding) or "fit".
-        hparams: What the runs share.
-        runs: The runs.
-        images: Whether its models classify images.
+        loss: Mean loss over all its runs; None if one diverged.
+        top1: Mean top-1 over all its runs; None if one diverged.
+        calm: How calm each run was, see `stability`.
+        figures: The figures of its row in the tables, by column.
+        cells: For an arm that trains, learning rate to its runs.
+        cap: For an arm that trains, the cap of its losses.
+        ptq: For an arm that trains, the loss after rounding as it does at its first step, if measured.
+        selected: For an arm that trains, its best learning rate.
+        sensitivity: For an arm that trains, how its loss depends on the learning rate.
     """
 
-    kind: str
-    hparams: dict[str, Any]
-    runs: list[Run]
-    images: bool = False
+    loss: float | None
+    top1: float | None
+    calm: list[dict[str, float]]
+    figures: dict[str, Any]
+    cells: dict[float, Cell]
+    cap: Cap | None = None
+    ptq: float | None = None
+    selected: Selected | None = None
+    sensitivity: Sensitivity | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The comparison of one study.
+
+    Attributes:
+        folder: Folder of the study.
+        name: Its name.
+        plan: What the study file fixes beforehand.
+        arms: All arms; full precision and PTQ first.
+        lrs: The grid of learning rates.
+        selected_on: The tag that learning rates are selected on.
+        reported_on: The tag of the loss that is reported.
+        full_precision: Loss of the weights that QAT begins from, before rounding.
+        caps: The cap of each group of arms.
+        differences: Every quantized arm against the baseline, paired by seed.
+        columns: Hyper-parameters worth a column.
+        usual: Hyper-parameters that labels leave out, with the value that most arms have.
+        rows: The table: column to value for each arm, without columns that are empty in all rows.
+    """
+
+    folder: Path
+    name: str
+    plan: Plan
+    arms: list[ArmSummary]
+    lrs: list[float]
+    selected_on: str
+    reported_on: str
+    full_precision: float | None
+    caps: dict[Group, Cap]
+    differences: list[Difference]
+    columns: list[str]
+    usual: dict[str, str]
+    rows: list[dict[str, Any]]
 
     @property
-    def group(self) -> Group:
-        """The group that it belongs to."""
-        return Group(self.hparams.get("bits"), self.images)
+    def fits(self) -> list[ArmSummary]:
+        """The arms that train."""
+        return [arm for arm in self.arms if arm.kind == "fit"]
 
-    def at(self, lr: float | None) -> list[Run]:
-        """The runs of one learning rate, or all."""
-        return [run for run in self.runs if lr is None or run.hparams["lr"] == lr]
-
-    def logged(self, tag: str) -> bool:
-        """Whether any of its runs logged a tag."""
-        return any(tag in run.scalars for run in self.runs)
-
-    def finals(self, tag: str, lr: float | None = None) -> list[float]:
-        """Final values of a tag in the runs (of one learning rate); none where one of these diverged."""
-        runs = self.at(lr)
-        values = [value for run in runs if (value := run.last(tag)) is not None]
-        return [] if any(map(diverged, runs)) else values
-
-    def mean(self, tag: str, lr: float | None = None) -> float | None:
-        """Their mean; that of the survivors alone would flatter."""
-        values = self.finals(tag, lr)
-        return statistics.fmean(values) if values else None
+    @property
+    def quantized(self) -> list[ArmSummary]:
+        """Those of them that quantize."""
+        return [arm for arm in self.fits if arm.method != "FP"]
 
 
-class Comparison:
-    """All arms of one study.
+def read_summaries(folders: Sequence[Path]) -> list[Summary]:
+    """Compares the runs in and under the folders, study by study.
+
+    Raises:
+        UserError: A folder without event files, or without a run that can be compared.
+    """
+    summaries: dict[Path, Summary] = {}
+    for folder in folders:
+        studies: dict[Path, list[Result]] = {}
+        paths = find_runs(folder)
+        for path in paths:
+            run = read_run(path, COMPARED)
+            for problem in run.problems:
+                log.warning("%s", problem)
+            if usable(result := Result.of(run)):
+                studies.setdefault(path.parent, []).append(result)
+        if not paths:
+            raise UserError(f"{folder}: no event files in or under this folder: name the folder of a study")
+        if not studies:
+            raise UserError(f"{folder}: none of its runs can be compared (see the warnings)")
+        summaries |= {study: summarize(study, results) for study, results in studies.items()}
+    return list(summaries.values())
+
+
+def summarize(folder: Path, results: Sequence[Result]) -> Summary:
+    """Compares the arms of one study.
 
     Args:
         folder: Folder of the study.
-        runs: Its finished runs.
+        results: Its runs that can be compared.
 
     Raises:
-        UserError: Two runs of one arm share the learning rate and the seed.
+        UserError: The study's plan does not fit its runs, or two runs are the same.
     """
-
-    def __init__(self, folder: Path, runs: list[Run]):
-        self.folder = folder
-        self.name = printable(folder.resolve().name)
-        groups: dict[tuple[Any, ...], Arm] = {}
-        for run in _told_apart(runs):
-            groups.setdefault(_key(run), Arm(_kind(run), _shared(run), [])).runs.append(run)
-        self.arms = list(groups.values())
-        validated = {arm.logged(TOP1) for arm in self.arms if arm.logged(LOSS)}
-        for arm in self.arms:  # one that diverged before its first validation is like the others
-            arm.images = arm.logged(TOP1) or validated == {True}
-        order = {"fp": 0, "ptq": 1, "fit": 2}
-        self.arms = sorted(
-            self.arms,
-            key=lambda a: (
-                order[a.kind],
-                a.hparams.get("method") != "FP",
-                "" if a.kind == "ptq" else str(a.hparams.get("method")),
-                str(a.hparams.get("bits")),
-                len(self._departures(a)),  # the plain arm of a method before its variants
-                self.label(a),
-            ),
-        )
-        self.fits = [arm for arm in self.arms if arm.kind == "fit"]
-        self.quantized = [arm for arm in self.fits if arm.hparams.get("method") != "FP"]
-        self.ptqs = [arm for arm in self.arms if arm.kind == "ptq"]
-
-    def named(self, folder: Path) -> str | None:
-        """What tells a run's arm apart beside its hyper-parameters, if anything has to."""
-        runs = (run for arm in self.arms for run in arm.runs)
-        return next((run.hparams.get(NAMED) for run in runs if run.folder == folder), None)
-
-    @cached_property
-    def lrs(self) -> list[float]:
-        """The grid of learning rates."""
-        return sorted({run.hparams["lr"] for arm in self.fits for run in arm.runs})
-
-    @cached_property
-    def plan(self) -> Plan:
-        """What the study file fixed beforehand."""
-        return read_plan(self.folder)
-
-    @cached_property
-    def differences(self) -> list[Difference]:
-        """Every arm against the baseline, paired by seed."""
-        return differences(self)
-
-    @cached_property
-    def selection(self) -> tuple[str, str]:
-        """The tags that a learning rate is selected on, and reported on."""
-        finished = [run for arm in self.fits for run in arm.runs if not diverged(run)]
-        halves = all(run.last(tag) is not None for run in finished for tag in (EVEN, ODD))
-        return (EVEN, ODD) if halves and finished else (LOSS, LOSS)
-
-    @property
-    def full_precision(self) -> float | None:
-        """Loss of the weights that QAT begins from, before rounding."""
-        return self._full_precision(LOSS, self.arms[0].images)
-
-    def _full_precision(self, tag: str, images: bool) -> float | None:
-        references = [arm for arm in self.arms if arm.kind == "fp" and arm.images == images]
-        references.sort(key=lambda arm: arm.runs[0].hparams.get("subcommand") != "validate")
-        return references[0].mean(tag) if references else None
-
-    def ptq(self, arm: Arm, tag: str = LOSS) -> float | None:
-        """Loss after rounding those weights as the arm does at its first step."""
-        for other in self.ptqs:
-            same = all(other.hparams.get(key) == arm.hparams.get(key) for key in FORWARD)
-            if same and other.images == arm.images:
-                return other.mean(tag)
-        return None
-
-    @cached_property
-    def caps(self) -> dict[Group, Cap]:
-        """The cap of each group."""
-        return caps(self)
-
-    def cap(self, arm: Arm) -> Cap:
-        """The cap of an arm's losses."""
-        return self.caps[arm.group]
-
-    def cell(self, arm: Arm, lr: float) -> Cell | None:
-        """The arm's runs at one learning rate, as they ended."""
-        runs = arm.at(lr)
-        losses = [self.cap(arm).loss if diverged(run) else _final(run, LOSS) for run in runs]
-        return Cell(losses, sum(map(diverged, runs))) if runs else None
-
-    def losses(self, arm: Arm, lr: float, tag: str = LOSS) -> dict[Any, float]:
-        """Seed to min(loss, cap) at one learning rate; runs that don't say their seed are averaged."""
-        cap = self.cap(arm).loss
-        values: dict[Any, list[float]] = {}
-        for run in arm.at(lr):
-            loss = cap if diverged(run) else min(_final(run, tag), cap)
-            values.setdefault(run.hparams.get("seed"), []).append(loss)
-        return {seed: statistics.fmean(repeats) for seed, repeats in values.items()}
-
-    def sensitivities(self, arm: Arm) -> dict[Any, float]:
-        """Seed to LR sensitivity."""
-        return {seed: statistics.fmean(row) - min(row) for seed, row in self._complete(arm).items()}
-
-    def band(self, arm: Arm) -> Band | None:
-        """The usable learning rates, the mean over the seeds; None where one never gets below the cap."""
-        rows = self._complete(arm).values() if len(self.lrs) > 1 else ()
-        bands = [band(self.lrs, row, self.cap(arm).loss) for row in rows]
-        return mean([each for each in bands if each]) if bands and all(bands) else None
-
-    def worsts(self, arm: Arm) -> dict[Any, float]:
-        """Seed to the largest loss."""
-        return {seed: max(row) for seed, row in self._complete(arm).items()}
-
-    def _complete(self, arm: Arm) -> dict[Any, list[float]]:
-        """Seed to the losses over the grid of learning rates, for the seeds that have it all."""
-        cells = [self.losses(arm, lr) for lr in self.lrs]
-        seeds = [seed for seed in cells[0] if all(seed in cell for cell in cells)]
-        rows = {seed: [cell[seed] for cell in cells] for seed in seeds}
-        return {seed: row for seed, row in rows.items() if all(map(math.isfinite, row))}
-
-    def selected(self, arm: Arm) -> Selected:
-        """The arm's best learning rate, and what its loss is there."""
-        on, reported = self.selection
-        lrs = sorted({run.hparams["lr"] for run in arm.runs})
-        means = {lr: statistics.fmean(self.losses(arm, lr, on).values()) for lr in lrs}
-        best = min(lrs, key=lambda lr: means[lr])
-        loss = statistics.fmean(self.losses(arm, best, reported).values())
-        edges = {lrs[0]: "lower", lrs[-1]: "upper"} if len(lrs) > 1 else {}
-        return Selected(best, loss, edges.get(best, ""))
-
-    def recovered(self, arm: Arm) -> float | None:
-        """Share of the loss by rounding that training wins back."""
-        tag = self.selection[1]
-        ptq, full = self.ptq(arm, tag), self._full_precision(tag, arm.images)
-        if ptq is None or full is None or ptq <= full:
-            return None
-        return (ptq - self.selected(arm).loss) / (ptq - full)
-
-    @cached_property
-    def columns(self) -> list[str]:
-        """Hyper-parameters worth a column: the usual ones, and those in which arms differ."""
-        settings = [arm.hparams for arm in self.arms if arm.kind != "fp"]
-        return [*COLUMNS, *(key for key in differing(settings) if key not in COLUMNS)]
-
-    @cached_property
-    def usual(self) -> dict[str, str]:
-        """Hyper-parameters that labels leave out, because more arms have these values than any other."""
-        kinds = ([arm.hparams for arm in self.arms if arm.kind == kind] for kind in ("ptq", "fit"))
-        ptq, fit = map(most_common, kinds)
-        return dict(sorted((ptq | fit).items()))
-
-    def label(self, arm: Arm) -> str:
-        """A short name: the method, and every hyper-parameter in which it departs from the usual."""
-        if arm.kind == "fp":
-            return f"FP ({START if arm.runs[0].folder.name == START else arm.hparams.get(NAMED, 'validate')})"
-        name, own = str(arm.hparams.get("method")), self._departures(arm)
-        if arm.kind == "ptq":
-            alike = sum(other.kind == "ptq" and self._departures(other) == own for other in self.arms)
-            name = "PTQ" if alike == 1 else f"PTQ {name}"
-        return " ".join([name, *own])
-
-    def _departures(self, arm: Arm) -> list[str]:
-        method = arm.hparams.get("method")
-        like = [a.hparams for a in self.arms if a.kind == arm.kind and a.hparams.get("method") == method]
-        return departures(arm.hparams, like, self.usual)
-
-    def sensitivity(self, arm: Arm) -> float | None:
-        """LR sensitivity, the mean over the seeds; None where a learning rate is missing."""
-        return _mean(self.sensitivities(arm))
-
-    def worst(self, arm: Arm) -> float | None:
-        """The worst loss, the mean over the seeds; None where a learning rate is missing."""
-        return _mean(self.worsts(arm))
+    arms = find_arms(results)
+    columns, usual = find_columns(arms), most_common(arms)
+    plan = read_plan(folder)
+    fits = [arm for arm in arms if arm.kind == "fit"]
+    lrs = sorted({lr for arm in fits for lr in arm.lrs})
+    finished = [run for arm in fits for run in arm.runs if not run.diverged]
+    halves = finished and all(tag in run.last for run in finished for tag in (EVEN, ODD))
+    tags = (EVEN, ODD) if halves else (LOSS, LOSS)
+    ptqs = {arm.label: _ptq(arm, arms) for arm in fits}
+    caps = find_caps(fits, {label: _mean(runs, LOSS) for label, runs in ptqs.items()}, plan.cap)
+    measured = []
+    for arm in arms:
+        if arm.kind == "fit":
+            references = _full_precision(arms, arm.images), ptqs[arm.label]
+            measured.append(_trained(arm, lrs, caps[arm.group], tags, references))
+        else:
+            figures: dict[str, Any] = {"selected lr": None, "edge": None}
+            figures |= _reported(tags, _mean(arm.runs, tags[1]), arm.runs, arm)
+            kept = (
+                "recovered",
+                "lr sensitivity",
+                "usable octaves",
+                "worst loss",
+                "diverged",
+                "divergence rate",
+            )
+            figures |= dict.fromkeys(kept) | {"runs": len(arm.runs)}
+            measured.append(_summary(arm, figures, {}))
+    return Summary(
+        folder,
+        printable(folder.resolve().name),
+        plan,
+        measured,
+        lrs,
+        *tags,
+        _mean(_full_precision(arms, arms[0].images), LOSS),
+        caps,
+        find_differences(
+            folder, plan, lrs, [arm for arm in measured if arm.kind == "fit" and arm.method != "FP"]
+        ),
+        columns,
+        usual,
+        _rows(measured, columns, lrs),
+    )
 
 
-def _mean(by_seed: dict[Any, float]) -> float | None:
-    return statistics.fmean(by_seed.values()) if by_seed else None
+def _summary(arm: Arm, figures: dict[str, Any], cells: dict[float, Cell], **others: Any) -> ArmSummary:
+    loss, top1 = _mean(arm.runs, LOSS), _mean(arm.runs, TOP1)
+    calm = [stability([run]) for run in arm.runs]
+    return ArmSummary(**vars(arm), loss=loss, top1=top1, calm=calm, figures=figures, cells=cells, **others)
 
 
-def diverged(run: Run) -> bool:
-    """Whether the run was ended as diverged, or its last loss is not finite."""
-    loss = run.last(LOSS)
-    return run.last("hp/diverged") == 1 or (loss is not None and not math.isfinite(loss))
+def _trained(
+    arm: Arm,
+    lrs: list[float],
+    cap: Cap,
+    tags: tuple[str, str],
+    references: tuple[list[Result], list[Result]],
+) -> ArmSummary:
+    """The figures of an arm that trains.
 
-
-def usable(run: Run) -> bool:
-    """Whether a run can be compared; says why not."""
-    steps, max_steps = run.last("hp/steps"), run.hparams.get("max_steps", -1)
-    reason = None
-    if not run.hparams:
-        reason = "it logged no hyper-parameters"
-    elif "lr" not in run.hparams and _kind(run) == "fit":
-        reason = "its hyper-parameters name no lr"
-    elif diverged(run):
-        reason = None
-    elif run.last(LOSS) is None:
-        reason = f"it logged no {LOSS}"
-    elif run.hparams.get("subcommand") != "validate" and steps is not None:
-        if steps < max_steps:
-            reason = f"it is unfinished: step {steps:.0f} of {max_steps:.0f}"
-        elif run.last("hp/finished") == 0:
-            reason = f"it is unfinished: it was cut at step {steps:.0f}"
-    if reason:
-        log.warning("%s is left out: %s", printable(str(run.folder)), reason)
-    return reason is None
-
-
-def _told_apart(runs: list[Run]) -> list[Run]:
-    """The runs, named where hyper-parameters don't tell the arms of a study apart.
-
-    That is where two runs share the learning rate and the seed as well, or where a sweep set more than these
-    differently. The name is that of the run without them: the arm in the study file, and other axes.
+    Args:
+        arm: The arm.
+        lrs: The study's learning rates.
+        cap: The cap of the arm's losses.
+        tags: What a learning rate is selected on, and reported on.
+        references: Runs of full precision, and of PTQ as the arm rounds.
     """
-    alike: dict[Any, list[Run]] = {}
+    at = {lr: [run for run in arm.runs if run.hparams["lr"] == lr] for lr in lrs}
+    cells = {lr: _cell(runs, cap.loss) for lr, runs in at.items() if runs}
+    on, reported = (
+        {lr: statistics.fmean(_capped(at[lr], tag, cap.loss).values()) for lr in cells} for tag in tags
+    )
+    best = min(cells, key=lambda lr: on[lr])
+    edges = {min(cells): "lower", max(cells): "upper"} if len(cells) > 1 else {}
+    selected = Selected(best, reported[best], edges.get(best, ""))
+    over_lrs = sensitivity(lrs, [cells[lr].capped if lr in cells else {} for lr in lrs], cap.loss)
+    full, ptq = (_mean(runs, tags[1]) for runs in references)
+    recovered = None
+    if ptq is not None and full is not None and ptq > full:
+        recovered = (ptq - selected.loss) / (ptq - full)
+    lost = sum(run.diverged for run in arm.runs)
+    figures: dict[str, Any] = {"selected lr": best, "edge": selected.edge}
+    figures |= _reported(tags, selected.loss, at[best], arm) | {"recovered": recovered}
+    figures |= {
+        "lr sensitivity": over_lrs.mean,
+        "usable octaves": over_lrs.band,
+        "worst loss": over_lrs.worst,
+    }
+    figures |= {"diverged": lost, "divergence rate": lost / len(arm.runs), "runs": len(arm.runs)}
+    figures |= stability(arm.runs)
+    others = {"cap": cap, "ptq": _mean(references[1], LOSS), "selected": selected, "sensitivity": over_lrs}
+    return _summary(arm, figures, cells, **others)
+
+
+def _cell(runs: list[Result], cap: float) -> Cell:
+    losses = [cap if run.diverged else run.last[LOSS] for run in runs]
+    lost = sum(run.diverged for run in runs)
+    return Cell(runs, losses, _capped(runs, LOSS, cap), _finals(runs, TOP1), lost, stability(runs))
+
+
+def _capped(runs: Sequence[Result], tag: str, cap: float) -> dict[Any, float]:
+    """Seed to min(loss, cap)."""
+    values: dict[Any, list[float]] = {}
     for run in runs:
-        alike.setdefault(_key(run), []).append(run)
-    told: list[Run] = []
-    for group in alike.values():
-        if _twice(group) or len({settings for run in group if (settings := _settings(run))}) > 1:
-            group = [replace(run, hparams=run.hparams | {NAMED: _name(run)}) for run in group]
-            for name in {run.hparams[NAMED] for run in group}:
-                if both := _twice([run for run in group if run.hparams[NAMED] == name]):
-                    names = printable(f"{both[0].folder} and {both[1].folder}")
-                    raise UserError(
-                        f"{names} share all hyper-parameters and the seed, so they are neither two arms"
-                        " nor two seeds: move one of them away"
-                    )
-        told += group
-    return told
+        loss = cap if run.diverged else min(run.last[tag], cap)
+        values.setdefault(run.hparams.get("seed"), []).append(loss)
+    return {seed: statistics.fmean(repeats) for seed, repeats in values.items()}
 
 
-def _twice(runs: list[Run]) -> tuple[Run, Run] | None:
-    """Two runs of one learning rate and seed."""
-    found: dict[Any, Run] = {}
-    for run in runs:
-        place = run.hparams.get("lr"), run.hparams.get("seed")
-        if place[1] is not None and (other := found.setdefault(place, run)) is not run:
-            return other, run
-    return None
-
-
-def _settings(run: Run) -> str:
-    """What the sweep that made the run set beside learning rate and seed; empty where none did."""
-    record = Record.read(run.folder)
-    if record is None:
-        return ""
-    own = {SHORT_AXES["lr"], SHORT_AXES["seed"]}
-    return json.dumps(sorted(pair for pair in record.settings.items() if pair[0] not in own))
-
-
-def _name(run: Run) -> str:
-    lr, seed = (re.escape(short(run.hparams.get(key))) for key in ("lr", "seed"))
-    return printable(re.sub(rf"-(lr{lr}|s{seed})(?=-|$)", "", run.folder.name))
-
-
-def _shared(run: Run) -> dict[str, Any]:
+def _reported(
+    tags: tuple[str, str], loss: float | None, runs: list[Result], arm: Arm
+) -> dict[str, float | None]:
+    """The reported loss, the perplexity of the same batches, and top-1, which is logged of all only."""
+    part = ODD_HALF if tags[0] != tags[1] else ""
+    logged = any(PERPLEXITY in run.scalars for run in arm.runs)
+    losses = _finals(runs, tags[1]) if logged else []
+    perplexity = statistics.fmean(map(math.exp, losses)) if losses else None
     return {
-        key: value
-        for key, value in run.hparams.items()
-        if key not in ("lr", "seed", "subcommand", "quantized_share")
+        "reported loss" + part: loss,
+        "perplexity" + part: perplexity,
+        "top-1" + ALL * bool(part): _mean(runs, TOP1),
     }
 
 
-def _key(run: Run) -> tuple[Any, ...]:
-    shared = sorted((key, str(value)) for key, value in _shared(run).items())
-    return (_kind(run), run.folder.name == START, *shared)
+def _finals(runs: Sequence[Result], tag: str) -> list[float]:
+    """Final values of a tag; none if one of the runs diverged: those of the survivors alone would flatter."""
+    return [] if any(run.diverged for run in runs) else [run.last[tag] for run in runs if tag in run.last]
 
 
-def _final(run: Run, tag: str) -> float:
-    loss = run.last(tag)
-    assert loss is not None, "left out by `usable`, or not selected on"
-    return loss
+def _mean(runs: Sequence[Result], tag: str) -> float | None:
+    values = _finals(runs, tag)
+    return statistics.fmean(values) if values else None
 
 
-def _kind(run: Run) -> str:
-    full_precision = run.hparams.get("method") == "FP"
-    if run.hparams.get("subcommand") == "validate":
-        return "fp" if full_precision else "ptq"
-    return "fp" if full_precision and run.folder.name == START else "fit"
+def _ptq(arm: Arm, arms: list[Arm]) -> list[Result]:
+    """The runs that round as the arm does at its first step."""
+    for other in arms:
+        same = all(other.hparams.get(key) == arm.hparams.get(key) for key in FORWARD)
+        if other.kind == "ptq" and same and other.images == arm.images:
+            return other.runs
+    return []
+
+
+def _full_precision(arms: list[Arm], images: bool) -> list[Result]:
+    """The runs of the weights that QAT begins from, as measured or, without that, as trained."""
+    references = [arm.runs for arm in arms if arm.kind == "fp" and arm.images == images]
+    return min(references, key=lambda runs: runs[0].hparams.get("subcommand") != "validate", default=[])
+
+
+def _rows(arms: list[ArmSummary], columns: list[str], lrs: list[float]) -> list[dict[str, Any]]:
+    """A row for each arm: its label, hyper-parameters, a `Cell` for each learning rate, and its figures."""
+    table = []
+    for arm in arms:
+        row: dict[str, Any] = {"arm": arm.label} | {key: arm.hparams.get(key) for key in columns}
+        if arm.kind != "fit":
+            row |= {"method": arm.label if arm.kind == "fp" else "PTQ", "mask": None}
+        row |= {f"lr {short(lr)}": arm.cells.get(lr) for lr in lrs}
+        table.append(row | arm.figures)
+    keys = dict.fromkeys(key for row in table for key in row)
+    filled = [key for key in keys if any(row.get(key) is not None for row in table)]
+    return [{key: row.get(key) for key in filled} for row in table]

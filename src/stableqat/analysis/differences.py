@@ -10,16 +10,19 @@ that would count in a family: either both sides compute the same, or both are at
 arm here: that it wins is no finding.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableqat.analysis.statistics import holm, paired, verdict
 from stableqat.errors import UserError
-from stableqat.studies.plan import STUDY_FILE
+from stableqat.studies.plan import STUDY_FILE, Plan
 
 if TYPE_CHECKING:
-    from stableqat.analysis.caps import Group
-    from stableqat.analysis.comparison import Arm, Comparison
+    from stableqat.analysis.comparison import ArmSummary
+
+QUANTITIES = ("loss", "lr sensitivity", "worst loss")
 
 
 @dataclass(frozen=True)
@@ -58,51 +61,34 @@ class Difference:
     unpaired: int = 0
 
 
-def baselines(comparison: "Comparison") -> dict["Group", "Arm"]:
-    """The arm that others of its group are compared with, by group.
+def find_differences(
+    folder: Path, plan: Plan, lrs: Sequence[float], arms: Sequence["ArmSummary"]
+) -> list[Difference]:
+    """All differences of a study, the arms in the order of its table.
+
+    Args:
+        folder: Folder of the study.
+        plan: What the study fixes beforehand.
+        lrs: Its learning rates.
+        arms: Its quantized arms.
 
     Raises:
-        UserError: The study's `compare.baseline` selects no arm, or several of one bit width.
+        UserError: The study's `compare.baseline` selects no arm, or several of one group.
     """
-    wanted = comparison.plan.baseline
-    found: dict[Group, Arm] = {}
-    for arm in comparison.quantized:
-        chosen = {"method": "STE"} if wanted is None else wanted
-        if any(key not in arm.hparams or arm.hparams[key] != value for key, value in chosen.items()):
-            continue
-        first = found.setdefault(arm.group, arm)
-        if first is not arm and wanted is not None:
-            raise UserError(
-                f"{comparison.folder / STUDY_FILE}: compare.baseline selects both {comparison.label(first)}"
-                f" and {comparison.label(arm)}: add a hyper-parameter in which they differ"
-            )
-    if not found and wanted is not None:
-        raise UserError(
-            f"{comparison.folder / STUDY_FILE}: compare.baseline {wanted} selects none of the arms:"
-            f" {', '.join(map(comparison.label, comparison.quantized))}"
-        )
-    return found
-
-
-def differences(comparison: "Comparison") -> list[Difference]:
-    """All differences of a study, the arms in the order of its table."""
     found: list[Difference] = []
-    for group, baseline in baselines(comparison).items():
-        for arm in comparison.quantized:
-            if arm is baseline or arm.group != group:
-                continue
-            for lr in comparison.lrs:
-                ours, theirs = comparison.losses(arm, lr), comparison.losses(baseline, lr)
-                found += _difference(comparison, arm, baseline, "loss", lr, ours, theirs)
-            for quantity, by_seed in (
-                ("lr sensitivity", comparison.sensitivities),
-                ("worst loss", comparison.worsts),
-            ):
-                found += _difference(
-                    comparison, arm, baseline, quantity, None, by_seed(arm), by_seed(baseline)
-                )
-    for quantity in ("loss", "lr sensitivity", "worst loss"):
-        family = [i for i, d in enumerate(found) if d.quantity == quantity and d.p is not None]
+    for baseline in _baselines(folder, plan.baseline, arms):
+        theirs = _quantities(baseline, lrs)
+        for arm in arms:
+            if arm is not baseline and arm.group == baseline.group:
+                for (quantity, lr), ours in _quantities(arm, lrs).items():
+                    pair = ours, theirs[quantity, lr]
+                    if all(pair):
+                        assert arm.cap is not None
+                        unchanged = 0.0 if quantity == "lr sensitivity" else arm.cap.loss
+                        tested = _difference(*pair, plan.margin, unchanged)
+                        found.append(Difference(arm.label, baseline.label, quantity, lr, **tested))
+    for quantity in QUANTITIES:
+        family = [i for i, each in enumerate(found) if each.quantity == quantity and each.p is not None]
         adjusted = holm([p for i in family if (p := found[i].p) is not None])
         for i, p in zip(family, adjusted, strict=True):
             word = verdict(found[i].mean, p, found[i].p_equivalence)
@@ -110,33 +96,47 @@ def differences(comparison: "Comparison") -> list[Difference]:
     return found
 
 
+def _baselines(
+    folder: Path, wanted: dict[str, Any] | None, arms: Sequence["ArmSummary"]
+) -> list["ArmSummary"]:
+    """The arm of each group that the others are compared with."""
+    chosen = {"method": "STE"} if wanted is None else wanted
+    found: dict[Any, ArmSummary] = {}
+    for arm in arms:
+        if all(key in arm.hparams and arm.hparams[key] == value for key, value in chosen.items()):
+            first = found.setdefault(arm.group, arm)
+            if first is not arm and wanted is not None:
+                raise UserError(
+                    f"{folder / STUDY_FILE}: compare.baseline selects both {first.label} and {arm.label}:"
+                    " add a hyper-parameter in which they differ"
+                )
+    if not found and wanted is not None:
+        labels = ", ".join(arm.label for arm in arms)
+        raise UserError(
+            f"{folder / STUDY_FILE}: compare.baseline {wanted} selects none of the arms: {labels}"
+        )
+    return list(found.values())
+
+
+def _quantities(arm: "ArmSummary", lrs: Sequence[float]) -> dict[tuple[str, float | None], dict[Any, float]]:
+    """What is compared of an arm: seed to value, by quantity and learning rate."""
+    assert arm.sensitivity is not None
+    found: dict[tuple[str, float | None], dict[Any, float]] = {
+        ("loss", lr): arm.cells[lr].capped if lr in arm.cells else {} for lr in lrs
+    }
+    found["lr sensitivity", None] = arm.sensitivity.by_seed
+    found["worst loss", None] = arm.sensitivity.worst_by_seed
+    return found
+
+
 def _difference(
-    comparison: "Comparison",
-    arm: "Arm",
-    baseline: "Arm",
-    quantity: str,
-    lr: float | None,
-    ours: dict[Any, float],
-    theirs: dict[Any, float],
-) -> list[Difference]:
-    """One difference; none where a side has no runs at all."""
-    if not ours or not theirs:
-        return []
+    ours: Mapping[Any, float], theirs: Mapping[Any, float], margin: float, unchanged: float
+) -> dict[str, Any]:
+    """The figures of a difference between values by seed; `unchanged` is the value of what is capped."""
     shared = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    sample, word = paired([our - their for our, their in shared], comparison.plan.margin), "-"
+    sample, word = paired([our - their for our, their in shared], margin), "-"
     if sample.mean == 0 and sample.n > 1 and all(our == their for our, their in shared):
         sample = replace(sample, p=None, p_equivalence=None)
-        nothing = 0.0 if quantity == "lr sensitivity" else comparison.cap(arm).loss
-        word = "capped" if all(our == nothing for our, _ in shared) else "identical"
-    return [
-        Difference(
-            comparison.label(arm),
-            comparison.label(baseline),
-            quantity,
-            lr,
-            **asdict(sample),
-            p_holm=None,
-            verdict=word,
-            unpaired=len(ours.keys() ^ theirs.keys()),
-        )
-    ]
+        word = "capped" if all(our == unchanged for our, _ in shared) else "identical"
+    unpaired = len(ours.keys() ^ theirs.keys())
+    return asdict(sample) | {"p_holm": None, "verdict": word, "unpaired": unpaired}

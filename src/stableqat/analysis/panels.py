@@ -1,23 +1,21 @@
 """What each picture shows of one study: panels over learning rates, over steps, and of differences.
 
-A function here returns the panels of its picture, each of which draws on axes it is given; none where
-nothing was logged. Nothing that diverged is left out: in means of losses it counts as the cap, and
-crosses say where it was. Of top-1, which has no cap, nothing is drawn there.
+A function here returns the panels of its picture, each of which draws on axes it is given; none if nothing
+was logged. Nothing that diverged is left out: in means of losses it counts as the cap, and crosses say where
+it was. Of top-1, which has no cap, nothing is drawn there.
 """
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from stableqat.analysis.caps import Group
-from stableqat.analysis.comparison import LOSS, TOP1, Arm, Comparison, diverged
-from stableqat.analysis.curves import average, finite
-from stableqat.analysis.drawing import as_written
+from stableqat.analysis.arms import LOSS, TOP1, Group, Result
+from stableqat.analysis.comparison import ArmSummary, Summary
 from stableqat.analysis.stability import FLIP_RATE, GRAD_NORM, TRAIN_LOSS
 from stableqat.analysis.statistics import LEVEL, paired
-from stableqat.events import Run
+from stableqat.analysis.style import Style, as_written
 from stableqat.studies.study import short
 
 if TYPE_CHECKING:
@@ -26,106 +24,99 @@ if TYPE_CHECKING:
 ENOUGH_FOR_T = 5
 ENOUGH_FOR_A_CURVE = 4
 
-Style = dict[str, Any]
 Panel = Callable[["Axes"], None]
 
 
-def losses(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
+def losses(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     """Loss, and top-1 of images, at the end against learning rate."""
-    edges = _edges(comparison)
+    edges = _edges(summary)
 
-    def final(arm: Arm, lr: float) -> list[float]:
-        cell = comparison.cell(arm, lr)
-        return [min(loss, edges[arm.group]) for loss in cell.losses] if cell else []
+    def final(arm: ArmSummary, lr: float) -> list[float]:
+        return [min(loss, edges[arm.group]) for loss in arm.cells[lr].losses]
 
-    def top1(arm: Arm, lr: float) -> list[float]:
-        return [100 * value for value in arm.finals(TOP1, lr)]
+    def top1(arm: ArmSummary, lr: float) -> list[float]:
+        return [100 * value for value in arm.cells[lr].top1]
 
     def draw(axes: "Axes", group: Group, tag: str) -> None:
-        arms = [arm for arm in comparison.fits if arm.group in (group, Group(None, group.images))]
-        _against_lr(axes, comparison, arms, styles, final if tag == LOSS else top1)
+        arms = [arm for arm in summary.fits if arm.group in (group, Group(None, group.images))]
+        _against_lr(axes, summary, arms, styles, final if tag == LOSS else top1)
         axes.set_ylabel("validation loss (nats)" if tag == LOSS else "validation top-1 (%)")
         if len(groups) > 1:
             axes.set_title(group.name, fontsize=9)
-        cap = comparison.caps[group].loss
+        cap = summary.caps[group].loss
         if tag == LOSS and math.isfinite(cap):
             axes.axhline(cap, color="tab:red", linewidth=0.8, alpha=0.6, label="cap", zorder=1)
-        _draw_references(axes, comparison, group, tag, edges[group] if tag == LOSS else math.inf)
+        _draw_references(axes, summary, group, tag, edges[group] if tag == LOSS else math.inf)
 
-    groups = list(dict.fromkeys(arm.group for arm in comparison.quantized or comparison.fits))
+    groups = list(dict.fromkeys(arm.group for arm in summary.quantized or summary.fits))
     return [
         partial(draw, group=group, tag=tag)
         for group in groups
-        for tag in ([LOSS, TOP1] if group.images and _logged(comparison, TOP1) else [LOSS])
+        for tag in ([LOSS, TOP1] if group.images and _logged(summary, TOP1) else [LOSS])
     ]
 
 
-def flips(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
+def flips(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     """Flips and oscillation, mean over a run, against learning rate."""
-    names = {FLIP_RATE: "codes that flip a step", "quant/oscillation": "codes that flip back a step"}
-    return _behaviour(comparison, styles, names, lambda series: statistics.fmean(series.values()), "log")
+    names = {FLIP_RATE: "codes that flip per step", "quant/oscillation": "codes that flip back per step"}
+    return _behaviour(summary, styles, names, lambda series: statistics.fmean(series.values()), "log")
 
 
-def scales(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
+def scales(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     """Drift of the scales and clipped weights, at the end, against learning rate."""
     names = {
         "quant/scale_drift": "|log2(s / s_start)| at the end",
         "quant/clipped": "weights outside the grid",
     }
-    return _behaviour(comparison, styles, names, lambda series: series[max(series)], "linear")
+    return _behaviour(summary, styles, names, lambda series: series[max(series)], "linear")
 
 
 def _behaviour(
-    comparison: Comparison,
+    summary: Summary,
     styles: dict[str, Style],
     names: dict[str, str],
-    summary: Callable[[dict[int, float]], float],
+    figure: Callable[[dict[int, float]], float],
     scale: str,
 ) -> list[Panel]:
-    """A panel for each logged tag: one figure a run against learning rate."""
+    """A panel for each logged tag: one figure per run against learning rate."""
 
-    def values(arm: Arm, lr: float, tag: str) -> list[float]:
-        return [summary(series) for run in arm.at(lr) if (series := _finite(run, tag))]
+    def values(arm: ArmSummary, lr: float, tag: str) -> list[float]:
+        return [figure(series) for run in arm.cells[lr].runs if (series := _finite(run, tag))]
 
     def draw(axes: "Axes", tag: str) -> None:
-        _against_lr(axes, comparison, comparison.fits, styles, partial(values, tag=tag))
+        _against_lr(axes, summary, summary.fits, styles, partial(values, tag=tag))
         axes.set_ylabel(names[tag])
         axes.set_yscale(scale)
 
-    return [partial(draw, tag=tag) for tag in names if _logged(comparison, tag)]
+    return [partial(draw, tag=tag) for tag in names if _logged(summary, tag)]
 
 
 def _against_lr(
     axes: "Axes",
-    comparison: Comparison,
-    arms: list[Arm],
+    summary: Summary,
+    arms: list[ArmSummary],
     styles: dict[str, Style],
-    values: Callable[[Arm, float], list[float]],
+    values: Callable[[ArmSummary, float], list[float]],
 ) -> None:
-    """A line an arm through the means over seeds, with a band and crosses."""
+    """A line per arm through the means over seeds, with a band and crosses."""
     for place, arm in enumerate(arms):
-        style = styles[comparison.label(arm)]
+        style = styles[arm.label]
         # side by side, so that equal points don't hide each other
         dodge = 1.02 ** (place - (len(arms) - 1) / 2)
-        found = {lr: seeds for lr in comparison.lrs if (seeds := values(arm, lr))}
+        found = {lr: seeds for lr in arm.cells if (seeds := values(arm, lr))}
         x = [lr * dodge for lr in found]
         y = [statistics.fmean(seeds) for seeds in found.values()]
         axes.plot(x, y, markersize=4.5, linewidth=1.4, **style)
         lows, highs = zip(*map(_band, found.values()), strict=True) if found else ((), ())
         axes.fill_between(x, lows, highs, color=style["color"], alpha=0.13, linewidth=0)
-        crosses = [
-            (px, py)
-            for lr, px, py in zip(found, x, y, strict=True)
-            if any(diverged(run) for run in arm.at(lr))
-        ]
-        if crosses:
-            axes.plot(
-                *zip(*crosses, strict=True), "x", color=style["color"], markersize=10, markeredgewidth=2
-            )
+        lost = [i for i, lr in enumerate(found) if arm.cells[lr].diverged]
+        if lost:
+            crosses = [x[i] for i in lost], [y[i] for i in lost]
+            axes.plot(*crosses, "x", color=style["color"], markersize=10, markeredgewidth=2)
     axes.set_xlabel("learning rate")
     axes.set_xscale("log")
-    axes.set_xlim(comparison.lrs[0] / 1.5, comparison.lrs[-1] * 1.5)
-    axes.set_xticks(comparison.lrs, [short(lr) for lr in comparison.lrs])
+    axes.set_xlim(summary.lrs[0] / 1.5, summary.lrs[-1] * 1.5)
+    axes.set_xticks(summary.lrs, [short(lr) for lr in summary.lrs])
     axes.minorticks_off()
 
 
@@ -136,26 +127,25 @@ def _band(seeds: list[float]) -> tuple[float, float]:
     return sample.low, sample.high
 
 
-def _edges(comparison: Comparison) -> dict[Group, float]:
+def _edges(summary: Summary) -> dict[Group, float]:
     """The largest loss that is drawn of each group: as far above the cap as the cap lies above the best."""
     edges = {}
-    for group, cap in comparison.caps.items():
-        arms = [arm for arm in comparison.fits if arm.group == group]
-        cells = (comparison.cell(arm, lr) for arm in arms for lr in comparison.lrs)
-        above = max(cap.loss - min(cell.mean for cell in cells if cell), 0.1 * abs(cap.loss))
+    for group, cap in summary.caps.items():
+        cells = [cell for arm in summary.fits if arm.group == group for cell in arm.cells.values()]
+        above = max(cap.loss - min(cell.mean for cell in cells), 0.1 * abs(cap.loss))
         edges[group] = cap.loss + above if math.isfinite(cap.loss) else math.inf
     return edges
 
 
-def _draw_references(axes: "Axes", comparison: Comparison, group: Group, tag: str, edge: float) -> None:
+def _draw_references(axes: "Axes", summary: Summary, group: Group, tag: str, edge: float) -> None:
     """Horizontal lines of full precision and PTQ; what lies beyond the edge is named, but off the scale."""
     scale = 1 if tag == LOSS else 100
     styles = ("--", ":", "-.", (0, (1, 3)), (0, (6, 4)))
     heights = list(axes.dataLim.intervaly)
-    references = [arm for arm in comparison.arms if arm.kind == "fp" and arm.images == group.images]
-    references += [arm for arm in comparison.ptqs if arm.group == group]
+    references = [arm for arm in summary.arms if arm.kind == "fp" and arm.images == group.images]
+    references += [arm for arm in summary.arms if arm.kind == "ptq" and arm.group == group]
     for number, arm in enumerate(references):
-        value = arm.mean(tag)
+        value = arm.loss if tag == LOSS else arm.top1
         if value is None or not math.isfinite(value):
             continue
         value *= scale
@@ -166,7 +156,7 @@ def _draw_references(axes: "Axes", comparison: Comparison, group: Group, tag: st
             color="black" if arm.kind == "fp" else "grey",
             linestyle="-" if arm.kind == "fp" else styles[number % len(styles)],
             linewidth=0.9,
-            label=f"{as_written(comparison.label(arm))}: {value:.{3 if tag == LOSS else 1}f}",
+            label=f"{as_written(arm.label)}: {value:.{3 if tag == LOSS else 1}f}",
             zorder=1,
         )
     heights = [height for height in heights if math.isfinite(height)]
@@ -177,39 +167,37 @@ def _draw_references(axes: "Axes", comparison: Comparison, group: Group, tag: st
         axes.legend(fontsize=7, loc="best", framealpha=0.7)
 
 
-def curves(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
-    """Loss over steps: of validation where that was often enough, otherwise of training."""
-    validated = [len(run.scalars.get(LOSS, {})) for arm in comparison.fits for run in arm.runs]
+def curves(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
+    """Loss over steps: of validation if that was often enough, otherwise of training."""
+    validated = [len(run.scalars.get(LOSS, {})) for arm in summary.fits for run in arm.runs]
     often = validated and statistics.median(validated) >= ENOUGH_FOR_A_CURVE
     tag, name = (LOSS, "validation loss (nats)") if often else (TRAIN_LOSS, "training loss (nats)")
-    return _over_steps(comparison, styles, tag, name, _edges(comparison))
+    return _over_steps(summary, styles, tag, name, _edges(summary))
 
 
-def gradient_norms(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
+def gradient_norms(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     """Norm of the gradient over steps."""
-    return _over_steps(comparison, styles, GRAD_NORM, "gradient norm", {}, "log")
+    return _over_steps(summary, styles, GRAD_NORM, "gradient norm", {}, "log")
 
 
 def _over_steps(
-    comparison: Comparison,
+    summary: Summary,
     styles: dict[str, Style],
     tag: str,
     name: str,
     edges: dict[Group, float],
     scale: str = "linear",
 ) -> list[Panel]:
-    """A panel a learning rate with a line an arm over steps."""
+    """A panel per learning rate with a line per arm over steps."""
 
     def draw(axes: "Axes", lr: float) -> None:
-        for arm in comparison.fits:
-            style = {**styles[comparison.label(arm)], "marker": "", "linewidth": 1.1}
-            runs, edge = arm.at(lr), edges.get(arm.group, math.inf)
-            together, survivors = average(runs, tag)
-            axes.plot(list(together), [min(v, edge) for v in together.values()], **style)
-            axes.plot(
-                list(survivors), [min(v, edge) for v in survivors.values()], **{**style, "linestyle": ":"}
-            )
-            ends = [max(series.items()) for run in runs if diverged(run) and (series := _finite(run, tag))]
+        for arm in summary.fits:
+            style = {**styles[arm.label], "marker": "", "linewidth": 1.1}
+            runs = arm.cells[lr].runs if lr in arm.cells else []
+            edge = edges.get(arm.group, math.inf)
+            for mean, line in zip(_average(runs, tag), (style["linestyle"], ":"), strict=True):
+                axes.plot(list(mean), [min(v, edge) for v in mean.values()], **{**style, "linestyle": line})
+            ends = [max(series.items()) for run in runs if run.diverged and (series := _finite(run, tag))]
             for step, value in ends:
                 axes.plot(step, min(value, edge), "x", color=style["color"], clip_on=False, zorder=3)
         axes.set_title(f"lr {short(lr)}", fontsize=9)
@@ -217,35 +205,57 @@ def _over_steps(
         axes.set_xlabel("step")
         axes.set_ylabel(name)
 
-    return [partial(draw, lr=lr) for lr in comparison.lrs] if _logged(comparison, tag) else []
+    return [partial(draw, lr=lr) for lr in summary.lrs] if _logged(summary, tag) else []
 
 
-def differences(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]:
+def _average(runs: Sequence[Result], tag: str) -> tuple[dict[int, float], dict[int, float]]:
+    """The mean of several seeds at every step that all runs which get there have logged.
+
+    Seeds log at the same steps, but a run that diverges ends early. A mean that silently continued with the
+    others would look better the more runs diverge, so what the survivors show is kept apart.
+
+    Returns:
+        Step to mean while all runs train, and from the last of those steps on for the longer ones.
+    """
+    series = [_finite(run, tag) for run in runs]
+    together: dict[int, float] = {}
+    survivors: dict[int, float] = {}
+    for step in sorted({step for each in series for step in each}):
+        going = [each for each in series if each and max(each) >= step]
+        if all(step in each for each in going):
+            mean = statistics.fmean(each[step] for each in going)
+            (together if len(going) == len(series) else survivors)[step] = mean
+    if together and survivors:
+        last = max(together)
+        survivors = {last: together[last]} | survivors
+    return together, survivors
+
+
+def differences(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     """A forest plot of each arm's differences to the baseline."""
-    measured = [each for each in comparison.differences if each.mean is not None]
+    measured = [each for each in summary.differences if each.mean is not None]
     rows = list(dict.fromkeys((each.quantity, each.lr) for each in measured))
     rows.sort(key=lambda row: (row[0] != "loss", row[1] or 0.0))
+    margin = summary.plan.margin
 
     def draw(axes: "Axes", arm: str, baseline: str) -> None:
+        from matplotlib.ticker import SymmetricalLogLocator
+
         axes.axvline(0, color="grey", linewidth=0.8)
-        if comparison.plan.margin:
-            axes.axvspan(
-                -comparison.plan.margin, comparison.plan.margin, color="grey", alpha=0.2, linewidth=0
-            )
+        if margin:
+            axes.axvspan(-margin, margin, color="grey", alpha=0.2, linewidth=0)
+        colour, marker = styles[arm]["color"], styles[arm]["marker"]
         for each in measured:
             if (each.arm, each.baseline) == (arm, baseline):
                 y = rows.index((each.quantity, each.lr))
-                colour = styles[arm]["color"]
                 sure = each.p_holm is not None and each.p_holm < LEVEL
-                filled: Literal["full", "none"] = "full" if sure else "none"
                 assert each.mean is not None
                 if each.low is not None and each.high is not None:
                     axes.plot([each.low, each.high], [y, y], color=colour, linewidth=1.4)
-                axes.plot(each.mean, y, "o", color=colour, markersize=5, fillstyle=filled)
+                face = colour if sure else "none"
+                axes.plot(each.mean, y, marker, color=colour, markersize=5, markerfacecolor=face)
         axes.set_title(as_written(f"{arm} - {baseline}"), fontsize=9)
-        from matplotlib.ticker import SymmetricalLogLocator
-
-        linear = 2 * (comparison.plan.margin or 0.01)
+        linear = 2 * (margin or 0.01)
         axes.set_xscale("symlog", linthresh=linear)
         axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=[1, 2, 5]))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -258,9 +268,10 @@ def differences(comparison: Comparison, styles: dict[str, Style]) -> list[Panel]
     return [partial(draw, arm=arm, baseline=baseline) for arm, baseline in pairs]
 
 
-def _finite(run: Run, tag: str) -> dict[int, float]:
-    return finite(run.scalars.get(tag, {}))
+def _finite(run: Result, tag: str) -> dict[int, float]:
+    """The finite values of a series."""
+    return {step: value for step, value in run.scalars.get(tag, {}).items() if math.isfinite(value)}
 
 
-def _logged(comparison: Comparison, tag: str) -> bool:
-    return any(_finite(run, tag) for arm in comparison.fits for run in arm.runs)
+def _logged(summary: Summary, tag: str) -> bool:
+    return any(_finite(run, tag) for arm in summary.fits for run in arm.runs)

@@ -1,21 +1,18 @@
 """The pictures of a comparison: losses and the quantizers' behaviour, over learning rates and over steps.
 
-An arm looks the same in every picture, and a method has one colour in all of them; its variants are told
-apart by markers and dashes. What is in them: see `panels`.
+An arm looks the same in every picture, see `style`. What is in the pictures: see `panels`.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stableqat.analysis import panels
-from stableqat.analysis.comparison import Comparison, diverged
-from stableqat.analysis.drawing import as_written, colour_of
-from stableqat.analysis.panels import Panel, Style
+from stableqat.analysis.comparison import Summary
+from stableqat.analysis.panels import Panel
+from stableqat.analysis.style import Style, as_written, styles_of
 from stableqat.files import whole_file
 
 if TYPE_CHECKING:
@@ -39,22 +36,20 @@ CAPTIONS = {
     " 95% t interval; left of zero is better than the baseline. Filled: p < 0.05 after Holm's correction."
     " Shaded: the margin of equivalence. The scale is linear up to the lines and logarithmic beyond.",
 }
-MARKERS = "osD^vPX*"
-DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)))
 
 
-def draw_all(comparisons: list[Comparison], folder: Path) -> list[Path]:
+def draw_all(summaries: list[Summary], folder: Path) -> list[Path]:
     """Writes every picture for which something was logged as PNG.
 
     Args:
-        comparisons: One or more studies; a picture has a row of panels for each.
+        summaries: One or more studies; a picture has a row of panels for each.
         folder: Where to write; files of the same name are replaced.
 
     Returns:
         The files, `compare.png` first.
     """
-    styles = _styles(comparisons)
-    page = partial(_figure, comparisons, styles)
+    styles = styles_of(arm for summary in summaries for arm in summary.fits)
+    page = partial(_figure, summaries, styles)
     figures = {
         "compare": page(panels.losses, (6.6, 4.6), columns=2),
         "curves": page(panels.curves, (3.3, 2.5), columns=4, share="xy"),
@@ -73,28 +68,10 @@ def draw_all(comparisons: list[Comparison], folder: Path) -> list[Path]:
     return paths
 
 
-def _styles(comparisons: list[Comparison]) -> dict[str, Style]:
-    """Label to line style: the colour is the method's, dashes count its variants."""
-    styles: dict[str, Style] = {}
-    variants: Counter[str] = Counter()
-    markers = count()
-    for comparison in comparisons:
-        for arm in comparison.fits:
-            label, method = comparison.label(arm), str(arm.hparams.get("method"))
-            if label not in styles:
-                styles[label] = {
-                    "color": colour_of(method),
-                    "marker": "." if method == "FP" else MARKERS[next(markers) % len(MARKERS)],
-                    "linestyle": DASHES[variants[method] % len(DASHES)],
-                }
-                variants[method] += 1
-    return styles
-
-
 def _figure(
-    comparisons: list[Comparison],
+    summaries: list[Summary],
     styles: dict[str, Style],
-    content: Callable[[Comparison, dict[str, Style]], list[Panel]],
+    content: Callable[[Summary, dict[str, Style]], list[Panel]],
     size: tuple[float, float],
     columns: int,
     share: str = "",
@@ -104,25 +81,25 @@ def _figure(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    studies = [(comparison, drawn) for comparison in comparisons if (drawn := content(comparison, styles))]
+    studies = [(summary, drawn) for summary in summaries if (drawn := content(summary, styles))]
     if not studies:
         return None
     columns = min(columns, max(len(drawn) for _, drawn in studies))
     rows = [math.ceil(len(drawn) / columns) for _, drawn in studies]
-    labels = {comparison.label(arm): None for comparison, _ in studies for arm in comparison.fits}
+    labels = {arm.label: None for summary, _ in studies for arm in summary.fits}
     entries = [Line2D([], [], label=as_written(label), **styles[label]) for label in labels]
-    if any(diverged(run) for comparison, _ in studies for arm in comparison.fits for run in arm.runs):
+    if any(run.diverged for summary, _ in studies for arm in summary.fits for run in arm.runs):
         entries.append(Line2D([], [], label="diverged", color="grey", marker="x", linestyle=""))
     width = size[0] * max(columns, 6 / size[0])
-    across = max(1, min(len(entries), int(width / (0.08 * max(map(len, labels)) + 0.75))))
+    across = max(1, min(len(entries), int(width / (0.08 * max(map(len, labels)) + 0.95))))
     height = 0.2 * math.ceil(len(entries) / across)
     figure = Figure(
         figsize=(width, (size[1] + 0.1) * sum(rows) + 0.3 * len(rows) + height), layout="constrained"
     )
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False).flat
-    for (comparison, drawn), part, lines in zip(studies, parts, rows, strict=True):
-        part.suptitle(as_written(comparison.name), fontweight="bold")
+    for (summary, drawn), part, lines in zip(studies, parts, rows, strict=True):
+        part.suptitle(as_written(summary.name), fontweight="bold")
         table = part.subplots(lines, columns, sharex="x" in share, sharey="y" in share, squeeze=False)
         grid = list(table.flat)
         for axes, draw in zip(grid, drawn, strict=False):
@@ -135,5 +112,7 @@ def _figure(
                 axes.set_xlabel("")
             if "y" in share and number % columns:
                 axes.set_ylabel("")
-    figure.legend(handles=entries, loc="outside upper center", ncols=across, fontsize=9, frameon=False)
+    figure.legend(
+        handles=entries, loc="outside upper center", ncols=across, fontsize=9, frameon=False, handlelength=3.5
+    )
     return figure

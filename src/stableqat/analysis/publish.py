@@ -1,10 +1,13 @@
-"""`stableqat publish`: a study's event files, small enough to give away.
+"""What `stableqat publish` writes: a study's event files, small enough to give away.
 
 Each run keeps one event file with its hyper-parameters (so the HParams tab works) and its scalars, thinned;
-tags of single layers and checkpoints stay behind. `stableqat compare` says the same of the copy, but for what
-counts logged steps (spikes, gradient norms, means over training) where a run logged more of them than are
-kept. A run of its own, `overlay`, holds means over the seeds and a custom-scalars layout that draws all arms
-of one learning rate in one chart.
+tags of single layers and checkpoints stay behind. `stableqat compare` says the same of the copy, except for
+what counts logged steps (spikes, gradient norms, means over training) if a run logged more than are kept.
+
+`overlay` holds means over the seeds and a layout of the custom-scalars tab that draws all arms of one
+learning rate in one chart. TensorBoard chooses colours and symbols itself: a colour per run, and within a run
+a symbol per series. So each method is a run of the overlay and keeps one colour in all charts; its arms
+differ by symbol. Which colour that is can't be set.
 """
 
 import math
@@ -12,63 +15,22 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stableqat.analysis.command import read_comparisons
-from stableqat.analysis.comparison import Arm, Comparison
-from stableqat.analysis.labels import NAMED
-from stableqat.errors import UserError
+from stableqat.analysis.arms import NAMED, Result
+from stableqat.analysis.comparison import Summary
 from stableqat.events import COMPARED, OVERLAY, find_runs, hparams_events, read_run
-from stableqat.files import whole_folder, writing
+from stableqat.studies.plan import STUDY_FILE
 from stableqat.studies.study import short
-from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto import summary_pb2
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-MOST_MEGABYTES = 8.0
 OVERLAID = ("train/loss", "train/grad_norm", "quant/flip_rate", "quant/oscillation", "quant/scale_drift")
-
-
-def publish(folders: list[str], *, out: str = "lightning_logs/published", points: int = 100) -> int:
-    """Copies studies for publication: their event files, thinned.
-
-    Args:
-        folders: Folders of studies.
-        out: Folder that gets a folder a study; a study that lies there already is refused.
-        points: Most values of a tag that are kept, first and last among them.
-
-    Returns:
-        0.
-    """
-    if points < 2:
-        raise UserError(f"points: {points} must be 2 or more")
-    target = Path(out)
-    console = terminal()
-    for folder in map(Path, folders):
-        name = folder.resolve().name
-        if (target / name).exists():
-            raise UserError(f"{target / name} exists already: move it away, or give another --out")
-        comparisons = [c for c in read_comparisons([folder]) if c.folder == folder]
-        if not comparisons:
-            raise UserError(
-                f"{folder} holds studies, but no runs of its own: name the folders of the studies"
-            )
-        with writing(str(target), "name another folder with --out"), whole_folder(target / name) as copy:
-            for path in find_runs(folder):
-                if path.parent == folder:
-                    _write_run(path, copy / path.name, points, comparisons[0].named(path))
-            _write_overlay(comparisons[0], copy / OVERLAY, points)
-            if (folder / "study.yaml").exists():
-                shutil.copyfile(folder / "study.yaml", copy / "study.yaml")
-        size = sum(file.stat().st_size for file in (target / name).rglob("*") if file.is_file()) / 1e6
-        more = f", more than {MOST_MEGABYTES:g} MB: lower --points" if size > MOST_MEGABYTES else ""
-        console.print(f"published: {target / name}, {size:.1f} MB{more}")
-    return 0
 
 
 def thinned(series: dict[int, float], points: int) -> dict[int, float]:
@@ -86,6 +48,24 @@ def thinned(series: dict[int, float], points: int) -> dict[int, float]:
     return {step: series[step] for step in steps if step in kept}
 
 
+def write_copy(summary: Summary, folder: Path, points: int) -> None:
+    """Writes the copy of a study.
+
+    Args:
+        summary: The study.
+        folder: A new folder.
+        points: Most values of a tag that are kept, first and last among them.
+    """
+    results = [run for arm in summary.arms for run in arm.runs]
+    named = {run.folder: run.hparams.get(NAMED) for run in results}
+    for path in find_runs(summary.folder):
+        if path.parent == summary.folder:
+            _write_run(path, folder / path.name, points, named.get(path))
+    _write_overlay(summary, folder / OVERLAY, points)
+    if (summary.folder / STUDY_FILE).exists():
+        shutil.copyfile(summary.folder / STUDY_FILE, folder / STUDY_FILE)
+
+
 def _write_run(source: Path, folder: Path, points: int, named: str | None) -> None:
     run = read_run(source, COMPARED)
     with _writer(folder) as write:
@@ -98,28 +78,35 @@ def _write_run(source: Path, folder: Path, points: int, named: str | None) -> No
                 write(_scalar(tag, value), step)
 
 
-def _write_overlay(comparison: Comparison, folder: Path, points: int) -> None:
+def _write_overlay(summary: Summary, folder: Path, points: int) -> None:
+    """Writes the means, a run per method, and in the run above them the layout of their charts."""
     from tensorboard.plugins.custom_scalar import layout_pb2
 
+    charts: dict[str, dict[float, list[str]]] = {tag: {lr: [] for lr in summary.lrs} for tag in OVERLAID}
+    for method in dict.fromkeys(arm.method for arm in summary.fits):
+        with _writer(folder / re.sub(r"[^\w.+-]", "_", method)) as write:
+            for arm in summary.fits:
+                for lr, cell in arm.cells.items() if arm.method == method else ():
+                    for tag, by_lr in charts.items():
+                        name = f"{tag} at lr {short(lr)}/{arm.label}"
+                        series = thinned(_mean(cell.runs, tag), points)
+                        for step, value in series.items():
+                            write(_scalar(name, value), step)
+                        by_lr[lr] += [f"^{re.escape(name)}$"] if series else []
     layout = layout_pb2.Layout()
+    for tag, by_lr in charts.items():
+        drawn = [
+            layout_pb2.Chart(title=f"lr {short(lr)}", multiline=layout_pb2.MultilineChartContent(tag=names))
+            for lr, names in by_lr.items()
+            if names
+        ]
+        if drawn:
+            layout.category.add(title=tag, chart=drawn)
     with _writer(folder) as write:
-        for tag in OVERLAID:
-            charts = []
-            for lr in comparison.lrs:
-                chart = layout_pb2.Chart(title=f"lr {short(lr)}")
-                for arm in comparison.fits:
-                    name = f"{tag} at lr {short(lr)}/{comparison.label(arm)}"
-                    series = thinned(_mean(arm, lr, tag), points)
-                    for step, value in series.items():
-                        write(_scalar(name, value), step)
-                    chart.multiline.tag.extend([f"^{re.escape(name)}$"] if series else [])
-                charts += [chart] if chart.multiline.tag else []
-            if charts:
-                layout.category.add(title=tag, chart=charts)
         write(_layout(layout), 0)
 
 
-def _add_name(summary: "Summary", named: str) -> None:
+def _add_name(summary: "summary_pb2.Summary", named: str) -> None:
     """Make the name that tells an arm apart a hyper-parameter: what it was told from stays behind."""
     from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_STRING
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -133,7 +120,7 @@ def _add_name(summary: "Summary", named: str) -> None:
         value.metadata.plugin_data.content = data.SerializeToString()
 
 
-def _layout(layout: "Layout") -> "Summary":
+def _layout(layout: "Layout") -> "summary_pb2.Summary":
     """What the custom-scalars tab reads; TensorBoard's own function for it wants TensorFlow."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -146,7 +133,7 @@ def _layout(layout: "Layout") -> "Summary":
 
 
 @contextmanager
-def _writer(folder: Path) -> Iterator[Callable[["Summary", int], None]]:
+def _writer(folder: Path) -> Iterator[Callable[["summary_pb2.Summary", int], None]]:
     """An event file in a new folder."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -158,14 +145,14 @@ def _writer(folder: Path) -> Iterator[Callable[["Summary", int], None]]:
         writer.close()
 
 
-def _scalar(tag: str, value: float) -> "Summary":
+def _scalar(tag: str, value: float) -> "summary_pb2.Summary":
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     return Summary(value=[Summary.Value(tag=tag, simple_value=value)])
 
 
-def _mean(arm: Arm, lr: float, tag: str) -> dict[int, float]:
+def _mean(runs: Sequence[Result], tag: str) -> dict[int, float]:
     """Mean over the seeds at the steps that all runs have logged."""
-    series = [run.scalars[tag] for run in arm.at(lr) if tag in run.scalars]
+    series = [run.scalars[tag] for run in runs if tag in run.scalars]
     common = set.intersection(*map(set, series)) if series else set()
     return {step: statistics.fmean(each[step] for each in series) for step in sorted(common)}

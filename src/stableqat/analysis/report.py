@@ -11,9 +11,8 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from stableqat.analysis.comparison import Comparison
 from stableqat.analysis.plot import CAPTIONS
-from stableqat.analysis.tables import notes, tensorboard, text_tables
+from stableqat.analysis.tables import Page
 from stableqat.terminal import printable
 
 _STYLE = """
@@ -35,53 +34,50 @@ code { background: var(--soft); padding: .1rem .3rem; border-radius: 3px; }
 _VERDICTS = ("lower", "higher")
 
 
-def write(comparisons: list[Comparison], pictures: list[Path], path: Path) -> None:
+def write(pages: list[Page], pictures: list[Path], path: Path, tensorboard: str) -> None:
     """Writes the page.
 
     Args:
-        comparisons: The studies, a section each.
+        pages: The studies, a section each.
         pictures: PNG files; the name of one says its caption.
         path: File to write.
+        tensorboard: The command that opens TensorBoard on the studies.
     """
-    names = [comparison.name for comparison in comparisons]
-    folders = [comparison.folder for comparison in comparisons]
-    made_by = shlex.join(["stableqat", "compare", *map(str, folders)])
+    summaries = [page.summary for page in pages]
+    names = escape(", ".join(summary.name for summary in summaries))
+    made_by = shlex.join(["stableqat", "compare", *(str(summary.folder) for summary in summaries)])
     body = [
-        f"<h1>{escape(', '.join(names))}</h1>",
-        f"<p>{sum(len(arm.runs) for c in comparisons for arm in c.arms)} runs of"
-        f" {sum(len(c.fits) for c in comparisons)} arms.</p>",
+        f"<h1>{names}</h1>",
+        f"<p>{sum(len(arm.runs) for summary in summaries for arm in summary.arms)} runs of"
+        f" {sum(len(summary.fits) for summary in summaries)} arms.</p>",
         *(_figure(picture) for picture in pictures[:1]),
-        *(_section(comparison) for comparison in comparisons),
+        *map(_section, pages),
         "<h2>Over training</h2>" if pictures[1:] else "",
         *(_figure(picture) for picture in pictures[1:]),
         f"<footer><p>Made by <code>{escape(printable(made_by))}</code> on"
-        f" {datetime.date.today().isoformat()};"
-        f" curves: <code>{escape(tensorboard(folders))}</code></p>"
-        "</footer>",
+        f" {datetime.date.today().isoformat()}; curves: <code>{escape(tensorboard)}</code></p></footer>",
     ]
     path.write_text(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(', '.join(names))}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in body if part)
+        f'<link rel="icon" href="data:,">\n<title>{names}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n'
+        + "\n".join(filter(None, body))
         + "\n</body>\n</html>\n",
         encoding="utf-8",
     )
 
 
-def _section(comparison: Comparison) -> str:
-    parts = [f"<h2>{escape(comparison.name)}</h2>"]
-    for title, lines in text_tables(comparison):
+def _section(page: Page) -> str:
+    parts = [f"<h2>{escape(page.summary.name)}</h2>"]
+    for title, lines in page.tables:
         table = _table(lines)
-        differences = title.startswith("Differences")
-        if differences:  # long, and drawn above
+        if title.startswith("Differences"):  # long, and drawn above
             parts.append(f"<details><summary>{escape(title)}</summary>{table}</details>")
         else:
             parts += [f"<h3>{escape(title)}</h3>" if title else "", table]
-    paragraphs = "".join(f"<p>{escape(text)}</p>" for text in notes(comparison).split("\n\n"))
+    paragraphs = "".join(f"<p>{escape(text)}</p>" for text in page.notes.split("\n\n"))
     parts.append(f"<details><summary>What the figures mean</summary>{paragraphs}</details>")
-    return "\n".join(part for part in parts if part)
+    return "\n".join(filter(None, parts))
 
 
 def _table(lines: list[list[str]]) -> str:

@@ -11,9 +11,11 @@ Losses and norms that are no number are left to the divergence rate.
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from stableqat.events import Run
+if TYPE_CHECKING:
+    from stableqat.analysis.arms import Result
 
 TRAIN_LOSS, GRAD_NORM = "train/loss", "train/grad_norm"
 WINDOW, FEWEST, SIGMAS, FLOOR = 50, 10, 7, 0.1
@@ -25,6 +27,7 @@ ENDS = {
     "grad cosine": "quant/grad_cosine",
 }
 FLIP_RATE = "quant/flip_rate"
+FIGURES = ("spikes per 1000", *QUANTILES, "flip rate", *ENDS)
 
 
 def spikes(losses: Iterable[float]) -> tuple[int, int]:
@@ -45,12 +48,11 @@ def quantile(values: Iterable[float], share: float) -> float | None:
     return finite[max(0, math.ceil(share * len(finite)) - 1)] if finite else None
 
 
-def stability(runs: list[Run], calm: list[Run]) -> dict[str, float]:
+def stability(runs: Sequence["Result"]) -> dict[str, float]:
     """The figures that the runs' event files allow, by name; what was not logged is not in it.
 
-    Args:
-        runs: Runs over which spikes and the gradient's norm are pooled, value by value.
-        calm: Those that did not diverge: the quantizers' figures are means over them.
+    Spikes and the gradient's norm are pooled over all runs, value by value. The quantizers' figures are means
+    over the runs that did not diverge.
     """
     figures: dict[str, float | None] = {}
     counts = [spikes(run.scalars.get(TRAIN_LOSS, {}).values()) for run in runs]
@@ -58,9 +60,10 @@ def stability(runs: list[Run], calm: list[Run]) -> dict[str, float]:
     figures["spikes per 1000"] = 1000 * sum(n for n, _ in counts) / judged if judged else None
     norms = [value for run in runs for value in run.scalars.get(GRAD_NORM, {}).values()]
     figures |= {name: quantile(norms, share) for name, share in QUANTILES.items()}
+    calm = [run for run in runs if not run.diverged]
     rates = [statistics.fmean(run.scalars[FLIP_RATE].values()) for run in calm if run.scalars.get(FLIP_RATE)]
     figures["flip rate"] = statistics.fmean(rates) if rates else None
     for name, tag in ENDS.items():
-        ends = [value for run in calm if (value := run.last(tag)) is not None]
+        ends = [run.last[tag] for run in calm if tag in run.last]
         figures[name] = statistics.fmean(ends) if ends else None
     return {name: value for name, value in figures.items() if value is not None}

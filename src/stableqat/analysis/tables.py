@@ -1,233 +1,94 @@
 """A comparison as text: Markdown to read, CSV and JSON to compute with.
 
-Markdown has up to three tables: losses, how calm training was, and the differences from the
-baseline; columns that no arm fills are left out. CSV has the first two, a row an arm, unrounded. JSON
-has everything down to the single runs; what is not finite there is null, so that any parser reads it.
+Markdown has up to three tables: losses, how calm training was, and the differences from the baseline; columns
+that no arm fills are left out. CSV has the first two, a row per arm, unrounded. JSON has everything down to
+the single runs; what is not finite there is null, so that any parser reads it.
 """
 
 import csv
 import io
 import json
 import math
-import os
-import shlex
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from stableqat.analysis.band import TOLERANCE, Band
-from stableqat.analysis.comparison import TOP1, Arm, Cell, Comparison, diverged
-from stableqat.analysis.labels import UNSET
-from stableqat.analysis.stability import FEWEST, FLOOR, SIGMAS, WINDOW, stability
-from stableqat.analysis.statistics import LEVEL
-from stableqat.events import Run
+from stableqat.analysis.comparison import ArmSummary, Cell, Summary
+from stableqat.analysis.differences import Difference
+from stableqat.analysis.notes import notes
+from stableqat.analysis.sensitivity import Band
+from stableqat.analysis.stability import FIGURES
 from stableqat.studies.study import short
-from stableqat.terminal import printable
-
-PERPLEXITY = "val/perplexity"
-ODD_HALF, ALL = ", odd batches", ", all batches"
 
 
-def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """A row an arm, column to value; full precision and PTQ at the top.
+@dataclass(frozen=True)
+class Page:
+    """A comparison as people read it.
 
-    Columns: "arm" (its label), hyper-parameters, "lr <x>" (a `Cell`) for each learning rate, figures. Columns
-    that are empty in all rows are left out.
+    Attributes:
+        summary: The figures.
+        tables: A title each, and lines of cells, the first of them the header.
+        notes: What has to be known to read the tables, a paragraph per subject.
     """
-    table = []
-    for arm in comparison.arms:
-        row: dict[str, Any] = {"arm": comparison.label(arm)}
-        row |= {key: arm.hparams.get(key) for key in comparison.columns}
-        if arm.kind == "fit":
-            row |= {f"lr {short(lr)}": comparison.cell(arm, lr) for lr in comparison.lrs}
-        else:
-            row |= {"method": row["arm"] if arm.kind == "fp" else "PTQ", "mask": None}
-            row |= {f"lr {short(lr)}": None for lr in comparison.lrs}
-        table.append(row | _figures(comparison, arm))
-    filled = [key for key in _keys(table) if any(row.get(key) is not None for row in table)]
-    return [{key: row.get(key) for key in filled} for row in table]
+
+    summary: Summary
+    tables: list[tuple[str, list[list[str]]]]
+    notes: str
 
 
-def _figures(comparison: Comparison, arm: Arm) -> dict[str, Any]:
-    selected = comparison.selected(arm) if arm.kind == "fit" else None
-    loss = selected.loss if selected else arm.mean(comparison.selection[1])
-    figures: dict[str, Any] = {"selected lr": None, "edge": None}
-    figures |= {"selected lr": selected.lr, "edge": selected.edge} if selected else {}
-    figures |= {"reported loss" + _part(comparison): loss}
-    figures |= _qualities(comparison, arm, selected.lr if selected else None)
-    if selected is None:
-        kept = ("recovered", "lr sensitivity", "usable octaves", "worst loss", "diverged", "divergence rate")
-        return figures | dict.fromkeys(kept) | {"runs": len(arm.runs)}
-    lost = sum(map(diverged, arm.runs))
-    figures["recovered"] = comparison.recovered(arm)
-    figures |= {"lr sensitivity": comparison.sensitivity(arm), "usable octaves": comparison.band(arm)}
-    figures["worst loss"] = comparison.worst(arm)
-    figures |= {"diverged": lost, "divergence rate": lost / len(arm.runs), "runs": len(arm.runs)}
-    return figures | _stability(arm.runs)
+def write_pages(summaries: Sequence[Summary]) -> list[Page]:
+    """The tables of several comparisons, with their notes."""
+    return [write_page(summary) for summary in summaries]
 
 
-def _part(comparison: Comparison) -> str:
-    """Of which validation batches a reported figure is, where it is not of all."""
-    on, reported = comparison.selection
-    return ODD_HALF if on != reported else ""
-
-
-def _qualities(comparison: Comparison, arm: Arm, lr: float | None) -> dict[str, float | None]:
-    """Perplexity of the same batches as the reported loss, and top-1, which is logged of all only."""
-    losses = arm.finals(comparison.selection[1], lr) if arm.logged(PERPLEXITY) else []
-    perplexity = statistics.fmean(map(math.exp, losses)) if losses else None
-    part = _part(comparison)
-    return {"perplexity" + part: perplexity, "top-1" + ALL * bool(part): arm.mean(TOP1, lr)}
-
-
-def _stability(runs: list[Run]) -> dict[str, float]:
-    return stability(runs, [run for run in runs if not diverged(run)])
-
-
-def notes(comparison: Comparison) -> str:
-    """What has to be known to read the tables, a paragraph a subject."""
-    if not comparison.fits:
-        return "Validation loss in nats."
-    table, (on, reported) = rows(comparison), comparison.selection
-    edges = [f"{row['arm']} ({short(row['selected lr'])}, {row['edge']})" for row in table if row.get("edge")]
-    texts = [
-        "Validation loss in nats, mean +- standard deviation (runs) over seeds."
-        f" Learning rates: {', '.join(map(short, comparison.lrs))}. {_about_caps(comparison)}; a diverged run"
-        " counts as the cap.",
-        "Selected lr: the smallest mean over seeds of min(loss, cap) on"
-        + (
-            f" {on}, the even validation batches; the reported loss is {reported}, of the odd ones, and so is"
-            " the perplexity, its exp by seed. What is given by learning rate, LR sensitivity, worst loss and"
-            " differences are of all batches."
-            if on != reported
-            else f" {on}; not all runs logged its two halves, so the loss of the same batches is reported"
-            " and, as the best of several, flatters."
-        ),
-    ]
-    lost = [arm for arm in comparison.fits if any(map(diverged, arm.at(comparison.selected(arm).lr)))]
-    if lost and (names := [key for key in table[0] if key.startswith(("perplexity", "top-1"))]):
-        text = f"{' and '.join(names)}: mean over seeds at the selected lr; - where one of them diverged."
-        texts.append(text[0].upper() + text[1:])
-    if edges:
-        texts.append(
-            f"At the edge of its learning rates, so the best may lie beyond: {', '.join(edges)}. At the lower"
-            " edge LR sensitivity looks upward only: it says what larger learning rates cost."
-        )
-    texts.append(
-        "LR sensitivity: mean over the learning rates of min(loss, cap) - best. Worst loss: the largest"
-        " min(loss, cap). Both by seed, then averaged, from seeds with all learning rates. Usable octaves: of"
-        f" the learning rates around the best with a loss at most {TOLERANCE:g} nats above it,"
-        " read off a monotone cubic over log2(lr), by seed, then averaged; >= where the grid ends first."
-        " Recovered: (PTQ - reported) / (PTQ - FP), PTQ on the arm's own grid and scale."
-    )
-    if any("spikes per 1000" in row or "grad norm median" in row for row in table):
-        texts.append(
-            f"Spikes per 1000 logged steps: a training loss above the median of the {WINDOW} before it by"
-            f" more than {SIGMAS} robust standard deviations (1.4826 MAD) and {FLOOR} nats; the first"
-            f" {FEWEST} are not judged. Gradient norms: before clipping, the logged steps of all runs pooled."
-            " Flip rate: mean over training; oscillation, scale drift, gradient cosine: at its end; of the"
-            " runs that did not diverge."
-        )
-    if comparison.quantized:
-        texts.append(_about_differences(comparison))
-    if comparison.usual:
-        settings = ", ".join(f"{key} {value}" for key, value in comparison.usual.items() if value != UNSET)
-        texts.append(f"Settings where an arm has them and its name does not say otherwise: {settings}.")
-    return "\n\n".join(texts)
-
-
-def _about_caps(comparison: Comparison) -> str:
-    groups: dict[str, list[str]] = {}
-    for group, cap in comparison.caps.items():
-        groups.setdefault(f"{cap.loss:.4g} ({cap.source})", []).append(group.name)
-    if len(groups) == 1:
-        return f"Cap: {next(iter(groups))}"
-    return "Caps: " + ", ".join(f"{cap} at {' and '.join(names)}" for cap, names in groups.items())
-
-
-def _about_differences(comparison: Comparison) -> str:
-    found, margin = comparison.differences, comparison.plan.margin
-    if not found:
-        return "Differences: none, because no baseline has another quantized arm of its bit width beside it."
-    if all(each.n < 2 for each in found):
-        return "Differences: not tested, because that takes two seeds or more that both arms ran with."
-    sizes = {q: sum(e.quantity == q and e.p is not None for e in found) for q in (e.quantity for e in found)}
-    names = ", ".join(dict.fromkeys(each.baseline for each in found))
-    tests = ", ".join(f"{quantity}: {number}" for quantity, number in sizes.items())
-    text = (
-        f"Differences: arm minus baseline ({names}), paired by seed, losses up to the cap; 95%"
-        " t intervals and two-sided paired t tests. Holm's correction within a family: all quantized"
-        " arms and learning rates of the study for the loss, all quantized"
-        f" arms for each of the others (tests: {tests})."
-        f" Equivalent: the 90% interval lies within +-{margin:g} nats (TOST at {LEVEL:.0%})"
-        + ("" if margin else ", the study names no margin")
-        + f"; lower, higher: otherwise, where Holm's p is below {LEVEL:g}. Identical: every pair is the same"
-        " number, as where both sides compute the same; capped: that number is the cap. Neither is tested or"
-        " counts in a family. Intervals cover what seeds vary: where all runs begin from one checkpoint, the"
-        " order of its data, and no other checkpoint, corpus or size."
-    )
-    unpaired = sum(each.unpaired for each in found if each.quantity == "loss")
-    return text + (
-        f" Runs left out of pairs because the other side lacks them: {unpaired}." if unpaired else ""
-    )
-
-
-def text_tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
-    """The tables to read: a title each, and lines of cells, the first of them the header."""
-    table = rows(comparison)
-    calm = [key for key in _keys([_stability(arm.runs) for arm in comparison.fits]) if key in table[0]]
-    hidden = {*comparison.columns, *calm, "edge", "divergence rate"}
+def write_page(summary: Summary) -> Page:
+    """The tables of a comparison, with their notes."""
+    table = summary.rows
+    calm = [key for key in table[0] if key in FIGURES]
+    hidden = {*summary.columns, *calm, "edge", "divergence rate"}
     tables = [("", _lines(table, [key for key in table[0] if key not in hidden]))]
     if calm:
         fits = [row for row in table if row.get("divergence rate") is not None]
         tables.append(("Training", _lines(fits, ["arm", "divergence rate", *calm])))
-    if any(each.n > 1 for each in comparison.differences):
-        several = len({each.baseline for each in comparison.differences}) > 1
-        lines = []
-        for each in comparison.differences:
-            line = {"arm": each.arm, "baseline": each.baseline} if several else {"arm": each.arm}
-            line["of"] = each.quantity if each.lr is None else f"{each.quantity} at {short(each.lr)}"
-            line |= {"pairs": str(each.n), "difference": _number(each.mean, "+.4f"), "95% interval": "-"}
-            if each.low is not None and each.high is not None:
-                line["95% interval"] = f"[{each.low:+.4f}, {each.high:+.4f}]"
-            line |= {"p": _number(each.p, ".2g"), "p (Holm)": _number(each.p_holm, ".2g")}
-            lines.append(line | {"verdict": each.verdict})
-        title = "Differences" if several else f"Differences from {comparison.differences[0].baseline}"
-        tables.append((title, [list(lines[0]), *(list(line.values()) for line in lines)]))
-    return tables
+    if any(each.n > 1 for each in summary.differences):
+        tables.append(_differences(summary.differences))
+    return Page(summary, tables, notes(summary))
 
 
-def tensorboard(folders: Sequence[Path]) -> str:
-    """The command that opens TensorBoard on some folders."""
-    places = [folder.resolve() for folder in folders]
-    if len({place.parent for place in places}) == 1:
-        where = "--logdir", os.path.relpath(places[0] if len(places) == 1 else places[0].parent)
-    else:
-        where = "--logdir_spec", ",".join(f"{place.name}:{os.path.relpath(place)}" for place in places)
-    return printable(shlex.join(["tensorboard", *where]))
+def _differences(differences: list[Difference]) -> tuple[str, list[list[str]]]:
+    several = len({each.baseline for each in differences}) > 1
+    lines = []
+    for each in differences:
+        line = {"arm": each.arm, "baseline": each.baseline} if several else {"arm": each.arm}
+        line["of"] = each.quantity if each.lr is None else f"{each.quantity} at {short(each.lr)}"
+        line |= {"pairs": str(each.n), "difference": _number(each.mean, "+.4f"), "95% interval": "-"}
+        if each.low is not None and each.high is not None:
+            line["95% interval"] = f"[{each.low:+.4f}, {each.high:+.4f}]"
+        line |= {"p": _number(each.p, ".2g"), "p (Holm)": _number(each.p_holm, ".2g")}
+        lines.append(line | {"verdict": each.verdict})
+    title = "Differences" if several else f"Differences from {differences[0].baseline}"
+    return title, [list(lines[0]), *(list(line.values()) for line in lines)]
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(page: Page) -> str:
     """The tables in Markdown, with their notes."""
-    parts = [f"## {comparison.name}"]
-    for title, cells in text_tables(comparison):
+    parts = [f"## {page.summary.name}"]
+    for title, cells in page.tables:
         lines = [[cell.replace("|", r"\|") for cell in line] for line in cells]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
         text = [f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in ruled]
         parts += [f"### {title}"] if title else []
         parts.append("\n".join(text))
-    return "\n\n".join([*parts, notes(comparison)])
+    return "\n\n".join([*parts, page.notes])
 
 
-def comma_separated(comparisons: list[Comparison]) -> str:
+def comma_separated(pages: Sequence[Page]) -> str:
     """All rows as one CSV, unrounded; a learning rate has columns for mean, std, n and diverged."""
     flat = []
-    for comparison in comparisons:
-        for row in rows(comparison):
-            line: dict[str, Any] = {"study": comparison.name}
+    for page in pages:
+        for row in page.summary.rows:
+            line: dict[str, Any] = {"study": page.summary.name}
             for key, value in row.items():
                 if key.startswith("lr ") and key != "lr sensitivity":
                     parts: dict[str, Any] = dict.fromkeys(("mean", "std", "n", "diverged"))
@@ -235,56 +96,55 @@ def comma_separated(comparisons: list[Comparison]) -> str:
                     line |= {f"{key} {part}": number for part, number in parts.items()}
                 elif key == "usable octaves":
                     line[key] = value.octaves if value else None
-                    line |= {
-                        f"usable lr {name}": each for name, each in (asdict(value) if value else {}).items()
-                    }
+                    ends = asdict(value) if value else {}
+                    line |= {f"usable lr {name}": each for name, each in ends.items()}
                 else:
                     line[key] = value
             flat.append(line)
     text = io.StringIO()
-    writer = csv.DictWriter(text, _keys(flat), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
 
 
-def as_json(comparisons: list[Comparison]) -> str:
+def as_json(pages: Sequence[Page]) -> str:
     """All that is known, down to the runs: strict JSON, null for what is not finite."""
     studies = []
-    for comparison in comparisons:
-        arms = []
-        for arm in comparison.arms:
-            cells = []
-            for lr in comparison.lrs if arm.kind == "fit" else []:
-                if cell := comparison.cell(arm, lr):
-                    seeds = {str(seed): loss for seed, loss in comparison.losses(arm, lr).items()}
-                    cells.append({"lr": lr, **_cell(cell), "capped": seeds, **_stability(arm.at(lr))})
-            arms.append(
-                {"arm": comparison.label(arm), "kind": arm.kind, "hparams": arm.hparams}
-                | {"figures": _figures(comparison, arm), "cells": cells, "runs": list(map(_run, arm.runs))}
-            )
+    for page in pages:
+        summary = page.summary
         studies.append(
             {
-                "study": comparison.name,
-                "lrs": comparison.lrs,
-                "caps": [asdict(group) | asdict(cap) for group, cap in comparison.caps.items()],
-                "baseline": comparison.plan.baseline,
-                "margin": comparison.plan.margin,
-                "selected on": comparison.selection[0],
-                "reported on": comparison.selection[1],
-                "full precision": comparison.full_precision,
-                "arms": arms,
-                "differences": [asdict(each) for each in comparison.differences],
-                "notes": notes(comparison),
+                "study": summary.name,
+                "lrs": summary.lrs,
+                "caps": [asdict(group) | asdict(cap) for group, cap in summary.caps.items()],
+                "baseline": summary.plan.baseline,
+                "margin": summary.plan.margin,
+                "selected on": summary.selected_on,
+                "reported on": summary.reported_on,
+                "full precision": summary.full_precision,
+                "arms": [_arm(arm) for arm in summary.arms],
+                "differences": [asdict(each) for each in summary.differences],
+                "notes": page.notes,
             }
         )
     return json.dumps(_strict({"studies": studies}), indent=1, allow_nan=False) + "\n"
 
 
-def _run(run: Run) -> dict[str, Any]:
-    lasts = {tag: run.last(tag) for tag in run.scalars}
-    about = {"run": run.folder.name, "lr": run.hparams.get("lr"), "seed": run.hparams.get("seed")}
-    return about | {"diverged": diverged(run), "last": lasts} | _stability([run])
+def _arm(arm: ArmSummary) -> dict[str, Any]:
+    cells = [
+        {"lr": lr, **_cell(cell), "capped": {str(seed): loss for seed, loss in cell.capped.items()}}
+        | cell.stability
+        for lr, cell in arm.cells.items()
+    ]
+    runs = []
+    for run, calm in zip(arm.runs, arm.calm, strict=True):
+        about = {"run": run.folder.name, "lr": run.hparams.get("lr"), "seed": run.hparams.get("seed")}
+        runs.append(about | {"diverged": run.diverged, "last": run.last} | calm)
+    about = {"arm": arm.label, "kind": arm.kind, "hparams": arm.hparams}
+    return about | {"figures": arm.figures, "cells": cells, "runs": runs}
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -296,13 +156,9 @@ def _strict(value: Any) -> Any:
         return asdict(value) | {"octaves": value.octaves}
     if isinstance(value, dict):
         return {str(key): _strict(each) for key, each in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_strict(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _keys(table: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for row in table for key in row))
 
 
 def _lines(table: list[dict[str, Any]], keys: list[str]) -> list[list[str]]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from stableqat.analysis.drawing import as_written, colour_of
-from stableqat.analysis.plot import MARKERS
+from stableqat.analysis.style import FILLS, as_written, look_of
 from stableqat.bench.report import FULL_PRECISION, copy_shares, memory_ratio, ratios, title
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _draw_times(axes: "Axes", mode: dict[str, Any], arms: list[str]) -> None:
     for place, arm in enumerate(arms):
         if values := ratios(mode, arm, _FORWARD_BACKWARD):
-            _draw_spread(axes, values, place, colour_of(arm))
+            _draw_spread(axes, values, place, arm)
         else:
             across = axes.get_yaxis_transform()
             axes.text(
@@ -75,10 +74,11 @@ def _draw_times(axes: "Axes", mode: dict[str, Any], arms: list[str]) -> None:
 def _draw_memory(axes: "Axes", modes: dict[str, Any], arms: list[str]) -> None:
     offsets = _offsets(len(modes))
     for number, (name, mode) in enumerate(modes.items()):
-        axes.plot([], [], MARKERS[number], color="grey", linestyle="none", label=name)
+        axes.plot([], [], "o", color="grey", fillstyle=FILLS[number], linestyle="none", label=name)
         for place, arm in enumerate(arms):
             if ratio := memory_ratio(mode, arm):
-                axes.plot(ratio, place + offsets[number], MARKERS[number], color=colour_of(arm))
+                colour, marker = look_of(arm)
+                axes.plot(ratio, place + offsets[number], marker, color=colour, fillstyle=FILLS[number])
     axes.set_title("peak memory", fontsize=9)
     axes.set_xlabel("memory / full precision")
     axes.legend(fontsize=7, loc="best")
@@ -87,22 +87,23 @@ def _draw_memory(axes: "Axes", modes: dict[str, Any], arms: list[str]) -> None:
 def _draw_kernels(axes: "Axes", kernels: dict[str, Any], arms: list[str]) -> None:
     for number, what in enumerate(("forward", "backward")):
         offset = _offsets(2)[number]
-        axes.plot([], [], MARKERS[number], color="grey", linestyle="none", label=what)
+        axes.plot([], [], "o", color="grey", fillstyle=FILLS[number], linestyle="none", label=what)
         for place, arm in enumerate(arms):
             if arm in kernels[what]:
                 shares = copy_shares(kernels, what, arm)
-                _draw_spread(axes, shares, place + offset, colour_of(arm), MARKERS[number])
+                _draw_spread(axes, shares, place + offset, arm, FILLS[number])
     axes.set_title("kernels alone", fontsize=9)
     axes.set_xlabel("bandwidth / copy")
     axes.legend(fontsize=7, loc="best")
 
 
-def _draw_spread(axes: "Axes", values: list[float], height: float, colour: str, marker: str = "o") -> None:
+def _draw_spread(axes: "Axes", values: list[float], height: float, arm: str, fill: str = "full") -> None:
+    colour, marker = look_of(arm)
     axes.plot([min(values), max(values)], [height] * 2, color=colour, linewidth=1)
     if len(values) > 1:
         low, _, high = quantiles(values, n=4, method="inclusive")
         axes.plot([low, high], [height] * 2, color=colour, linewidth=4, alpha=0.5, solid_capstyle="butt")
-    axes.plot(median(values), height, marker, color=colour, markersize=6)
+    axes.plot(median(values), height, marker, color=colour, fillstyle=fill, markersize=6)
 
 
 def _offsets(number: int) -> list[float]:

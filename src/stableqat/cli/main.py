@@ -28,7 +28,7 @@ TOOL_VERBS = {
         "stableqat.analysis.command",
         "make tables, pictures and a report of studies",
     ),
-    "publish": ("stableqat.analysis.publish", "copy studies for publication, with thinned event files"),
+    "publish": ("stableqat.analysis.command", "copy studies for publication, with thinned event files"),
     "bench": ("stableqat.bench.command", "measure time and memory of the methods beside full precision"),
     "consolidate": ("stableqat.checkpoints.command", "merge a sharded checkpoint into one file"),
     "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),

@@ -1,0 +1,67 @@
+"""How a method looks: one colour and one marker, in every picture of a comparison, a benchmark or a notebook.
+
+The colours of the suite's methods are Okabe and Ito's, told apart by colour-blind readers. Any other method
+has a look by its name, which is the same in every picture. Several arms of one method share its look and
+differ by line style, and by the marker's filling where there are more arms than line styles.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stableqat.analysis.arms import Arm
+
+Style = dict[str, Any]
+
+LOOKS = {
+    "FP": ("black", "."),
+    "STE": ("#009E73", "o"),
+    "DSQ": ("#0072B2", "s"),
+    "ParetoQ": ("#D55E00", "D"),
+    "StableQAT": ("#CC79A7", "^"),
+    "ScaledSTE": ("#E69F00", "v"),
+    "PermutedStableQAT": ("#56B4E9", "P"),
+}
+OTHER_COLOURS = ("#332288", "#882255", "#999933", "#661100")
+OTHER_MARKERS = ("<", ">", "h", "p", "*", "X")
+LINES: tuple[Any, ...] = (
+    "-",
+    (0, (6, 2)),
+    (0, (6, 2, 1, 2)),
+    (0, (2, 1)),
+    (0, (10, 2, 3, 2)),
+    (0, (9, 1, 1, 1, 1, 1)),
+)
+FILLS = ("full", "none", "left", "bottom")
+
+
+def look_of(method: str) -> tuple[str, str]:
+    """Colour and marker of a method, or of a rival in a benchmark."""
+    number = zlib.crc32(method.encode())
+    other = OTHER_COLOURS[number % len(OTHER_COLOURS)], OTHER_MARKERS[number // 7 % len(OTHER_MARKERS)]
+    return LOOKS.get(method, other)
+
+
+def colour_of(method: str) -> str:
+    """Colour of a method."""
+    return look_of(method)[0]
+
+
+def styles_of(arms: Iterable["Arm"]) -> dict[str, Style]:
+    """The line of each arm, by label, as matplotlib takes it."""
+    styles: dict[str, Style] = {}
+    variants: Counter[str] = Counter()
+    for arm in arms:
+        if arm.label not in styles:
+            fill, line = divmod(variants[arm.method], len(LINES))
+            styles[arm.label] = dict(zip(("color", "marker"), look_of(arm.method), strict=True))
+            styles[arm.label] |= {"linestyle": LINES[line], "fillstyle": FILLS[fill % len(FILLS)]}
+            variants[arm.method] += 1
+    return styles
+
+
+def as_written(name: str) -> str:
+    """A name for matplotlib, which takes what stands between dollars for a formula."""
+    return name.replace("$", r"\$")
