@@ -7,6 +7,7 @@ import pytest
 from result import result
 from rich.console import Console
 
+from stableqat.analysis.style import look_of
 from stableqat.bench.plot import draw
 from stableqat.bench.report import copy_shares, markdown, memory_ratio, ratios, terminal
 
@@ -88,9 +89,12 @@ def test_the_picture(made, tmp_path, monkeypatch):
     panels = {axes.get_title(): axes for axes in kept[0].axes if axes.get_visible()}
     modes = [f"{mode}: forward + backward" for mode in ("eager", "compiled", "graphed")]
     assert list(panels) == [*modes, "peak memory", "kernels alone"]
-    dots = [line.get_xydata()[0] for line in panels[modes[0]].lines if line.get_marker() == "o"]
+    lines = [line for line in panels[modes[0]].lines if line.get_marker() != "None"]
+    dots = [line.get_xydata()[0] for line in lines]
     expected = [median(ratios(made["modes"]["eager"], arm, "step_ms")) for arm in ("STE", "DSQ", "torchao")]
     assert [x for x, _ in dots] == pytest.approx(expected)
+    looks = [(line.get_color(), line.get_marker()) for line in lines]
+    assert looks == [look_of(arm) for arm in ("STE", "DSQ", "torchao")]
     assert [text.get_text() for text in panels[modes[0]].texts] == ["failed"]
     left, right = panels["peak memory"].get_xlim()
     assert left < 0.95 < 1.2 < right
