@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stableqat.terminal import printable
+from stableqat.terminal import plain
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
                     elif value.tag.startswith(tags) and value.HasField("tensor"):
                         seen.setdefault(value.tag, {})[event.step] = float(make_ndarray(value.tensor))
         except (OSError, EOFError, DecodeError) as error:
-            run.problems.append(printable(f"{file}: {error}"))
+            run.problems.append(plain(f"{file}: {error}"))
         for tag, series in seen.items():
             kept = {s: v for s, v in run.scalars.get(tag, {}).items() if s < min(series)}
             run.scalars[tag] = dict(sorted((kept | series).items()))
@@ -165,15 +165,15 @@ def _hparams(value: Any) -> dict[str, Any]:
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     info = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
-    return {printable(key): _plain(each) for key, each in sorted(info.hparams.items())}
+    return {plain(key): _plain(each) for key, each in sorted(info.hparams.items())}
 
 
 def _plain(value: Any) -> Any:
     """A protobuf value as a Python one; it knows doubles only, so whole numbers become int again."""
-    plain = getattr(value, str(value.WhichOneof("kind")))
-    if isinstance(plain, str):
-        return printable(plain)
-    return int(plain) if isinstance(plain, float) and plain.is_integer() else plain
+    found = getattr(value, str(value.WhichOneof("kind")))
+    if isinstance(found, str):
+        return plain(found)
+    return int(found) if isinstance(found, float) and found.is_integer() else found
 
 
 def _age(file: Path) -> tuple[int, int, str]:

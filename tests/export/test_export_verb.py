@@ -78,7 +78,7 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     assert {"model.safetensors", "config.json", "README.md"} <= set(report["sha256"])
     assert "weights differ by 0" in told
-    assert "no tokenizer is beside it" in told
+    assert "without a tokenizer: name one" in told
     assert "random rows: the checkpoint lies in no run folder" in told
     assert "2-bit integer" in (out / "README.md").read_text()
     assert [p.name for p in out.parent.iterdir()] == ["model"]
@@ -142,7 +142,7 @@ def test_a_gguf_holds_the_tokenizer(run, tmp_path):
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == ours.eos_token_id
     # rows of 64 and 96 weights in Q4_0 alone: 32 codes of 4 bits and a scale of 16, whatever the vocabulary
     assert json.loads((out / "export.json").read_text())["bits_a_weight"] == 4.5
-    assert "| bits a packed weight | 4.5 |" in (out / "README.md").read_text()
+    assert "| bits per packed weight | 4.5 |" in (out / "README.md").read_text()
 
 
 def test_a_template_is_read_once_and_gives_the_tokenizer(run, tmp_path, monkeypatch):
@@ -354,10 +354,10 @@ def test_wrong_shapes_for_a_format(tmp_path, refused):
 
 
 def test_options_that_do_not_belong(trained, refused, tmp_path):
-    assert "only gguf takes one" in refused(trained, "--template", "x.gguf")
-    assert "only onnx has them" in refused(trained, "--int8_activations", "true")
-    assert "only compressed-tensors takes them" in refused(trained, "--storage_bits", "4", format="hf")
-    assert "target: only gguf has one" in refused(trained, "--target", "gpu")
+    assert "template: is for gguf, not for" in refused(trained, "--template", "x.gguf")
+    assert "int8_activations: is for onnx, not for" in refused(trained, "--int8_activations", "true")
+    assert "storage_bits: is for compressed-tensors" in refused(trained, "--storage_bits", "4", format="hf")
+    assert "target: is for gguf, not for" in refused(trained, "--target", "gpu")
     assert "cannot be read as GGUF" in refused(trained, "--template", str(trained), format="gguf")
     vit = checkpoint(tmp_path, "vit")
     line = refused(vit, "--embedding_bits", "4", format="hf")
@@ -385,8 +385,8 @@ NAME = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda w, _: w[NAME][0, 0].add_(1e-7), f"{NAME} of the file differs from the model's by up to 1"),
-        (lambda w, _: w[NAME][0, 0].fill_(torch.nan), f"{NAME} of the file differs .* by up to nan"),
+        (lambda w, _: w[NAME][0, 0].add_(1e-7), f"{NAME} in the file differs from the model's by up to 1"),
+        (lambda w, _: w[NAME][0, 0].fill_(torch.nan), f"{NAME} in the file differs .* by up to nan"),
         (lambda _, logits: logits[0, 0, 0].add_(0.01), "logits of the file differ .* by up to 1.0e-02"),
         (lambda _, logits: logits[0, 0, 0].fill_(torch.nan), "logits of the file differ .* by up to nan"),
     ],
@@ -406,7 +406,7 @@ def test_a_file_that_differs_is_not_left(change, line, trained, refused, monkeyp
     monkeypatch.setattr(hf, "read", off)
     told = refused(trained, format="hf")
     assert re.search(f"hf: {line}", told)
-    assert "nothing is left of it, take another format" in told
+    assert "so the file is discarded; use another format" in told
 
 
 def test_what_arguments_decide_is_refused_before_anything_is_computed(trained, refused, monkeypatch):

@@ -22,7 +22,7 @@ from stableqat.events import Run
 from stableqat.studies.plan import SHORT_AXES
 from stableqat.studies.record import Record
 from stableqat.studies.study import START, short
-from stableqat.terminal import printable
+from stableqat.terminal import plain
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def usable(result: Result) -> bool:
         elif result.last.get("hp/finished") == 0:
             reason = f"it is unfinished: it was cut at step {steps:.0f}"
     if reason:
-        log.warning("%s is left out: %s", printable(str(result.folder)), reason)
+        log.warning("%s is left out: %s", plain(str(result.folder)), reason)
     return reason is None
 
 
@@ -250,7 +250,7 @@ def _told_apart(results: Sequence[Result]) -> list[Result]:
             group = [replace(run, hparams=run.hparams | {NAMED: _name(run)}) for run in group]
             for name in {run.hparams[NAMED] for run in group}:
                 if both := _twice([run for run in group if run.hparams[NAMED] == name]):
-                    names = printable(f"{both[0].folder} and {both[1].folder}")
+                    names = plain(f"{both[0].folder} and {both[1].folder}")
                     raise UserError(
                         f"{names} share all hyper-parameters and the seed, so they are neither two arms"
                         " nor two seeds: move one of them away"
@@ -278,4 +278,4 @@ def _settings(run: Result) -> str:
 
 def _name(run: Result) -> str:
     lr, seed = (re.escape(short(run.hparams.get(key))) for key in ("lr", "seed"))
-    return printable(re.sub(rf"-(lr{lr}|s{seed})(?=-|$)", "", run.folder.name))
+    return plain(re.sub(rf"-(lr{lr}|s{seed})(?=-|$)", "", run.folder.name))

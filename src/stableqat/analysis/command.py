@@ -19,7 +19,7 @@ from stableqat.analysis.comparison import read_summaries
 from stableqat.analysis.tables import as_json, comma_separated, markdown, write_pages
 from stableqat.errors import UserError
 from stableqat.files import hidden_folder, whole_folder, writing
-from stableqat.terminal import printable, terminal
+from stableqat.terminal import plain, terminal
 
 MOST_MEGABYTES = 8.0
 
@@ -59,7 +59,7 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     for page, text in zip(pages, texts, strict=True):
         if console.is_terminal:
             for title, lines in page.tables:
-                console.print(_table(title or printable(str(page.summary.folder)), lines), soft_wrap=False)
+                console.print(_table(title or plain(str(page.summary.folder)), lines), soft_wrap=False)
             console.print(page.notes)
         else:
             console.print(text)
@@ -115,7 +115,7 @@ def _tensorboard(folders: Sequence[Path]) -> str:
         where = "--logdir", os.path.relpath(places[0] if len(places) == 1 else places[0].parent)
     else:
         where = "--logdir_spec", ",".join(f"{place.name}:{os.path.relpath(place)}" for place in places)
-    return printable(shlex.join(["tensorboard", *where]))
+    return plain(shlex.join(["tensorboard", *where]))
 
 
 def _table(title: str, lines: list[list[str]]) -> Table:

@@ -33,7 +33,7 @@ from stableqat.errors import UserError
 from stableqat.events import COMPARED, find_runs, read_run
 from stableqat.studies.plan import Plan, read_plan
 from stableqat.studies.study import short
-from stableqat.terminal import printable
+from stableqat.terminal import plain
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def summarize(folder: Path, results: Sequence[Result]) -> Summary:
             measured.append(_summary(arm, figures, {}))
     return Summary(
         folder,
-        printable(folder.resolve().name),
+        plain(folder.resolve().name),
         plan,
         measured,
         lrs,

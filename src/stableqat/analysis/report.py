@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stableqat.analysis.plot import CAPTIONS
 from stableqat.analysis.tables import Page
-from stableqat.terminal import printable
+from stableqat.terminal import plain
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -54,7 +54,7 @@ def write(pages: list[Page], pictures: list[Path], path: Path, tensorboard: str)
         *map(_section, pages),
         "<h2>Over training</h2>" if pictures[1:] else "",
         *(_figure(picture) for picture in pictures[1:]),
-        f"<footer><p>Made by <code>{escape(printable(made_by))}</code> on"
+        f"<footer><p>Made by <code>{escape(plain(made_by))}</code> on"
         f" {datetime.date.today().isoformat()}; curves: <code>{escape(tensorboard)}</code></p></footer>",
     ]
     path.write_text(

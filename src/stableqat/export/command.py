@@ -1,8 +1,8 @@
-"""`stableqat export`: packed weights of a run for another runtime, proven equal to what was trained.
+"""`stableqat export`: packed weights of a run for another runtime, proven equal to the trained model.
 
-Scales are rounded to the file's type inside the model and the model is evaluated again; the file is written
-under a temporary name and read back with the format's own reader. Only if every packed weight equals
-the model's, bit for bit, and what the reader computes is what the model computes, does the file get its name.
+Scales are rounded to the file's type inside the model, which is evaluated again. The file is written under a
+temporary name and read back with the format's own reader. It gets its name only if every packed weight equals
+the model's, bit for bit, and the reader's logits are the model's.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from stableqat.quantizers import QuantizedWeight
 
 REPORT = "export.json"
-LOGITS_DIFFER = 1e-3  # of the largest: the order of sums makes 1e-6, a lost bias or another rotation far more
-LIBRARIES = {  # what a format needs beside this package, all in the extra `export`
+LOGITS_DIFFER = 1e-3  # of the largest: the order of sums makes 1e-6, a lost bias far more
+LIBRARIES = {  # that a format needs, all in the extra `export`
     "hf": [],
     "compressed-tensors": ["compressed-tensors"],
     "gguf": ["gguf"],
@@ -49,11 +50,11 @@ def export(
     target: Literal["cpu", "gpu"] = "cpu",
     int8_activations: bool = False,
 ) -> int:
-    """Writes the packed weights of a trained model, and proves them equal to it.
+    """Writes the packed weights of a trained model and proves them equal to it.
 
     Args:
-        source: Run folder, of which the best checkpoint is taken, a checkpoint, or a folder of a Llama or
-            Qwen3 that `convert(model).save_pretrained` made.
+        source: Run folder (its best checkpoint), checkpoint, or folder of a Llama or Qwen3 that
+            `convert(model).save_pretrained` wrote.
         format: hf (plain safetensors for transformers or timm), compressed-tensors (transformers, vLLM), gguf
             (llama.cpp), onnx (onnxruntime) or torchao.
         out: New folder for the files.
@@ -63,31 +64,31 @@ def export(
         scale_dtype: Type that scales are rounded to, in the model, before it is evaluated and written.
         storage_bits: For compressed-tensors, store narrower codes in 4 or 8 bits, which every GPU kernel of
             vLLM and SGLang reads; the values stay the same.
-        embedding_bits: Round token embedding and head to this many bits, too; what that costs is said.
-        tokenizer: Tokenizer to put beside a language model; if not given, the run's.
-        template: For gguf, a file that llama.cpp's converter made of the model's hf export: its tokenizer is
-            kept, its tensors are replaced. For tokenizers that this package cannot describe to llama.cpp.
-        target: For gguf, what llama.cpp is to run on: cpu takes TQ2_0 for 2-bit integers and ternary, the
-            smallest; gpu takes Q2_K for them, which has kernels there.
-        int8_activations: For onnx, let onnxruntime round activations to int8. The file is then no longer
-            exactly the model, and the report says how far off its logits are. Large language models become
-            faster, small models may become slower: time both.
+        embedding_bits: Also round token embedding and head to this many bits; the report says what it costs.
+        tokenizer: Tokenizer to put beside a language model. Default: the run's.
+        template: For gguf, a file that llama.cpp's converter made from the hf export: its tokenizer is kept,
+            its tensors are replaced. For tokenizers that this package cannot describe to llama.cpp.
+        target: For gguf, where llama.cpp runs. 2-bit integers and ternary become TQ2_0 for cpu, the smallest
+            type, and Q2_K for gpu, which has kernels there.
+        int8_activations: For onnx, let onnxruntime round activations to int8. The file is then not exactly
+            the model; the report says how far off its logits are. Large language models become faster, small
+            models may become slower: time both.
 
     Returns:
         0 when the files are written and equal the model.
     """
     _check_libraries(format)
-    if template is not None and format != "gguf":
-        raise UserError(f"template: only gguf takes one, not {format}; leave it out")
-    if storage_bits is not None and format != "compressed-tensors":
-        raise UserError(f"storage_bits: only compressed-tensors takes them, not {format}; leave it out")
-    if target != "cpu" and format != "gguf":
-        raise UserError(f"target: only gguf has one, not {format}; leave it out")
-    if int8_activations and format != "onnx":
-        raise UserError(f"int8_activations: only onnx has them, not {format}; leave it out")
+    for key, used, only in (
+        ("template", template is not None, "gguf"),
+        ("storage_bits", storage_bits is not None, "compressed-tensors"),
+        ("target", target != "cpu", "gguf"),
+        ("int8_activations", int8_activations, "onnx"),
+    ):
+        if used and format != only:
+            raise UserError(f"{key}: is for {only}, not for {format}; leave it out")
     if not Path(source).expanduser().exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
-    # torch is heavy; help does without it
+    # torch is imported late, so that help comes at once
     from stableqat.export import gguf_template
     from stableqat.export.packed import DTYPES, PackedModel, evaluate, pack, quantize_embeddings
     from stableqat.export.source import load_source
@@ -111,7 +112,7 @@ def export(
             tokenizer=found.tokenizer,
         )
         writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
-        writer.check(packed)  # before anything is computed, what does not depend on the layers
+        writer.check(packed)  # what needs no layers, before anything is computed
         _, trained = evaluate(found.module, found.batch)
         losses = {"trained": trained}
         if embedding_bits is not None:
@@ -134,21 +135,22 @@ def export(
                 **differences,
                 "batch": found.batch_of,
                 "loss": losses,
-                "notes": [*(writer.notes(packed) if hasattr(writer, "notes") else []), *_unknown(packed)],
+                "notes": _notes(writer, packed),
                 "versions": _versions(format),
             }
             _describe(found, packed, report, part)
-            report["sha256"] = {p.relative_to(part).as_posix(): _sha256(p) for p in _files(part)}
-            for file in _files(part):
-                file.chmod(0o644)  # safetensors makes them private
+            report["sha256"] = {}
+            for path in _files(part):
+                path.chmod(0o644)  # safetensors makes them private
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                report["sha256"][path.relative_to(part).as_posix()] = digest
             (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     _tell(report, found, out)
     return 0
 
 
 def _check_libraries(format: str) -> None:
-    from importlib.util import find_spec
-
     if missing := [name for name in LIBRARIES[format] if find_spec(name.replace("-", "_")) is None]:
         raise UserError(f"format: {format} needs {', '.join(missing)}; pip install 'stableqat[export]'")
 
@@ -159,17 +161,17 @@ def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> N
     try:
         if found.tokenizer is not None and packed.family != "vit":
             found.tokenizer.save_pretrained(part)
-            for end in ("bos_token_id", "eos_token_id"):  # a config of keys alone has another model's
+            for end in ("bos_token_id", "eos_token_id"):  # keys alone leave transformers' defaults
                 setattr(packed.model.config, end, getattr(found.tokenizer, end))
         writer.write(packed, part)
-    except SafetensorError as error:  # its writer knows no other
+    except SafetensorError as error:  # the only error of its writer
         raise OSError(str(error)) from error
 
 
 def _compare(
     format: str, read: tuple[dict[str, "Tensor"], "Tensor"], packed: "PackedModel", logits: "Tensor"
 ) -> dict[str, float]:
-    """Packed weights must be equal; logits, which hang on all others, may differ by the order of sums."""
+    """Packed weights must be equal; logits may differ by the order of sums."""
     import torch
 
     weights, theirs = read
@@ -180,15 +182,15 @@ def _compare(
         if not torch.equal(got.float(), expected):
             by = (got.float() - expected).abs().max()
             raise UserError(
-                f"{format}: {name} of the file differs from the model's by up to {by:.1e}; nothing is left "
-                "of it, take another format"
+                f"{format}: {name} in the file differs from the model's by up to {by:.1e}, so the file is "
+                "discarded; use another format"
             )
     difference, largest = (theirs.float() - logits).abs().max().item(), logits.abs().max().item()
-    # that int8 activations change them is said beside the file
+    # int8 activations change them, as the report says
     if not (packed.int8_activations or difference <= LOGITS_DIFFER * largest):
         raise UserError(
-            f"{format}: logits of the file differ from the model's by up to {difference:.1e}, the largest is "
-            f"{largest:.1e}; nothing is left of it, take another format"
+            f"{format}: logits of the file differ from the model's by up to {difference:.1e} (the largest is "
+            f"{largest:.1e}), so the file is discarded; use another format"
         )
     return {"max_weight_difference": 0.0, "max_logit_difference": difference}
 
@@ -198,7 +200,7 @@ def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
     scales = sum(weight.scale.numel() for weight in packed.layers.values())
     rest = packed.rest()
     left = sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
-    # the tokenizer and configurations are there for any format
+    # without tokenizer and configurations, which every format has
     holding = (".safetensors", ".gguf", ".onnx", ".data")
     written = sum(p.stat().st_size for p in _files(part) if p.suffix in holding)
     weights = writer.bytes_packed(packed) if hasattr(writer, "bytes_packed") else written - left
@@ -215,15 +217,16 @@ def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
     }
 
 
+def _notes(writer: Any, packed: "PackedModel") -> list[str]:
+    notes = list(writer.notes(packed)) if hasattr(writer, "notes") else []
+    if packed.family == "vit" and packed.images is None:
+        notes.append("mean, std and crop are timm's for this architecture: no run records its own")
+    return notes
+
+
 def _grid(weight: "QuantizedWeight") -> str:
     scales = "row" if weight.scale.shape[1] == 1 else f"{weight.group_size} weights"
-    return f"{weight.bits}-bit {weight.grid}, a scale each {scales}"
-
-
-def _unknown(packed: "PackedModel") -> list[str]:
-    if packed.family != "vit" or packed.images is not None:
-        return []
-    return ["mean, std and crop are timm's for this architecture: no run says what images were like"]
+    return f"{weight.bits}-bit {weight.grid}, one scale per {scales}"
 
 
 def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], part: Path) -> None:
@@ -236,7 +239,7 @@ def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], pa
         "steps": found.step,
         "validation loss of the run": found.val_loss,
         "loss on the comparison batch": f"{report['loss']['file']:.4f} ({found.batch_of})",
-        "bits a packed weight": report["bits_a_weight"],
+        "bits per packed weight": report["bits_a_weight"],
     }
     lines = [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     library = "timm" if packed.family == "vit" else "transformers"
@@ -247,18 +250,12 @@ def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], pa
 
 
 def _versions(format: str) -> dict[str, str]:
-    return {
-        name: version(name) for name in ["stableqat", "torch", "transformers", "timm", *LIBRARIES[format]]
-    }
+    names = ("stableqat", "torch", "transformers", "timm", *LIBRARIES[format])
+    return {name: version(name) for name in names}
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
@@ -268,7 +265,7 @@ def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
     say(f"{folder}: {report['format']} of {found.checkpoint}{step}")
     say(
         f"  {report['bytes']:,} bytes, {share:.2f} of bfloat16's {report['bytes_bf16']:,}; "
-        f"{report['bits_a_weight']} bits a packed weight"
+        f"{report['bits_a_weight']} bits per packed weight"
     )
     say(f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}")
     for line in report["notes"]:
@@ -280,4 +277,4 @@ def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
     told = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
     say(f"  loss on {report['batch']}: {told}")
     if found.tokenizer is None and "input_ids" in found.batch:
-        say("  no tokenizer is beside it: name one with --tokenizer")
+        say("  without a tokenizer: name one with --tokenizer")
