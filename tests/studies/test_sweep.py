@@ -229,7 +229,7 @@ def test_a_run_of_several_gpus_has_them_for_itself() -> None:
     slots.give_back(large)
     assert slots.take(2) == ["1", "1", "2", "2"]
     path = write({"a": "place"}, "args: {trainer.devices: 3}")
-    with pytest.raises(UserError, match=r"trainer\.devices: a run wants 3 GPUs, more than the 2"):
+    with pytest.raises(UserError, match=r"trainer\.devices: a run needs 3 GPUs, but there are 2"):
         run(path, gpus=("0", "1"))
     assert run(path, gpus=("0", "1", "2")) == 0
     assert calls_of("a")[1] == "on 0,1,2"
@@ -272,7 +272,7 @@ def test_a_stopped_sweep_goes_on() -> None:
     finally:
         stopped.kill()
     assert stopped.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM: the same command goes on from here" in shown
+    assert "stopped by SIGTERM: the same command resumes from here" in shown
     assert statuses() == {"a": "cut", "b": "cut"}
 
     (FOLDER / "go").touch()
@@ -333,8 +333,9 @@ def test_what_another_sweep_made_with_other_settings_meanwhile_is_kept(
     assert run(path, workers=1) == 1
     assert statuses() == {"a": "diverged", "b": "done"}
     assert not (FOLDER.parent / ".replaced").exists()
-    assert "a: failed: lightning_logs/demo/a was made with other settings by another sweep meanwhile" in (
-        capfd.readouterr().out
+    assert (
+        "a: failed: lightning_logs/demo/a was made with other settings by another sweep in the meantime"
+        in (capfd.readouterr().out)
     )
     write({"a": "finish", "b": "finish"})
     assert run(path, rerun="changed") == 0
@@ -407,7 +408,7 @@ def test_a_folder_that_can_be_none_is_told_before_anything_runs(kind: str, place
         Path(place).touch()
     else:
         Path(place).symlink_to(Path(place).name if kind == "loop" else "gone")
-    with pytest.raises(UserError, match=f"{place} is no folder.* move it away, or set other logs"):
+    with pytest.raises(UserError, match=f"{place} is not a folder.* move it away, or set other logs"):
         run(write({"a": "finish"}))
 
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 CAPTIONS = {
     "compare": "Loss at the end of training against learning rate, mean over seeds. Bands: 95% t interval"
     " from 5 seeds on, otherwise smallest to largest. A cross marks a mean with diverged runs in it, each"
-    " counted as the cap; what is worse than the upper edge stands at the edge. Top-1 has no"
+    " counted as the cap; what is worse than the upper edge is drawn at the edge. Top-1 has no"
     " point where a run diverged.",
-    "curves": "Loss over training steps, a panel a learning rate, mean over seeds. A line goes on dotted, as"
-    " the mean of the others, where the first of its seeds diverged; crosses mark the last finite loss of"
+    "curves": "Loss over training steps, a panel per learning rate, mean over seeds. A line continues dotted,"
+    " as the mean of the others, where the first of its seeds diverged; crosses mark the last finite loss of"
     " each diverged run.",
     "gradient_norm": "Norm of the whole gradient before clipping, over training steps. Lines and crosses as"
     " in the curves of the loss.",

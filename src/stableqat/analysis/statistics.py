@@ -41,7 +41,7 @@ def paired(differences: Sequence[float], margin: float) -> Paired:
     """Interval, t test and equivalence of the mean of paired differences.
 
     Args:
-        differences: A number a pair.
+        differences: One number per pair.
         margin: Half the width of the band around 0 in which a difference does not matter; with 0
             only differences that are all exactly 0 are equivalent.
     """

@@ -46,7 +46,7 @@ class Claim:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
             raise UserError(
-                f"{self.path.parent}: no locks on this file system ({error.strerror}): set logs to another"
+                f"{self.path.parent}: this file system has no locks ({error.strerror}): set logs to another"
             ) from error
         self._file = file
         return True

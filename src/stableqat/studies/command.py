@@ -1,7 +1,7 @@
-"""`stableqat sweep`: runs the points of studies on all GPUs or cores, and takes up what was cut.
+"""`stableqat sweep`: runs the points of studies on all GPUs or cores, and resumes those that were cut.
 
-Every point is an ordinary run in its own folder. What is done is skipped; what was cut continues
-from its last checkpoint, or begins anew where it had none; a point that fails doesn't stop the
+Every point is an ordinary run in its own folder. What is done is skipped; what was cut resumes
+from its last checkpoint, or starts over without one; a point that fails doesn't stop the
 others and is tried again by the next call. Any number of sweeps may work on one folder, on one machine
 or on many that share it: each point is run by one of them. A point whose settings changed since it was
 made is never mixed with the others silently: the sweep refuses, or, asked to, moves the old run aside.
@@ -34,13 +34,13 @@ def sweep(
 ) -> int:
     """Runs all points of one or more studies that are not done yet.
 
-    Ctrl-C stops the runs cleanly; the same command continues where they stopped. Called again while it runs,
+    Ctrl-C stops the runs cleanly; the same command resumes them. Called again while it runs,
     on another machine that shares the folder too, the sweeps divide the points among them.
 
     Args:
         studies: Study files (YAML), or the names of shipped ones, such as llama/demo-study.
-        workers: Runs at a time, all studies together. If not given, `runs_per_gpu` of the study file (1) on
-            each visible GPU, or one a core where there is no GPU. Each run gets its share of the cores.
+        workers: Runs at a time, all studies together. By default `runs_per_gpu` of the study file (1) on
+            each visible GPU, or one per core without a GPU. Each run gets its share of the cores.
         rerun: "changed" runs those points again whose settings differ from what their folder was made
             with; the old runs are moved to `.replaced` in the logs folder. Without it the sweep refuses.
         slurm: Options file (YAML). Submits this sweep as a SLURM job array instead of running it here:
@@ -118,7 +118,7 @@ def _keep(study: Study) -> None:
 
 
 def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
-    """Decides for each point whether it is done, continues or begins, before anything runs."""
+    """Decides for each point whether it is done, resumes or starts, before anything runs."""
     for study in studies:
         _check_names(study)
     folders = [study.folder.resolve() for study in studies]
@@ -141,7 +141,7 @@ def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
             f" {len(changed) - 1} more: rename the study to keep both, or add --rerun changed"
         )
     if gpus and (most := max(job.gpus for job in jobs.values())) > gpus:
-        raise UserError(f"trainer.devices: a run wants {most} GPUs, more than the {gpus} that are here")
+        raise UserError(f"trainer.devices: a run needs {most} GPUs, but there are {gpus} here")
     return list(jobs.values())
 
 
@@ -151,7 +151,7 @@ def _check_names(study: Study) -> None:
     for folder in (study.folder, *study.folder.parents):
         if (folder.is_symlink() or folder.exists()) and not folder.is_dir():
             raise UserError(
-                f"{folder} is no folder, so no run can land in it: move it away, or set other logs"
+                f"{folder} is not a folder, so no run can land in it: move it away, or set other logs"
             )
     existing = next(folder for folder in (logs, *logs.absolute().parents) if folder.is_dir())
     longest = os.pathconf(existing, "PC_NAME_MAX") - len(".9999")  # what is moved aside gets a number

@@ -64,7 +64,7 @@ class Job:
         self.look()
 
     def look(self) -> None:
-        """See in its folder whether the point is done, continues or begins."""
+        """See in its folder whether the point is done, resumes or starts."""
         folder, settings = self.point.folder, self.point.settings()
         found = Record.read(folder)
         if found is None and folder.exists() and not all(map(left_over, folder.iterdir())):
@@ -92,7 +92,7 @@ class Job:
         elif self.changed and not was_changed:
             self.record.status = "failed"
             self.record.error = (
-                f"{self.point.folder} was made with other settings by another sweep meanwhile:"
+                f"{self.point.folder} was made with other settings by another sweep in the meantime:"
                 " rename the study to keep both, or add --rerun changed"
             )
         if self.record.status in ENDED:

@@ -1,6 +1,6 @@
 """A queue of points that knows what waits for what, and the processes that work on it.
 
-A point that begins from its study's start run waits for it, while points of other studies go on.
+A point that begins from its study's start run waits for it; points of other studies don't.
 Of those that can start, start runs come first (others wait for them), then whatever takes longest
 by the durations seen so far, so that no long run is left over at the end.
 """

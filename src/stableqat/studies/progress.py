@@ -1,4 +1,4 @@
-"""What a sweep shows while it works: a live table on a terminal, a line per point everywhere."""
+"""What a sweep shows while it works: a live table on a terminal, a line per point anywhere."""
 
 import math
 import signal
@@ -34,11 +34,11 @@ class Board:
         to_do = [job for job in self.jobs if job.record.status not in FINAL]
         resumed = sum(job.resume for job in to_do)
         parts = [f"{len(self.jobs) - len(to_do)} done before"]
-        parts += [f"{resumed} go on from a checkpoint"] if resumed else []
+        parts += [f"{resumed} resume from a checkpoint"] if resumed else []
         parts += [f"{len(to_do) - resumed} begin"]
         self.say(f"{len(self.jobs)} points: {', '.join(parts)}; {self.workers} at a time")
         for logs in {job.replaced.parent for job in to_do if job.begins_anew}:
-            self.say(f"what earlier attempts left is moved to {logs}")
+            self.say(f"remains of earlier attempts are moved to {logs}")
         if not self.console.is_terminal:
             yield
             return
@@ -66,12 +66,12 @@ class Board:
         text = ", ".join(f"{counts[state]} {state}" for state in counts)
         self.say(f"{text} in {_clock(time.monotonic() - self.began)}")
         if failed:
-            self.say("the same command tries failed points again")
+            self.say("the same command retries failed points")
         if stopped_by:
-            self.say(f"stopped by {signal.Signals(stopped_by).name}: the same command goes on from here")
+            self.say(f"stopped by {signal.Signals(stopped_by).name}: the same command resumes from here")
 
     def table(self) -> Table:
-        """The live table: a row a study, and the time."""
+        """The live table: a row per study, and the time."""
         table = Table.grid(padding=(0, 2))
         for study in dict.fromkeys(job.point.study for job in self.jobs):
             jobs = [job for job in self.jobs if job.point.study == study]

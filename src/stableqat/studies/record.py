@@ -31,14 +31,14 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
-        """The record of a point's folder, None where there is none."""
+        """The record of a point's folder, None without one."""
         file = folder / "sweep.json"
         try:
             return cls(**json.loads(file.read_text()))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file} can't be read: move the folder away to run this point anew") from error
+            raise UserError(f"{file} can't be read: move the folder away to run this point again") from error
 
     def write(self, folder: Path) -> None:
         """Replaces the record in one move."""

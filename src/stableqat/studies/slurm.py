@@ -176,7 +176,9 @@ def _executor(path: str | Path, name: str, logs: Path) -> "tuple[int, AutoExecut
         raise UserError(f"{path}: timeout_min is missing: say how many minutes a task may take")
     missing = [program for program in ("sbatch", "srun") if not shutil.which(program)]
     if cluster == "slurm" and missing:
-        raise UserError(f"there is no {missing[0]} here: submit where SLURM is, or add cluster: local")
+        raise UserError(
+            f"{missing[0]} is not installed here: submit from a SLURM machine, or add cluster: local"
+        )
     try:
         logs.mkdir(parents=True, exist_ok=True)
         executor = AutoExecutor(logs, cluster=cluster)

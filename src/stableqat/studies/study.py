@@ -228,12 +228,12 @@ def _axes(path: str | Path, grid: dict[str, Any]) -> list[_Axis]:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if key == "lr" and not (number and 0 < value < float("inf")):
                 raise UserError(
-                    f"{path}: {where}: {value!r} is no learning rate: give a number above 0, as 1e-3"
+                    f"{path}: {where}: {value!r} is not a learning rate: give a number above 0, as 1e-3"
                 )
             if key in ("bits", "seed") and not (number and isinstance(value, int) and value >= 0):
                 raise UserError(f"{path}: {where}: {value!r} must be a whole number, 0 or more")
             if isinstance(value, dict | list):
-                raise UserError(f"{path}: {where}: {value!r} can't be a value of an axis: make it an arm")
+                raise UserError(f"{path}: {where}: {value!r} cannot be a value of an axis: make it an arm")
         argument = _argument(path, where, SHORT_AXES.get(key, key))
         if argument in (axis.argument for axis in axes):
             raise UserError(f"{path}: {where} is the same axis as another key of the grid: keep one")
@@ -282,10 +282,12 @@ def _name(path: str | Path, where: str, value: Any) -> str:
 def _argument(path: str | Path, where: str, key: str) -> str:
     if not re.fullmatch(r"[a-zA-Z_][\w.]*", key, re.ASCII):
         raise UserError(
-            f"{path}: {where}: {key!r} is no argument: write it without dashes, as trainer.max_steps"
+            f"{path}: {where}: {key!r} is not an argument: write it without dashes, as trainer.max_steps"
         )
     if key == "allow":
-        raise UserError(f"{path}: {where}: {key} is the user's word: give it to the sweep, --allow NAME")
+        raise UserError(
+            f"{path}: {where}: {key} is only for the command line: add --allow NAME to stableqat sweep"
+        )
     if key.startswith("trainer.logger.") or key == "ckpt_path":
         raise UserError(f"{path}: {where}: {key} is set by the sweep: remove it (see name and logs)")
     return key.replace(".init_args.", ".")
