@@ -70,7 +70,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(refuse, at):
     )
     line = refuse(["fit", "-c", "llama.yaml", "--data.tokenizer", "tokenizer"])
     assert "model.config.vocab_size: 300 is less than the tokenizer's" in line
-    assert "or take the tokenizer that the model was trained with" in line
+    assert "or use the tokenizer that the model was trained with" in line
     assert not (at / "logs/bad").exists()
 
 
@@ -92,7 +92,7 @@ def images(place):
 
 def test_another_number_of_classes_is_refused(refuse, images):
     line = refuse(["fit", "-c", "vit.yaml", *images])
-    assert line == "model.num_classes: the model has 10 classes, the data has 2; set it to 2"
+    assert line == "model.num_classes: the model has 10 classes, but the data has 2; set it to 2"
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

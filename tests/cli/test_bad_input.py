@@ -234,7 +234,7 @@ SETTINGS = {
     "a negative number of steps": (llama("--trainer.max_steps", "-5"), ["trainer", "`max_steps`", "-5"]),
     "a schedule that ends with a run without end": (
         llama(*COSINE, "--trainer.max_steps", "-1", "--trainer.max_time", "00:00:00:02"),
-        ["model.lr_scheduler.total_steps: the schedule ends with the run", "set it, or trainer.max_steps or"],
+        ["model.lr_scheduler.total_steps: the schedule ends with the run", "set total_steps, trainer.max_steps or"],
     ),
     "half a step": (
         llama("--trainer.max_steps", "1.5"),
@@ -281,7 +281,7 @@ SETTINGS = {
     # settings that do not fit one another
     "rows longer than the model allows": (
         llama("--data.block_size", "64"),
-        ["data.block_size: 64 tokens", "max_position_embeddings 32", "shorten the rows"],
+        ["data.block_size: 64 tokens", "max_position_embeddings, 32", "shorten the rows"],
     ),
     "a tokenizer larger than the embedding": (
         llama("--data.vocab_size", "400"),
@@ -293,7 +293,7 @@ SETTINGS = {
     ),
     "another number of classes": (
         vit("--model.num_classes", "7"),
-        ["model.num_classes: the model has 7 classes, the data has 10; set it to 10"],
+        ["model.num_classes: the model has 7 classes, but the data has 10; set it to 10"],
     ),
     "another image size": (
         vit("--model.model_args.img_size", "16"),
@@ -614,7 +614,7 @@ def test_a_hub_that_cannot_be_reached_is_told_before_data_is_prepared(argv, refu
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     line, made = refuse([*argv, "--model.init_from", "someone/some-model"])
-    assert "init_from: someone/some-model is neither" in line
+    assert "init_from: someone/some-model was not found locally" in line
     assert "name" in line
     assert not made
 

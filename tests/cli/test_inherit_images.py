@@ -227,7 +227,7 @@ def test_a_size_that_the_model_does_not_take_is_refused_from_python(at):
     module = ViTModule(
         model_name=NAME, num_classes=2, model_args={"depth": 1, "embed_dim": 24, "num_heads": 2}
     )
-    with pytest.raises(UserError, match=r"img_size: the model takes 224, the data has image_size 112"):
+    with pytest.raises(UserError, match=r"img_size: the model takes 224, but the data has image_size 112"):
         module.check_data(ImageDataModule("pictures", image_size=112))
     free = {"depth": 1, "embed_dim": 24, "num_heads": 2, "dynamic_img_size": True}
     ViTModule(model_name=NAME, num_classes=2, model_args=free).check_data(

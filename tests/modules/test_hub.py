@@ -31,16 +31,16 @@ REFUSALS = {
     ),
     "gated, not granted": (
         of_status(hub.GatedRepoError, 403),
-        ["is gated", "ask for access", "hf auth login"],
+        ["is gated", "request access", "hf auth login"],
     ),
     "private or misspelt": (of_status(hub.RepositoryNotFoundError, 404), ["correct the name", "HF_TOKEN"]),
     "a token without rights": (
         of_status(hub.HfHubHTTPError, 403),
-        ["refused by the hub (403)", "hf auth login"],
+        ["refused by the Hub (403)", "hf auth login"],
     ),
     "a token that has expired": (
         of_status(hub.HfHubHTTPError, 401),
-        ["refused by the hub (401)", "HF_TOKEN"],
+        ["refused by the Hub (401)", "HF_TOKEN"],
     ),
     "no network": (hub.LocalEntryNotFoundError("nothing cached"), ["cannot be reached", "download it"]),
     "offline mode": (hub.OfflineModeIsEnabled("offline"), ["cannot be reached", "download it"]),
@@ -75,7 +75,7 @@ def test_a_config_that_the_hub_refuses(build, key, case, refused):
     with pytest.raises(UserError) as caught:
         build()
     line = str(caught.value)
-    assert line.startswith(f"{key}: {NAME} is ")
+    assert line.startswith(f"{key}: {NAME} ")
     assert "\n" not in line
     for piece in pieces:
         assert piece in line
@@ -83,7 +83,7 @@ def test_a_config_that_the_hub_refuses(build, key, case, refused):
 
 def test_weights_that_the_hub_refuses(refused):
     refused(REFUSALS["gated, not granted"][0])
-    with pytest.raises(UserError, match=f"^init_from: {NAME} is gated: ask for access"):
+    with pytest.raises(UserError, match=f"^init_from: {NAME} is gated: request access"):
         tiny.module("llama", init_from=NAME).configure_model()
 
 
@@ -91,7 +91,7 @@ def test_a_teacher_that_the_hub_refuses(refused):
     refused(REFUSALS["gated, not granted"][0])
     made = tiny.module("llama", teacher=Distillation(source=NAME))
     made.trainer = tiny.trainer()
-    with pytest.raises(UserError, match=f"^teacher.source: {NAME} is gated: ask for access"):
+    with pytest.raises(UserError, match=f"^teacher.source: {NAME} is gated: request access"):
         made.setup("fit")
 
 

@@ -81,11 +81,11 @@ IMPOSSIBLE = {
     "vocab_size": (0, "vocab_size: must be from 1"),
     "attention_dropout": (5, "attention_dropout"),
     "hidden_act": ("sillu", "hidden_act: sillu is unknown; did you mean silu?"),
-    "pad_token_id": (64, "pad_token_id: 64 is none of the 64 tokens"),
+    "pad_token_id": (64, "pad_token_id: 64 is not one of the 64 tokens"),
     "rope_parameters": ({"rope_type": "nope", "rope_theta": 1.0}, "rope_type"),
     "num_key_value_heads": (3, "num_key_value_heads: 3 does not divide num_attention_heads 4"),
     "model_type": ("mistral", "model_type: 'mistral' is not supported; choose llama or qwen3"),
-    "quantization_config": ({"quant_method": "gptq"}, "is quantized already"),
+    "quantization_config": ({"quant_method": "gptq"}, "is already quantized"),
 }
 
 
@@ -114,7 +114,7 @@ def test_an_architecture_laid_over_a_folder_is_refused(key, tmp_path):
     source = described(tmp_path / "model", "llama", {"num_hidden_layers": 2})
     other = {"hidden_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 4}[key]
     module = LlamaModule(config=BASE | {"num_hidden_layers": 2, "head_dim": 8, key: other}, init_from=source)
-    words = rf"model\.config\.{key}: {other}, but .*model, .*has .*; leave .*--model\.config null"
+    words = rf"model\.config\.{key}: is {other}, but .*model in init_from has .*; take .*--model\.config null"
     with pytest.raises(UserError, match=words):
         check_start(module, source)
     with pytest.raises(UserError, match=words):

@@ -198,7 +198,7 @@ TIMED = {"max_steps": -1, "max_time": {"seconds": 0.3}}
 @pytest.mark.parametrize("endless", [TIMED, {"max_steps": -1, "max_epochs": -1}], ids=["time", "epochs"])
 def test_a_schedule_needs_an_end_if_the_run_has_none(endless):
     module, data = tiny.module("llama", lr_scheduler=CosineWarmup), tiny.loader("llama")
-    with pytest.raises(UserError, match=r"^total_steps: .* set it, or trainer\.max_steps"):
+    with pytest.raises(UserError, match=r"^total_steps: .* set total_steps, trainer\.max_steps"):
         tiny.trainer(**endless).fit(module, data, data)
 
 

@@ -212,7 +212,7 @@ def test_a_teacher_of_another_shape(start, tmp_path):
     set_up(made)
     assert len(made.teacher.model.model.layers) == 3
     made = tiny.module("llama", teacher=Distillation(source=str(tmp_path / "big.ckpt"), hidden_weight=1.0))
-    with pytest.raises(UserError, match=r"num_hidden_layers is 3, the student's 2.*hidden_weight at 0"):
+    with pytest.raises(UserError, match=r"num_hidden_layers is 3, and 2 in the student.*hidden_weight to 0"):
         set_up(made)
 
 

@@ -20,10 +20,10 @@ from torch import nn
 from stableqat.checkpoints.names import find_checkpoint
 from stableqat.data.image import PREPROCESSING
 from stableqat.data.tokenizer import check_vocabulary, load_tokenizer
-from stableqat.errors import UserError
+from stableqat.errors import UserError, first_line
 from stableqat.evaluate.quiet import quiet
 from stableqat.modules import QATModule
-from stableqat.modules.config import first_line, pretrained_config
+from stableqat.modules.config import pretrained_config
 from stableqat.modules.start import check_start
 from stableqat.modules.vit import image_size
 from stableqat.runs import Run, open_run

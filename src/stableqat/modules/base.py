@@ -1,11 +1,8 @@
-"""What every training system shares: surgery, parameter groups, optimizer, exact resume, checkpoints.
+"""What all training systems share: from a plain model to one that trains, its optimizer, its checkpoints.
 
-Order of events: the architecture is built and checked on the meta device in `__init__` (a wrong
-setting fails before data is prepared); `configure_model` builds it for real, loads the
-full-precision start, swaps the linear layers and sets their scales from the loaded weights,
-then shards. Where a state dict follows, neither start nor initialisation is computed.
-Randomness inside a step (dropout, mixup, stochastic quantizers) is a function of (seed, epoch,
-batch, rank), so that a resumed run repeats the uninterrupted one.
+`__init__` builds and checks the architecture on the meta device, so that a wrong setting fails before data is
+prepared. `configure_model` builds it for real, loads the full-precision start, assembles the model that
+trains and shards it. Where a state dict follows, it computes neither start nor scales.
 """
 
 import logging
@@ -30,6 +27,7 @@ from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.clipping import clip_gradients
 from stableqat.modules.hyperparameters import rebuild, save_plain_hyperparameters
+from stableqat.modules.metrics import Evaluation
 from stableqat.modules.parallel import checkpoint_activations, shard, states_by_name
 from stableqat.modules.schedule import end_with_run, place
 from stableqat.modules.start import load_start, state_dict_follows, will_be_loaded
@@ -43,12 +41,12 @@ logger = logging.getLogger(__name__)
 LARGEST = torch.finfo(torch.float32).max
 
 
-class QATModule(L.LightningModule, ABC):
+class QATModule(Evaluation, ABC):
     """Base of the training systems; knows no method by name.
 
     Attributes:
-        family: What the model reads, text or images.
-        input_key: Key of a batch that holds the model's input.
+        family: What the model reads.
+        input_key: The model's input in a batch.
         heads: Default of `skip`.
 
     Args:
@@ -60,7 +58,7 @@ class QATModule(L.LightningModule, ABC):
             the run or checkpoint that init_from names, so that training starts with the loss that it
             deploys. A layer with another grid or granularity starts from the start's deployed values.
         optimizer: Makes the optimizer from parameter groups.
-        lr_scheduler: Makes the scheduler from the optimizer, stepped every optimizer step.
+        lr_scheduler: Makes the scheduler from the optimizer; it steps with the optimizer.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
         weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose
             gradients are smaller.
@@ -92,8 +90,8 @@ class QATModule(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
-        for name, multiplier in (("scale", scale_lr_multiplier), ("weight", weight_lr_multiplier)):
-            check_range(f"{name}_lr_multiplier", multiplier, 0, LARGEST)
+        check_range("scale_lr_multiplier", scale_lr_multiplier, 0, LARGEST)
+        check_range("weight_lr_multiplier", weight_lr_multiplier, 0, LARGEST)
         self.quantizer = quantizer
         self.skip = skip
         if init_quantizers not in ("weights", "start"):
@@ -118,7 +116,7 @@ class QATModule(L.LightningModule, ABC):
 
     @abstractmethod
     def load_pretrained(self, source: str) -> nn.Module:
-        """The architecture with the weights of a local folder or file that is not ours, or of the hub."""
+        """The architecture with the weights of a foreign folder or file, or of the hub."""
 
     @abstractmethod
     def check_pretrained(self, source: str) -> None:
@@ -153,21 +151,17 @@ class QATModule(L.LightningModule, ABC):
         return state
 
     def adapt(self, model: nn.Module) -> None:
-        """What a family changes in the model once its layers are swapped, before it is sharded."""
+        """Change what a family needs in the model after its layers are swapped, before it is sharded."""
 
     def resolved(self) -> dict[str, Any]:
         """Hyper-parameters that rebuild the architecture without the source it came from."""
         return {}
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
-        """Refuse data that the model cannot take, by what is known before data is prepared.
-
-        Raises:
-            UserError: Naming both settings.
-        """
+        """Refuse data that does not fit the model, as far as is known before data is prepared."""
 
     def check_architecture(self, quantizer: QuantizerFactory | None) -> None:
-        """Build, swap and try on the meta device: a setting that cannot work fails here, in no time."""
+        """Build, quantize and try the model on the meta device, so that a wrong setting fails at once."""
         with torch.device("meta"):
             model = self.build_model()
         if quantizer is not None:
@@ -175,11 +169,11 @@ class QATModule(L.LightningModule, ABC):
             if not report.swapped:
                 raise UserError(
                     f"skip: {', '.join(self.skip)} leaves none of the {len(report.skipped)} linear layers to "
-                    "quantize; skip fewer, or train in full precision with quantizer: null"
+                    "quantize; skip fewer, or set quantizer: null to train in full precision"
                 )
             # the default may name layers of other models of the family
             if lost := [pattern for pattern in report.unmatched if pattern not in self.heads]:
-                raise UserError(f"skip: {lost[0]} matches no linear layer; correct it or leave it out")
+                raise UserError(f"skip: {lost[0]} matches no linear layer; correct or remove it")
             self.calls = check_calls(model)
 
     def setup(self, stage: str) -> None:
@@ -189,7 +183,7 @@ class QATModule(L.LightningModule, ABC):
             self.check_data(datamodule)
 
     def configure_model(self) -> None:
-        """Build, load, swap, initialise, shard; calling it again changes nothing."""
+        """Build, load, assemble and shard the model; does nothing the second time."""
         if self.model is not None:
             return
         follows = will_be_loaded()
@@ -226,7 +220,7 @@ class QATModule(L.LightningModule, ABC):
                 recompute = True  # a value made for the whole block lies outside its checkpoint
             report = quantize_linears(model, quantizer, self.skip, initialize=initialize, recompute=recompute)
             report.check()
-            if self.calls is None:  # the trial on the meta device told nothing
+            if self.calls is None:  # the model cannot run on the meta device
                 check_calls(model)
             else:
                 show_weights(model, self.calls)
@@ -247,7 +241,7 @@ class QATModule(L.LightningModule, ABC):
         strict: bool = True,
         **changes: Any,
     ) -> Any:
-        """Rebuild a module from a checkpoint alone; `changes` replace its arguments of the class.
+        """Rebuild a module from its checkpoint alone; `changes` replace saved arguments of its class.
 
         Raises:
             UserError: If the file is damaged, or its hyper-parameters make no such module.
@@ -262,11 +256,11 @@ class QATModule(L.LightningModule, ABC):
         return module if map_location is None else module.to(map_location)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take no path that leads elsewhere."""
+        """Ignore paths to other folders."""
         forget_paths_elsewhere(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint self-contained: no way back to `init_from`, optimizer states under names."""
+        """Make a checkpoint self-contained: it needs no `init_from`, and names its optimizer states."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].update(self.resolved(), init_from=None)
         if states := checkpoint.get("optimizer_states"):
             states_by_name(self, self.trainer.optimizers, states)
@@ -287,10 +281,7 @@ class QATModule(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Every trainable parameter is in the optimizer, or training would silently do nothing.
-
-        The schedule is this run's: a checkpoint's rate, and its end, are those of the steps planned then.
-        """
+        """Set the schedule for this run's steps; check that the optimizer has every trainable parameter."""
         assert self.model is not None
         for config in self.trainer.lr_scheduler_configs:
             place(config.scheduler, self._scheduled_steps)
@@ -300,7 +291,7 @@ class QATModule(L.LightningModule, ABC):
         assert not lost, f"trainable parameters outside the optimizer: {lost}"
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What these modules need of a trainer's callbacks, whoever makes the trainer."""
+        """The callbacks that these modules need in every trainer."""
         return [HoldWeights(), StepPosition()]
 
     def configure_gradient_clipping(
@@ -309,13 +300,10 @@ class QATModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, and log the gradient's norm before it where the step is logged."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:  # the guard has dropped the step
-            return
+        """Clip the gradient; log its norm before clipping where the step is logged."""
         logged = self.trainer._logger_connector.should_update_logs
         by_norm = gradient_clip_algorithm in (None, "norm")
-        norm = clip_gradients(grads, gradient_clip_val or 0.0, by_norm=by_norm, measure=logged)
+        norm = clip_gradients(optimizer, gradient_clip_val or 0.0, by_norm=by_norm, measure=logged)
         if logged and norm is not None:
             self.log("train/grad_norm", norm)
 
@@ -331,13 +319,10 @@ class QATModule(L.LightningModule, ABC):
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def describe(self) -> dict[str, str | int | float]:
-        """Flat hyper-parameters of the run for TensorBoard's HParams and for tables."""
+        """Flat settings of the run for TensorBoard's HParams and for tables."""
         assert self.model is not None
         layers = list(quantized_layers(self.model).values())
         method = layers[0].weight_quantizer.describe() if layers else {"method": "FP"}
-        multipliers = {
-            "scale_lr_multiplier": self.scale_lr_multiplier,
-            "weight_lr_multiplier": self.weight_lr_multiplier,
-        }
+        multipliers = {key: getattr(self, key) for key in ("scale_lr_multiplier", "weight_lr_multiplier")}
         share = {"quantized_share": round(self.surgery.quantized_share, 4)} if self.surgery else {}
         return {**method, **share, **multipliers, "seed": self.seed}

@@ -1,7 +1,6 @@
-"""Gradient clipping that takes shards as the plain tensors they are.
+"""Gradient clipping that works on shards as plain tensors.
 
-As Lightning clips, to the bit; but on a few hundred DTensors either of its operations keeps the host busy for
-10 ms per step.
+It clips as Lightning does, whose operations on a few hundred DTensors keep the host busy for 10 ms each.
 """
 
 from collections.abc import Sequence
@@ -9,24 +8,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.optim import Optimizer
 
 from stableqat.quantizers.base import local
 
 
 def clip_gradients(
-    gradients: Sequence[Tensor], limit: float, *, by_norm: bool, measure: bool = False
+    optimizer: Optimizer, limit: float, *, by_norm: bool, measure: bool = False
 ) -> Tensor | None:
-    """Clip gradients in place.
+    """Clip the gradients of an optimizer's parameters in place.
 
     Args:
-        gradients: Plain tensors, or the shards of this process; at least one.
+        optimizer: Its gradients may be plain tensors or shards.
         limit: Largest norm of all gradients together, or largest absolute value; 0 clips nothing.
         by_norm: Scale all gradients by one factor. False cuts off each value.
         measure: Compute the norm even where clipping does not need it.
 
     Returns:
-        The norm of all gradients before clipping; None if it was not needed.
+        The norm of all gradients before clipping; None if nobody needs it, or there are no gradients.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:  # the divergence guard has dropped the step
+        return None
     shards = [local(gradient) for gradient in gradients]
     by_norm = by_norm and bool(limit)
     norm = _total_norm(gradients) if measure or by_norm else None

@@ -1,10 +1,9 @@
-"""Which language model: keys of a transformers config, a local folder, a run, or a name on the hub.
+"""The architecture of a language model: from config keys, a local folder, a run, or a hub name.
 
-What the hub refuses is told in one line with the remedy: its own messages take five, and transformers'
-put several causes into one.
+What the hub refuses becomes one line with the remedy: its own messages take five, and those of transformers
+mix several causes.
 """
 
-import difflib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 
 from stableqat.checkpoints.names import find_checkpoint
 from stableqat.checkpoints.read import read_checkpoint
-from stableqat.errors import UserError
+from stableqat.errors import UserError, did_you_mean, first_line
 from stableqat.trust import check_plain
 
-# far above what any model has: time and memory go into what is built, so it is refused before
+# far above any real model: refuse it before it takes time and memory
 _MOST = {
     "num_hidden_layers": 2**10,
     "hidden_size": 2**17,
@@ -47,14 +46,14 @@ def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -
         init_from: Run folder, checkpoint, model folder or hub name.
 
     Raises:
-        UserError: If the architecture is unknown, inconsistent or not to be had.
+        UserError: If the architecture is unknown, inconsistent or not found.
     """
     key = "model.config"
     if config is None:
         key = "init_from"
         if init_from is None:
             raise UserError(
-                "model.config: missing; give an architecture, or model.init_from to take it from there"
+                "model.config: missing; give an architecture, or set model.init_from to take its own"
             )
         checkpoint = find_checkpoint(init_from)
         config = (
@@ -77,40 +76,40 @@ def pretrained_config(key: str, source: str) -> Any:
     """The config of a model folder or hub name.
 
     Args:
-        key: Setting that names it, for the message.
+        key: The setting that names it, for messages.
         source: Local folder or hub name.
 
     Raises:
-        UserError: If it is not to be had, with the reason.
+        UserError: If it is not found, with the reason.
     """
     from transformers import AutoConfig
 
     written = Path(source) / "config.json"
     keys = None
-    with suppress(OSError, ValueError, RecursionError):  # transformers says what is wrong
+    with suppress(OSError, ValueError, RecursionError):  # transformers reports what is wrong
         keys = json.loads(written.read_text())
     _check_sizes(keys, f"{key}: {source}: ")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # transformers validates with several exception types of its own
+    except Exception as error:  # transformers raises several types of its own
         if Path(source).exists():
             told = first_line(error) if isinstance(error, OSError | ValueError) else str(error)
             reason = f"has no usable config.json ({' '.join(told.split())[:200]})"
         else:
             reason = hub_refusal(source, error) or (
-                f"is neither here nor to be had from the hub ({first_line(error)})"
+                f"was not found locally or on the Hub ({first_line(error)})"
             )
         raise UserError(
-            f"{key}: {source} {reason}; give a local model folder or a hub name you have access to"
+            f"{key}: {source} {reason}; give a local model folder or the name of a Hub model you can access"
         ) from error
 
 
 def hub_refusal(source: str, error: BaseException) -> str | None:
-    """Why the hub did not serve a name, and what to do about it; None if that is not what happened.
+    """Why the hub refused a name, and what to do; None if it did not.
 
     Args:
-        source: Name on the hub.
-        error: What a library raised; the hub's own error may lie beneath it.
+        source: Hub name.
+        error: What a library raised; the hub's own error may be its cause.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -128,39 +127,39 @@ def hub_refusal(source: str, error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     for cause in causes:
         if isinstance(cause, HFValidationError):
-            return "is neither a folder here nor a name that the hub could have"
+            return "is neither a local folder nor a valid Hub name"
         if isinstance(cause, GatedRepoError):
             return (
-                f"is gated: ask for access at https://huggingface.co/{source}, log in with `hf auth login` "
-                "(or set HF_TOKEN), and start again"
+                f"is gated: request access at https://huggingface.co/{source}, log in with `hf auth login` "
+                "(or set HF_TOKEN), and try again"
             )
         if isinstance(cause, RepositoryNotFoundError):
             return (
-                "is neither here nor to be seen on the hub: correct the name or, if it is private, log in "
+                "was not found locally or on the Hub: correct the name or, if it is private, log in "
                 "with `hf auth login` (or set HF_TOKEN)"
             )
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             return (
-                f"is refused by the hub ({cause.response.status_code}): log in with `hf auth login` (or set "
-                "HF_TOKEN) with a token that may read it"
+                f"is refused by the Hub ({cause.response.status_code}): log in with `hf auth login` (or set "
+                "HF_TOKEN) using a token with read access"
             )
     if any(
         isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError)
         for cause in causes
     ):
         return (
-            "is neither here nor in the hub's cache, and the hub cannot be reached (offline?): download it "
-            "where there is a network"
+            "was not found locally or in the Hub's cache, and the Hub cannot be reached (offline?): download "
+            "it while online"
         )
     return None
 
 
 def compare_configs(config: Any, source: str) -> None:
-    """Refuse an architecture that is not that of the folder or hub name whose weights it is to take.
+    """Refuse an architecture that differs from that of the weights it starts from.
 
     Args:
         config: The architecture.
-        source: Where the weights come from.
+        source: Model folder or hub name of the weights.
 
     Raises:
         UserError: Naming the key and both values, or as `pretrained_config`.
@@ -170,16 +169,16 @@ def compare_configs(config: Any, source: str) -> None:
         mine, theirs = getattr(config, key, None), getattr(own, key, None)
         if mine != theirs:
             raise UserError(
-                f"model.config.{key}: {mine}, but {source}, which init_from names, has {theirs}; leave the "
-                "architecture to it: --model.config null"
+                f"model.config.{key}: is {mine}, but {source} in init_from has {theirs}; take the "
+                "architecture from there with --model.config null"
             )
 
 
 def _known_keys(config: Any, where: str) -> dict[str, Any]:
-    """Keys that a config's class has: what trainers leave in a config.json beside them says nothing."""
+    """The keys that a config's class knows; trainers leave others in a config.json."""
     _check_type(config.model_type, where)
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{where}is quantized already (quantization_config); start from what it was made of")
+        raise UserError(f"{where}is already quantized (quantization_config); start from the original model")
     known = type(config)().to_dict()
     return {key: value for key, value in config.to_dict().items() if key in known}
 
@@ -193,20 +192,19 @@ def _config_from_keys(keys: dict[str, Any], where: str) -> Any:
     _check_type(model_type, where)
     _check_sizes(keys, where)
     known = set(AutoConfig.for_model(model_type).to_dict()) | {"torch_dtype", "rope_theta", "rope_scaling"}
-    written = "transformers_version" in keys  # by a program, with what it knew; not by hand
+    written = "transformers_version" in keys  # by a program of another version, not by hand
     for key in [key for key in keys if key not in known]:
         if not written:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{where}{key}: unknown key of a {model_type} config{hint}")
+            hint = did_you_mean(key, known, "correct or remove it")
+            raise UserError(f"{where}{key}: unknown key of a {model_type} config; {hint}")
         del keys[key]
     try:
         resolved = AutoConfig.for_model(model_type, **keys)
-    except Exception as error:  # transformers validates with several exception types of its own
+    except Exception as error:  # transformers raises several types of its own
         raise UserError(f"{where.rstrip('.: ')}: {' '.join(str(error).split())}") from error
     if resolved.hidden_size % resolved.num_attention_heads and "head_dim" not in keys:
         raise UserError(
-            f"{where.rstrip('.: ')}: hidden_size {resolved.hidden_size} is no multiple of "
+            f"{where.rstrip('.: ')}: hidden_size {resolved.hidden_size} is not a multiple of "
             f"num_attention_heads {resolved.num_attention_heads}"
         )
     return resolved
@@ -218,14 +216,14 @@ def _check_type(model_type: Any, where: str) -> None:
 
 
 def _check_sizes(keys: Any, where: str) -> None:
-    """Refuse sizes that no model has, before anything is made of them."""
+    """Refuse sizes that no model has, before anything is built."""
     for key, most in _MOST.items() if isinstance(keys, dict) else ():
         if isinstance(value := keys.get(key), int) and not 0 < value <= most:
             raise UserError(f"{where}{key}: must be from 1 to {most}, not {value}")
 
 
 def _check(config: Any, where: str) -> None:
-    """Refuse what transformers takes and cannot build or train."""
+    """Refuse what transformers accepts and cannot build or train."""
     from transformers.activations import ACT2FN
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -233,23 +231,18 @@ def _check(config: Any, where: str) -> None:
     if heads % groups:
         raise UserError(
             f"{where}num_key_value_heads: {groups} does not divide num_attention_heads {heads}; set it to a "
-            f"divisor, or to {heads} where keys and values are not shared"
+            f"divisor, or to {heads} to share no keys and values"
         )
     if config.hidden_act not in ACT2FN:
-        near = difflib.get_close_matches(config.hidden_act, ACT2FN, 1)
-        hint = f"did you mean {near[0]}?" if near else "take silu, as Llama has"
+        hint = did_you_mean(config.hidden_act, ACT2FN, "take silu, as Llama does")
         raise UserError(f"{where}hidden_act: {config.hidden_act} is unknown; {hint}")
     if (pad := config.pad_token_id) is not None and not -1 <= pad < config.vocab_size:
-        raise UserError(f"{where}pad_token_id: {pad} is none of the {config.vocab_size} tokens; leave it out")
+        raise UserError(f"{where}pad_token_id: {pad} is not one of the {config.vocab_size} tokens; remove it")
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in (known := ("default", *ROPE_INIT_FUNCTIONS)):
-        raise UserError(f"{where}rope_parameters.rope_type: {rope} is unknown; choose {', '.join(known)}")
+        raise UserError(
+            f"{where}rope_parameters.rope_type: {rope} is unknown; choose one of {', '.join(known)}"
+        )
     config.return_dict = True
     if not 0 <= config.attention_dropout < 1:
         raise UserError(f"{where}attention_dropout: must lie in [0, 1), not {config.attention_dropout}")
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's exception says, up to its first line break."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,8 +1,8 @@
 """Causal language models of transformers (Llama, Qwen3) as training systems.
 
-The stock transformers model is used as it is; only its linear layers are swapped. Masters are
-float32 whatever the file holds. Perplexity is `exp` of the negative log-likelihood over all
-predicted tokens, summed in float64 over batches and ranks, not averaged over batches.
+The stock transformers model stays as it is but for its linear layers. Latent weights are float32, whatever
+the file holds. Perplexity is `exp` of the mean negative log-likelihood over all predicted tokens, summed in
+float64 over batches and processes, not averaged over batches.
 """
 
 import json
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from stableqat.checkpoints.names import find_checkpoint
-from stableqat.errors import UserError
+from stableqat.errors import UserError, first_line
 from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.base import QATModule
-from stableqat.modules.config import compare_configs, first_line, hub_refusal, resolve_config
+from stableqat.modules.config import compare_configs, hub_refusal, resolve_config
 from stableqat.modules.loss import lean_forward, token_losses
-from stableqat.modules.metrics import MeanLoss, log_evaluation
+from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.start import state_dict_follows
 from stableqat.modules.teacher import Distillation, Teacher
 
@@ -32,8 +32,8 @@ class LlamaModule(QATModule):
     Args:
         config: The architecture: keys of a transformers config (`model_type: llama` or `qwen3`), or a local
             folder or hub name that has one. None takes it from `init_from`.
-        lean_loss: Compute the loss a chunk of tokens at a time, without the logits of a whole batch; equal to
-            rounding. For vocabularies of tens of thousands.
+        lean_loss: Compute the loss chunk by chunk, without the logits of a whole batch; equal up to rounding.
+            For vocabularies of tens of thousands.
         teacher: Distillation from a full-precision model; None trains on the data alone.
         skip: Linear layers that stay in full precision, by name patterns.
         options: Those of `QATModule`.
@@ -89,7 +89,7 @@ class LlamaModule(QATModule):
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
-        self.check_pretrained(source)  # of weights that it may not see transformers says they are not there
+        self.check_pretrained(source)  # transformers reports weights it may not read as missing
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -115,7 +115,7 @@ class LlamaModule(QATModule):
         return model.train()
 
     def check_pretrained(self, source: str) -> None:
-        """See `QATModule.check_pretrained`: the config must be there, and this model's."""
+        """See `QATModule.check_pretrained`: its config must exist and equal this model's."""
         compare_configs(self.config, source)
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
@@ -123,44 +123,44 @@ class LlamaModule(QATModule):
         return model.model.layers  # type: ignore[union-attr, return-value]
 
     def adapt(self, model: nn.Module) -> None:
-        """See `QATModule.adapt`: a tied embedding follows its head, a lean loss does without logits."""
+        """See `QATModule.adapt`: a tied embedding follows its head, a lean loss makes no logits."""
         quantize_tied_embedding(model)
         if self.lean_loss or self.distillation is not None:
             vars(model)["forward"] = MethodType(lean_forward, model)
 
     def setup(self, stage: str) -> None:
-        """See `QATModule.setup`; training needs the teacher, nothing else does."""
+        """See `QATModule.setup`; only training loads the teacher."""
         super().setup(stage)
         if stage == "fit" and self.distillation is not None and self.teacher is None:
             self.teacher = _load_teacher(self.distillation)
             self.teacher.check(self.config)
 
     def describe(self) -> dict[str, str | int | float]:
-        """See `QATModule.describe`; with the teacher's weights, if there is one."""
+        """See `QATModule.describe`; with the teacher's settings, if there is one."""
         if self.distillation is None:
             return super().describe()
         taught = {f"teacher_{k}": v for k, v in asdict(self.distillation).items() if isinstance(v, float)}
         return super().describe() | taught
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
-        """Positions and embedding must be large enough for the rows, and the tokens those of the start."""
+        """Rows must fit the positions, and tokens the embedding and the start."""
         block, limit = getattr(datamodule, "block_size", 0), self.config.max_position_embeddings
         if block > limit:
             raise UserError(
-                f"data.block_size: {block} tokens are more than the model allows "
-                f"(max_position_embeddings {limit}); shorten the rows or raise the limit in model.config"
+                f"data.block_size: {block} tokens exceed the model's max_position_embeddings, {limit}; "
+                "shorten the rows or raise the limit in model.config"
             )
         own_tokens = getattr(datamodule, "tokenizer_source", "") is None
         if own_tokens and self.init_from is not None and find_checkpoint(self.init_from) is None:
             raise UserError(
-                f"data.tokenizer: missing; {self.init_from} was trained with a tokenizer, and brings none: "
-                "name it"
+                f"data.tokenizer: missing; {self.init_from} was trained with a tokenizer but does not "
+                "include it; name it"
             )
         size = getattr(datamodule, "vocab_size", 0)
         if size > self.config.vocab_size:
             raise UserError(
                 f"model.config.vocab_size: {self.config.vocab_size} is less than the tokenizer's {size} "
-                "entries; raise it, or take the tokenizer that the model was trained with"
+                "entries; raise it, or use the tokenizer that the model was trained with"
             )
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class LlamaModule(QATModule):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean negative log-likelihood of the next token; the model shifts the labels itself."""
+        """Mean negative log-likelihood of the next token; the model itself shifts the labels."""
         assert self.model is not None
         options: dict[str, Any] = {}
         if self.teacher is not None:
@@ -186,21 +186,13 @@ class LlamaModule(QATModule):
         return {"input_ids": ids, "labels": ids}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add up negative log-likelihoods and tokens."""
+        """Sum negative log-likelihoods and tokens."""
         nll = self.predict_step(batch, batch_idx)
         self.val_loss.update(nll.double().sum(), (batch["labels"][:, 1:] != -100).sum(), batch_idx)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and perplexity over all tokens of all ranks."""
-        self._log_evaluation("val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self._log_evaluation("test")
+    def measured(self, loss: Tensor) -> dict[str, Tensor]:
+        """Perplexity over all tokens."""
+        return {"perplexity": loss.exp()}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Negative log-likelihood of each next token, `(batch, tokens - 1)`, 0 where its label is ignored."""
@@ -213,15 +205,9 @@ class LlamaModule(QATModule):
             logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none"
         )
 
-    def _log_evaluation(self, stage: str) -> None:
-        losses = self.val_loss.compute()
-        metrics = {"loss": losses["loss"], "perplexity": losses["loss"].exp()}
-        log_evaluation(self, stage, metrics, losses)
-        self.val_loss.reset()
-
 
 def _load_teacher(settings: Distillation) -> Teacher:
-    # as if there were no teacher: neither the student's random weights nor the state to come concern it
+    # the student's random weights and its coming state dict do not concern the teacher
     with torch.random.fork_rng([]), state_dict_follows(False):
         try:
             module = LlamaModule(init_from=settings.source)

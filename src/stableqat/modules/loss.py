@@ -1,4 +1,4 @@
-"""Losses over a large vocabulary, a chunk of tokens at a time: the logits never exist as a whole.
+"""Losses over a large vocabulary, chunk by chunk of tokens: the logits never exist as a whole.
 
 The logits of 4 x 2048 tokens over 128k entries take 4 GiB in float32, and cross-entropy keeps several
 tensors of that size. Here the forward takes a chunk of logits, its loss and, at once, the gradient of
@@ -24,11 +24,11 @@ IGNORED = -100
 LOGITS = 2**27  # elements of a chunk's logits, 512 MiB in float32
 
 RowLoss = Callable[[Tensor, slice], Tensor]
-"""Losses of some rows from their float32 logits, `(rows, vocab)` and which rows, `-> (rows,)`."""
+"""Losses `(rows,)` of some rows, from their float32 logits `(rows, vocab)` and the slice of these rows."""
 
 
 def lean_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The mean cross-entropy of `F.linear(hidden, weight, bias)` over the labels that count.
+    """The mean cross-entropy of `F.linear(hidden, weight, bias)` over the labels that are not ignored.
 
     Args:
         hidden: `(..., in)`.
@@ -37,7 +37,7 @@ def lean_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Ten
         bias: `(vocab,)` or None.
 
     Returns:
-        Scalar, float32; NaN where every label is ignored, as without chunks.
+        Scalar, float32; NaN if every label is ignored, as without chunks.
     """
     total = sum_over_rows(hidden, weight, bias, _cross_entropy(labels.flatten()))
     return total / (labels != IGNORED).sum()
@@ -66,7 +66,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
     return torch.cat(losses).view(labels.shape)
 
 
-@torch.compiler.disable  # a compiled model calls it as it is
+@torch.compiler.disable  # a compiled model calls it uncompiled
 def sum_over_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, row_loss: RowLoss) -> Tensor:
     """The sum of a loss over rows of logits, differentiable once by `hidden`, `weight` and `bias`.
 
@@ -74,7 +74,7 @@ def sum_over_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, row_loss:
         hidden: `(..., in)`.
         weight: `(vocab, in)`.
         bias: `(vocab,)` or None.
-        row_loss: Computes losses of rows; what else it depends on receives no gradient.
+        row_loss: Computes losses of rows; other tensors it uses receive no gradient.
 
     Returns:
         Scalar, float32.
@@ -92,16 +92,16 @@ def lean_forward(
     loss: Callable[..., Tensor] = lean_cross_entropy,
     **options: Any,
 ) -> Any:
-    """Stands in for the forward of a transformers causal language model: with labels, no logits.
+    """Replaces the forward of a transformers causal language model: with labels, it makes no logits.
 
-    As the model's own forward it runs inside the model's hooks; FSDP2's give it whole weights.
+    As the model's forward it runs inside the model's hooks, of which FSDP2's give it whole weights.
 
     Args:
         model: Causal language model with a `model` that makes hidden states and an `lm_head`.
         input_ids: `(batch, tokens)`.
         labels: `(batch, tokens)`, not shifted; None gives the logits.
-        loss: Of hidden states, weight, shifted labels and bias.
-        options: For the decoder; with `output_hidden_states`, `loss` is given them as `hidden_states`.
+        loss: Takes hidden states, weight, shifted labels and bias.
+        options: For the decoder; with `output_hidden_states`, `loss` gets them as `hidden_states`.
 
     Returns:
         The model's output, `loss` and no logits.
@@ -121,12 +121,12 @@ def lean_forward(
 
 
 def next_tokens(labels: Tensor) -> Tensor:
-    """Labels shifted so that each position has that of the next token, ignored at the last one."""
+    """Labels shifted by one: each position has the next token's, the last one is ignored."""
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type of products: autocast's, or the tensor's own."""
+    """The type in which products are computed: autocast's, or the tensor's own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
@@ -174,7 +174,7 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # in place, for memory: a second backward is then refused by autograd itself
+        # in place to save memory: autograd itself refuses a second backward
         gradients = [
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -197,7 +197,7 @@ def _cross_entropy(labels: Tensor) -> RowLoss:
 
 
 def _chunks(rows: int, vocab: int) -> Iterator[slice]:
-    """Slices of about equal length, so that the last is no remnant."""
+    """Slices of about equal length."""
     number = -(-rows * vocab // LOGITS)
     size = -(-rows // max(number, 1))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1)))

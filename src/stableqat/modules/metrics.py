@@ -1,9 +1,11 @@
-"""The mean loss of an evaluation, whole and in two halves.
+"""What an evaluation measures: the mean loss, whole and in two halves, and a family's own metrics.
 
-A setting that is chosen by a loss looks better on the data that chose it. With a half for the choice and a
-half for the report, a comparison of best learning rates stays fair. Batches of even number are one
-half, those of odd number the other, so every arm of a study has the same halves.
+A setting chosen by a loss looks better on the data that chose it. With one half for the choice and the other
+for the report, a comparison of best learning rates stays fair. Batches with even numbers are one half, those
+with odd numbers the other, so every arm of a study has the same halves.
 """
+
+from abc import abstractmethod
 
 import lightning as L
 import torch
@@ -12,7 +14,7 @@ from torchmetrics import Metric
 
 
 class MeanLoss(Metric):
-    """Sums of losses and of their numbers in float64, over batches and processes."""
+    """Sums of losses and their counts in float64, over batches and processes."""
 
     full_state_update = False
     totals: Tensor
@@ -28,8 +30,8 @@ class MeanLoss(Metric):
 
         Args:
             total: Sum of its losses.
-            count: How many they are.
-            batch_idx: Its number, which says its half.
+            count: Number of its losses.
+            batch_idx: Number of the batch, which decides its half.
         """
         self.totals[batch_idx % 2] += total
         self.counts[batch_idx % 2] += count
@@ -43,18 +45,42 @@ class MeanLoss(Metric):
         return losses
 
 
-def log_evaluation(
-    module: L.LightningModule, stage: str, metrics: dict[str, Tensor], losses: dict[str, Tensor]
-) -> None:
-    """Log an evaluation, and the losses of its halves outside the progress bar.
+class Evaluation(L.LightningModule):
+    """Validation and test alike: sums over all batches and processes, logged at the end.
 
-    Args:
-        module: What was evaluated.
-        stage: val or test.
-        metrics: Values by name.
-        losses: What `MeanLoss` computed.
+    Attributes:
+        val_loss: The loss, updated by `validation_step`.
     """
-    halves = {key: loss for key, loss in losses.items() if key not in metrics}
-    for values, shown in ((metrics, True), (halves, False)):
-        named = {f"{stage}/{key}": value for key, value in values.items()}
-        module.log_dict(named, prog_bar=shown, sync_dist=True)
+
+    val_loss: MeanLoss
+
+    @abstractmethod
+    def measured(self, loss: Tensor) -> dict[str, Tensor]:
+        """The metrics of all batches beside the loss.
+
+        Args:
+            loss: The mean loss.
+        """
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and metrics of the whole validation."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss and metrics of the whole test."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        losses = self.val_loss.compute()
+        metrics = {"loss": losses["loss"], **self.measured(losses["loss"])}
+        halves = {key: loss for key, loss in losses.items() if key not in metrics}
+        for values, in_progress_bar in ((metrics, True), (halves, False)):
+            named = {f"{stage}/{key}": value for key, value in values.items()}
+            self.log_dict(named, prog_bar=in_progress_bar, sync_dist=True)
+        for metric in self.children():
+            if isinstance(metric, Metric):
+                metric.reset()

@@ -27,20 +27,20 @@ from stableqat.errors import UserError
 
 
 class _Reducing:
-    """A reduction as one collective: before each, Lightning stops the host at a barrier, in every step."""
+    """Reductions as one collective; Lightning's own stop the host at a barrier before each."""
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce a tensor over all processes, in place; anything else is given back as it is.
+        """Reduce a tensor over all processes in place; return anything else as it is.
 
         Args:
-            tensor: What to reduce.
-            group: Processes; None takes all.
-            reduce_op: mean, avg, sum, min, max or product, or torch's own name; None sums.
+            tensor: The tensor.
+            group: Group of processes; None takes all.
+            reduce_op: mean, avg, sum, min, max, product or a `ReduceOp` of torch; None sums.
         """
         if not isinstance(tensor, torch.Tensor):
             return tensor
         name = reduce_op.lower() if isinstance(reduce_op, str) else reduce_op
-        mean = name in ("mean", "avg")  # gloo has none of its own
+        mean = name in ("mean", "avg")  # gloo has no mean
         if name is None or mean:
             operation = dist.ReduceOp.SUM
         else:
@@ -50,13 +50,13 @@ class _Reducing:
 
 
 class DDPStrategy(_Reducing, strategies.DDPStrategy):
-    """Distributed data parallelism, `--trainer.strategy ddp`; see Lightning's of this name.
+    """Distributed data parallelism, `--trainer.strategy ddp`; see Lightning's class of this name.
 
-    Buffers are not sent before each step if none is part of the state dict: they are constants then.
+    If no buffer is part of the state dict, all are constants, and none is sent before each step.
     """
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # where torch has the second, the first is deprecated
+        # the first is deprecated in releases of torch that have the second
         names = {"broadcast_buffers", "forward_sync_buffers"}
         name = max(names & signature(DistributedDataParallel).parameters.keys())
         if not names & self._ddp_kwargs.keys() and not _saved_buffers(model):
@@ -70,9 +70,9 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: Each rank writes its shard into a folder; False gathers one file.
         process_group_backend: nccl or gloo; None chooses by the device.
-        build_on_cpu: Build the model on the CPU. Else each process builds the whole float32 model on its
-            device before it keeps its shard: faster by minutes at a billion weights, with the random weights
-            of one GPU; but it must fit.
+        build_on_cpu: Build the model on the CPU. By default each process builds the whole float32 model on
+            its device and keeps its shard: faster by minutes at a billion weights, with the random weights of
+            a single GPU; but the model must fit.
     """
 
     def __init__(
@@ -89,19 +89,19 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Set the group's size, known only once the trainer has chosen its devices."""
+        """Set the group's size, which is known once the trainer has chosen its devices."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Where the model is built: on the process's device, as under other strategies, or on the CPU."""
+        """Build the model on the process's device, as other strategies do, or on the CPU."""
         device = nullcontext() if self._build_on_cpu else self.root_device
         with device, super().tensor_init_context(empty_init):
             yield
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State by parameter name, whole on the first process unless checkpoints are sharded."""
+        """States by parameter name, complete on the first process unless checkpoints are sharded."""
         assert self.model is not None
         whole = not self._save_distributed_checkpoint
         options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
@@ -110,7 +110,7 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Resume from one file, or from the shards of any number of processes, without unpickling either."""
+        """Resume from one file or from the shards of any number of processes, without pickle."""
         path = Path(self.broadcast(checkpoint_path))
         if not is_sharded(path):
             return super().load_checkpoint(path, weights_only)
@@ -124,7 +124,7 @@ def _saved_buffers(model: nn.Module) -> set[str]:
 
 
 def register_strategies() -> None:
-    """Make `ddp` and `fsdp2` of `--trainer.strategy`, and what `auto` takes, those of this module."""
+    """Register this module's strategies as `ddp` and `fsdp2` of `--trainer.strategy`, and for `auto`."""
     strategies.StrategyRegistry.register(
         "ddp",
         DDPStrategy,

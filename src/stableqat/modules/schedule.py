@@ -1,6 +1,6 @@
-"""Learning-rate schedule: linear warm-up, then a cosine down to a share of the peak.
+"""Learning-rate schedules: linear warm-up with a cosine, and what any schedule needs to compare and resume.
 
-Every parameter group is scaled by the same factor, so the scales' own multiplier is kept.
+A schedule scales every parameter group by the same factor, so the scales keep their own multiplier.
 """
 
 from math import cos, pi
@@ -19,7 +19,7 @@ class CosineWarmup(LambdaLR):
 
     Args:
         optimizer: The optimizer.
-        warmup_steps: Steps before the peak; 0 starts at the peak, as the published recipes do.
+        warmup_steps: Steps before the peak; 0 starts at the peak, as published recipes do.
         total_steps: Step at which the cosine ends; None takes the trainer's number of steps.
         final_ratio: Learning rate at the end, as a share of the peak.
 
@@ -59,23 +59,23 @@ class CosineWarmup(LambdaLR):
 
 
 def check_schedule(scheduler: object, trainer: L.Trainer) -> None:
-    """Refuse a schedule that follows no steps, or ends with an endless run, or before a run's end.
+    """Refuse a schedule that does not follow steps, has no end, or ends before the run.
 
     Raises:
         UserError: Naming the setting.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
-            "lr_scheduler: ReduceLROnPlateau follows a metric, and rates here follow the step, so that "
-            "runs compare and resume; take stableqat.modules.CosineWarmup, or another schedule of torch's"
+            "lr_scheduler: ReduceLROnPlateau follows a metric, but runs only compare and resume if rates "
+            "follow the step; take stableqat.modules.CosineWarmup or another schedule of torch"
         )
     epochs = trainer.max_epochs
     if epochs is None and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        epochs = -1  # what Lightning takes once it begins
+        epochs = -1  # Lightning's default beside a Timer
     if getattr(scheduler, "total_steps", 0) is None and epochs == trainer.max_steps == -1:
         raise UserError(
-            "total_steps: the schedule ends with the run, and nothing says after how many steps that is; "
-            "set it, or trainer.max_steps or trainer.max_epochs"
+            "total_steps: the schedule ends with the run, but the run has no end; set total_steps, "
+            "trainer.max_steps or trainer.max_epochs"
         )
     _check_end(scheduler, trainer.max_steps)
 
@@ -105,11 +105,11 @@ def end_with_run(scheduler: object, trainer: L.Trainer) -> int | None:
 
 
 def _check_end(scheduler: object, steps: float) -> None:
-    """Refuse a schedule that fails, in the middle of the run, beyond its end."""
+    """Refuse a schedule that would raise in the middle of the run."""
     if isinstance(scheduler, OneCycleLR) and steps > scheduler.total_steps:
         raise UserError(
             f"total_steps: OneCycleLR ends after {scheduler.total_steps} steps, but the run takes {steps}; "
-            "set it to these"
+            f"set it to {steps}"
         )
 
 

@@ -1,11 +1,11 @@
-"""Distillation: the quantized student is drawn towards what a full-precision model predicts.
+"""Distillation: pull the quantized student towards the predictions of a full-precision model.
 
     loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student) + hidden_weight * error
 
-KL (Hinton et al., arXiv:1503.02531) over the whole vocabulary, both distributions at temperature T, the
-teacher's first: the student must cover what the teacher finds likely. The student with its quantizers
-bypassed is no teacher: its latent weights move. The teacher is frozen, in bfloat16, no part of the module:
-neither state dict, optimizer, wrapping nor checkpoints know of it, so a resumed run loads it again.
+KL (Hinton et al., arXiv:1503.02531) is taken over the whole vocabulary, both distributions at temperature T,
+the teacher's first: the student must cover what the teacher finds likely. The student without its quantizers
+is not a teacher, as its latent weights move. The teacher is frozen, in bfloat16 and outside the module: state
+dict, optimizer, wrapping and checkpoints do not know it, so a resumed run loads it again.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Distillation:
     """Settings of the teacher.
 
     Args:
-        source: The full-precision model: run folder, checkpoint, model folder or hub name, of the student's
-            vocabulary. None takes `init_from`.
-        weight: Share of the KL divergence; the rest is the cross-entropy's.
-        temperature: Softens both distributions; the gradient's size is kept.
-        hidden_weight: Weight of the squared error between the hidden states of both after each layer, as a
-            share of the teacher's square; the teacher needs the student's depth and width.
-        offload: Keep the teacher's layers in CPU memory, each copied to the device for its forward.
+        source: The full-precision model, with the student's vocabulary: run folder, checkpoint, model folder
+            or hub name. None takes `init_from`.
+        weight: Share of the KL divergence in the loss; the rest is cross-entropy.
+        temperature: Softens both distributions; the gradient keeps its size.
+        hidden_weight: Weight of the squared error between the hidden states of both after each layer,
+            relative to the teacher's; the teacher needs the student's depth and width.
+        offload: Keep the teacher's layers in CPU memory, each copied to the device for its forward only.
     """
 
     source: str | None = None
@@ -50,22 +50,22 @@ class Distillation:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is anything to learn from a teacher."""
+        """Whether any weight is above 0."""
         return bool(self.weight or self.hidden_weight)
 
 
 class Teacher:
-    """A frozen causal language model that a student's loss is computed with.
+    """A frozen causal language model for a student's loss.
 
     Args:
         model: Full-precision model of transformers; it becomes bfloat16.
-        settings: What it teaches.
+        settings: How much it teaches.
     """
 
     def __init__(self, model: Any, settings: Distillation) -> None:
         self.model = model.eval().requires_grad_(False)
         self.settings = settings
-        for parameter in model.parameters():  # not buffers: rotary tables stay exact
+        for parameter in model.parameters():  # not the buffers: rotary tables stay exact
             parameter.data = parameter.data.to(torch.bfloat16)
         self.device = torch.device("cpu")
 
@@ -79,15 +79,15 @@ class Teacher:
         keys = ["vocab_size", *(["num_hidden_layers", "hidden_size"] if self.settings.hidden_weight else [])]
         for key in keys:
             if getattr(own, key) != getattr(student, key):
+                less = "" if key == "vocab_size" else ", or set teacher.hidden_weight to 0"
                 raise UserError(
-                    f"teacher.source: {key} is {getattr(own, key)}, the student's {getattr(student, key)}; "
-                    "take a teacher of the same family"
-                    + ("" if key == "vocab_size" else ", or leave teacher.hidden_weight at 0")
+                    f"teacher.source: {key} is {getattr(own, key)}, and {getattr(student, key)} in the "
+                    f"student; take a teacher of the same family{less}"
                 )
 
     @torch.no_grad()
     def options_for(self, input_ids: Tensor) -> dict[str, Any]:
-        """Read a batch: what `lean_forward` needs to compute the student's loss on it.
+        """Run the teacher on a batch, for what `lean_forward` needs to compute the student's loss.
 
         Args:
             input_ids: `(batch, tokens)`.
@@ -103,10 +103,10 @@ class Teacher:
         return {"loss": loss, **states}
 
     def to(self, device: torch.device) -> None:
-        """Bring the model to where it computes; of an offloaded one, all but the layers.
+        """Move the model to a device; an offloaded one without its layers.
 
         Args:
-            device: Where the inputs will be.
+            device: Device of the inputs.
         """
         if device == self.device:
             return
@@ -123,13 +123,13 @@ class Teacher:
 
 @dataclass
 class DistillationLoss:
-    """The loss of one batch, given what the teacher made of it; stands in for `lean_cross_entropy`.
+    """The loss of one batch, given the teacher's output; takes the place of `lean_cross_entropy`.
 
     Attributes:
         settings: Weights and temperature.
         hidden: The teacher's last hidden states.
-        weight: Of the teacher's head.
-        bias: Of the teacher's head, or None.
+        weight: Weight of the teacher's head.
+        bias: Bias of the teacher's head, or None.
         states: The teacher's hidden states, embedding first, or None.
     """
 
@@ -170,14 +170,14 @@ class DistillationLoss:
 
 
 def _relative_error(theirs: Tensor, own: Tensor, counted: Tensor) -> Tensor:
-    """Squared error by the square of the teacher's state, a token: a few tokens have huge states."""
+    """Squared error relative to the teacher's state, per token: a few tokens have huge states."""
     theirs, own = theirs.float(), own.float()
     errors = (own - theirs).square().sum(-1) / theirs.square().sum(-1).clamp_min(1e-12)
     return (errors * counted).sum() / counted.sum()
 
 
 def _stream(layer: nn.Module, device: torch.device) -> None:
-    """Let copies of a layer's weights be on the device for its forward only."""
+    """Copy a layer's weights to the device for its forward only."""
     kept = [(m, name, p) for m in layer.modules() for name, p in m.named_parameters(recurse=False)]
     if device.type == "cuda":
         for _, _, parameter in kept:

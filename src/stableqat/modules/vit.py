@@ -1,12 +1,10 @@
 """Vision transformers of timm (ViT, DeiT) as training systems.
 
-The stock timm model is used as it is; only its linear layers are swapped. The classifier
-`head` stays in full precision, the patch embedding is a convolution and is not touched.
-Validation loss is the plain cross-entropy in nats over all images, whatever smoothing or
-mixup the training loss has.
+The stock timm model stays as it is but for its linear layers. The classifier `head` stays in full precision,
+and so does the patch embedding, a convolution. The validation loss is the plain cross-entropy in nats over
+all images, whatever smoothing or mixup the training loss uses.
 """
 
-import difflib
 import json
 import logging
 import math
@@ -20,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, did_you_mean, first_line
 from stableqat.modules.base import QATModule
-from stableqat.modules.config import first_line
-from stableqat.modules.metrics import MeanLoss, log_evaluation
+from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.start import compare_weights
 
 logger = logging.getLogger(__name__)
@@ -37,7 +34,7 @@ class ViTModule(QATModule):
         num_classes: Number of classes.
         model_args: Further arguments of the timm model, for example img_size, patch_size, in_chans,
             embed_dim, depth, num_heads, drop_rate, drop_path_rate.
-        label_smoothing: Share of the target spread over all classes in the training loss.
+        label_smoothing: Share of the target that the training loss spreads over all classes.
         mixup_alpha: Strength of mixup; 0 is off.
         cutmix_alpha: Strength of cutmix; 0 is off.
         skip: Linear layers that stay in full precision, by name patterns.
@@ -86,18 +83,18 @@ class ViTModule(QATModule):
 
         if ":" in self.model_name:
             raise UserError(
-                f"model.model_name: {self.model_name} is a place, not a name of timm's; give the place as "
-                "model.init_from and the architecture's name here"
+                f"model.model_name: {self.model_name} is a location, not a timm model; set model.init_from "
+                "to it and model_name to the architecture"
             )
         try:
             model = timm.create_model(
                 self.model_name, pretrained=False, num_classes=self.num_classes, **self.model_args
             )
         except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, OSError) as error:
-            known = timm.list_models(["vit_*", "deit*"])
-            near = difflib.get_close_matches(self.model_name, known, 1, cutoff=0.4)
-            if near and near[0] != self.model_name:
-                raise UserError(f"model.model_name: {error}; did you mean {near[0]}?") from error
+            if not timm.is_model(self.model_name):
+                known = timm.list_models(["vit_*", "deit*"])
+                hint = did_you_mean(self.model_name, known, "timm.list_models() lists all")
+                raise UserError(f"model.model_name: {first_line(error)}; {hint}") from error
             raise UserError(
                 f"model.model_args: timm cannot build {self.model_name} with {self.model_args}: {error}"
             ) from error
@@ -117,7 +114,7 @@ class ViTModule(QATModule):
             raise _unreachable(source, error) from error
 
     def check_pretrained(self, source: str) -> None:
-        """See `QATModule.check_pretrained`: a local file must be there, or the hub's model be reached."""
+        """See `QATModule.check_pretrained`: a local file must exist, or the Hub's model be reachable."""
         import timm
 
         if _weight_file(source) is None:
@@ -131,7 +128,7 @@ class ViTModule(QATModule):
         return model.blocks  # type: ignore[return-value]
 
     def fit_state(self, model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-        """See `QATModule.fit_state`: a classifier of other classes is left out, positions are resampled."""
+        """See `QATModule.fit_state`: drop a classifier of other classes, resample positions."""
         own, state, told = model.state_dict(), dict(state), []
         names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
         heads = [f"{name}.{part}" for name in ([names] if isinstance(names, str) else names)
@@ -149,9 +146,11 @@ class ViTModule(QATModule):
         return state
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
-        """Images must have the model's size and channels; mixup pairs them, so batches are even."""
+        """Images must have the model's size and channels; mixup needs even batches."""
         if self.mixup is not None and getattr(datamodule, "batch_size", 0) % 2:
-            raise UserError("data.batch_size: mixup and cutmix pair images; make it even or turn them off")
+            raise UserError(
+                "data.batch_size: must be even, as mixup and cutmix pair images; change it or turn them off"
+            )
         with torch.device("meta"):
             size = image_size(self.build_model())
         wanted = {"image_size": size, "in_chans": self.model_args.get("in_chans", 3)}
@@ -160,15 +159,15 @@ class ViTModule(QATModule):
             if given is not None and value is not None and given != value:
                 name = "img_size" if key == "image_size" else key
                 raise UserError(
-                    f"model.model_args.{name}: the model takes {value}, the data has {key} {given}; set it, "
-                    "or leave the architecture to model_name with --model.model_args null"
+                    f"model.model_args.{name}: the model takes {value}, but the data has {key} {given}; set "
+                    "it, or use model_name's own architecture with --model.model_args null"
                 )
 
-        if getattr(datamodule, "source", None) is None:  # the embedded set is known without preparing it
+        if getattr(datamodule, "source", None) is None:  # the embedded set needs no preparation
             self._check_classes(datamodule)
 
     def setup(self, stage: str) -> None:
-        """Check the classes, once the data is known."""
+        """See `QATModule.setup`; also check the classes, now that the data is prepared."""
         super().setup(stage)
         self._check_classes(getattr(self.trainer, "datamodule", None))
 
@@ -176,7 +175,7 @@ class ViTModule(QATModule):
         found = getattr(datamodule, "num_classes", None)
         if found is not None and found != self.num_classes:
             raise UserError(
-                f"model.num_classes: the model has {self.num_classes} classes, the data has {found}; "
+                f"model.num_classes: the model has {self.num_classes} classes, but the data has {found}; "
                 f"set it to {found}"
             )
 
@@ -208,39 +207,24 @@ class ViTModule(QATModule):
         return {"pixel_values": images, "labels": labels}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add up loss and accuracies over the images that are not padding."""
+        """Sum loss and accuracies over the images that are not padding."""
         logits, labels = self(batch["pixel_values"]).float(), batch["labels"]
         loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
         self.val_loss.update(loss.double().sum(), (labels != -100).sum(), batch_idx)
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and accuracies over all images of all ranks."""
-        self._log_evaluation("val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self._log_evaluation("test")
+    def measured(self, loss: Tensor) -> dict[str, Tensor]:
+        """Accuracies over all images."""
+        return {"top1": self.top1.compute(), "top5": self.top5.compute()}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Class probabilities, `(batch, classes)`."""
         return self(batch["pixel_values"]).float().softmax(-1)
 
-    def _log_evaluation(self, stage: str) -> None:
-        losses = self.val_loss.compute()
-        metrics = {"loss": losses["loss"], "top1": self.top1.compute(), "top5": self.top5.compute()}
-        log_evaluation(self, stage, metrics, losses)
-        for metric in (self.val_loss, self.top1, self.top5):
-            metric.reset()
-
 
 def image_size(model: Any) -> int | None:
-    """Height in pixels of the images that a model of timm takes; None if it takes any."""
+    """Height in pixels of the images that a timm model takes; None if it takes any."""
     patches = getattr(model, "patch_embed", None)
     strict = getattr(patches, "strict_img_size", True) and not getattr(model, "dynamic_img_size", False)
     size = getattr(patches, "img_size", None)
@@ -252,15 +236,13 @@ def _weight_file(source: str) -> Path | None:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
         if not files:
-            raise UserError(
-                f"init_from: {source} holds no .safetensors or .pth file; name a folder that does"
-            )
+            raise UserError(f"init_from: {source} holds no .safetensors or .pth file; name a folder with one")
         return files[0]
     return path if path.is_file() else None
 
 
 def _resampled(model: Any, state: dict[str, Tensor]) -> tuple[Tensor, str] | None:
-    """Position embeddings on the model's grid of patches, and from which to which; None to leave them."""
+    """Position embeddings on the model's grid of patches, and both grids in words; None to leave them."""
     given, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if given is None or own is None or given.shape == own.shape or given.ndim != 3:
         return None
@@ -269,20 +251,20 @@ def _resampled(model: Any, state: dict[str, Tensor]) -> tuple[Tensor, str] | Non
     first = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
     side, new = math.isqrt(given.shape[1] - first), list(model.patch_embed.grid_size)
     if side * side + first != given.shape[1] or given.shape[2] != own.shape[2]:
-        return None  # of another architecture, as the comparison will find
+        return None  # another architecture: the comparison of weights says so
     made = resample_abs_pos_embed(given.float(), new, num_prefix_tokens=first)
     return made, f"from {side}x{side} to {new[0]}x{new[1]} patches"
 
 
 def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
-    """How images were resized and normalised for pretrained weights, and their `image_size`.
+    """How images were resized and normalised for pretrained weights, and their size.
 
     Args:
         source: Weight file, model folder or hub name; None asks timm about the architecture.
-        model_name: Name of a timm model, whose own settings count where a local source has none.
+        model_name: Name of a timm model; its settings are the default for a local source without any.
 
     Returns:
-        What is known of mean, std, interpolation, crop_pct, crop_mode and image_size.
+        Those known of mean, std, interpolation, crop_pct, crop_mode and image_size.
     """
     import timm
 
@@ -291,7 +273,7 @@ def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
         if not path.exists():
             try:
                 return _of_pretrained_cfg(timm.models.load_model_config_from_hf(source)[0])
-            except (OSError, RuntimeError, ValueError):  # `check_pretrained` says so
+            except (OSError, RuntimeError, ValueError):  # `check_pretrained` reports it
                 return {}
         if known := _of_folder(path if path.is_dir() else path.parent):
             return known
@@ -300,7 +282,7 @@ def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
 
 
 def takes_one_size(model_name: str, model_args: dict[str, Any]) -> bool:
-    """Whether an architecture is built for one size of images, which `img_size` sets."""
+    """Whether an architecture takes images of one size only, which `img_size` sets."""
     import timm
 
     registered = timm.get_pretrained_cfg(model_name)
@@ -316,7 +298,7 @@ def _of_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
-    """What timm's `config.json`, or the `preprocessor_config.json` of transformers, says."""
+    """The settings in timm's `config.json` or transformers' `preprocessor_config.json`."""
 
     def read(name: str) -> dict[str, Any]:
         try:
@@ -364,7 +346,7 @@ def _load_file(module: ViTModule, path: Path) -> nn.Module:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        reason = first_line(error).split(". ")[0]  # torch goes on with what the user might have done
+        reason = first_line(error).split(". ")[0]  # torch then guesses at causes
         raise UserError(
             f"init_from: {path} is damaged, or holds more than weights ({reason}); take another copy"
         ) from error
@@ -373,8 +355,8 @@ def _load_file(module: ViTModule, path: Path) -> nn.Module:
 
 def _unreachable(source: str, error: Exception) -> UserError:
     return UserError(
-        f"init_from: {source} is neither a local start nor a timm model that can be reached; "
-        f"name a run, a checkpoint, a weight file or a hub model ({first_line(error)})"
+        f"init_from: {source} was not found locally or as a timm model on the Hub; name a run, a checkpoint, "
+        f"a weight file or a Hub model ({first_line(error)})"
     )
 
 
