@@ -234,7 +234,10 @@ SETTINGS = {
     "a negative number of steps": (llama("--trainer.max_steps", "-5"), ["trainer", "`max_steps`", "-5"]),
     "a schedule that ends with a run without end": (
         llama(*COSINE, "--trainer.max_steps", "-1", "--trainer.max_time", "00:00:00:02"),
-        ["model.lr_scheduler.total_steps: the schedule ends with the run", "set total_steps, trainer.max_steps or"],
+        [
+            "model.lr_scheduler.total_steps: the schedule ends with the run",
+            "set total_steps, trainer.max_steps or",
+        ],
     ),
     "half a step": (
         llama("--trainer.max_steps", "1.5"),

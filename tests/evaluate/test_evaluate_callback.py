@@ -123,7 +123,7 @@ def test_what_is_missing_ends_the_run_before_it_begins(place, tasks, tmp_path):
     for wrong in ({"every_n_steps": -1}, {"limit": 0}):
         with pytest.raises(UserError, match=r"^evaluate\.\w+: must be at least"):
             Evaluate(**wrong)
-    with pytest.raises(UserError, match="is for language models"):
+    with pytest.raises(UserError, match="needs a language model"):
         tiny.trainer(callbacks=[Evaluate(data=["x"])], limit_val_batches=1).fit(
             tiny.module("vit"), tiny.loader("vit"), tiny.loader("vit")
         )

@@ -1,4 +1,4 @@
-"""Callbacks: divergence guard, quantizer monitor, mismatch, checkpoints, interruption, record, throughput."""
+"""Callbacks: what a run guards, measures, records and saves beside its training."""
 
 from stableqat.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from stableqat.callbacks.divergence import DivergenceGuard

@@ -2,8 +2,8 @@
 
 Each is written beside its place (`*.partial`), brought to the disk and moved, so that it is whole or not
 there; none is written while the divergence guard is suspicious. The last one becomes `previous.ckpt` when the
-next takes its place: if it turns out to be damaged, `--ckpt_path last` goes on from there. The price is disk
-space: three checkpoints a run, four while one is written.
+next takes its place: if that is damaged, `--ckpt_path last` resumes from it. The price is disk space: three
+checkpoints per run, four while one is written.
 """
 
 import logging
@@ -55,15 +55,15 @@ class _GuardedCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        # what one process of several meets, the others do not save together with it
+        # one process of several cannot save alone
         alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
         if isinstance(exception, NotWrittenError) or not alone or _suspicious(trainer):
             return
         if not between_steps(trainer):
-            return  # the gradients gathered so far would be missing: the save before has all
+            return  # accumulated gradients would be lost: the previous checkpoint is complete
         try:
             super().on_exception(trainer, pl_module, exception)
-        except NotWrittenError as error:  # the exception itself is what must be told
+        except NotWrittenError as error:  # the exception itself matters more
             logger.warning("%s", error)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -107,7 +107,7 @@ class BestCheckpoint(_GuardedCheckpoint):
     Args:
         monitor: Metric to watch.
         mode: min or max.
-        enabled: False writes nothing, for short runs of a study that is after their curves alone.
+        enabled: False writes nothing, for short runs of a study that needs their curves only.
     """
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min", enabled: bool = True) -> None:
@@ -121,12 +121,12 @@ class BestCheckpoint(_GuardedCheckpoint):
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remember who knows what the run resumes from."""
+        """Keep the trainer, which knows what the run resumes from."""
         super().setup(trainer, pl_module, stage)
         self._trainer = trainer
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Know the best of the run's folder again, by whatever name that goes now."""
+        """Recognise the best checkpoint of the run's folder, whatever the folder is called now."""
         folder, resumed = Path(str(self.dirpath)), Path(str(self._trainer.ckpt_path))
         score = state_dict.get("best_model_score")
         if resumed.parent.resolve() == folder.resolve() and isinstance(score, Tensor) and score.numel() == 1:
@@ -143,7 +143,7 @@ class LastCheckpoint(_GuardedCheckpoint):
 
     Args:
         every_n_train_steps: Save after this many steps instead of after validations.
-        enabled: False writes nothing; such a run begins anew after a cut.
+        enabled: False writes nothing; such a run starts over after an interruption.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, enabled: bool = True) -> None:
@@ -158,10 +158,10 @@ class LastCheckpoint(_GuardedCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing: Lightning removes what a checkpoint says was saved before it."""
+        """Ignore it: Lightning would remove the checkpoint that it names as the last one."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the final state, unless the last save was at this very step, or nothing is to be saved."""
+        """Save the final state, unless it is saved already or saving is off."""
         if not _suspicious(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 

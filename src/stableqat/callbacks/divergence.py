@@ -1,8 +1,8 @@
-"""End a run that has diverged, say so in its record, and keep its good checkpoints.
+"""End a run that has diverged, record it, and keep its good checkpoints.
 
-A run diverges when its loss, a weight or a scale is not finite, or when the loss's moving
-average (EMA 0.9) stays above the initial loss + 1 for 20 steps. A step whose loss is not finite
-is not taken. Divergence is a result, not an error: the run ends in order, with exit code 0.
+A run has diverged if its loss, a weight or a scale is not finite, or if the loss's moving average (EMA 0.9)
+stays above the initial loss + 1 for 20 steps. A step with a loss that is not finite is not taken. Divergence
+is a result, not an error: the run ends normally, with exit code 0.
 """
 
 import logging
@@ -24,13 +24,13 @@ class DivergenceGuard(L.Callback):
     """Stop a diverged run.
 
     Args:
-        margin: Nats above the initial loss that the moving average may reach.
-        patience: Optimizer steps in a row that it may stay above.
+        margin: How far the moving average may rise above the initial loss, in nats.
+        patience: For how many optimizer steps in a row it may stay above that.
         decay: Decay of the moving average.
-        check_parameters_every: Steps between checks that every weight and scale is finite.
+        check_parameters_every: Optimizer steps between checks that every weight and scale is finite.
 
     Raises:
-        UserError: If a setting is out of range: a healthy run would end, or a diverged one go on.
+        UserError: If a setting is out of range: it would end a healthy run, or continue a diverged one.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class DivergenceGuard(L.Callback):
 
     @property
     def suspicious(self) -> bool:
-        """The run has diverged, or may be about to: no checkpoint is written now."""
+        """Whether the run has diverged or may be diverging; no checkpoint is written then."""
         return self.diverged or self._steps_above > 0
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Collect the loss of a micro-batch (already divided by their number)."""
+        """Collect the loss of a micro-batch, already divided by the number of micro-batches."""
         self._micro_losses.append(loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Judge the step's loss before it moves anything."""
+        """Check the step's loss before any weight moves."""
         loss = trainer.strategy.reduce(torch.stack(self._micro_losses).sum(), reduce_op="mean").item()
         self._micro_losses.clear()
-        if scaler := getattr(trainer.precision_plugin, "scaler", None):  # it was here before this callback
+        if scaler := getattr(trainer.precision_plugin, "scaler", None):  # the loss here is scaled
             loss /= scaler.get_scale()
         if not isfinite(loss):
             pl_module.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
@@ -86,19 +86,16 @@ class DivergenceGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Now and then, look at the parameters themselves: a clipped infinity gives a finite loss."""
+        """Check the parameters themselves now and then: a clipped infinity gives a finite loss."""
         if not self.diverged and trainer.global_step % self.check_parameters_every == 0:
             self.check_parameters(trainer, pl_module)
 
     def check_parameters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Whether every weight and scale is finite on all ranks; a run where one is not has diverged.
+        """Whether every weight and scale is finite on all processes; otherwise the run has diverged.
 
         Args:
-            trainer: The trainer, told to stop if not.
-            pl_module: Whose parameters.
-
-        Returns:
-            True if they are.
+            trainer: Stops if one is not finite.
+            pl_module: The module with the parameters.
         """
         bad = torch.tensor(float(bool(_non_finite(pl_module))), device=pl_module.device)
         if trainer.strategy.reduce(bad, reduce_op="sum") == 0:
@@ -108,7 +105,7 @@ class DivergenceGuard(L.Callback):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to judge as the uninterrupted one would."""
+        """What a resumed run needs to decide like the uninterrupted one."""
         return {
             "initial_loss": self.initial_loss,
             "average": self._average,

@@ -1,7 +1,7 @@
-"""Evaluate during training as `stableqat evaluate` does afterwards, without the training noticing.
+"""Evaluate during training as `stableqat evaluate` does afterwards, without any effect on the training.
 
 Perplexity on further texts and tasks of lm-evaluation-harness, after each validation or every n steps. Modes
-and random generators are put back: a run's losses are bit for bit those of the run without it. The price is
+and random generators are restored: losses are bit for bit those of the run without evaluations. They cost
 time; `limit` keeps tasks short.
 """
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class Evaluate(L.Callback):
-    """Log `eval/*` of a language model while it trains; off unless `data` or `tasks` is given.
+    """Log `eval/*` of a language model while it trains; off unless `data` or `tasks` is set.
 
     Args:
-        data: Texts: files, folders, tokenized sets or hub names. Test or validation split, or all of it.
-        tasks: Tasks of lm-evaluation-harness, piqa,boolq for example; default stands for its usual eight.
-        tasks_path: Folder with task files of your own (YAML). Python that they name is run: only the command
-            line may name the folder.
-        every_n_steps: Optimizer steps from one evaluation to the next; 0 evaluates after each validation.
+        data: Texts: files, folders, tokenized sets or hub names. Uses the test or validation split, else all.
+        tasks: Tasks of lm-evaluation-harness, piqa,boolq for example; default stands for the usual eight.
+        tasks_path: Folder with your own task files (YAML). They can run Python, so only the command line may
+            set it.
+        every_n_steps: Optimizer steps between evaluations; 0 evaluates after each validation.
         stride: See `stableqat evaluate`; null takes blocks that do not overlap.
-        limit: First documents of each task only; null takes all.
-        batch_size: Blocks or requests a forward and process.
+        limit: Number of documents per task, the first ones; null takes all.
+        batch_size: Blocks or requests per forward and process.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Evaluate(L.Callback):
         self._seen_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read texts and tasks, so that what is missing ends a run before it begins.
+        """Read texts and tasks, so that a missing one is refused before training.
 
         Raises:
-            UserError: If data or tasks are not to be had, a task has fewer documents than there are
-                processes, or the model predicts no tokens.
+            UserError: If data or tasks are not found, a task has fewer documents than there are processes, or
+                the model is not a language model.
         """
         if not self.data and self.tasks is None:
             return
@@ -77,7 +77,7 @@ class Evaluate(L.Callback):
         self._tokenizer = getattr(datamodule, "tokenizer", None)
         if self._tokenizer is None:
             raise UserError(
-                "evaluate: is for language models with a text data module; leave data and tasks out"
+                "evaluate: needs a language model with a text data module; remove its data and tasks"
             )
         size = datamodule.block_size  # type: ignore[union-attr]
         with Share(trainer.global_rank, trainer.world_size).first_alone():
@@ -92,11 +92,11 @@ class Evaluate(L.Callback):
             check_documents(self._tasks, self.limit, _share(trainer, pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from here: a resumed run has evaluated what it has done."""
+        """Count from here: earlier steps of a resumed run are evaluated already."""
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Evaluate where an optimizer step has ended and it is time."""
+        """Evaluate after every n-th optimizer step."""
         step, self._seen_step = self._seen_step, trainer.global_step
         if (
             self.every_n_steps
@@ -140,6 +140,6 @@ def _share(trainer: L.Trainer, pl_module: L.LightningModule) -> "Share":
 
     from stableqat.evaluate.processes import Share
 
-    # a sharded model computes on all processes together
+    # all processes compute a sharded model together
     sharded = isinstance(pl_module.model, FSDPModule)
     return Share() if sharded else Share(trainer.global_rank, trainer.world_size)

@@ -1,11 +1,11 @@
-"""SIGTERM and SIGUSR1, from a scheduler that wants its machines back, end a run in order.
+"""SIGTERM and SIGUSR1, a scheduler's request for its machines, end a run in order.
 
-The step in hand is finished, a checkpoint written, and the command ends with exit code 143. Lightning's own
-handlers communicate between processes at whatever moment a signal comes, which breaks a step that is
-communicating as well, and under SLURM they save in the middle of a step, into the working folder. Here a
-handler only takes a note; processes compare their notes before a step changes weights, and all stop after
-the same one. A validation that was due or begun is made anew when the run resumes; Lightning would leave it
-out. Validations wait for the end of a step: what is saved after one holds no half of it.
+The run finishes its step, writes a checkpoint and exits with code 143. Lightning's own handlers communicate
+between processes the moment a signal arrives, which breaks a step that communicates, too; under SLURM they
+save in the middle of a step, into the working folder. Here a handler only sets a flag; processes compare
+their flags before a step changes weights, and all stop after the same step. A validation that was due or had
+begun runs when the run resumes; Lightning would skip it. Validations wait for the end of a step, so that a
+checkpoint after one never holds half a step.
 """
 
 import signal
@@ -21,28 +21,28 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Interruption(L.Callback):
-    """Stop all processes of a run at the same step once one of them is told to.
+    """Stop all processes of a run at the same step once one of them receives a signal.
 
-    In its last validation a run goes on to its end, and after an epoch to the first step of the next.
+    During its last validation a run continues to its end, and between epochs to the next epoch's first step.
     """
 
     def __init__(self) -> None:
         self._unvalidated = False
-        self._noted = self._agreed = False
+        self._signalled = self._agreed = False
         self._seen_step = 0
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen."""
+        """Install the handlers."""
         self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen; Lightning sets what was before when the run ends. Make up for what a resume leaves out."""
+        """Install the handlers, which Lightning resets at the end; run the validation that a resume skips."""
         self._listen()
         self._seen_step = trainer.global_step
         _resume_epoch(trainer)
         loop = trainer.fit_loop.epoch_loop
         vars(loop)["_should_check_val_fx"] = partial(_validation_is_due, trainer)
-        # Lightning asks the first process at every step, and the host waits for the device to answer
+        # Lightning's own broadcast makes the host wait for the device in every step
         vars(loop)["_broadcast_sigterm_tensor"] = _nothing
         if self._unvalidated:
             loop._batches_that_stepped = trainer.global_step - 1  # the step it is logged at
@@ -52,11 +52,11 @@ class Interruption(L.Callback):
             trainer.training = True
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        """Compare notes where the guard has waited for the device anyway."""
+        """Compare flags here, where the divergence guard waits for the device anyway."""
         self._compare(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop where a step has ended: gradients that are being accumulated are not saved."""
+        """Stop at the end of an optimizer step: a checkpoint holds no accumulated gradients."""
         fit = trainer.fit_loop
         assert fit._data_fetcher is not None
         self._unvalidated = fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
@@ -65,17 +65,17 @@ class Interruption(L.Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Compare notes: a validation may take longer than a scheduler waits."""
+        """Compare flags: a validation may take longer than a scheduler waits."""
         if not trainer.sanity_checking:
             self._compare(trainer)
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """It is done, and the checkpoint to come says so."""
+        """The next checkpoint knows that the validation is done."""
         self._unvalidated = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a validation is still to be made."""
+        """Whether a validation is still due."""
         return {"unvalidated": self._unvalidated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,17 +84,17 @@ class Interruption(L.Callback):
 
     def _listen(self) -> None:
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._flag)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
+    def _flag(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
 
     def _compare(self, trainer: L.Trainer) -> None:
-        self._agreed = trainer.strategy.reduce_boolean_decision(self._noted, all=False)
+        self._agreed = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
 
     def _stop(self, trainer: L.Trainer) -> None:
-        agreed = self._agreed or (self._noted and trainer.world_size == 1)  # alone, there is no need to wait
-        # between epochs Lightning's counters are not what it resumes from; the next step is soon done
+        agreed = self._agreed or (self._signalled and trainer.world_size == 1)  # alone: no need to wait
+        # Lightning cannot resume from its counters between epochs, and the next step ends soon
         between = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         if agreed and not between and trainer.global_step != trainer.max_steps:
             # Lightning ends the run at its next opportunity
@@ -102,14 +102,14 @@ class Interruption(L.Callback):
 
 
 def between_steps(trainer: L.Trainer) -> bool:
-    """Whether no gradient has been gathered for a step that is still to come."""
+    """Whether no gradient is accumulated for a coming step."""
     current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     last = current.processed == trainer.num_training_batches  # Lightning steps with what there is
     return last or current.processed % trainer.accumulate_grad_batches == 0
 
 
 def _validation_is_due(trainer: L.Trainer, fetcher: Any) -> bool:
-    """As Lightning has it, but at the end of a step, for any of its batches."""
+    """Lightning's rule for any batch of a step, applied at the step's end."""
     loop = trainer.fit_loop.epoch_loop
     if loop._should_accumulate():
         return False
@@ -124,7 +124,7 @@ def _validation_is_due(trainer: L.Trainer, fetcher: Any) -> bool:
 
 
 def _resume_epoch(trainer: L.Trainer) -> None:
-    """Mend where Lightning goes on in an epoch that it has counted as over."""
+    """Correct Lightning where it resumes in an epoch that it counts as finished."""
     fit = trainer.fit_loop
     epochs = fit.epoch_progress
     if not fit.is_resuming or trainer.current_epoch != epochs.current.ready:
@@ -144,4 +144,4 @@ def _resume_epoch(trainer: L.Trainer) -> None:
 
 
 def _nothing() -> None:
-    """The notes say as much."""
+    """The flags replace it."""

@@ -29,14 +29,14 @@ CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the 
 
 
 class GradientMismatch(L.Callback):
-    """Log `quant/grad_cosine` and its standard error, `quant/grad_cosine_se`. Training does not notice.
+    """Log `quant/grad_cosine` and its standard error, `quant/grad_cosine_se`, without effect on the training.
 
-    Measured before a step, on its batch, from 4 losses a direction and one gradient; beside them it takes
-    the memory of two copies of the quantized weights.
+    Measured before a step, on its batch, from one gradient and 4 losses per direction; takes the memory of
+    two copies of the quantized weights.
 
     Args:
-        every_n_steps: Optimizer steps between measurements, the first before any; 0 measures nothing.
-        directions: Random directions a measurement; the error falls with their square root.
+        every_n_steps: Optimizer steps between measurements, the first before step 1; 0 measures nothing.
+        directions: Random directions per measurement; the error falls with their square root.
         sigma: Standard deviation of the smoothing noise in units of each weight's scale.
 
     Raises:
@@ -54,22 +54,22 @@ class GradientMismatch(L.Callback):
         self._seen_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse weights in shards: a direction is drawn for whole ones; and a module without a `loss`."""
+        """Refuse sharded weights, as directions are drawn for whole ones, and a module without a `loss`."""
         if self.every_n_steps and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
-                "mismatch.every_n_steps: gradient mismatch is not measured on sharded weights; "
-                "leave it at 0, or take --trainer.strategy ddp"
+                "mismatch.every_n_steps: gradient mismatch cannot be measured on sharded weights; "
+                "set it to 0, or take --trainer.strategy ddp"
             )
         if self.every_n_steps and not callable(getattr(pl_module, "loss", None)):
             raise UserError(
-                "mismatch.every_n_steps: the module has no loss(batch) to measure; give it one, with "
-                "training_step as its user"
+                "mismatch.every_n_steps: the module has no loss(batch) to measure; define it, and call it in "
+                "training_step"
             )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Measure where a step begins, at the first of its micro-batches."""
+        """Measure at the first micro-batch of a step."""
         step = trainer.global_step
         if not self.every_n_steps or step % self.every_n_steps or step == self._seen_step:
             return
@@ -77,21 +77,21 @@ class GradientMismatch(L.Callback):
         probe = _Probe(trainer, pl_module, batch, self.sigma)
         if not probe.scales:
             return
-        first = step * self.directions  # the same directions in every run and on every rank
+        first = step * self.directions  # the same directions in every run and process
         with untimed(trainer):
             cosine, error = _cosine(*probe.slopes(range(first, first + self.directions)))
-        if cosine.isfinite():  # there is none where a gradient is 0, or a loss overflows
+        if cosine.isfinite():  # it does not exist if a gradient is 0 or a loss overflows
             metrics = {"quant/grad_cosine": cosine.item(), "quant/grad_cosine_se": error.item()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
 
 
 class _Probe:
-    """The training loss of one batch, seen as a function of the latent weights in units of their scales.
+    """The training loss of one batch as a function of the latent weights in units of their scales.
 
     Args:
-        trainer: Gives precision and processes; the loss is the mean over them.
-        pl_module: Whose `loss` and quantized weights.
+        trainer: Has the precision, and the processes that the loss is averaged over.
+        pl_module: Has `loss` and the quantized weights.
         batch: The batch.
         sigma: Length of a step away from the weights.
     """
@@ -99,17 +99,17 @@ class _Probe:
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, sigma: float) -> None:
         self.trainer, self.pl_module, self.batch, self.sigma = trainer, pl_module, batch, sigma
         layers = [each for each in quantized_layers(pl_module).values() if each.weight.requires_grad]
-        # by weight: layers may share one
+        # keyed by weight, as layers may share one
         self.scales = {each.weight: each.weight_quantizer.quantize(each.weight).scale for each in layers}
 
     def slopes(self, seeds: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Slopes of the loss, one a direction of noise.
+        """Slopes of the loss, one per direction of noise.
 
         Args:
-            seeds: One a direction.
+            seeds: One per direction.
 
         Returns:
-            Slope along the surrogate's unit gradient at either end of the noise, the noise's own slope, and
+            Slope along the surrogate's unit gradient at both ends of the noise, slope along the noise, and
             the component of the noise along that gradient.
         """
         release_weights(self.pl_module)
@@ -129,7 +129,7 @@ class _Probe:
         return along, across, shared.cpu().double()
 
     def _unit_gradient(self) -> list[Tensor]:
-        """The surrogate's gradient by the weights in units of their scales, of length 1 over all layers."""
+        """The surrogate's gradient with respect to weights in units of their scales, of length 1 in total."""
         with _unnoticed(self.pl_module):
             found = torch.autograd.grad(self._loss(), list(self.scales), materialize_grads=True)
         mean = [self.trainer.strategy.reduce(each, reduce_op="mean") for each in found]
@@ -158,7 +158,7 @@ class _Probe:
         return torch.stack([torch.vdot(unit.flatten(), noise.flatten()) for unit, noise in pairs]).sum()
 
     def _noise(self, seed: int) -> Iterator[Tensor]:
-        """The direction of a seed, a weight at a time: drawn again where it is needed again."""
+        """The direction of a seed, weight by weight; drawn again each time to save memory."""
         generator = torch.Generator(self.pl_module.device).manual_seed(seed)
         for weight in self.scales:
             yield torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
@@ -180,13 +180,13 @@ def _cosine_of(moments: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor, scale: Tensor) -> Tensor:
-    """`values` times the scale of each one's row or group."""
+    """`values` times the scale of their row or group."""
     return (values.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
 
 
 @contextmanager
 def _unnoticed(pl_module: L.LightningModule) -> Iterator[None]:
-    """Afterwards, random states and buffers are as they were."""
+    """Restore random states and buffers at the end."""
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
     try:
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):

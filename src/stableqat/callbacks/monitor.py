@@ -1,12 +1,12 @@
-"""What the quantizers do while they train, layer by layer and over the model.
+"""What quantizers do in training, per layer and over the model.
 
-From a fixed sample of rows (at most 64 a layer; this process's shard under FSDP2):
+From a fixed sample of rows (at most 64 per layer; of this process's shard under FSDP2):
 `flip_rate`, the share of codes that changed in a step (EMA 0.99); `oscillation`, the share that
 flipped back against their previous direction (EMA 0.01 of new, Nagel et al. 2022,
 arXiv 2203.11086); `clipped`, the share of weights outside the grid's range; `scale_at_floor`, how many of
-all the layer's scales act at their floor; `scale_drift`, mean |log2(s / s_start)|; `snr_db`, power of the
+all the layer's scales are at their floor; `scale_drift`, mean |log2(s / s_start)|; `snr_db`, power of the
 weight over that of its quantization error; the share of each code (up to 4 bits) and their entropy in bits.
-It reads codes and scales only, so it knows no method.
+It reads codes and scales only, and knows no method.
 """
 
 from math import gcd, log
@@ -23,14 +23,13 @@ from stableqat.errors import check_range
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers.base import local
 
-MOST_BITS_BY_LEVEL = 4  # wider grids have too many levels for a line each
+MOST_BITS_BY_LEVEL = 4  # wider grids have too many codes for a line each
 
 
 class _Watch:
-    """Layers on one grid: a step takes few calls, however many they are.
+    """Layers on one grid: a step takes few calls for any number of layers.
 
-    The sampled rows are cut into blocks of one length that each have one scale, and lie one below the other,
-    `(blocks, length)`.
+    The sampled rows of all layers form one matrix of blocks with one scale each, `(blocks, length)`.
     """
 
     def __init__(self, layers: dict[str, QuantLinear], rows: slice) -> None:
@@ -54,17 +53,17 @@ class _Watch:
         self._oscillation = self._flip_rate.clone()
 
     def look(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights, scales `(blocks, 1)` and codes as they are now."""
+        """Current weights, scales `(blocks, 1)` and codes."""
         weight = torch.cat([w.reshape(-1, self._length) for w in self._weights()])
         scale = self.acting_scales()[self._scale_of_block, None]
         return weight, scale, ops.quantize_codes(weight, scale, grid=self.grid)
 
     def acting_scales(self) -> Tensor:
-        """The scales as the forward uses them, layer after layer."""
+        """The scales that the forward uses, layer after layer."""
         return torch.maximum(torch.cat(self._scales("scale")), torch.cat(self._scales("scale_floor")))
 
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Count the flips of a step, and return the look that was taken for it."""
+        """Count the flips of a step; return the same as `look`."""
         weight, scale, codes = self.look()
         # int16, because a flip across an 8-bit grid does not fit into int8
         direction = (codes.short() - self._codes).sign_().to(torch.int8)
@@ -76,7 +75,7 @@ class _Watch:
         return weight, scale, codes
 
     def flips(self) -> dict[str, dict[str, Tensor]]:
-        """What the flips of the steps to come are counted from, by layer."""
+        """The state of counting flips, by layer."""
         directions = [each.flatten() for each in self._direction.split(self._blocks)]
         values = zip(self.names, self._flip_rate, self._oscillation, directions, strict=True)
         return {
@@ -85,7 +84,7 @@ class _Watch:
         }
 
     def resume_flips(self, known: dict[str, dict[str, Tensor]]) -> None:
-        """Go on from `flips`; in other shards there may be fewer or more rows."""
+        """Continue from `flips`; other shards may have fewer or more rows."""
         for number, (name, blocks) in enumerate(
             zip(self.names, self._direction.split(self._blocks), strict=True)
         ):
@@ -96,13 +95,13 @@ class _Watch:
                 blocks.view(-1)[: len(direction)] = direction
 
     def describe(self, weight: Tensor, scale: Tensor, codes: Tensor, start: Tensor) -> dict[str, Tensor]:
-        """What is logged, a value a layer.
+        """The logged values, one per layer.
 
         Args:
-            weight: Of a look, as the next two.
-            scale: Same.
-            codes: Same.
-            start: The scales that training started with, layer after layer.
+            weight: From `look`.
+            scale: From `look`.
+            codes: From `look`.
+            start: Scales at the start of training, layer after layer.
         """
         grid = self.grid
         v, (low, high) = weight.float() / scale, grid.bounds("range")
@@ -148,9 +147,9 @@ class QuantizerMonitor(L.Callback):
     """Log `quant/<layer>/<what>` and the mean over layers, `quant/<what>`.
 
     Args:
-        rows: Rows sampled a layer, its first ones.
+        rows: Rows sampled per layer, its first ones.
         every_n_steps: Steps between log entries, 0 for none; None takes the trainer's `log_every_n_steps`.
-            Flips are counted every step.
+            Flips are counted in every step.
         per_layer: Log every layer beside the means.
 
     Raises:
@@ -169,7 +168,7 @@ class QuantizerMonitor(L.Callback):
         self._seen_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember where codes and scales start; flips are counted on from the checkpoint's."""
+        """Note codes and scales at the start; continue counting flips from the checkpoint."""
         alike: dict[Any, dict[str, QuantLinear]] = {}
         if trainer.is_global_zero and trainer.loggers:
             for name, layer in quantized_layers(pl_module).items():
@@ -179,7 +178,7 @@ class QuantizerMonitor(L.Callback):
             scales = watch.acting_scales().split(watch.scales_of_layer)
             for name, now in zip(watch.names, scales, strict=True):
                 known, scale = self._start_scales.get(name, now).flatten()[: len(now)], now.clone()
-                scale[: len(known)] = known  # fewer or more rows, if the run resumes in other shards
+                scale[: len(known)] = known  # a run that resumes in other shards has fewer or more rows
                 self._start_scales[name] = scale
             watch.resume_flips(self._flips)
         self._seen_step = trainer.global_step
@@ -187,7 +186,7 @@ class QuantizerMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count flips after every optimizer step, and log now and then."""
+        """Count flips after every optimizer step, and log every n steps."""
         every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
         if not self._watches or not every or trainer.global_step == self._seen_step:
             return  # nothing is quantized or logged, or a micro-batch of gradient accumulation
@@ -207,19 +206,19 @@ class QuantizerMonitor(L.Callback):
             _log(logger, means, single if self.per_layer else {}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to log what the uninterrupted one would."""
+        """What a resumed run needs to log the same as the uninterrupted one."""
         for watch in self._watches:
             self._flips |= watch.flips()
         return {"start_scales": self._start_scales, "flips": self._flips}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`; checkpoints of earlier versions hold no flips."""
+        """See `state_dict`; checkpoints of earlier versions have no flips."""
         self._start_scales = state_dict["start_scales"]
         self._flips = state_dict.get("flips", {})
 
 
 def _log(logger: Logger, means: dict[str, float], single: dict[str, float], step: int) -> None:
-    """Log means, and a thousand single values as one event: one by one they would take longer than a step."""
+    """Log means, and all layers' values as one event: one by one, a thousand would outlast a step."""
     if not isinstance(logger, TensorBoardLogger):
         logger.log_metrics({**means, **single}, step=step)
         return

@@ -1,7 +1,7 @@
-"""QAT for a LightningModule that knows nothing of it: one callback beside it.
+"""QAT for any LightningModule, by one callback.
 
-The module's layers are swapped after its `configure_model`, before the optimizer is made and before a
-checkpoint is loaded, so that runs resume; evaluation computes each fake-quantized weight once.
+The module's layers are swapped after its `configure_model`, before the optimizer exists and before a
+checkpoint is loaded, so that runs resume. `HoldWeights` comes along, after the callbacks that swap weights.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from stableqat.surgery import HEADS, SurgeryReport
 class PrepareQAT(L.Callback):
     """Quantize the linear layers of a module, see `stableqat.prepare`.
 
-    Its `configure_optimizers` should take `stableqat.parameter_groups(self, lr)`; an optimizer from
-    `self.parameters()` works, too, but moves the scales ten times as fast.
+    Its `configure_optimizers` should use `stableqat.parameter_groups(self, lr)`; an optimizer of
+    `self.parameters()` works as well, but gives the scales ten times the learning rate.
 
     Args:
-        quantizer: A method by name, or what makes the quantizer of a weight.
-        skip: Linear layers that stay as they are: shell patterns over names or parts of them.
-        example_inputs: What the module's forward takes; None waits for the first forward of it or its parts.
+        quantizer: Name of a method, or a factory that makes the quantizer of one weight.
+        skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
+        example_inputs: Inputs of the module's forward; None waits for the first forward of it or its parts.
         options: Options of the quantizer, `bits=2` for example.
     """
 
@@ -48,12 +48,12 @@ class PrepareQAT(L.Callback):
         self.skip = [skip] if isinstance(skip, str) else skip
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have the module prepared as soon as it is built; one that is prepared stays as it is.
+        """Prepare the module as soon as it is built, unless it is prepared already.
 
-        So does one that was converted, except to be trained anew.
+        A converted module is prepared again for training only.
 
         Raises:
-            UserError: If a callback has copied, or will copy, the module as it is without quantizers.
+            UserError: If a callback copies the module before it has quantizers.
         """
         if stage == "fit":
             self._check_averaging(trainer.callbacks)  # type: ignore[attr-defined]
@@ -67,8 +67,8 @@ class PrepareQAT(L.Callback):
         configure = pl_module.configure_model
 
         def configure_and_prepare() -> None:
-            vars(pl_module).pop("configure_model", None)  # once; from here on the module's own
-            configure()  # or that of a callback before this one
+            vars(pl_module).pop("configure_model", None)  # only once
+            configure()  # the module's own, or that of an earlier PrepareQAT
             if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
                 raise UserError(
                     "PrepareQAT: configure_model shards the model; call stableqat.prepare there, before "
@@ -97,24 +97,24 @@ class PrepareQAT(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """If the module was not built, leave it as it was."""
+        """Leave a module that was not built as it was."""
         vars(pl_module).pop("configure_model", None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the report; refuse an optimizer without the scales: they would silently stay as they are."""
+        """Write the surgery report; refuse an optimizer without the scales, which would never train."""
         keep_report(self.report, trainer)
         quantizers = [module for module in pl_module.modules() if isinstance(module, Quantizer)]
         lost = left_out(trainer, (named for each in quantizers for named in each.named_parameters()))
         if lost:
             raise UserError(
-                f"PrepareQAT: {len(lost)} learned parameters of quantizers are in no optimizer; make it in "
-                "configure_optimizers from stableqat.parameter_groups(self, lr)"
+                f"PrepareQAT: {len(lost)} learned parameters of quantizers are in no optimizer; pass "
+                "stableqat.parameter_groups(self, lr) to it in configure_optimizers"
             )
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a weight that the module's steps read themselves: no forward that a trial could see does.
+        """Refuse a weight that `training_step` reads around its layer, which no trial forward can see.
 
-        Its gradient comes past the quantizer, whose scale has none.
+        Its gradient bypasses the quantizer, whose scale gets none.
         """
         if self.checked:
             return

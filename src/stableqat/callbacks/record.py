@@ -1,7 +1,7 @@
-"""The record of a run in TensorBoard: its hyper-parameters and the same `hp/*` for every run.
+"""The record of a run in TensorBoard: its settings, and the same `hp/*` metrics for every run.
 
-TensorBoard's HParams tab joins runs by hyper-parameter and metric name, so that a
-method x learning rate x seed grid shows in its parallel-coordinates view.
+TensorBoard's HParams tab joins runs by the names of settings and metrics, so that its parallel-coordinates
+view shows a grid of methods, learning rates and seeds.
 """
 
 from math import isfinite, nan
@@ -19,7 +19,7 @@ SURGERY = "surgery.txt"  # in a run's folder
 
 
 class RunRecord(L.Callback):
-    """Log flat hyper-parameters once at the start, and `hp/*` whenever they change."""
+    """Log flat settings once at the start, and `hp/*` whenever they change."""
 
     def __init__(self) -> None:
         self._losses = {"hp/val_loss": nan, "hp/best_val_loss": nan}
@@ -44,19 +44,19 @@ class RunRecord(L.Callback):
             self._log(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the record of a run that was not cut, be it one that resumes with nothing left to do."""
+        """Close the record of a finished run, also of one that resumes with nothing left to do."""
         self._log(trainer, finished=True)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write out what led to a checkpoint, so that a run killed after it resumes without a gap."""
+        """Flush the logs before a checkpoint, so that a run killed after it resumes without a gap."""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses so far, so that a resumed run does not forget them, and the rows that the last is of."""
+        """The losses so far, and the number of rows of the last one, for a resumed run."""
         return {**self._losses, "validation_rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class RunRecord(L.Callback):
 
 
 def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
-    """Write which layers are quantized, and which share of the weights that is, into the run's folder."""
+    """Write the surgery report, with each layer and the quantized share, into the run's folder."""
     if report is None or not trainer.is_global_zero:
         return
     for logger in trainer.loggers[:1]:  # trainer.log_dir would ask the other processes
@@ -101,7 +101,7 @@ def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
 
 
 def _validated_rows(trainer: L.Trainer) -> int | None:
-    """The first so many rows of the split that a validation takes, on all processes together."""
+    """How many rows of the validation split, the first ones, all processes together take."""
     order = getattr(trainer.val_dataloaders, "sampler", None)
     if not hasattr(order, "global_batch"):
         return None

@@ -21,14 +21,13 @@ from torch import nn
 from stableqat.errors import UserError
 
 UNFIT: dict[type[L.Callback], str] = {
-    StochasticWeightAveraging: "copies the module before its model is built and averages nothing; take "
+    StochasticWeightAveraging: "copies the module before its model is built, and averages nothing; take "
     "WeightAveraging or EMAWeightAveraging",
-    ModelPruning: "picks its weights before the model is built; prune the start, and name it with "
-    "model.init_from",
-    BackboneFinetuning: "freezes a backbone before the model is built; leave it out",
-    LearningRateFinder: "tries rates on a module's `lr`, and here the optimizer has it; compare a few with "
+    ModelPruning: "picks weights before the model is built; prune the start, and set model.init_from to it",
+    BackboneFinetuning: "freezes a backbone before the model is built; remove it",
+    LearningRateFinder: "tries rates of a module's `lr`, but here the optimizer has it; compare a few with "
     "stableqat sweep, and set model.optimizer.lr",
-    BatchSizeFinder: "trains on batches of other sizes, and a run's order of rows depends on theirs; set "
+    BatchSizeFinder: "tries other batch sizes, which the order of a run's rows depends on; set "
     "data.batch_size",
 }
 
@@ -50,7 +49,7 @@ def check_trainer(trainer: L.Trainer) -> None:
                 raise UserError(f"trainer.callbacks: {name} {reason}")
         if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
-                f"trainer.callbacks: {name} averages no sharded weights; take --trainer.strategy ddp"
+                f"trainer.callbacks: {name} cannot average sharded weights; take --trainer.strategy ddp"
             )
 
 

@@ -1,10 +1,10 @@
-"""How fast a run trains, how much of that its GPUs could do, and whether it waits for data.
+"""How fast a run trains, which share of the GPUs' peak that is, and whether it waits for data.
 
 Model FLOPs utilisation (MFU, Chowdhery et al. 2022, arXiv 2204.02311) is the model's arithmetic over what the
 device could do in the same time. The model's arithmetic is three times that of the unquantized model's
-forward, its matrix products and the whole square of attention, counted once on the meta device; what
-quantizers, recomputation and optimizers add is no progress and not counted. Nothing here waits for the
-device: steps are timed from log entry to log entry, without validations, checkpoints and the first step.
+forward, its matrix products and the whole square of attention, counted once on the meta device; work of
+quantizers, recomputation and optimizers does not count. Nothing here waits for the device: steps are timed
+from log entry to log entry, without validations, checkpoints and the first step.
 """
 
 import re
@@ -19,8 +19,8 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# Dense 16-bit matrix products, FLOP/s, from NVIDIA's data sheets, by the device's name. Lightning's table
-# gives some devices twice that, which only sparse matrices reach.
+# Dense 16-bit matrix products in FLOP/s by device name, from NVIDIA's data sheets. Lightning's table has
+# twice that for some devices, which only sparse matrices reach.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -34,11 +34,11 @@ PEAKS = {
 
 
 class Throughput(L.Callback):
-    """Log `perf/tokens_per_s` (or `perf/images_per_s`) and `perf/step_ms`, and on GPUs what follows.
+    """Log `perf/tokens_per_s` (or `perf/images_per_s`), `perf/step_ms` and `perf/loader_wait`.
 
-    Tokens and images are those of all processes. `perf/loader_wait` is the share of time spent waiting for
-    the data loader, `perf/peak_memory_gb` the most that PyTorch has allocated on the first GPU, and
-    `perf/mfu` the model FLOPs utilisation, under 16-bit autocast on a device whose peak is known.
+    Tokens and images are those of all processes; `perf/loader_wait` is the share of time spent waiting for
+    data. On a GPU `perf/peak_memory_gb` is the most that PyTorch has allocated on the first one, and
+    `perf/mfu` the model FLOPs utilisation under 16-bit autocast, if the device's peak is known.
 
     Args:
         enabled: False measures nothing.
@@ -54,7 +54,7 @@ class Throughput(L.Callback):
         self._clear()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock with the first batch."""
+        """Start the clock at the first batch."""
         self.enabled = self.enabled and bool(trainer.loggers)
         self._since, self._warm, self._seen_step = None, False, trainer.global_step
         self._clear()
@@ -84,7 +84,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a batch, and log where the trainer does."""
+        """Count a batch, and log when the trainer does."""
         if not self.enabled:
             return
         stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
@@ -117,7 +117,7 @@ class Throughput(L.Callback):
         if peak := peak_flops(device, str(trainer.precision)):
             if self._flops_of_row is None:
                 self._flops_of_row = training_flops(pl_module, batch)
-                self._since = None  # a second that training did not take
+                self._since = None  # counting takes a second that is not training
             metrics["perf/mfu"] = self._flops_of_row * self._rows / self._seconds / peak
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
@@ -137,7 +137,7 @@ class Throughput(L.Callback):
 
 @contextmanager
 def untimed(trainer: L.Trainer) -> Iterator[None]:
-    """Leave what a callback does within a step out of the times of training."""
+    """Exclude a callback's work within a step from the times."""
     began = time.perf_counter()
     yield
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -151,7 +151,7 @@ def _is_logged(trainer: L.Trainer) -> bool:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that a device could reach in 16-bit matrix products; None if unknown, or others are used."""
+    """A device's peak FLOP/s in 16-bit matrix products; None if unknown, or for another precision."""
     if device.type != "cuda" or not precision.startswith(("16", "bf16")):
         return None
     name = torch.cuda.get_device_name(device)
@@ -159,11 +159,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def training_flops(pl_module: Any, batch: dict[str, Tensor]) -> float:
-    """Arithmetic of forward and backward for one row of a batch, by the unquantized model."""
+    """FLOPs of the unquantized model's forward and backward per row of a batch."""
     inputs = batch[pl_module.input_key]
     with torch.random.fork_rng([]), torch.device("meta"), torch.no_grad():
         model = pl_module.build_model()
-        # transformers would look at the values of a row that is not fake
+        # transformers looks at the values of a real row
         with FakeTensorMode(allow_non_fake_inputs=True):
             row = torch.empty((1, *inputs.shape[1:]), dtype=inputs.dtype)
             return 3.0 * measure_flops(model, lambda: model(row))
