@@ -350,7 +350,7 @@ def test_full_precision(tmp_path, refused):
 def test_wrong_shapes_for_a_format(tmp_path, refused):
     source = checkpoint(tmp_path, config={"intermediate_size": 72})
     line = refused(source, format="gguf")
-    assert "down_proj: its rows of 72 weights are no multiple of 32; take compressed-tensors" in line
+    assert "down_proj: its rows of 72 weights are not a multiple of 32; take compressed-tensors" in line
 
 
 def test_options_that_do_not_belong(trained, refused, tmp_path):

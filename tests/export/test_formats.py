@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from stableqat.errors import UserError
-from stableqat.export import ggml
+from stableqat.export import gguf_blocks
 from stableqat.export.command import LIBRARIES
 from stableqat.quantizers import STE, QuantizedWeight
 
@@ -184,7 +184,9 @@ KINDS = {
 def test_rows_of_256_take_the_small_ggml_types(grid, tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
     model, logits = models.packed("llama", grid, config=wide)
-    assert {ggml.encoding(weight, model.target).type for weight in model.layers.values()} == {KINDS[grid]}
+    assert {gguf_blocks.encoding(weight, model.target).type for weight in model.layers.values()} == {
+        KINDS[grid]
+    }
     assert_equal("gguf", model, logits, tmp_path)
 
 
@@ -233,18 +235,26 @@ def test_binary(tmp_path):
             "would round; take --dtype fp32, or compressed",
         ),
         ("compressed-tensors", {"quantizer": {"bits": 8, "grid": "stretched"}}, "9-bit.*take torchao"),
-        ("compressed-tensors", {"grid": "stretched-4", "storage_bits": 4}, "_proj takes 5-bit.*or take 8"),
+        ("compressed-tensors", {"grid": "stretched-4", "storage_bits": 4}, "_proj needs 5-bit.*or take 8"),
         ("gguf", {"quantizer": {"bits": 8, "grid": "stretched"}}, "8-bit stretched grid; take compressed"),
-        ("gguf", {"config": {"intermediate_size": 72}}, "72 weights are no multiple of 32; take compressed"),
-        ("gguf", {"quantizer": {"group_size": 16}}, "groups of 16 weights are no multiple of 32; take compr"),
+        (
+            "gguf",
+            {"config": {"intermediate_size": 72}},
+            "72 weights are not a multiple of 32; take",
+        ),
+        (
+            "gguf",
+            {"quantizer": {"group_size": 16}},
+            "groups of 16 weights are not a multiple of 32",
+        ),
         (
             "gguf",
             {"scale_dtype": torch.bfloat16},
             "scale in fp16; leave --scale_dtype at fp16, or take compr",
         ),
         ("onnx", {"quantizer": {"bits": 8, "grid": "stretched"}}, "end at 4 bits; take torchao"),
-        ("onnx", {"quantizer": {"group_size": 8}}, "a scale each 8 weights.*take compressed-tensors"),
-        ("onnx", {"grid": "stretched-2", "scale_dtype": torch.float32}, "do not survive.*or torchao"),
+        ("onnx", {"quantizer": {"group_size": 8}}, "one scale per 8 weights.*take compressed-tensors"),
+        ("onnx", {"grid": "stretched-2", "scale_dtype": torch.float32}, "rounds float32.*or torchao"),
         ("onnx", {"dtype": torch.bfloat16}, "computes in float32.*take hf"),
         ("onnx", {"skip": []}, "MatMulNBits has no look-up.*take gguf"),
         ("compressed-tensors", {"skip": []}, "cannot load a packed embedding.*take gguf"),

@@ -62,7 +62,7 @@ def test_a_file_and_one_with_a_templates_metadata_equal_the_model(rope, family, 
     assert written.get_field("stableqat.words").contents() == ["one", "two"]
     assert {tensor.name for tensor in written.tensors} == template.tensors.keys()
     for each in (model, replace(model, template=template)):
-        assert "the file has no tokenizer: llama.cpp's programs end on it" in into.notes(each)[-1]
+        assert "the file has no tokenizer: llama.cpp's library takes token ids" in into.notes(each)[-1]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -89,7 +89,11 @@ OTHER = {  # the template of another model: what differs, and what is said
         r"output.weight is \(8,\) .*, missing in the model",
     ),
     "a bias": ({}, {"extra": ["blk.0.attn_q.bias"]}, "blk.0.attn_q.bias is .* missing in the model"),
-    "no norm": ({}, {"without": ["output_norm.weight"]}, r"output_norm.weight is missing in .*, \(64,\) in"),
+    "no norm": (
+        {},
+        {"without": ["output_norm.weight"]},
+        r"output_norm.weight is missing in .*, \(64,\) in",
+    ),
 }
 
 
@@ -157,7 +161,7 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_template_that_is_no_gguf(what, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(BROKEN[what])
-    with pytest.raises(UserError, match=r"^template: .*bad.gguf cannot be read as GGUF \(.*\)$"):
+    with pytest.raises(UserError, match=r"^template: .*bad.gguf cannot be read as GGUF \(.*\); make it"):
         gguf_template.read(tmp_path / "bad.gguf")
 
 

@@ -1,9 +1,9 @@
 """compressed-tensors `pack-quantized`: what transformers decompresses and vLLM multiplies with.
 
 Codes of b bits lie densely in 32-bit words, row by row, beside `weight_scale` and `weight_shape`. The
-format's symmetric integers are the integer grid as it is; half-integer grids take one bit more, as odd
-integers. Scales a row or a group; groups cost 16 bits each. Codes of 4 and 8 bits run on every kernel of
-vLLM and SGLang, others on one of vLLM's, so that narrower codes can be stored in 4 or 8 bits.
+format's symmetric integers are the integer grid itself; half-integer grids take one more bit, as odd
+integers. There is one scale per row or per group; a group costs 16 bits. Codes of 4 and 8 bits run on every
+kernel of vLLM and SGLang, others on a single one of vLLM; so narrower codes can be stored in 4 or 8 bits.
 """
 
 from collections import Counter
@@ -21,16 +21,12 @@ from stableqat.quantizers import QuantizedWeight
 
 
 def check(packed: PackedModel) -> None:
-    """Refuse what the format or its loader has no place for.
+    """Refuse what the format or its loader cannot hold.
 
     Raises:
-        UserError: For vision transformers, and codes of nine bits or of more than the storage's.
+        UserError: For vision transformers, and for codes of nine bits or of more than `storage_bits`.
     """
-    if packed.family == "vit":
-        raise UserError(
-            "compressed-tensors: its loaders read transformers language models, not timm's vision "
-            "transformers; take onnx (packed) or hf (plain)"
-        )
+    hf.check_language_model("compressed-tensors", packed)
     for name, weight in packed.layers.items():
         if isinstance(packed.model.get_submodule(name), torch.nn.Embedding):
             raise UserError(
@@ -39,12 +35,12 @@ def check(packed: PackedModel) -> None:
             )
         if weight.zero_point and weight.bits == 8:
             raise UserError(
-                f"compressed-tensors: {name} would take 9-bit odd integers for the 8-bit {weight.grid} grid; "
+                f"compressed-tensors: {name} would need 9-bit odd integers for the 8-bit {weight.grid} grid; "
                 "take torchao, which has half-integer zero points"
             )
         if packed.storage_bits is not None and (wide := weight.integers().bits) > packed.storage_bits:
             raise UserError(
-                f"storage_bits: {name} takes {wide}-bit integers on its {weight.grid} grid; "
+                f"storage_bits: {name} needs {wide}-bit integers for its {weight.grid} grid; "
                 "leave it out, or take 8"
             )
 
@@ -63,27 +59,27 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """The packed layers' weights and the batch's logits, as transformers decompresses them."""
+    """Return the packed layers' weights and the batch's logits, as transformers decompresses them."""
     model, logits = hf.load_language_model(packed, folder)
     return {name: model.get_submodule(name).weight.detach() for name in packed.layers}, logits
 
 
 def notes(packed: PackedModel) -> list[str]:
-    """How each grid is stored, and what runs it."""
+    """Return how each grid is stored, and what runs it."""
     counts = Counter((w.bits, w.grid, _stored(packed, w).bits) for w in packed.layers.values())
     lines = [
         f"{n} layers of the {bits}-bit {grid} grid in {wide} bits" for (bits, grid, wide), n in counts.items()
     ]
     if any(wide not in (4, 8) for _, _, wide in counts):
         lines.append(
-            "vLLM has one kernel for widths other than 4 and 8 bits (humming-kernels, for NVIDIA GPUs), "
-            "SGLang none; to run on any of theirs take --storage_bits 4 or 8"
+            "for widths other than 4 and 8 bits vLLM has one kernel (humming-kernels, for NVIDIA GPUs) and "
+            "SGLang none; --storage_bits 4 or 8 runs on all of theirs"
         )
     return lines
 
 
 def _stored(packed: PackedModel, weight: QuantizedWeight) -> QuantizedWeight:
-    """The integers that are written."""
+    """Return the integers to write."""
     weight = weight.integers()
     return weight if packed.storage_bits is None else replace(weight, bits=packed.storage_bits)
 
@@ -103,7 +99,7 @@ def _quantization(packed: PackedModel, stored: dict[str, QuantizedWeight]) -> di
             "strategy": "group" if group else "channel",
             "group_size": group or None,
         }
-        # fused layers of vLLM are found by class, not by name
+        # vLLM finds fused layers by class, not by name
         groups[f"group_{number}"] = {"targets": ["Linear"] if names is inner else names, "weights": weights}
     linears = [n for n, m in packed.model.named_modules() if isinstance(m, torch.nn.Linear)]
     return {

@@ -1,8 +1,8 @@
-"""GGUF for llama.cpp: one file with the architecture, the weights and, if it is known, the tokenizer.
+"""GGUF for llama.cpp: one file with the architecture, the weights and, if llama.cpp knows it, the tokenizer.
 
 Names and the order of Llama's query and key rows are ggml's (pairs of a rotary embedding lie side by side).
-A tokenizer is written where llama.cpp knows its splitter; for any other, upstream's converter makes a file
-from `--format hf`, of which `--template` takes the tokenizer and whatever else is not the architecture's.
+A tokenizer is written if llama.cpp knows its splitter; for any other, llama.cpp's converter makes a file from
+`--format hf`, of which `--template` takes the tokenizer and everything else outside the architecture.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stableqat.errors import UserError
-from stableqat.export import ggml, ggml_tokenizer, gguf_header, gguf_template, llama_cpp
+from stableqat.export import gguf_blocks, gguf_header, gguf_template, gguf_tokenizer, hf, llama_cpp
 from stableqat.export.gguf_header import Header
 from stableqat.export.packed import PackedModel
 from stableqat.quantizers import QuantizedWeight
@@ -23,25 +23,21 @@ FILE = "model.gguf"
 
 
 def check(packed: PackedModel) -> None:
-    """Refuse what a GGUF has no place for, and what llama.cpp would compute otherwise.
+    """Refuse what a GGUF cannot hold, and what llama.cpp would compute differently.
 
     Raises:
         UserError: Naming the layer, the key or the file.
     """
-    if packed.family not in ("llama", "qwen3"):
-        raise UserError(
-            "gguf: llama.cpp has no architecture for timm's vision transformers; take onnx (packed) or hf "
-            "(plain)"
-        )
+    hf.check_language_model("gguf", packed)
     if packed.scale_dtype != torch.float16:
         raise UserError(
-            "gguf: ggml's blocks keep their scale in fp16; leave --scale_dtype at fp16, or take "
+            "gguf: ggml's blocks store their scale in fp16; leave --scale_dtype at fp16, or take "
             "compressed-tensors"
         )
     for name, weight in packed.layers.items():
-        if ggml.encoding(weight, packed.target) is None:
+        if gguf_blocks.encoding(weight, packed.target) is None:
             run = "row" if weight.scale.shape[1] == 1 else "group"
-            reason = f"its {run}s of {weight.group_size} weights are no multiple of 32"
+            reason = f"its {run}s of {weight.group_size} weights are not a multiple of 32"
             if weight.zero_point and weight.bits > 7:
                 reason = f"no type holds the {weight.bits}-bit {weight.grid} grid"
             raise UserError(f"gguf: {name}: {reason}; take compressed-tensors, or torchao")
@@ -49,7 +45,7 @@ def check(packed: PackedModel) -> None:
     if packed.template is not None:
         gguf_template.check(packed.template, packed.model, packed.tokenizer, _shapes(packed))
     elif packed.tokenizer is not None:
-        ggml_tokenizer.fields(packed.tokenizer, packed.model.config.vocab_size)
+        gguf_tokenizer.fields(packed.tokenizer, packed.model.config.vocab_size)
 
 
 def write(packed: PackedModel, folder: Path) -> None:
@@ -82,7 +78,7 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Weights as ggml dequantizes them, and the logits of the model that llama.cpp makes of the file."""
+    """Return the weights as ggml dequantizes them, and the logits of the model that llama.cpp loads."""
     file = gguf_header.read(folder / FILE)
     names = [*packed.rest(), *(f"{name}.weight" for name in packed.layers)]
     state = {name: _read_tensor(file, packed, name) for name in names}
@@ -92,15 +88,15 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def bytes_packed(packed: PackedModel) -> int:
-    """Bytes that the packed weights take, without the file's header."""
-    return sum(ggml.size(weight, packed.target) for weight in packed.layers.values())
+    """Return the bytes of the packed weights, without the file's header."""
+    return sum(gguf_blocks.size(weight, packed.target) for weight in packed.layers.values())
 
 
 def notes(packed: PackedModel) -> list[str]:
-    """Which ggml types were taken, why a wider one, and what llama.cpp leaves out."""
+    """Return which ggml types the file has, why a wider one, and what llama.cpp leaves out."""
     taken: Counter[tuple[str, int, str]] = Counter()
     for weight in packed.layers.values():
-        encoding = ggml.encoding(weight, packed.target)
+        encoding = gguf_blocks.encoding(weight, packed.target)
         assert encoding is not None, "checked"
         taken[encoding.type, weight.bits, weight.grid] += 1
     lines = [
@@ -110,20 +106,19 @@ def notes(packed: PackedModel) -> list[str]:
     kinds = {kind for kind, _, _ in taken}
     if "TQ2_0" in kinds:
         lines.append(
-            "llama.cpp has no CUDA kernel for TQ2_0: for a GPU take --target gpu, which is Q2_K, a quarter "
-            "larger"
+            "llama.cpp has no CUDA kernel for TQ2_0: for a GPU take --target gpu (Q2_K, a quarter larger)"
         )
     if "Q1_0" in kinds:
-        lines.append("Q1_0 is new: a llama.cpp that does not know it refuses the file")
+        lines.append("Q1_0 is new: an older llama.cpp refuses the file")
     if any(w.group_size % 256 for w in packed.layers.values() if w.bits > 1):
         lines.append(
-            "rows or groups that are no multiple of 256 weights take 32-weight blocks, which are wider"
+            "rows or groups that are not a multiple of 256 weights take larger blocks, of 32 weights"
         )
     template = packed.template
     if packed.tokenizer is None if template is None else template.get("tokenizer.ggml.tokens") is None:
-        lines.append("the file has no tokenizer: llama.cpp's programs end on it, its library takes token ids")
+        lines.append("the file has no tokenizer: llama.cpp's library takes token ids, its programs stop")
     elif template is None:
-        lines += ggml_tokenizer.notes(packed.tokenizer)
+        lines += gguf_tokenizer.notes(packed.tokenizer)
     return lines
 
 
@@ -138,14 +133,14 @@ def _ggml_name(packed: PackedModel, name: str) -> str:
 
 
 def _shapes(packed: PackedModel) -> dict[str, tuple[int, ...]]:
-    """Of all tensors, by ggml's names."""
+    """Return the shapes of all tensors, by ggml's names."""
     shapes = {name: tuple(tensor.shape) for name, tensor in packed.rest().items()}
     shapes |= {f"{name}.weight": tuple(weight.codes.shape) for name, weight in packed.layers.items()}
     return {_ggml_name(packed, name): shape for name, shape in shapes.items()}
 
 
 def _row_order(packed: PackedModel, name: str) -> np.ndarray | None:
-    """Rows of Llama's query and key weights as ggml has them; None where they stay."""
+    """Return ggml's order of the rows of Llama's query and key weights; None for any other weight."""
     part = name.rpartition(".")[2]
     if packed.family != "llama" or part not in ("q_proj", "k_proj"):
         return None
@@ -157,7 +152,7 @@ def _row_order(packed: PackedModel, name: str) -> np.ndarray | None:
 def _add_packed(writer: Any, packed: PackedModel, name: str, weight: QuantizedWeight) -> None:
     import gguf
 
-    encoding = ggml.encoding(weight, packed.target)
+    encoding = gguf_blocks.encoding(weight, packed.target)
     assert encoding is not None, "checked"
     rows, order = encoding.pack(weight), _row_order(packed, name)
     kind = gguf.GGMLQuantizationType[encoding.type]
@@ -171,7 +166,7 @@ def _add_left(writer: Any, packed: PackedModel, name: str, tensor: Tensor) -> No
     if (order := _row_order(packed, name.rpartition(".")[0])) is not None:  # of weights and biases
         tensor = tensor[torch.from_numpy(order)]
     name = _ggml_name(packed, name)
-    if tensor.ndim == 1:  # ggml wants norms and biases so
+    if tensor.ndim == 1:  # ggml expects norms and biases in float32
         writer.add_tensor(name, tensor.float().numpy())
     elif tensor.dtype == torch.bfloat16:
         data = tensor.contiguous().view(torch.uint8).numpy()
@@ -182,7 +177,7 @@ def _add_left(writer: Any, packed: PackedModel, name: str, tensor: Tensor) -> No
 
 def _read_tensor(file: Header, packed: PackedModel, name: str) -> Tensor:
     theirs = _ggml_name(packed, name)
-    values = torch.from_numpy(ggml.dequantize(file.bytes_of(theirs), file.tensors[theirs].type))
+    values = torch.from_numpy(gguf_blocks.dequantize(file.bytes_of(theirs), file.tensors[theirs].type))
     order = _row_order(packed, name.rpartition(".")[0])
     return values if order is None else values[torch.from_numpy(np.argsort(order))]
 
@@ -191,7 +186,7 @@ def _add_tokenizer(writer: Any, packed: PackedModel) -> None:
     if packed.tokenizer is None:
         writer.add_tokenizer_model("none")
         return
-    for key, value in ggml_tokenizer.fields(packed.tokenizer, packed.model.config.vocab_size).items():
+    for key, value in gguf_tokenizer.fields(packed.tokenizer, packed.model.config.vocab_size).items():
         _add_value(writer, f"tokenizer.{key}", value)
 
 

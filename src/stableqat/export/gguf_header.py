@@ -1,8 +1,8 @@
 """The header of a GGUF: its metadata and where its tensors lie.
 
-gguf's own reader makes an array of each token and each merge of a vocabulary, which takes 20 s for Llama 3's,
-and believes whatever lengths a file states. This one takes a fraction of a second, and no list that it makes
-is longer than the file.
+gguf's own reader makes an array of each token and each merge, which takes 20 s for the vocabulary of Llama 3,
+and trusts every length that a file states. This one takes a fraction of a second and makes no list longer
+than the file.
 """
 
 import mmap
@@ -53,7 +53,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF says of itself.
+    """The header of a GGUF.
 
     Attributes:
         path: The file.
@@ -68,11 +68,11 @@ class Header:
     start: int
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key."""
+        """Return the value of a key."""
         return self.fields[key].value if key in self.fields else default
 
     def bytes_of(self, name: str) -> Array:
-        """The bytes of a tensor, `(..., bytes of a row)`."""
+        """Return the bytes of a tensor, `(..., bytes per row)`."""
         from gguf import GGMLQuantizationType
         from gguf.quants import quant_shape_to_byte_shape
 
@@ -85,7 +85,7 @@ def read(path: Path) -> Header:
     """Read the header of a GGUF.
 
     Raises:
-        ValueError: If it is none, is cut short, or states lengths that it cannot have.
+        ValueError: If the file is not a GGUF, is cut short, or states impossible lengths.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         reader = _Reader(content)
@@ -98,7 +98,7 @@ def read(path: Path) -> Header:
         tensors = reader.named(count, 24, reader.tensor)
         alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
         if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"tensors aligned at {alignment} bytes are impossible")
+            raise ValueError(f"an alignment of {alignment} bytes is impossible")
         return Header(path, fields, tensors, -(-reader.at // alignment) * alignment)
 
 
@@ -126,12 +126,12 @@ class _Reader:
         found: dict[str, Any] = {}
         for _ in range(count):
             if (name := self.text()) in found:
-                raise ValueError(f"{name} is there twice")
+                raise ValueError(f"{name} appears twice")
             found[name] = one()
         return found
 
     def check(self, count: int, smallest: int) -> None:
-        """A list of so many entries of at least so many bytes must fit what is left."""
+        """Refuse a list whose entries, of at least `smallest` bytes, do not fit the rest of the file."""
         if count * smallest > len(self.content) - self.at:
             raise ValueError("it is cut short, or states a length beyond its end")
 

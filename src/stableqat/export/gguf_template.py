@@ -1,7 +1,7 @@
-"""A GGUF of upstream's converter as the source of a tokenizer, checked to be of the model that is exported.
+"""A GGUF of llama.cpp's converter as the source of a tokenizer, checked to be of the exported model.
 
-Whatever it says of the architecture is compared, not copied: a file of another model would be accepted by
-every reader, and compute something else.
+What it says of the architecture is compared, not copied: every reader would accept a file of another model,
+and compute something else.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Any
 
 from stableqat.errors import UserError
 from stableqat.export import gguf_header, llama_cpp
-from stableqat.export.ggml_tokenizer import check_tokens
 from stableqat.export.gguf_header import Field, Header
+from stableqat.export.gguf_tokenizer import check_tokens
 
 _OURS = ("general.architecture", "general.file_type", "general.alignment", "split.")
-_UNUSED = ("context_length", "rope.scaling.finetuned")  # nothing is computed from them
+_UNUSED = ("context_length", "rope.scaling.finetuned")  # they do not affect the result
 _USUAL = {f"rope.scaling.yarn_{key}": value for key, value in (
     ("ext_factor", 1), ("attn_factor", 1), ("beta_fast", 32), ("beta_slow", 1)
 )}  # fmt: skip
@@ -25,12 +25,12 @@ def read(path: Path) -> Header:
     """Read a template.
 
     Raises:
-        UserError: If it is no GGUF.
+        UserError: If it is not a GGUF.
     """
     try:
         return gguf_header.read(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"template: {path} cannot be read as GGUF ({error})") from error
+        raise UserError(f"template: {path} cannot be read as GGUF ({error}); make it again") from error
 
 
 def check(template: Header, model: Any, tokenizer: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -47,7 +47,10 @@ def check(template: Header, model: Any, tokenizer: Any, shapes: dict[str, tuple[
     """
     family = model.config.model_type
     if (found := template.get("general.architecture")) != family:
-        raise UserError(f"template: {template.path} is of the architecture {found}, not {family}")
+        raise UserError(
+            f"template: {template.path} is of the architecture {found}, not {family}; make the template from "
+            "this model's hf export"
+        )
     for key, theirs, own in _differences(template, model, shapes):
         raise UserError(
             f"template: {key} is {theirs} in {template.path}, {own} in the model; make the template from "
@@ -59,7 +62,7 @@ def check(template: Header, model: Any, tokenizer: Any, shapes: dict[str, tuple[
 
 
 def kept(template: Header) -> Iterator[tuple[str, Field]]:
-    """The metadata that is no architecture's: the tokenizer, and what the file says of itself."""
+    """Yield the metadata outside the architecture: the tokenizer, and the file's description."""
     ours = (*_OURS, f"{template.get('general.architecture')}.")
     return ((key, field) for key, field in template.fields.items() if not key.startswith(ours))
 
@@ -67,7 +70,7 @@ def kept(template: Header) -> Iterator[tuple[str, Field]]:
 def _differences(
     template: Header, model: Any, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """What a template and a model have otherwise: its name, the template's, the model's."""
+    """Yield what differs between a template and a model: its name, the template's value, the model's."""
     there = {name: tensor.shape for name, tensor in template.tensors.items()}
     there.pop(llama_cpp.ROPE_FACTORS, None)
     for name in shapes | there:
@@ -83,7 +86,7 @@ def _differences(
     for key, value in said.items():
         own = expected.get(key, _USUAL.get(key, "missing"))
         if key in _UNUSED or (key.startswith("rope.") and key not in expected | _USUAL):
-            continue  # the rotary embedding is compared by what it computes
+            continue  # the rotary embedding is compared by its result
         if (
             isinstance(own, str)
             or isinstance(value, str | list)
@@ -92,7 +95,7 @@ def _differences(
             yield f"{family}.{key}", value, own
     try:
         same = llama_cpp.same_rope(model, said, llama_cpp.factors(template))
-    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # nobody's numbers
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # impossible numbers
         same = False
     if not same:
         named = {key: value for key, value in said.items() if key.startswith("rope.")}

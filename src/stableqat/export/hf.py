@@ -1,7 +1,7 @@
-"""Baked weights in safetensors that plain transformers or timm load: no packing, but it runs everywhere.
+"""Baked weights in safetensors that plain transformers or timm load: no packing, but they run everywhere.
 
 Quantized weights are stored as the values that they stand for. `--dtype bf16` halves the file where those
-values fit bfloat16's eight bits of precision, which few do; what would be rounded is refused.
+values fit the eight bits of precision of bfloat16, which few do; what it would round is refused.
 """
 
 import json
@@ -30,7 +30,7 @@ def check(packed: PackedModel) -> None:
         if not torch.equal(value.to(packed.dtype).float(), value):
             raise UserError(
                 f"hf: {name} has values that {packed.dtype} would round; take --dtype fp32, or "
-                "compressed-tensors, which keeps codes and scales apart"
+                "compressed-tensors, which stores codes and scales apart"
             )
 
 
@@ -41,7 +41,7 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """The packed layers' weights and the batch's logits, as transformers or timm load them."""
+    """Return the packed layers' weights and the batch's logits, as transformers or timm load them."""
     if packed.family == "vit":
         import timm
 
@@ -53,10 +53,27 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     return {name: model.get_submodule(name).weight.detach() for name in packed.layers}, logits
 
 
+def notes(packed: PackedModel) -> list[str]:
+    """Return nothing: the file holds plain weights."""
+    return []
+
+
+def check_language_model(format: str, packed: PackedModel) -> None:
+    """Refuse a vision transformer.
+
+    Raises:
+        UserError: Naming the format.
+    """
+    if packed.family not in ("llama", "qwen3"):
+        raise UserError(
+            f"{format}: nothing loads timm's vision transformers from it; take onnx (packed) or hf (plain)"
+        )
+
+
 def save(
     packed: PackedModel, folder: Path, state: dict[str, Tensor], quantization: dict[str, Any] | None = None
 ) -> None:
-    """Write a state dict and the configuration that its loader wants.
+    """Write a state dict and the configuration that its loader expects.
 
     Args:
         packed: The model.
@@ -78,7 +95,7 @@ def save_config(packed: PackedModel, folder: Path, quantization: dict[str, Any] 
         config["architectures"] = [type(packed.model).__name__]
         config["dtype"] = str(packed.dtype).removeprefix("torch.")
         config["use_cache"] = True
-        for key in ("_name_or_path", GRIDS):  # where the start lay; what a converted folder says of itself
+        for key in ("_name_or_path", GRIDS):  # path of the start; grids of a converted folder
             config.pop(key, None)
         if quantization is not None:
             config["quantization_config"] = quantization
@@ -86,7 +103,7 @@ def save_config(packed: PackedModel, folder: Path, quantization: dict[str, Any] 
 
 
 def load_language_model(packed: PackedModel, folder: Path, **options: Any) -> tuple[Any, Tensor]:
-    """What plain `from_pretrained` makes of a folder, computing in float32, and its logits."""
+    """Return the model that plain `from_pretrained` loads from a folder, in float32, and its logits."""
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()):  # progress bars of two libraries
@@ -98,7 +115,7 @@ def load_language_model(packed: PackedModel, folder: Path, **options: Any) -> tu
 
 
 def image_settings(packed: PackedModel) -> dict[str, Any]:
-    """How images are resized and normalised, as timm's `pretrained_cfg` has it: the run's, or timm's own."""
+    """Return how images are resized and normalised, in timm's terms: the run's settings, or timm's own."""
     own = {key: packed.model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     return {"input_size": list(packed.input.shape[1:]), **(own if packed.images is None else packed.images)}
 

@@ -1,8 +1,8 @@
-"""What llama.cpp computes of a Llama or Qwen3 model, and which models it therefore runs as they were trained.
+"""What llama.cpp computes for a Llama or Qwen3 model, and so which models it runs as they were trained.
 
-Shapes, the norms' epsilon and the rotary embedding come from a file's metadata. Everything else belongs to
-its code for an architecture: the activation, the mask of the attention, which layers have biases. A value of
-a configuration that is in neither would be ignored without a word, so it is refused here.
+Shapes, the epsilon of the norms and the rotary embedding come from a file's metadata. Everything else is part
+of its code for an architecture: the activation, the attention mask, which layers have biases. llama.cpp would
+silently ignore a configuration value that is in neither, so it is refused here.
 """
 
 import math
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from stableqat.errors import UserError
-from stableqat.export import ggml
+from stableqat.export import gguf_blocks
 from stableqat.export.gguf_header import Header
 
-ROPE_FACTORS = "rope_freqs.weight"  # each frequency is divided by its own, in Llama only
-_READ = {  # metadata by key, and the key of the configuration
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the frequencies, in Llama only
+_READ = {  # key of the metadata -> key of the configuration
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -29,16 +29,16 @@ _READ = {  # metadata by key, and the key of the configuration
     "rope.dimension_count": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-_TENSORS = ("tie_word_embeddings", "mlp_bias")  # a tensor that is there is used
+_TENSORS = ("tie_word_embeddings", "mlp_bias")  # llama.cpp uses whatever tensor is there
 _TRAINING = ("initializer_range", "attention_dropout", "pretraining_tp", "use_cache")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_LAYERS = ("use_sliding_window", "sliding_window", "max_window_layers")  # what layer_types comes from
+_LAYERS = ("use_sliding_window", "sliding_window", "max_window_layers")  # they decide layer_types
 _INERT = {*_READ.values(), *_TENSORS, *_TRAINING, *_TOKENS, *_LAYERS, "rope_parameters"}
 _ELSEWHERE = "take compressed-tensors, or hf"
 
 
 def check(model: Any) -> None:
-    """Refuse a model that llama.cpp would compute otherwise.
+    """Refuse a model that llama.cpp would compute differently.
 
     Args:
         model: Llama or Qwen3 of transformers.
@@ -51,20 +51,20 @@ def check(model: Any) -> None:
     config = model.config
     general = PreTrainedConfig().to_dict()
     usual = {key: value for key, value in type(config)().to_dict().items() if key not in general}
-    usual |= {"is_causal": True}  # which transformers looks for in any configuration
+    usual |= {"is_causal": True}  # transformers looks for it in any configuration
     for key in usual.keys() - _INERT:
         value = getattr(config, key, usual[key])
         if not _honoured(config.model_type, key, value, usual[key]):
             own, theirs = value, usual[key]
             if key == "layer_types":
-                own, theirs = f"sliding_attention ({config.sliding_window} tokens)", "full_attention alone"
+                own, theirs = f"sliding_attention ({config.sliding_window} tokens)", "full_attention only"
             raise UserError(
                 f"gguf: {key}: llama.cpp computes {config.model_type} with {theirs}, this model has {own}; "
                 f"{_ELSEWHERE}"
             )
     if not same_rope(model, *rope(model)):
         raise UserError(
-            f"gguf: rope_parameters: llama.cpp rotates heads in another way than {config.rope_parameters}; "
+            f"gguf: rope_parameters: llama.cpp does not rotate heads by {config.rope_parameters}; "
             f"{_ELSEWHERE}"
         )
 
@@ -80,15 +80,15 @@ def _honoured(family: str, key: str, value: Any, usual: Any) -> bool:
 
 
 def metadata(config: Any) -> dict[str, Any]:
-    """Shapes and epsilon by key, without the name of the architecture in front."""
+    """Return shapes and epsilon by key, without the prefix of the architecture."""
     return {key: getattr(config, name) for key, name in _READ.items()}
 
 
 def rope(model: Any) -> tuple[dict[str, Any], Tensor | None]:
-    """Metadata of the rotary embedding, and factors of its frequencies where those are needed.
+    """Return metadata of the rotary embedding, and divisors of its frequencies where it needs them.
 
     Raises:
-        UserError: If llama.cpp knows no such rotary embedding.
+        UserError: If llama.cpp does not know the rotary embedding.
     """
     config, rotary = model.config, model.model.rotary_emb
     parameters = config.rope_parameters
@@ -113,15 +113,15 @@ def rope(model: Any) -> tuple[dict[str, Any], Tensor | None]:
 
 
 def frequencies(metadata: dict[str, Any], factors: Tensor | None, size: int) -> tuple[Tensor, float]:
-    """What llama.cpp multiplies positions with, and the magnitude of the rotated queries and keys.
+    """Return the angles by which llama.cpp rotates, and the magnitude of rotated queries and keys.
 
     Args:
         metadata: Keys of the rotary embedding.
-        factors: Of the frequencies.
-        size: Of a head.
+        factors: Divisors of the frequencies.
+        size: Size of a head.
 
     Returns:
-        Angles a position, `(size / 2,)`, and the magnitude.
+        Angles per position, `(size / 2,)`, and the magnitude.
     """
     base = float(metadata.get("rope.freq_base", 10_000.0))
     plain = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
@@ -134,7 +134,7 @@ def frequencies(metadata: dict[str, Any], factors: Tensor | None, size: int) -> 
         return plain, magnitude
     if kind != "yarn":
         return plain / factor, magnitude
-    # fast pairs keep their frequency, slow ones are divided, those between are mixed
+    # fast pairs keep their frequency, slow ones are divided, those in between are mixed
     context = float(metadata.get("rope.scaling.original_context_length", metadata.get("context_length", 0)))
     turns = [size * math.log(context / (n * 2 * math.pi)) / (2 * math.log(base)) for n in (32, 1)]
     low, high = max(0, math.floor(turns[0])), min(size - 1, math.ceil(turns[1]))
@@ -143,19 +143,21 @@ def frequencies(metadata: dict[str, Any], factors: Tensor | None, size: int) -> 
 
 
 def _magnitude(factor: float) -> float:
-    """YaRN's own, of a context stretched by a factor."""
+    """Return YaRN's magnitude for a context that is longer by a factor."""
     return 1 + 0.1 * math.log(factor)
 
 
 def factors(file: Header) -> Tensor | None:
-    """Those of a file's frequencies."""
+    """Return the divisors of a file's frequencies."""
     if ROPE_FACTORS not in file.tensors:
         return None
-    return torch.from_numpy(ggml.dequantize(file.bytes_of(ROPE_FACTORS), file.tensors[ROPE_FACTORS].type))
+    return torch.from_numpy(
+        gguf_blocks.dequantize(file.bytes_of(ROPE_FACTORS), file.tensors[ROPE_FACTORS].type)
+    )
 
 
 def same_rope(model: Any, metadata: dict[str, Any], factors: Tensor | None) -> bool:
-    """Whether llama.cpp would rotate a model's heads as it does itself."""
+    """Whether llama.cpp would rotate a model's heads as the model does."""
     if metadata.get("rope.scaling.type", "linear") not in ("none", "linear", "yarn"):
         return False
     rotary = model.model.rotary_emb
@@ -171,10 +173,10 @@ def same_rope(model: Any, metadata: dict[str, Any], factors: Tensor | None) -> b
 
 
 def load(file: Header, state: dict[str, Tensor]) -> Any:
-    """The model of transformers that llama.cpp makes of a file.
+    """Return the transformers model that llama.cpp makes of a file.
 
     Args:
-        file: Its header, from which all settings come; what is not in it has its architecture's default.
+        file: Its header, the source of all settings; others have the default of the architecture.
         state: Its tensors, by the names of transformers.
 
     Returns:

@@ -1,17 +1,17 @@
 """ONNX with MatMulNBits: onnxruntime multiplies with 2, 4 and 8-bit codes as they are.
 
-The operator computes `scale * (code - zero_point)` with codes that start at 0 and a scale a block of inputs.
-Which kernel of onnxruntime does it depends on the form, and they differ by up to 40 times
+The operator computes `scale * (code - zero_point)` with codes that start at 0 and one scale per block of
+inputs. The form decides which kernel of onnxruntime runs, and they differ by up to 40 times
 (`docs/benchmarks.md`):
 
-- Half-integer grids become odd integers where these fit the same width (3 bits lie in 4 anyway); else their
-  zero point, `2^(b-1) - 1/2`, is given as a float.
-- At 2 bits a float zero point is given to integer grids as well: without one the kernel is 8 times slower.
-- With int8 activations there is a fast kernel for integers in short blocks alone, so all grids become those.
+- Half-integer grids become odd integers where these fit the same width (3 bits take 4 anyway); otherwise
+  their zero point, `2^(b-1) - 1/2`, is a float.
+- At 2 bits integer grids get a float zero point as well: without one the kernel is 8 times slower.
+- With int8 activations only integers in short blocks have a fast kernel, so all grids become those.
 
-Scales have the type of the activations, so a float32 model repeats them as float32. A language model's graph
-is a function of whole rows of tokens: it has neither a cache nor a mask. What a graph cannot say, the file's
-metadata does: that, or a vision transformer's preprocessing and classes.
+Scales have the type of the activations, so a float32 model stores them as float32. A language model's graph
+is a function of whole rows of tokens, without cache or mask. The file's metadata holds what a graph cannot
+say: that, or a vision transformer's preprocessing and classes.
 """
 
 import json
@@ -30,14 +30,14 @@ from stableqat.export.packed import PackedModel
 from stableqat.quantizers import QuantizedWeight
 
 FILE = "model.onnx"
-LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf ends at two gigabytes
+LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf stops at two gigabytes
 BLOCKS = (256, 128, 64, 32, 16)  # inputs that may share a scale
-_INT8_BLOCK = 128  # the longest for which 2 bits have an int8 kernel
+_INT8_BLOCK = 128  # the longest with an int8 kernel for 2 bits
 _WHOLE_ROWS = "no key-value cache and no attention mask: a call computes all its tokens; pad on the right"
 
 
 def check(packed: PackedModel) -> None:
-    """Refuse what the operator has no place for.
+    """Refuse what the operator cannot hold.
 
     Raises:
         UserError: Naming the layer.
@@ -51,23 +51,23 @@ def check(packed: PackedModel) -> None:
             )
         if weight.zero_point and weight.bits == 8:
             raise UserError(
-                f"onnx: {name} has the 8-bit {weight.grid} grid, and half-integer zero points end at 4 bits; "
+                f"onnx: {name} has the 8-bit {weight.grid} grid, but half-integer zero points end at 4 bits; "
                 "take torchao"
             )
         if stored_form(weight, packed.int8_activations).zero_point and packed.scale_dtype == torch.float32:
             raise UserError(
-                "onnx: onnxruntime multiplies the scale with code and zero point apart, which float32 scales "
-                "do not survive on half-integer grids; take --scale_dtype fp16 or bf16, or torchao"
+                "onnx: onnxruntime multiplies the scale by code and zero point apart, which rounds float32 "
+                "scales of half-integer grids; take --scale_dtype fp16 or bf16, or torchao"
             )
         if weight.scale.shape[1] > 1 and weight.group_size % BLOCKS[-1]:
             raise UserError(
-                f"onnx: {name} has a scale each {weight.group_size} weights, MatMulNBits one each "
+                f"onnx: {name} has one scale per {weight.group_size} weights, MatMulNBits one per "
                 f"{BLOCKS[-1]} or a multiple; take compressed-tensors or hf"
             )
 
 
 def notes(packed: PackedModel) -> list[str]:
-    """How each grid is stored, what int8 activations mean, and what the graph takes."""
+    """Return how each grid is stored, what int8 activations mean, and what the graph takes."""
     forms = [(weight, stored_form(weight, packed.int8_activations)) for weight in packed.layers.values()]
     counts = Counter(
         f"{weight.bits}-bit {weight.grid} grid as {_width(form.bits)}-bit "
@@ -97,7 +97,7 @@ def write(packed: PackedModel, folder: Path) -> None:
     try:
         program: Any = torch.onnx.export(
             _Logits(model).eval() if is_text else model,
-            (packed.input[:1].repeat_interleave(2, dim=0),),  # a batch of one would be traced as a constant
+            (packed.input[:1].repeat_interleave(2, dim=0),),  # a batch of one would become a constant
             input_names=["input_ids" if is_text else "pixel_values"],
             output_names=["logits"],
             dynamic_shapes=(shapes,),
@@ -105,11 +105,11 @@ def write(packed: PackedModel, folder: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # of any kind, from whatever the model is made of
+    except Exception as error:  # any kind: the model's own code raises it
         raise UserError(f"onnx: torch cannot export this model ({_cause(error)}); take hf") from error
     program.model.metadata_props.update(_metadata(packed))
     graph = program.model.graph
-    for node in graph:  # where in the source it came from: most of a small file
+    for node in graph:  # its place in the source would fill most of a small file
         node.metadata_props.clear()
         node.doc_string = None
     held = sum(each.const_value.nbytes for each in graph.initializers.values())
@@ -117,7 +117,7 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Weights as onnxruntime's operator multiplies with them, row by row of an identity, and its logits."""
+    """Return the weights as onnxruntime's operator multiplies by them, and its logits."""
     import onnx
     import onnxruntime
 
@@ -135,7 +135,7 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def _check_calls(model: nn.Module, packed: PackedModel) -> None:
-    """Refuse layers whose weight the model reads itself: an operator stands for a call."""
+    """Refuse layers whose weight the model reads itself: an operator replaces a call."""
     called: set[str] = set()
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -152,7 +152,7 @@ def _check_calls(model: nn.Module, packed: PackedModel) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What the first exception of a chain says, in one line."""
+    """Return the message of the first exception of a chain, in one line."""
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -166,7 +166,7 @@ def _metadata(packed: PackedModel) -> Mapping[str, str]:
 
 
 def stored_form(weight: QuantizedWeight, int8_activations: bool = False) -> QuantizedWeight:
-    """The same values as the operator multiplies with them fastest."""
+    """Return the same values in the form that the operator multiplies by fastest."""
     free = _width(weight.bits) == _width(weight.bits + 1)
     return weight.integers() if free or int8_activations else weight
 
@@ -175,9 +175,9 @@ class MatMulNBits(nn.Module):
     """A linear layer that exports as the operator; it computes nothing in torch.
 
     Args:
-        weight: What it holds.
-        bias: Added afterwards.
-        int8_activations: Let the operator round its input to int8, block by block; no longer exact.
+        weight: The packed weight.
+        bias: Added to the product.
+        int8_activations: Let the operator round its input to int8, per block; no longer exact.
     """
 
     def __init__(
@@ -225,26 +225,26 @@ class MatMulNBits(nn.Module):
 
 
 def _width(bits: int) -> int:
-    """Bits that the operator has for codes of so many."""
+    """Return the operator's width for codes of so many bits."""
     return next((width for width in (2, 4) if bits <= width), 8)
 
 
 def _block(weight: QuantizedWeight, longest: int) -> int:
-    """Inputs to a scale: at most a group, and for one scale a row not mostly padding."""
+    """Return the inputs per scale: at most a group, and for one scale per row not mostly padding."""
     inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
     fits = [b for b in BLOCKS if (b < 2 * inputs if groups == 1 else weight.group_size % b == 0)]
     return next((b for b in fits if b <= longest), BLOCKS[-1])
 
 
 def _is_short(scale: Tensor) -> bool:
-    """Whether three times a scale is exact: scale times code less scale times zero point is, then."""
+    """Whether three times a scale is exact; then so is scale times code minus scale times zero point."""
     return torch.equal((3 * scale).double(), 3 * scale.double())
 
 
 class _Logits(nn.Module):
     """A language model as a function of its tokens."""
 
-    PREFIX = "model"  # of the names of its parameters
+    PREFIX = "model"  # of its parameters' names
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -255,9 +255,9 @@ class _Logits(nn.Module):
 
 
 def _multiplied_by_identity(node: Any, constants: dict[str, Any]) -> np.ndarray:
-    """The transposed product of an operator with the identity is its weight, each sum having one term.
+    """Return the weight of an operator: its transposed product with the identity, one term per sum.
 
-    The codes, scales and zero points are the file's; the multiplication is with float32 in any case.
+    The codes, scales and zero points are the file's; the product is always in float32.
     """
     import onnxruntime
     from onnx import TensorProto, helper

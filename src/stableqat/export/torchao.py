@@ -1,7 +1,7 @@
 """torchao's Intx weights in safetensors: any grid natively, half-integer zero points included.
 
-torchao's tensor keeps a byte a code, whatever their bits, so that the file is no smaller than int8; its use
-is torch's own: `torch.export`, ExecuTorch, `from_pretrained`. Scale and zero point stand a row or a group.
+torchao's tensor takes one byte per code of any width, so that the file is no smaller than int8; its use is
+torch's own: `torch.export`, ExecuTorch, `from_pretrained`. Scale and zero point are per row or per group.
 """
 
 import json
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stableqat.errors import UserError
 from stableqat.export import hf
 from stableqat.export.packed import PackedModel
 from stableqat.quantizers import QuantizedWeight
@@ -21,20 +20,16 @@ FILE = "model.safetensors"
 
 
 def check(packed: PackedModel) -> None:
-    """Refuse vision transformers; of the others the format holds every grid, width and granularity.
+    """Refuse vision transformers; the format holds every grid, width and granularity of other models.
 
     Raises:
         UserError: For a vision transformer.
     """
-    if packed.family == "vit":
-        raise UserError(
-            "torchao: transformers loads its language models, nothing loads timm's vision transformers; take "
-            "onnx (packed) or hf (plain)"
-        )
+    hf.check_language_model("torchao", packed)
 
 
 def write(packed: PackedModel, folder: Path) -> None:
-    """Write torchao's tensors, flattened as torchao does it, and the configuration."""
+    """Write torchao's tensors, flattened by torchao, and the configuration."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     state: dict[str, Any] = {name: tensor.contiguous() for name, tensor in packed.rest().items()}
@@ -45,21 +40,21 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Weights as torchao dequantizes them, and the logits of the model that holds them."""
+    """Return the weights as torchao dequantizes them, and the logits of the model that holds them."""
     model, logits = hf.load_language_model(packed, folder)
     read = {name: model.get_submodule(name).weight for name in packed.layers}
     return {name: weight.dequantize().detach() for name, weight in read.items()}, logits
 
 
 def notes(packed: PackedModel) -> list[str]:
-    """What the report says beside the figures."""
-    return ["torchao keeps a byte a code; for a small file take gguf, onnx or compressed-tensors"]
+    """Return what the report says beside the figures."""
+    return ["torchao takes one byte per code; for a small file take gguf, onnx or compressed-tensors"]
 
 
 def _tensor(weight: QuantizedWeight) -> Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    scale = weight.scale  # values are computed in its type: float32 rounds nothing
+    scale = weight.scale  # torchao computes values in its type: float32 rounds nothing
     return IntxUnpackedToInt8Tensor(
         qdata=weight.codes,
         scale=scale,

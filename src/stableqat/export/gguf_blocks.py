@@ -1,8 +1,8 @@
-"""Blocks of ggml types that hold a quantizer's codes exactly.
+"""Blocks of ggml's tensor types that hold a quantizer's codes exactly.
 
-A block is a run of 32, 128 or 256 weights with its own fp16 scale `d`; what a row or group shares is repeated
-in each. ggml's own quantizers would fit new scales and change most values; here codes are put where its
-dequantizers find them. K-types have small integer scales of 16 or 32 weights besides: they are 1, and their
+A block is a run of 32, 128 or 256 weights with its own fp16 scale `d`; each repeats the scale of its row or
+group. ggml's own quantizers would fit new scales and change most values; here codes go where ggml's
+dequantizers find them. K-types also have small integer scales per 16 or 32 weights: these are 1, and their
 minimum, in units of half a scale, places the half-integer grids.
 """
 
@@ -20,15 +20,15 @@ Target = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """A ggml type as a home for some grids.
+    """A ggml type that holds some grids exactly.
 
     Attributes:
         type: Name of the ggml type.
         block: Weights that share `d`; divides rows and groups.
-        fits: Whether a weight's grid has a place in it.
+        fits: Whether it holds a weight's grid.
         blocks: Bytes of each block, `(blocks, bytes)`, from codes `(blocks, block)` and scales `(blocks, 1)`.
-        integers: Whether it takes half-integer grids, as odd integers.
-        gpu: Whether llama.cpp computes it on GPUs of all makes.
+        integers: Whether it holds half-integer grids, as odd integers.
+        gpu: Whether llama.cpp has kernels for it on every kind of GPU.
     """
 
     type: str
@@ -39,11 +39,11 @@ class Encoding:
     gpu: bool = True
 
     def holds(self, weight: QuantizedWeight) -> bool:
-        """Whether a weight fits, its rows and groups being whole blocks."""
+        """Whether a weight fits: its grid, and its rows and groups in whole blocks."""
         return self.fits(weight) and weight.group_size % self.block == 0
 
     def pack(self, weight: QuantizedWeight) -> Array:
-        """The bytes of a weight, `(out, bytes of a row)`."""
+        """Return the bytes of a weight, `(out, bytes per row)`."""
         weight = weight.integers() if self.integers else weight
         rows, inputs = weight.codes.shape
         codes = weight.codes.numpy().reshape(-1, self.block)
@@ -53,13 +53,13 @@ class Encoding:
 
 
 def encoding(weight: QuantizedWeight, target: Target) -> Encoding | None:
-    """The smallest type of a target that holds a weight exactly; None if no type has blocks that fit."""
+    """Return the smallest type for a target that holds a weight exactly; None if no type does."""
     on = (each for each in ENCODINGS if each.gpu or target == "cpu")
     return next((each for each in on if each.holds(weight)), None)
 
 
 def size(weight: QuantizedWeight, target: Target) -> int:
-    """Bytes that a weight takes."""
+    """Return the bytes that a weight takes."""
     import gguf
 
     kind = encoding(weight, target)
@@ -69,21 +69,21 @@ def size(weight: QuantizedWeight, target: Target) -> int:
 
 
 def dequantize(data: Array, type: int) -> Array:
-    """Values of a tensor of a file.
+    """Return the values of a tensor of a file.
 
     Args:
-        data: Its bytes, `(..., bytes of a row)`.
+        data: Its bytes, `(..., bytes per row)`.
         type: ggml's number of its type.
 
     Returns:
-        The values in float32, `(..., weights of a row)`.
+        The values in float32, `(..., weights per row)`.
     """
     import gguf
 
     kind = gguf.GGMLQuantizationType(type)
     if kind.name != "Q1_0":
         return np.array(gguf.dequantize(data, kind))
-    blocks = np.array(data).reshape(-1, 18)  # which gguf has no reader for
+    blocks = np.array(data).reshape(-1, 18)  # gguf has no reader for this type
     signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32) * 2 - 1
     return (blocks[:, :2].copy().view(np.float16) * signs).reshape(*data.shape[:-1], -1)
 
@@ -93,7 +93,7 @@ def _half(scale: Array) -> Array:
 
 
 def _fields(values: Array, bits: int, run: int) -> Array:
-    """Unsigned values in bytes, the next `run` of them in the next higher bits of the same bytes."""
+    """Pack unsigned values into bytes; each next `run` of them goes into the next higher bits."""
     parts = values.astype(np.uint8).reshape(len(values), -1, 8 // bits, run)
     shifts = (np.arange(8 // bits, dtype=np.uint8) * bits).reshape(1, 1, -1, 1)
     return np.bitwise_or.reduce(parts << shifts, axis=2).reshape(len(values), -1)

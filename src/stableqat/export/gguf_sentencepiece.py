@@ -1,13 +1,13 @@
-"""SentencePiece's BPE, as in Llama 2: llama.cpp merges whatever makes a token, the best score first.
+"""SentencePiece's BPE, as in Llama 2: llama.cpp merges any pair that forms a token, the best score first.
 
-transformers keeps such a tokenizer as a list of merges, in the order of the scores. The two make the same
-tokens if the list has every split of each token, and all splits of one before those of the next.
+transformers stores such a tokenizer as a list of merges, in the order of the scores. Both make the same
+tokens if the list has every split of each token, and all splits of one token before those of the next.
 """
 
 from itertools import pairwise
 from typing import Any
 
-SPACE = "\u2581"  # stands for one in the tokens
+SPACE = "\u2581"  # stands for a space in tokens
 UNKNOWN, BYTE = 2, 6  # ggml's types of a token
 
 
@@ -17,14 +17,14 @@ def is_sentencepiece(described: dict[str, Any]) -> bool:
 
 
 def scores(described: dict[str, Any], texts: dict[int, str]) -> dict[int, float] | None:
-    """The order in which llama.cpp is to merge.
+    """Return the order in which llama.cpp must merge.
 
     Args:
         described: A `tokenizer.json`.
-        texts: Of all tokens, by number.
+        texts: Texts of all tokens, by number.
 
     Returns:
-        Scores by number; None if llama.cpp would merge otherwise.
+        Scores by number; None if llama.cpp would merge differently.
     """
     model = described["model"]
     vocabulary, numbers = model["vocab"], {text: number for number, text in texts.items()}
@@ -50,7 +50,7 @@ def scores(described: dict[str, Any], texts: dict[int, str]) -> dict[int, float]
 
 
 def types(described: dict[str, Any]) -> dict[int, int]:
-    """Types of the tokens that are no text, by number."""
+    """Return the types of the tokens that are not text, by number."""
     model = described["model"]
     found = {
         number: BYTE for text, number in model["vocab"].items() if text.startswith("<0x") and len(text) == 6
@@ -59,7 +59,7 @@ def types(described: dict[str, Any]) -> dict[int, int]:
 
 
 def space_in_front(described: dict[str, Any]) -> bool | None:
-    """Whether texts begin with a space that is put there; None if spaces are treated in another way."""
+    """Whether the tokenizer puts a space before texts; None if it treats spaces in another way."""
     if _prepends(described):
         return True
     splitter = described.get("pre_tokenizer") or {}
@@ -72,7 +72,7 @@ def space_in_front(described: dict[str, Any]) -> bool | None:
 
 
 def is_exact(described: dict[str, Any]) -> bool:
-    """Whether llama.cpp puts no other spaces: it also has one before spaces and after special tokens."""
+    """Whether llama.cpp adds no other spaces: it also puts one before spaces and after special tokens."""
     return _prepends(described) or not space_in_front(described)
 
 

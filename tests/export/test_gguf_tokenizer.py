@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from stableqat.errors import UserError
-from stableqat.export import ggml_tokenizer, gguf
+from stableqat.export import gguf, gguf_tokenizer
 
 SIZE = 420
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -146,7 +146,7 @@ def test_llama_cpp_makes_the_same_tokens(name, answers):
 @pytest.mark.parametrize("name", KNOWN)
 def test_an_added_token_that_is_not_special_is_shown(name, answers):
     own, answer = answers[name]
-    fields = ggml_tokenizer.fields(own, SIZE)
+    fields = gguf_tokenizer.fields(own, SIZE)
     tokens, types = fields["ggml.tokens"], fields["ggml.token_type"]
     expected = {"<tool>": (4, "<tool>"), "<|im_end|>": (3, ""), "a": (1, "a"), f"[UNUSED{SIZE - 1}]": (5, "")}
     for token, (kind, shown) in expected.items():
@@ -156,36 +156,39 @@ def test_an_added_token_that_is_not_special_is_shown(name, answers):
 
 def test_the_ends_of_a_text():
     """A token that begins texts is the tokenizer's; without one it is what ends them, and begins none."""
-    fields = ggml_tokenizer.fields(KNOWN["smollm"](), SIZE)
+    fields = gguf_tokenizer.fields(KNOWN["smollm"](), SIZE)
     assert (fields["ggml.bos_token_id"], fields["ggml.add_bos_token"]) == (1, True)
     plain = KNOWN["gpt-2"]()
-    fields = ggml_tokenizer.fields(plain, SIZE)
+    fields = gguf_tokenizer.fields(plain, SIZE)
     assert (fields["ggml.bos_token_id"], fields["ggml.eos_token_id"]) == (2, 2)
     assert (fields["ggml.add_bos_token"], fields["ggml.add_eos_token"]) == (False, False)
     assert "ggml.padding_token_id" not in fields
     plain.pad_token = "<|endoftext|>"
-    assert ggml_tokenizer.fields(plain, SIZE)["ggml.padding_token_id"] == 0
+    assert gguf_tokenizer.fields(plain, SIZE)["ggml.padding_token_id"] == 0
 
 
 def test_what_llama_cpp_leaves_out_is_said():
-    assert ggml_tokenizer.notes(KNOWN["gpt-2"]()) == []
-    (line,) = ggml_tokenizer.notes(KNOWN["qwen2"]())
-    assert "leaves out the tokenizer's NFC" in line
+    assert gguf_tokenizer.notes(KNOWN["gpt-2"]()) == []
+    (line,) = gguf_tokenizer.notes(KNOWN["qwen2"]())
+    assert "skips the tokenizer's NFC" in line
     first = sentencepiece(spaces=pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
-    assert ggml_tokenizer.fields(first, SIZE)["ggml.add_space_prefix"]
-    (line,) = ggml_tokenizer.notes(first)
+    assert gguf_tokenizer.fields(first, SIZE)["ggml.add_space_prefix"]
+    (line,) = gguf_tokenizer.notes(first)
     assert "texts that begin with a space or hold special tokens make other tokens" in line
-    assert ggml_tokenizer.notes(sentencepiece()) == []
+    assert gguf_tokenizer.notes(sentencepiece()) == []
     stripping = KNOWN["gpt-2"]()
     stripping.add_tokens([AddedToken("<left>", lstrip=True), AddedToken("<word>", single_word=True)])
-    assert [line.split()[-1] for line in ggml_tokenizer.notes(stripping)] == ["<left>", "<word>"]
+    assert [line.split()[-1] for line in gguf_tokenizer.notes(stripping)] == ["<left>", "<word>"]
 
 
 UNKNOWN = {
-    "fewer merges than splits": (lambda: sentencepiece(complete=False), "merges texts otherwise"),
+    "fewer merges than splits": (
+        lambda: sentencepiece(complete=False),
+        "merges this tokenizer's bytes",
+    ),
     "words by Metaspace": (
         lambda: sentencepiece(spaces=pre_tokenizers.Metaspace()),
-        "merges texts otherwise",
+        "merges this tokenizer's bytes",
     ),
     "another pattern": (lambda: tokenizer(split(r"\p{L}+|\s+|\S")), "no name for how the tokenizer splits"),
     "a space in front": (lambda: tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)), "no name for"),
@@ -193,7 +196,7 @@ UNKNOWN = {
     "lower case": (lambda: tokenizer(BYTES, normalizer=normalizers.Lowercase()), "no normalizer Lowercase"),
     "parts of words": (
         lambda: tokenizer(BYTES, trained={"end_of_word_suffix": "</w>"}),
-        "marks parts of words",
+        "does not mark parts of words",
     ),
     "two in front": (
         lambda: tokenizer(BYTES, bos="<|im_start|> <|im_end|>"),
@@ -212,14 +215,14 @@ def test_any_other_tokenizer_needs_a_template(name):
 
 def test_a_tokenizer_that_is_larger_than_the_model():
     model, _ = models.packed("llama", "integer-2", config={"vocab_size": 300})
-    with pytest.raises(UserError, match=r"has the token 410, the model only 300 entries; .* --tokenizer"):
+    with pytest.raises(UserError, match=r"has token 410, the model only 300 entries; .* --tokenizer"):
         gguf.check(replace(model, tokenizer=KNOWN["gpt-2"]()))
 
 
 def test_a_template_with_another_tokenizers_tokens():
-    fields = ggml_tokenizer.fields(KNOWN["qwen2"](), SIZE)
+    fields = gguf_tokenizer.fields(KNOWN["qwen2"](), SIZE)
     with pytest.raises(
         UserError, match=r"^template: token \d+ is '.*' in x.gguf, '.*' in the run's tokenizer"
     ):
-        ggml_tokenizer.check_tokens(KNOWN["gpt-2"](), fields["ggml.tokens"], "x.gguf")
-    ggml_tokenizer.check_tokens(KNOWN["qwen2"](), fields["ggml.tokens"], "x.gguf")
+        gguf_tokenizer.check_tokens(KNOWN["gpt-2"](), fields["ggml.tokens"], "x.gguf")
+    gguf_tokenizer.check_tokens(KNOWN["qwen2"](), fields["ggml.tokens"], "x.gguf")

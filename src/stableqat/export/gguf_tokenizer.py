@@ -1,49 +1,49 @@
-"""A tokenizer of transformers as the metadata that llama.cpp makes the same tokens from.
+"""A tokenizer of transformers as GGUF metadata from which llama.cpp makes the same tokens.
 
-llama.cpp has SentencePiece's BPE and the byte-level one, and for the latter, by name, the splitter of each
-tokenizer that it knows; a file says the name, not the pattern. Any other tokenizer needs llama.cpp's own
-converter, whose file is given as `--template`.
+llama.cpp has SentencePiece's BPE and byte-level BPE; for the latter it knows the splitters of some tokenizers
+by name, and a file holds the name, not the pattern. Any other tokenizer needs llama.cpp's own converter,
+whose file `--template` takes.
 """
 
 import json
 from typing import Any
 
 from stableqat.errors import UserError
-from stableqat.export import ggml_sentencepiece
+from stableqat.export import gguf_sentencepiece
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # ggml's types of a token
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SIGNS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGIT, _DIGITS = _WORDS + r"\p{N}" + _SIGNS, _WORDS + r"\p{N}{1,3}" + _SIGNS
-_NAMES = {  # by splitter, and whether a word of the vocabulary is taken whole
+_NAMES = {  # by splitter, and whether words of the vocabulary are kept whole
     ("GPT-2", False): "gpt-2",
     ("digits, GPT-2", False): "smollm",
     (_DIGIT, False): "qwen2",
     (_DIGITS, False): "smaug-bpe",
     (_DIGITS, True): "llama-bpe",
 }
-_REMEDY = "export --format hf, run llama.cpp's convert_hf_to_gguf.py on it, and give its file as --template"
+_REMEDY = "export --format hf, run llama.cpp's convert_hf_to_gguf.py on it, and name its file as --template"
 
 
 def fields(tokenizer: Any, size: int) -> dict[str, Any]:
-    """Metadata by key, without `tokenizer.` in front.
+    """Return metadata by key, without the prefix `tokenizer.`.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        size: Entries that the model has; entries without a token get a name that no text has.
+        size: Entries of the model's vocabulary; those without a token get a name that no text has.
 
     Returns:
-        Texts, numbers, truths and lists.
+        Texts, numbers, booleans and lists.
 
     Raises:
-        UserError: If llama.cpp would make other tokens of a text, saying what it lacks.
+        UserError: If llama.cpp would make other tokens of a text; says what it lacks.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary, types = _vocabulary(described)
     if (largest := max(vocabulary)) >= size:
         raise UserError(
-            f"gguf: the tokenizer has the token {largest}, the model only {size} entries; name the model's "
-            "own with --tokenizer"
+            f"gguf: the tokenizer has token {largest}, the model only {size} entries; name the model's own "
+            "with --tokenizer"
         )
     if len(set(vocabulary.values())) < len(vocabulary):
         raise UserError(f"gguf: two tokens of the tokenizer have the same text; {_REMEDY}")
@@ -53,7 +53,7 @@ def fields(tokenizer: Any, size: int) -> dict[str, Any]:
     found = _model(described, vocabulary, size) | {
         "ggml.tokens": [vocabulary.get(number, f"[UNUSED{number}]") for number in range(size)],
         "ggml.token_type": [types.get(number, UNUSED) for number in range(size)],
-        "ggml.bos_token_id": eos if bos is None else bos,  # without any, llama.cpp takes the token 11
+        "ggml.bos_token_id": eos if bos is None else bos,  # without one, llama.cpp takes token 11
         "ggml.eos_token_id": eos if after is None else after,
         "ggml.padding_token_id": tokenizer.pad_token_id,
         "ggml.unknown_token_id": tokenizer.unk_token_id,
@@ -65,14 +65,14 @@ def fields(tokenizer: Any, size: int) -> dict[str, Any]:
 
 
 def notes(tokenizer: Any) -> list[str]:
-    """What llama.cpp leaves out, though it makes the same tokens of nearly any text."""
+    """Return what llama.cpp leaves out, though it makes the same tokens of nearly any text."""
     described, lines = json.loads(tokenizer.backend_tokenizer.to_str()), []
     if (described.get("normalizer") or {}).get("type") == "NFC":
         lines.append(
-            "llama.cpp leaves out the tokenizer's NFC normalizer: an accent that is a character of its own, "
-            "after its letter, makes other tokens"
+            "llama.cpp skips the tokenizer's NFC normalizer: an accent as a character of its own, after its "
+            "letter, makes other tokens"
         )
-    if ggml_sentencepiece.is_sentencepiece(described) and not ggml_sentencepiece.is_exact(described):
+    if gguf_sentencepiece.is_sentencepiece(described) and not gguf_sentencepiece.is_exact(described):
         lines.append(
             "llama.cpp puts a space before every text and after special tokens, the tokenizer only before "
             "the first word: texts that begin with a space or hold special tokens make other tokens"
@@ -80,7 +80,7 @@ def notes(tokenizer: Any) -> list[str]:
     for key, what in (
         ("lstrip", "keeps the spaces before"),
         ("rstrip", "keeps the spaces after"),
-        ("single_word", "finds inside of words"),
+        ("single_word", "finds inside words"),
     ):
         if tokens := [each["content"] for each in described["added_tokens"] if each[key]]:
             lines.append(f"llama.cpp {what} {', '.join(tokens[:3])}{' ...' if len(tokens) > 3 else ''}")
@@ -88,7 +88,7 @@ def notes(tokenizer: Any) -> list[str]:
 
 
 def check_tokens(tokenizer: Any, tokens: list[str], source: str) -> None:
-    """Refuse another tokenizer's tokens.
+    """Refuse the tokens of another tokenizer.
 
     Args:
         tokenizer: The run's.
@@ -98,7 +98,7 @@ def check_tokens(tokenizer: Any, tokens: list[str], source: str) -> None:
     Raises:
         UserError: Naming the first that differs.
     """
-    added = set(tokenizer.get_added_vocab())  # which a converter may spell otherwise
+    added = set(tokenizer.get_added_vocab())  # a converter may spell these differently
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if token not in added and (number >= len(tokens) or tokens[number] != token):
             theirs = repr(tokens[number]) if number < len(tokens) else "missing"
@@ -109,30 +109,28 @@ def check_tokens(tokenizer: Any, tokens: list[str], source: str) -> None:
 
 
 def _model(described: dict[str, Any], texts: dict[int, str], size: int) -> dict[str, Any]:
-    """What the merging of texts into tokens hangs on."""
+    """Return what decides how texts merge into tokens."""
     if described["model"]["type"] != "BPE":
-        raise UserError(f"gguf: the tokenizer is no BPE; {_REMEDY}")
-    if not ggml_sentencepiece.is_sentencepiece(described):
+        raise UserError(f"gguf: the tokenizer is not a BPE; {_REMEDY}")
+    if not gguf_sentencepiece.is_sentencepiece(described):
         merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
         return {"ggml.model": "gpt2", "ggml.pre": _name(described), "ggml.merges": merges}
-    scores = ggml_sentencepiece.scores(described, texts)
+    scores = gguf_sentencepiece.scores(described, texts)
     if scores is None:
-        raise UserError(
-            f"gguf: llama.cpp merges texts otherwise than the tokenizer's bytes and spaces; {_REMEDY}"
-        )
+        raise UserError(f"gguf: llama.cpp merges this tokenizer's bytes and spaces differently; {_REMEDY}")
     return {
         "ggml.model": "llama",
         "ggml.pre": "default",
         "ggml.scores": [scores.get(number, 0.0) for number in range(size)],
-        "ggml.add_space_prefix": ggml_sentencepiece.space_in_front(described),
+        "ggml.add_space_prefix": gguf_sentencepiece.space_in_front(described),
     }
 
 
 def _name(described: dict[str, Any]) -> str:
-    """The name that llama.cpp has for how a tokenizer splits texts."""
+    """Return llama.cpp's name for how a tokenizer splits texts."""
     model = described["model"]
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
-        raise UserError(f"gguf: the tokenizer marks parts of words; {_REMEDY}")
+        raise UserError(f"gguf: llama.cpp does not mark parts of words as the tokenizer does; {_REMEDY}")
     kinds = [step["type"] for step in _steps(described.get("normalizer"), "normalizers")]
     if kinds not in ([], ["NFC"]):
         raise UserError(f"gguf: llama.cpp has no normalizer {', '.join(kinds)}; {_REMEDY}")
@@ -150,7 +148,7 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _splitter(steps: list[dict[str, Any]]) -> str | None:
-    """The pattern that a tokenizer splits with, or what it does before GPT-2's; None for any other."""
+    """Return a tokenizer's splitting pattern, or what it does before GPT-2's; None for any other."""
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return None
     first = steps[:-1]
@@ -161,33 +159,33 @@ def _splitter(steps: list[dict[str, Any]]) -> str | None:
         return "digits, GPT-2" if digits else None
     if len(first) != 1 or first[0]["type"] != "Split":
         return None
-    # what lies between matches is dropped where it is inverted and removed: these patterns match everything
+    # (Removed, inverted) drops what lies between matches: nothing, as these patterns match everything
     how = first[0]["behavior"], first[0]["invert"]
     return first[0]["pattern"].get("Regex") if how in (("Isolated", False), ("Removed", True)) else None
 
 
 def _vocabulary(described: dict[str, Any]) -> tuple[dict[int, str], dict[int, int]]:
-    """Texts and types by number."""
+    """Return the texts and types of tokens by number."""
     texts = {number: token for token, number in described["model"]["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL)
-    if ggml_sentencepiece.is_sentencepiece(described):
-        types |= ggml_sentencepiece.types(described)
+    if gguf_sentencepiece.is_sentencepiece(described):
+        types |= gguf_sentencepiece.types(described)
     for each in described["added_tokens"]:
         texts[each["id"]] = each["content"]
-        if types.get(each["id"]) != ggml_sentencepiece.UNKNOWN:
+        if types.get(each["id"]) != gguf_sentencepiece.UNKNOWN:
             types[each["id"]] = CONTROL if each["special"] else USER_DEFINED
     return texts, types
 
 
 def _ends(tokenizer: Any) -> tuple[int | None, int | None]:
-    """The tokens that are put before and after every text."""
+    """Return the tokens that the tokenizer puts before and after every text."""
     encode = tokenizer.backend_tokenizer.encode
     bare, whole = encode("a", add_special_tokens=False).ids, encode("a", add_special_tokens=True).ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     before, after = ([], []) if at is None else (whole[:at], whole[at + len(bare) :])
     if at is None or len(before) > 1 or len(after) > 1:
         raise UserError(
-            f"gguf: llama.cpp puts one token before and after a text, this tokenizer more; {_REMEDY}"
+            f"gguf: llama.cpp puts one token before and after a text, the tokenizer more; {_REMEDY}"
         )
     return next(iter(before), None), next(iter(after), None)
 
