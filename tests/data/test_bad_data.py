@@ -63,13 +63,13 @@ def zst(text):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
-        ({"num_workers": -1}, "num_workers -1"),
-        ({"seed": -1}, "seed -1"),
+        ({"batch_size": 0}, "batch_size: must be at least 1, not 0"),
+        ({"num_workers": -1}, "num_workers: must be at least 0"),
+        ({"seed": -1}, "seed: must be at least 0"),
         ({"block_size": 1}, "block_size 1 must be at least 2"),
         ({"vocab_size": 200}, "vocab_size 200 must be at least 257"),
-        ({"validation_fraction": 0.0}, "validation_fraction 0.0"),
-        ({"validation_fraction": 1.5}, "validation_fraction 1.5"),
+        ({"validation_fraction": 0.0}, "validation_fraction: must lie between 0 and 1, not 0.0"),
+        ({"validation_fraction": 1.5}, "validation_fraction: must lie between 0 and 1, not 1.5"),
         ({"tokenizer": "./nowhere"}, "no such tokenizer file or folder: ./nowhere"),
         ({"tokenizer": "tokenizer.json"}, "no such tokenizer file or folder: tokenizer.json"),
         ({"source": "/nowhere/at/all.jsonl"}, "no such data file or folder: /nowhere/at/all.jsonl"),
@@ -86,14 +86,14 @@ def test_text_arguments(options, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "batch_size: must be at least 1"),
         ({"image_size": 32}, "the embedded digits have 8 pixels a side"),
-        ({"source": "a/b", "image_size": 0}, "image_size 0"),
-        ({"validation_fraction": 1.0}, "validation_fraction 1.0"),
+        ({"source": "a/b", "image_size": 0}, "image_size: must be at least 1 or null, not 0"),
+        ({"validation_fraction": 1.0}, "validation_fraction: must lie between 0 and 1, not 1.0"),
         ({"scale": (0.0, 1.0)}, "scale"),
         ({"crop_pct": 0.0}, "crop_pct"),
-        ({"hflip": 1.5}, "hflip 1.5"),
-        ({"re_prob": -0.5}, "re_prob -0.5"),
+        ({"hflip": 1.5}, "hflip: must be at least 0 and at most 1, not 1.5"),
+        ({"re_prob": -0.5}, "re_prob: must be at least 0 and at most 1, not -0.5"),
         ({"interpolation": "cubic"}, "interpolation cubic must be bicubic, bilinear or nearest"),
         ({"std": (0.0, 1.0, 1.0)}, "std"),
         ({"source": "/nowhere/images"}, "no such data file or folder: /nowhere/images"),
@@ -308,7 +308,7 @@ def test_a_chat_is_told_whatever_the_column_and_the_verb(tmp_path):
 
 def test_deep_nesting_is_told_by_the_verbs_that_parse_lines(tmp_path):
     path = write(tmp_path, "a.jsonl", lines((3, '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")))
-    with pytest.raises(UserError, match=r"a.jsonl line 3 is not valid JSON: maximum recursion depth"):
+    with pytest.raises(UserError, match=r"a.jsonl line 3 is not valid JSON \(maximum recursion depth"):
         tokenize(input=path, tokenizer="train:300", block_size=8, out=str(tmp_path / "out"))
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 from stableqat.data.mixture import Mixture
 from stableqat.data.order import EvaluationOrder, Key, Loader, TrainingLoader, TrainingOrder
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 
 
 class Rows(Protocol):
@@ -41,12 +41,9 @@ class DataModule(LightningDataModule):
 
     def __init__(self, *, batch_size: int, num_workers: int = 0, seed: int | None = None):
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} must be at least 1")
-        if num_workers < 0:
-            raise UserError(f"num_workers {num_workers} must be 0 or more")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise UserError(f"seed {seed} must be 0 or a positive 63-bit integer")
+        check_range("batch_size", batch_size, 1)
+        check_range("num_workers", num_workers, 0)
+        check_range("seed", seed, 0, below=2**63, null=True)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed

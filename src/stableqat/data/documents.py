@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def _tokenize(
     return {"input_ids": encoder(kept)}
 
 
+@dataclass
 class Documents:
     """The documents of one source, by split.
 
@@ -43,18 +45,12 @@ class Documents:
         training: there must be a train split.
     """
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        name: str | None,
-        text_column: str,
-        validation_fraction: float,
-        cache_dir: str | None,
-        training: bool = True,
-    ):
-        self.source, self.name, self.text_column = source, name, text_column
-        self.validation_fraction, self.cache_dir, self.training = validation_fraction, cache_dir, training
+    source: str
+    name: str | None
+    text_column: str
+    validation_fraction: float
+    cache_dir: str | None
+    training: bool = True
 
     @cached_property
     def splits(self) -> dict[str, "Dataset"]:

@@ -71,6 +71,12 @@ class HeldOut:
         return "validation" if number < self.cutoff else "train"
 
 
+def check_share(validation_fraction: float) -> None:
+    """Raise UserError for a share of the samples that holds out none or all."""
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction: must lie between 0 and 1, not {validation_fraction}")
+
+
 def held_out_images(labels: np.ndarray, fraction: float) -> np.ndarray:
     """Return a mask of the held-out images: in each class, in order, every (1/fraction)-th.
 

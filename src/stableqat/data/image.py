@@ -13,10 +13,10 @@ import torch
 
 from stableqat.data.datamodule import DataModule, Rows
 from stableqat.data.embedded import DIGITS_MEAN, DIGITS_SIZE, DIGITS_STD, DigitsTransform, embedded_digits
-from stableqat.data.holdout import held_out_images
+from stableqat.data.holdout import check_share, held_out_images
 from stableqat.data.image_rows import ImageReader, ImageRows
 from stableqat.data.source import IMAGE_FORMATS, load_splits, local_files
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,10 +103,8 @@ class ImageDataModule(DataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if source is None and image_size not in (None, DIGITS_SIZE):
             raise UserError(f"image_size {image_size}: the embedded digits have {DIGITS_SIZE} pixels a side")
-        if image_size is not None and image_size < 1:
-            raise UserError(f"image_size {image_size} must be at least 1")
-        if not 0 < validation_fraction < 1:
-            raise UserError(f"validation_fraction {validation_fraction} must lie between 0 and 1")
+        check_range("image_size", image_size, 1, null=True)
+        check_share(validation_fraction)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise UserError(
                 f"scale {list(scale)} must be two rising shares of the area, above 0 and at most 1"
@@ -115,9 +113,8 @@ class ImageDataModule(DataModule):
             raise UserError(f"crop_pct {crop_pct} must be above 0 and at most 1")
         if interpolation not in ("bicubic", "bilinear", "nearest", None):
             raise UserError(f"interpolation {interpolation} must be bicubic, bilinear or nearest")
-        for key, probability in (("hflip", hflip), ("re_prob", re_prob)):
-            if not 0 <= probability <= 1:
-                raise UserError(f"{key} {probability} must lie between 0 and 1")
+        check_range("hflip", hflip, 0, 1)
+        check_range("re_prob", re_prob, 0, 1)
         if std is not None and min(std) <= 0:
             raise UserError(f"std {list(std)} must be positive")
         local = None if source is None else local_files(source, IMAGE_FORMATS, training=self.training)

@@ -66,9 +66,8 @@ def _opened(source: bytes | str, where: str) -> Iterator["Image"]:
     if isinstance(source, str) and not os.path.isfile(source):  # a parquet file may name anything
         raise UserError(f"{where} is not a file: repair or remove it")
     try:
-        with PIL.Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, "r", FORMATS
-        ) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with PIL.Image.open(file, "r", FORMATS) as image:
             width, height = image.size
             if max(width, height) > _MAX_RATIO * min(width, height):
                 raise UserError(
@@ -130,13 +129,7 @@ def _orientation(image: "Image") -> int:
 def _upright(image: "Image", orientation: Any) -> "Image":
     from PIL.Image import Transpose
 
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return image.transpose(turns[orientation]) if orientation in turns else image
+    turns = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"]  # for orientations from 2 on
+    turns += ["ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+    turn = dict(enumerate(turns, 2)).get(orientation)
+    return image if turn is None else image.transpose(Transpose[turn])

@@ -5,6 +5,7 @@ with any number of workers and wherever it resumes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _LOOKED_AT = 20_000
 
 
+@dataclass(frozen=True)
 class ImageReader:
     """Opens some of a data set's images by index, upright and in RGB.
 
@@ -31,8 +33,10 @@ class ImageReader:
         source: what the user called the data set, for messages.
     """
 
-    def __init__(self, rows: "Dataset", column: str, chosen: np.ndarray, source: str):
-        self.rows, self.column, self.chosen, self.source = rows, column, chosen, source
+    rows: "Dataset"
+    column: str
+    chosen: np.ndarray
+    source: str
 
     def __call__(self, index: int) -> "Image":
         """Return one image, decoded.
@@ -63,6 +67,7 @@ class ImageReader:
         return content or b"", f"{self.source} row {row}"
 
 
+@dataclass(frozen=True)
 class ImageRows:
     """Images and labels by key.
 
@@ -72,10 +77,9 @@ class ImageRows:
         transform: image -> tensor of shape (channels, height, width); may draw from the global generators.
     """
 
-    def __init__(
-        self, read: Callable[[int], Any], labels: np.ndarray, transform: Callable[[Any], torch.Tensor]
-    ):
-        self.read, self.labels, self.transform = read, labels, transform
+    read: Callable[[int], Any]
+    labels: np.ndarray
+    transform: Callable[[Any], torch.Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)

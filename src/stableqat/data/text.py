@@ -18,6 +18,7 @@ from stableqat.data.datamodule import DataModule, Rows
 from stableqat.data.documents import Documents
 from stableqat.data.embedded import CACHE_REMEDY, cache_root, embedded_text
 from stableqat.data.encoder import DocumentEncoder
+from stableqat.data.holdout import check_share
 from stableqat.data.mixture import Mixture
 from stableqat.data.order import TrainingLoader
 from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
@@ -104,8 +105,7 @@ class TextDataModule(DataModule):
             )
         if tokenizer is None and vocab_size < BPE_MIN_VOCAB:
             raise UserError(f"vocab_size {vocab_size} must be at least {BPE_MIN_VOCAB}: 256 bytes and EOS")
-        if not 0 < validation_fraction < 1:
-            raise UserError(f"validation_fraction {validation_fraction} must lie between 0 and 1")
+        check_share(validation_fraction)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         self.tokens = None if tokens is None else Budget(tokens)
@@ -122,11 +122,16 @@ class TextDataModule(DataModule):
             )
         self._manifests: dict[str, dict[str, Any]] = {}
         for each in self.ratios:
-            if manifest := prepared_manifest(each):
-                self._manifests[each] = manifest
-            else:
+            if (manifest := prepared_manifest(each)) is None:
                 local_files(each, TEXT_FORMATS)
-        self._check_one_tokenizer()
+                continue
+            first = next(iter(self._manifests), each)
+            self._manifests[each] = manifest
+            if manifest["tokenizer_sha256"] != self._manifests[first]["tokenizer_sha256"]:
+                raise UserError(
+                    f"{each} was made with another tokenizer than {first}, and a mixture needs one: "
+                    f"tokenize it again with --tokenizer {first}/tokenizer"
+                )
         if self._manifests and tokenizer is None:
             tokenizer = f"{next(iter(self._manifests))}/tokenizer"
         self.tokens_per_step = None if tokens_per_step is None else Budget(tokens_per_step, "tokens_per_step")
@@ -139,27 +144,13 @@ class TextDataModule(DataModule):
         self.cache_dir = cache_dir
         self._bpe_size = vocab_size
 
-    def _check_one_tokenizer(self) -> None:
-        first, *others = self._manifests or [""]
-        for other in others:
-            if self._manifests[other]["tokenizer_sha256"] != self._manifests[first]["tokenizer_sha256"]:
-                raise UserError(
-                    f"{other} was made with another tokenizer than {first}, and a mixture needs one: "
-                    f"tokenize it again with --tokenizer {first}/tokenizer"
-                )
-
     @cached_property
     def _documents(self) -> dict[str, Documents]:
         """The sources of raw text."""
         with caching(cache_root(), CACHE_REMEDY):
             sources = self.ratios or [str(embedded_text())]
-        options: dict[str, Any] = {
-            "name": self.name,
-            "text_column": self.text_column,
-            "validation_fraction": self.validation_fraction,
-            "cache_dir": self.cache_dir,
-        }
-        return {each: Documents(each, **options) for each in sources if each not in self._manifests}
+        options = self.name, self.text_column, self.validation_fraction, self.cache_dir
+        return {each: Documents(each, *options) for each in sources if each not in self._manifests}
 
     def _training_texts(self) -> Iterator[str]:
         """Yield the documents that the BPE learns from, an equal part from each source."""

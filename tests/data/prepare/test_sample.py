@@ -293,7 +293,7 @@ class TestMistakes:
         ("options", "says"),
         [
             ({"layout": "fineweb-edu"}, r"no data file in .*: expected .parquet"),
-            ({"seed": -1}, "seed: must be 0 or more"),
+            ({"seed": -1}, "seed: must be at least 0"),
             ({"text_column": "body"}, r"has no column body \(it has text, meta\): set text_column"),
             ({"text_column": "meta"}, "column meta of .* holds more than strings"),
             ({"name": "sample-10BT"}, "is local; name and revision belong to data sets of the Hub"),

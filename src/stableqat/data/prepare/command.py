@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stableqat.data.budget import Budget
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.terminal import plain, terminal
 
 
@@ -41,8 +41,7 @@ def sample(
         0
     """
     budget = None if tokens == "all" else Budget(tokens)
-    if seed < 0:
-        raise UserError(f"seed: must be 0 or more, not {seed}")
+    check_range("seed", seed, 0)
     from stableqat.data.prepare.output import Output
     from stableqat.data.prepare.sample import write_sample
     from stableqat.data.prepared import SAMPLE
@@ -90,18 +89,16 @@ def tokenize(
     Returns:
         0
     """
-    if block_size < 2:
-        raise UserError(f"block_size: must be at least 2, not {block_size}")
-    if num_proc < 1:
-        raise UserError(f"num_proc: must be at least 1, not {num_proc}")
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction: must lie between 0 and 1, not {validation_fraction}")
+    check_range("block_size", block_size, 2)
+    check_range("num_proc", num_proc, 1)
+    from stableqat.data.holdout import check_share
     from stableqat.data.prepare.corpus import find_corpus
     from stableqat.data.prepare.output import Output
     from stableqat.data.prepare.tokenize import bpe_size, read_sample, write_tokens
     from stableqat.data.prepared import TOKENIZED
     from stableqat.data.source import TEXT_FORMATS
 
+    check_share(validation_fraction)
     bpe_size(tokenizer)
     folder = Path(input).expanduser()
     if not folder.exists():

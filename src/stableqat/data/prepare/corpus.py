@@ -117,11 +117,7 @@ def read(file: CorpusFile, start: int = 0, *, column: str | None = None) -> Iter
     """
     from fsspec.core import url_to_fs
 
-    readers: dict[str, Callable[..., Iterator[Record]]] = {
-        "json": _lines,
-        "parquet": _rows,
-        "text": _whole,
-    }
+    readers: dict[str, Callable[..., Iterator[Record]]] = {"json": _lines, "parquet": _rows, "text": _whole}
     reader = readers[TEXT_FORMATS[file_format(Path(file.name))]]
     try:
         system, path = url_to_fs(file.path)
@@ -164,32 +160,34 @@ def _whole(stream: BinaryIO, name: str, start: int, column: str | None) -> Itera
             yield {"text": content.read().decode()}
 
 
-def parse(record: Record, name: str, number: int) -> dict[str, Any]:
-    """Return a record as a mapping; a blank line is an empty one.
+def document(record: Record, column: str, name: str, number: int) -> tuple[dict[str, Any], str]:
+    """Return a record's fields and its text; a blank line and an empty document have the text "".
+
+    Args:
+        record: the record.
+        column: the column that holds the text.
+        name: the file's name, for messages.
+        number: the record's number in the file.
 
     Raises:
-        UserError: a line is not a JSON object; names the file and the line.
+        UserError: it is not a JSON object (names the file and the line), has no such column, or holds
+            something other than text there.
     """
-    if isinstance(record, dict):
-        return record
-    try:
-        fields = json.loads(record) if record.strip() else {}
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
-        raise UserError(f"{name} line {number + 1} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{name} line {number + 1} is not a JSON object")
-    return fields
-
-
-def text_of(fields: dict[str, Any], column: str, name: str) -> str:
-    """Return a document's text, or an empty string where it has none.
-
-    Raises:
-        UserError: there is no such column, or it holds something other than text.
-    """
-    if not fields:
-        return ""
-    text = fields.get(column)
-    if column not in fields or not isinstance(text, str | None):
+    fields: Any = record
+    if isinstance(record, bytes):
+        try:
+            fields = json.loads(record) if record.strip() else {}
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+            raise UserError(f"{name} line {number + 1} is not valid JSON ({error}): repair it") from error
+        if not isinstance(fields, dict):
+            raise UserError(f"{name} line {number + 1} is not a JSON object: repair it")
+    if fields and not (column in fields and isinstance(fields[column], str | None)):
         raise wrong_column(name, column, {key: isinstance(value, str) for key, value in fields.items()})
-    return text or ""
+    return fields, fields.get(column) or ""
+
+
+def texts(file: CorpusFile, column: str) -> Iterator[str]:
+    """Yield the texts of a file's documents, without empty ones."""
+    for number, record in enumerate(read(file, column=column)):
+        if text := document(record, column, file.name, number)[1]:
+            yield text

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from stableqat.data.encoder import DocumentEncoder
 from stableqat.data.holdout import HeldOut, document_hash
-from stableqat.data.prepare.corpus import Record, parse, text_of
+from stableqat.data.prepare.corpus import Record, document
 from stableqat.errors import UserError
 
 
@@ -52,7 +52,7 @@ class Work:
         texts: dict[str, list[str]] = {}
         left_out = 0
         for number, record in enumerate(batch.records, batch.first):
-            if text := text_of(parse(record, batch.name, number), self.column, batch.name):
+            if text := document(record, self.column, batch.name, number)[1]:
                 split: str | None = batch.split
                 if split == "train" and (split := self.held_out.split(document_hash(text))) is None:
                     left_out += 1

@@ -11,7 +11,6 @@ middle of the file that completes a folder's share, which favours the beginning 
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,8 +20,8 @@ import numpy as np
 
 from stableqat.data.budget import CHARACTERS_PER_TOKEN, Budget
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
-from stableqat.data.prepare.corpus import Corpus, CorpusFile, find_corpus, parse, read, text_of
-from stableqat.data.prepare.output import Output, Shards
+from stableqat.data.prepare.corpus import Corpus, CorpusFile, document, find_corpus, read, texts
+from stableqat.data.prepare.output import Output, Shards, progress
 from stableqat.data.source import TEXT_FORMATS
 from stableqat.errors import UserError
 
@@ -30,7 +29,7 @@ from stableqat.errors import UserError
 VALIDATION_SHARE = 0.01
 #: Parts that the documents of a file are divided into by their hashes.
 _PARTS = 4
-#: Shards are cut at this many characters; so much work can be lost by a kill.
+#: Shards are cut at this many characters; a kill loses no more work than that.
 _SHARD_CHARACTERS = 64_000_000
 
 _LAYOUTS: dict[str, tuple[dict[str, str], str]] = {
@@ -143,9 +142,6 @@ def _corpus(
 
 def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: str) -> Shards[_JsonLines]:
     """Write the documents of both splits, starting where the last cut ended."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     shards = Shards(output, ".jsonl.zst", _JsonLines)
     if shards.place and shards.place["done"]:
         return shards
@@ -176,18 +172,15 @@ def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: st
             write("validation", fields, text, file)
         held_out = HeldOut(0, np.unique(np.array(listed, np.int64)))
     place = places["train"]
-    columns = "{task.description}", BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn()
-    console = Console(stderr=True)
-    total, shown = (None if goal == math.inf else goal), 0
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total)
+    shown = 0
+    with progress(None if goal == math.inf else goal, 0) as show:
         for fields, text, number, file in draw(corpus.splits["train"], goal, parts, seed, column, place):
             if (split := held_out.split(number)) is not None:
                 place.taken += len(text) if split == "train" else 0
                 write(split, fields, text, file)
             if place.taken - shown > 100_000:
                 shown = place.taken
-                bar.update(task, completed=shown, description=f"{shown / 4e6:.1f}M tokens")
+                show(shown, f"{shown / CHARACTERS_PER_TOKEN / 1e6:.1f}M tokens")
     cut(done=True)
     return shards
 
@@ -197,8 +190,7 @@ def _written_hashes(shards: Shards[_JsonLines], column: str) -> Iterator[int]:
     for shard in shards.shards:
         if shard["split"] == "validation":
             path = shards.output.part / shard["file"]
-            for number, record in enumerate(read(CorpusFile(path.name, str(path), 0))):
-                yield document_hash(text_of(parse(record, path.name, number), column, path.name))
+            yield from map(document_hash, texts(CorpusFile(path.name, str(path), 0), column))
 
 
 def _as_line(fields: dict[str, Any]) -> bytes:
@@ -251,9 +243,9 @@ def _of_folder(
         while cursor[1] < len(files):
             file = files[cursor[1]]
             for record in read(file, cursor[2]):
-                fields = parse(record, file.name, cursor[2])
+                fields, text = document(record, column, file.name, cursor[2])
                 cursor[2] += 1
-                if text := text_of(fields, column, file.name):
+                if text:
                     number = document_hash(text)
                     if _hash(seed, number) % parts == cursor[0]:
                         yield fields, text, number, file

@@ -6,7 +6,6 @@ not on the number of processes or on interruptions.
 """
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,9 @@ import numpy as np
 
 from stableqat.data.encoder import DocumentEncoder
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
-from stableqat.data.prepare.corpus import CorpusFile, Record, parse, read, text_of
+from stableqat.data.prepare.corpus import CorpusFile, Record, read, texts
 from stableqat.data.prepare.encode import Batch, Work, encode_all
-from stableqat.data.prepare.output import Output, Shards
+from stableqat.data.prepare.output import Output, Shards, progress
 from stableqat.data.prepared import SAMPLE, check_content, read_field, read_manifest
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
@@ -35,11 +34,13 @@ if TYPE_CHECKING:
 
 #: More text than this hardly changes a BPE's merges.
 _BPE_CHARACTERS = 100_000_000
-#: Shards are cut at this many tokens; so much work can be lost by a kill.
+#: Shards are cut at this many tokens; a kill loses no more work than that.
 _SHARD_TOKENS = 64_000_000
 #: A record batch of a shard.
 _WRITTEN_TOKENS = 1_000_000
-#: Characters, about, that a process is handed at a time.
+#: What the set's manifest keeps of the sample's.
+_ORIGIN = ("source", "revision", "licence", "seed")
+#: About how many characters a process is handed at a time.
 _BATCH_CHARACTERS = 500_000
 
 
@@ -84,9 +85,7 @@ def write_tokens(
             "eos_token_id": chosen.eos_token_id,
             "block_size": block_size,
             "validation": "the input's own" if fraction is None else f"{fraction} of the hashes, held out",
-            "sample": {
-                key: sampled[key] for key in ("source", "revision", "licence", "seed") if key in sampled
-            },
+            "sample": {key: sampled[key] for key in _ORIGIN if key in sampled},
             "splits": splits,
         }
     )
@@ -123,28 +122,18 @@ def _held_out(
     """Hash the documents outside of train; 8 bytes for each are the one thing that grows with the input."""
 
     def hashes(*names: str) -> Iterator[int]:
-        return (
-            document_hash(text)
-            for name in names
-            for file in splits.get(name, ())
-            for text in _texts(file, column)
-        )
+        files = (file for name in names for file in splits.get(name, ()))
+        return (document_hash(text) for file in files for text in texts(file, column))
 
     cutoff = 0 if fraction is None else hash_cutoff(fraction, hashes("train"), source)
     return HeldOut(cutoff, np.unique(np.fromiter(hashes("validation", "test"), np.int64)))
-
-
-def _texts(file: CorpusFile, column: str) -> Iterator[str]:
-    for number, record in enumerate(read(file, column=column)):
-        if text := text_of(parse(record, file.name, number), column, file.name):
-            yield text
 
 
 def _training_texts(files: list[CorpusFile], column: str, held_out: HeldOut) -> Iterator[str]:
     """Yield training documents, an equal share from each file, as many as a BPE can use."""
     for file in files:
         left = _BPE_CHARACTERS // len(files)
-        for text in _texts(file, column):
+        for text in texts(file, column):
             if held_out.split(document_hash(text)) == "train":
                 yield text
                 left -= len(text)
@@ -250,15 +239,10 @@ def _run(
     work: Work, splits: dict[str, list[CorpusFile]], rows: _Rows, num_proc: int, sampled: dict[str, Any]
 ) -> None:
     """Tokenize what the last cut does not hold yet."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     shards = rows.shards
     total = sum(split["characters"] for split in sampled.get("splits", {}).values()) or None
     done = sum(split.get("characters", 0) for split in shards.splits().values())
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total, completed=done)
+    with progress(total, done) as show:
         fresh, end = 0, shards.place or {"file": 0, "record": 0}
         for batch, encoded in encode_all(work, _batches(splits, work.column, shards.place), num_proc):
             for split, tokens in encoded.tokens.items():
@@ -267,7 +251,7 @@ def _run(
             for split, counts in encoded.counts.items():
                 shards.count(split, **counts)
                 done += counts.get("characters", 0)
-            bar.update(task, completed=done, description=f"{done / 1e6:.0f}M characters")
+            show(done, f"{done / 1e6:.0f}M characters")
             end = {"file": batch.file, "record": batch.first + len(batch.records)}
             if fresh >= _SHARD_TOKENS:
                 rows.cut(end)
