@@ -218,7 +218,7 @@ def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
 
 
 def _notes(writer: Any, packed: "PackedModel") -> list[str]:
-    notes = list(writer.notes(packed)) if hasattr(writer, "notes") else []
+    notes = writer.notes(packed)
     if packed.family == "vit" and packed.images is None:
         notes.append("mean, std and crop are timm's for this architecture: no run records its own")
     return notes
