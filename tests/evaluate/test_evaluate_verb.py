@@ -176,7 +176,7 @@ def test_half_precision_products(run, tmp_path):
 
 
 def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
-    assert "nothing to evaluate on; name data with --data" in refused(exported)
+    assert "data: missing; name data with --data" in refused(exported)
     assert "must end in .json" in refused(run, "--out", tmp_path / "results.txt")
     (tmp_path / "there.json").touch()
     assert "exists already" in refused(run, "--out", tmp_path / "there.json")
@@ -187,7 +187,7 @@ def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
     assert "tasks: name the tasks" in refused(run, "--limit", 3)
     assert "no such data file or folder" in refused(run, "--data", place / "nothing.txt")
     (tmp_path / "empty").mkdir()
-    assert "neither a run, a checkpoint nor a folder with config.json" in refused(tmp_path / "empty")
+    assert "not a run, a checkpoint or a folder with config.json" in refused(tmp_path / "empty")
     for text in ('{"architecture": {"a": 1}}', "[1]"):
         (tmp_path / "empty" / "config.json").write_text(text)
         assert "config.json describes no model; copy it again" in refused(tmp_path / "empty")
@@ -254,7 +254,7 @@ def test_mistakes_come_before_the_work(run, exported, tasks, tmp_path, refused, 
     config["model"]["init_args"]["init_from"] = str(tmp_path / "start.ckpt")
     (lost / "config.yaml").write_text(yaml.safe_dump(config))
     line = refused(copy, lost, "--baselines", "true", "--out", out)
-    assert f"baselines: what {lost} started from is not to be had (there is no checkpoint" in line
+    assert f"baselines: the start of {lost} cannot be loaded (there is no checkpoint" in line
     pytest.importorskip("lm_eval")
     from stableqat.evaluate import processes
     from stableqat.evaluate.processes import Share

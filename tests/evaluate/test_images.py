@@ -185,7 +185,7 @@ def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     (tmp_path / "one.yaml").write_text("task: one\n")
     line = refused(vit, "--tasks", "one", "--tasks_path", tmp_path)
-    assert f"tasks: are for language models, and {vit} classifies images" in line
+    assert f"tasks: need language models, and {vit} classifies images" in line
 
 
 def test_titles_of_confusion_matrices_stand_apart(tmp_path, monkeypatch):

@@ -67,10 +67,10 @@ class Evaluate(L.Callback):
         """
         if not self.data and self.tasks is None:
             return
-        from stableqat.evaluate.harness import check_documents, load_tasks, task_names
         from stableqat.evaluate.model import labels
         from stableqat.evaluate.perplexity import blocks, strided
         from stableqat.evaluate.processes import Share
+        from stableqat.evaluate.tasks import check_documents, load_tasks, task_names
         from stableqat.evaluate.text import read_text
 
         datamodule = getattr(trainer, "datamodule", None)
@@ -113,16 +113,16 @@ class Evaluate(L.Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._texts and not self._tasks:
             return
-        from stableqat.evaluate.harness import run_tasks, scores
+        from stableqat.evaluate.isolation import isolated
         from stableqat.evaluate.perplexity import perplexity
         from stableqat.evaluate.report import figures
-        from stableqat.evaluate.undisturbed import undisturbed
+        from stableqat.evaluate.tasks import run_tasks, scores
 
         model: Any = pl_module.model
         options: dict[str, Any] = {"batch_size": self.batch_size, "share": _share(trainer, pl_module)}
         record: dict[str, Any] = {}
         context = trainer.precision_plugin.forward_context()
-        with untimed(trainer), context, undisturbed(model), torch.no_grad():
+        with untimed(trainer), context, isolated(model), torch.no_grad():
             record["perplexity"] = {
                 name: perplexity(model, windows, device=pl_module.device, **options)
                 for name, windows in self._texts.items()

@@ -1,9 +1,8 @@
-"""`stableqat evaluate`: how good is a model, before it was quantized, after, and as it was exported?
+"""`stableqat evaluate`: how good is a model before quantization, after it, and as exported?
 
-Perplexity on any text, tasks of lm-evaluation-harness, top-1, top-5 and confusion on any images. Several
-sources stand beside one another in one table; `--baselines true` adds the full-precision start of a run and
-its rounding to nearest. torchrun divides the work over processes: `torchrun --nproc-per-node 4 --no-python
-stableqat evaluate ...`.
+Perplexity on any text, tasks of lm-evaluation-harness, top-1, top-5 and confusion on any images. One table
+compares all sources; `--baselines true` adds the full-precision start of a run and its rounding to nearest.
+torchrun divides the work over processes: `torchrun --nproc-per-node 4 --no-python stableqat evaluate ...`.
 """
 
 import os
@@ -15,7 +14,7 @@ from stableqat.errors import UserError
 from stableqat.files import writing
 
 if TYPE_CHECKING:
-    from stableqat.evaluate.measure import Plan
+    from stableqat.evaluate.figures import Plan
 
 
 def evaluate(
@@ -39,37 +38,36 @@ def evaluate(
     device: str | None = None,
     out: str | None = None,
 ) -> int:
-    """Evaluates models: a column of the table for each source.
+    """Evaluates models: one column of the table per source.
 
     Args:
         sources: Run folders (their best checkpoints), checkpoints, exported or other transformers or timm
-            folders, or hub names of language models.
-        data: Texts or images to evaluate on: files, folders, tokenized sets, hub names, or runs, which stand
-            for their validation data. If not given, the validation data of the first run among the sources;
-            with tasks, a model that it does not fit does without.
-        data_name: Configuration of a hub data set.
+            folders, or names of language models on the Hub.
+        data: Texts or images to evaluate on: files, folders, tokenized sets, names on the Hub, or runs, which
+            stand for their validation data. Default: the validation data of the first run among the sources;
+            with tasks, models that it does not fit are evaluated on the tasks alone.
+        data_name: Configuration of a data set on the Hub.
         text_column: Column of data that holds the text.
-        split: Split of data. If not given, test, or validation; data that has neither is taken whole. A run's
-            is validation, of which only the rows are taken that it validated on itself
-            (trainer.limit_val_batches); a split that is named is taken whole.
-        documents: How a text's documents follow one another: each ended by EOS, as in training, or joined by
-            blank lines and encoded as one text, as published WikiText figures have it.
-        block_size: Tokens of a block; if not given, those of the run's rows, or 2048 or as many as the model
-            takes.
-        stride: Move a window of block_size tokens by so many and score each token once, with what is before
-            it; if not given, blocks do not overlap.
-        tasks: Tasks of lm-evaluation-harness, piqa,boolq for example; default stands for piqa, winogrande,
+        split: Split of data. Default: test, or validation; all of data that has neither. Of a run, the
+            validation rows that it validated on itself (trainer.limit_val_batches); a named split is
+            evaluated in full.
+        documents: How a text's documents are joined: each ends with EOS, as in training, or blank lines
+            separate them and all are encoded as one text, as in published WikiText figures.
+        block_size: Tokens per block. Default: that of the run's rows, or 2048, at most what the model takes.
+        stride: Move a window of block_size tokens by this many, and score each token once, with what is
+            before it. Default: blocks do not overlap.
+        tasks: Tasks of lm-evaluation-harness, for example piqa,boolq; default stands for piqa, winogrande,
             arc_challenge, hellaswag, arc_easy, sciq, openbookqa and boolq.
-        tasks_path: Folder with task files of your own (YAML). Python that they name is run.
-        num_fewshot: Examples before each question; if not given, each task's own number.
-        limit: First documents of each task only, for a quick look.
+        tasks_path: Folder with your own task files (YAML). Python that they name is run.
+        num_fewshot: Examples before each question. Default: each task's own number.
+        limit: Number of documents per task, the first ones, for a quick look.
         baselines: Also evaluate what a quantized run started from, in full precision and rounded to nearest.
-        tokenizer: Tokenizer; if not given, the run's or the folder's.
-        batch_size: Blocks, requests or images a forward and process.
+        tokenizer: Tokenizer. Default: the run's or the folder's.
+        batch_size: Blocks, requests or images per forward and process.
         dtype: fp32, or bf16 for autocast over float32 weights.
-        device: cpu, cuda or cuda:1; if not given, a GPU where there is one.
-        out: New JSON file for the results, written anew after each model; confusion matrices are drawn beside
-            it (.png).
+        device: cpu, cuda or cuda:1. Default: a GPU if there is one.
+        out: New JSON file for the results, rewritten after each model; confusion matrices are drawn beside it
+            (.png).
 
     Returns:
         0.
@@ -79,13 +77,13 @@ def evaluate(
         if number is not None and number < least:
             raise UserError(f"{key}: must be at least {least}, not {number}")
     if tasks is None and (tasks_path or num_fewshot is not None or limit is not None):
-        raise UserError("tasks: name the tasks that tasks_path, num_fewshot and limit are for")
+        raise UserError("tasks: missing; name the tasks that tasks_path, num_fewshot and limit are for")
     file = None if out is None else _new(out)
     for source in sources:  # of other names the hub may know more
         local = Path(source).is_absolute() or source[:1] in ".~" or source.count("/") > 1
         if (local or source.endswith(".ckpt")) and not Path(source).expanduser().exists():
             raise UserError(f"{source}: there is no such run or checkpoint")
-    from stableqat.evaluate.harness import task_names
+    from stableqat.evaluate.tasks import task_names
 
     names = [] if tasks is None else task_names(tasks)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -93,10 +91,11 @@ def evaluate(
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # torch is heavy; help does without it
     from stableqat.evaluate import report
-    from stableqat.evaluate.harness import check_documents, load_tasks
-    from stableqat.evaluate.measure import Plan, measure
+    from stableqat.evaluate.figures import Plan, measure
     from stableqat.evaluate.model import find, is_run, labels
     from stableqat.evaluate.processes import processes
+    from stableqat.evaluate.tasks import check_documents, load_tasks
+    from stableqat.runs import open_run
 
     home = next((source for source in sources if is_run(source)), None)
     asked = list(data) or ([] if home is None else [home])
@@ -104,17 +103,19 @@ def evaluate(
         with share.first_alone():
             found = [find(source, tokenizer=tokenizer, baselines=baselines) for source in sources]
             if not asked and not names:
-                raise UserError("data: nothing to evaluate on; name data with --data or tasks with --tasks")
+                raise UserError("data: missing; name data with --data or tasks with --tasks")
             for each in found:
-                if names and each.tokenizer is None:
-                    raise UserError(f"tasks: are for language models, and {each.source} classifies images")
+                if names and each.family == "images":
+                    raise UserError(f"tasks: need language models, and {each.name} classifies images")
             loaded = load_tasks(names, tasks_path) if names else {}
         if names:
             check_documents(loaded, limit, share)
+        runs = {source: open_run(source) for source in asked if is_run(source)}
         plan = Plan(
             data=labels(asked, of_run=split or "validation"),
             implied=bool(names) and not data,
-            home=home,
+            runs=runs,
+            home=None if home is None else runs.get(home) or open_run(home),
             data_name=data_name,
             text_column=text_column,
             split=split,
@@ -158,8 +159,10 @@ def _new(out: str) -> Path:
 
 
 def _settings(plan: "Plan", names: list[str]) -> dict[str, Any]:
-    from stableqat.evaluate.harness import SEEDS
+    from stableqat.evaluate.tasks import SEEDS
 
-    settings = {key: value for key, value in vars(plan).items() if key not in ("home", "implied", "bf16")}
+    settings = {
+        key: value for key, value in vars(plan).items() if key not in ("home", "runs", "implied", "bf16")
+    }
     dtype = "bf16" if plan.bf16 else "fp32"
     return {**settings, "data": list(plan.data), "tasks": names, "seeds": SEEDS, "dtype": dtype}

@@ -1,7 +1,7 @@
-"""What is evaluated: the model of a run or checkpoint, of an exported folder, or of the hub.
+"""The models that are evaluated: of a run or checkpoint, of an exported folder, or of the Hub.
 
-All become what they are to transformers or timm, computing in float32 as they were trained or written; of a
-run the quantized weights, not the latent ones.
+Each becomes a plain transformers or timm model that computes in float32, as it was trained or written; of a
+run, with its quantized weights, not the latent ones.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +21,7 @@ from stableqat.checkpoints.names import find_checkpoint
 from stableqat.data.image import PREPROCESSING
 from stableqat.data.tokenizer import check_vocabulary, load_tokenizer
 from stableqat.errors import UserError, first_line
-from stableqat.evaluate.quiet import quiet
-from stableqat.modules import QATModule
+from stableqat.evaluate.isolation import quiet
 from stableqat.modules.config import pretrained_config
 from stableqat.modules.start import check_start
 from stableqat.modules.vit import image_size
@@ -32,48 +31,51 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Subject:
+class Model:
     """A model to evaluate and what belongs to it.
 
     Attributes:
         source: As the user named it.
-        model: Causal language model of transformers or vision transformer of timm, in evaluation mode.
-        tokenizer: Of a language model; None for a vision transformer.
-        checkpoint: File that it came from; None for a folder.
-        step: Optimizer steps that it was trained for.
-        run: Folder of the run that it belongs to; None for a start or a folder.
-        about: What it is.
-        images: How a vision transformer wants images resized and normalised, as `ImageDataModule` takes it;
-            empty where nobody says.
+        network: Causal language model of transformers or vision transformer of timm, in evaluation mode.
+        about: What it is, in words.
+        tokenizer: Tokenizer of a language model; None for a vision transformer.
+        run: The run that it is of; None for a folder or a model of the Hub.
+        trained: Whether it is the run's trained model, and not what the run started from.
+        images: How a vision transformer wants images resized and normalised, as arguments of
+            `ImageDataModule`; empty if unknown.
     """
 
     source: str
-    model: nn.Module
+    network: nn.Module
+    about: str
     tokenizer: Any = None
-    checkpoint: Path | None = None
-    step: int | None = None
-    run: Path | None = None
-    about: str = ""
+    run: Run | None = None
+    trained: bool = False
     images: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Literal["text", "images"]:
+        """What it reads."""
+        return "images" if self.tokenizer is None else "text"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A source that is there, before its weights are read.
+class Source:
+    """Models that are found, but not yet loaded.
 
     Attributes:
-        source: As the user named it.
-        tokenizer: Of a language model; None for a vision transformer.
-        loaders: Each loads a model when it is called: the source's, then its baselines.
+        name: As the user named it.
+        family: What its models read.
+        loaders: Each loads a model when it is called: the source's own, then its baselines.
     """
 
-    source: str
-    tokenizer: Any
-    loaders: list[Callable[[], Subject]]
+    name: str
+    family: Literal["text", "images"]
+    loaders: list[Callable[[], Model]]
 
 
 def is_run(source: str) -> bool:
-    """Whether a source is, by its looks, a run or checkpoint of this suite; `open_run` looks inside."""
+    """Whether a source looks like a run or checkpoint of this suite; `open_run` reads it."""
     try:
         return find_checkpoint(str(Path(source).expanduser())) is not None
     except UserError:  # no last.ckpt in a run, which may have its best one, or no such .ckpt
@@ -81,11 +83,11 @@ def is_run(source: str) -> bool:
 
 
 def labels(sources: Iterable[str], of_run: str | None = None) -> dict[str, str]:
-    """Sources in a table, a picture or a tag, each as short as it is still told from the others.
+    """The shortest distinct name of each source, for a table, a picture or a tag.
 
     Args:
-        sources: Paths and hub names.
-        of_run: What of a run is meant, where not the run itself: its validation data, for example.
+        sources: Paths and names on the Hub.
+        of_run: What is meant of a run if not the run itself, its validation data for example.
 
     Returns:
         By source: its name, its parent and name, or all of it.
@@ -103,87 +105,70 @@ def labels(sources: Iterable[str], of_run: str | None = None) -> dict[str, str]:
     }
 
 
-def find(source: str, *, tokenizer: str | None = None, baselines: bool = False) -> Found:
+def find(source: str, *, tokenizer: str | None = None, baselines: bool = False) -> Source:
     """Find a source and what belongs to it, so that a mistake shows before anything is measured.
 
     Args:
-        source: Run folder, checkpoint, exported folder, or hub name.
-        tokenizer: The one to take instead of the run's or the folder's.
+        source: Run folder, checkpoint, exported folder, or name on the Hub.
+        tokenizer: Tokenizer to use in place of the run's or the folder's.
         baselines: Also the full-precision start of a quantized run, as it is and rounded to nearest.
 
     Raises:
-        UserError: If it is nothing to evaluate, or its tokenizer or its start is not to be had.
+        UserError: If there is nothing to evaluate, or the tokenizer or the start is not found.
     """
     return _find_run(source, tokenizer, baselines) if is_run(source) else _find_folder(source, tokenizer)
 
 
-def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Found:
+def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Source:
     run = open_run(source)
-    own = None
-    if run.described.family == "text":
+    module, own = run.described, None
+    if module.family == "text":
         with quiet():
-            own = run.load_tokenizer(run.described, tokenizer)
-    loaders: list[Callable[[], Subject]] = [partial(_trained, source, run, own)]
-    module, start = run.described, run.start
-    if baselines and module.quantizer is not None and start is None:
+            own = run.load_tokenizer(module, tokenizer)
+    loaders: list[Callable[[], Model]] = [partial(_of_run, source, run, own)]
+    if baselines and module.quantizer is not None and run.start is None:
         logger.warning("%s: started from random weights, so there is no baseline", source)
     elif baselines and module.quantizer is not None:
         try:
-            check_start(module, str(start))
+            check_start(module, str(run.start))
         except UserError as error:
             raise UserError(
-                f"baselines: what {source} started from is not to be had "
+                f"baselines: the start of {source} cannot be loaded "
                 f"({str(error).removeprefix('init_from: ')}); put it back, or leave baselines out"
             ) from error
-        loaders += [partial(_untrained, source, run, own, quantized) for quantized in (False, True)]
-    return Found(source, own, loaders)
+        loaders += [partial(_of_run, source, run, own, start) for start in ("full precision", "quantized")]
+    return Source(source, module.family, loaders)
 
 
-def _trained(source: str, run: Run, tokenizer: Any) -> Subject:
-    module = run.load()
-    model, images = _inner(module), _images(run, module)
-    return Subject(source, model, tokenizer, run.checkpoint, run.step, run.folder, _about(module), images)
-
-
-def _untrained(source: str, run: Run, tokenizer: Any, quantized: bool) -> Subject:
-    module = run.load_start(quantized=quantized)
-    told = f"rounded to nearest, {_about(module)}" if quantized else "full precision"
-    images = _images(run, module)
-    return Subject(
-        source, _inner(module), tokenizer, run.checkpoint, 0, about=f"its start, {told}", images=images
-    )
-
-
-def _inner(module: QATModule) -> nn.Module:
+def _of_run(source: str, run: Run, tokenizer: Any, start: str | None = None) -> Model:
+    """A run's trained model, or its start in full precision or quantized."""
+    module = run.load() if start is None else run.load_start(quantized=start == "quantized")
+    settings = module.describe()
+    about = "full precision"
+    if "bits" in settings:
+        about = f"{settings['method']}, {settings['bits']} bits, {settings['grid']}"
+    if start is not None:
+        about = f"its start, {'rounded to nearest, ' if start == 'quantized' else ''}{about}"
     assert module.model is not None
-    return module.model.eval()
+    network = module.model.eval()
+    images = {**(run.preprocessing or {}), "image_size": image_size(network) or run.image_size}
+    return Model(source, network, about, tokenizer, run, start is None, images)
 
 
-def _images(run: Run, module: QATModule) -> dict[str, Any]:
-    return {**(run.preprocessing or {}), "image_size": image_size(module.model) or run.image_size}
-
-
-def _about(module: QATModule) -> str:
-    told = module.describe()
-    if "bits" not in told:
-        return "full precision"
-    return f"{told['method']}, {told['bits']} bits, {told['grid']}"
-
-
-def _find_folder(source: str, tokenizer: str | None) -> Found:
+def _find_folder(source: str, tokenizer: str | None) -> Source:
     config = Path(source).expanduser() / "config.json"
     try:
         keys = json.loads(config.read_text()) if config.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{config} is no JSON ({error}); copy it again") from error
+        raise UserError(f"{config} is not JSON ({error}); copy it again") from error
     if not isinstance(keys, dict) or not isinstance(keys.get("architecture", ""), str):
         raise UserError(f"{config} describes no model; copy it again")
-    if "architecture" in keys:
-        return Found(source, None, [partial(_timm, source, config.parent)])
+    if "architecture" in keys:  # timm's
+        return Source(source, "images", [partial(_timm, source, config.parent)])
     if Path(source).expanduser().exists() and not keys:
         raise UserError(
-            f"{source}: neither a run, a checkpoint nor a folder with config.json; GGUF and ONNX files run "
-            "elsewhere: evaluate the run, whose weights they equal"
+            f"{source}: not a run, a checkpoint or a folder with config.json; for a GGUF or ONNX file, "
+            "evaluate the run that it was exported from"
         )
     try:
         config = pretrained_config("source", source)
@@ -191,10 +176,10 @@ def _find_folder(source: str, tokenizer: str | None) -> Found:
         raise UserError(str(error).removeprefix("source: ")) from error
     own = load_tokenizer(tokenizer or source)
     check_vocabulary(own, config.vocab_size, tokenizer or source)
-    return Found(source, own, [partial(_pretrained, source, own, "folder" if keys else "hub")])
+    return Source(source, "text", [partial(_transformers, source, own, "folder" if keys else "hub")])
 
 
-def _timm(source: str, folder: Path) -> Subject:
+def _timm(source: str, folder: Path) -> Model:
     import timm
 
     try:
@@ -203,10 +188,10 @@ def _timm(source: str, folder: Path) -> Subject:
         raise UserError(f"{source}: timm cannot load it: {first_line(error)}") from error
     own = timm.data.resolve_data_config(model=model)
     images = {key: own[key] for key in PREPROCESSING} | {"image_size": own["input_size"][-1]}
-    return Subject(source, model.eval(), about="timm folder", images=images)
+    return Model(source, model.eval(), "timm folder", images=images)
 
 
-def _pretrained(source: str, tokenizer: Any, about: str) -> Subject:
+def _transformers(source: str, tokenizer: Any, about: str) -> Model:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -216,7 +201,7 @@ def _pretrained(source: str, tokenizer: Any, about: str) -> Subject:
                 dtype=torch.float32,
                 output_loading_info=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",  # the folder's own may name a kernel of the hub
+                attn_implementation="sdpa",  # the folder's own may name a kernel of the Hub
             )
     except (
         OSError,
@@ -230,5 +215,7 @@ def _pretrained(source: str, tokenizer: Any, about: str) -> Subject:
         raise UserError(f"{source}: transformers cannot load it: {first_line(error)}") from error
     model, info = loaded
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise UserError(f"{source}: {missing[0]} is not in its files; they are of another architecture")
-    return Subject(source, model.eval(), tokenizer, about=about)
+        raise UserError(
+            f"{source}: {missing[0]} is missing from its files; copy it again, or correct its config.json"
+        )
+    return Model(source, model.eval(), about, tokenizer)

@@ -33,16 +33,27 @@ class Share:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """The tensors of all processes."""
+        gathered = [torch.empty_like(value) for _ in range(self.count)]
+        dist.all_gather(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.count > 1:
+            dist.barrier()
+
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first process goes ahead, to fill caches that the others find."""
-        if self.count > 1 and self.rank:
-            dist.barrier()
+        if self.rank:
+            self.barrier()
         try:
             yield
         finally:
-            if self.count > 1 and not self.rank:
-                dist.barrier()
+            if not self.rank:
+                self.barrier()
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""Evaluate a model in the midst of something else, and leave no trace.
+"""Evaluate in the middle of something else without leaving a trace.
 
-The harness seeds every generator and leaves the model in evaluation mode; a training that goes on afterwards
-must not be able to tell.
+The harness seeds every generator and leaves the model in evaluation mode; a training that continues
+afterwards must not be able to tell.
 """
 
 import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from stableqat.layers.hold import hold_weights, release_weights
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def isolated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, quantized weights computed once; outside modes and generators as they were.
 
     Args:
@@ -43,3 +45,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what libraries write to stderr, progress bars above all, unless it is a terminal."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(StringIO()):
+        yield

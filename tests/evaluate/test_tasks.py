@@ -11,12 +11,12 @@ from torch import distributed as dist
 
 import words
 from stableqat.errors import UserError
-from stableqat.evaluate import harness
-from stableqat.evaluate.harness import DEFAULT, check_documents, load_tasks, run_tasks, scores, task_names
+from stableqat.evaluate import tasks as evaluated
+from stableqat.evaluate.isolation import isolated
 from stableqat.evaluate.model import find
 from stableqat.evaluate.processes import Share, processes
 from stableqat.evaluate.report import figures
-from stableqat.evaluate.undisturbed import undisturbed
+from stableqat.evaluate.tasks import DEFAULT, check_documents, load_tasks, run_tasks, scores, task_names
 
 pytest.importorskip("lm_eval")
 
@@ -45,18 +45,18 @@ def loaded(tasks):
 def test_every_sample_of_live_and_exported(run, exported, loaded):
     told, given = [], []
     for source in (run, run / "checkpoints" / "best.ckpt", exported):
-        subject = load(source)
-        tokenizer = subject.tokenizer
-        modes = [module.training for module in subject.model.modules()]
+        model = load(source)
+        tokenizer = model.tokenizer
+        modes = [module.training for module in model.network.modules()]
         before = generators()
         for held in (True, False) if source == run else (True,):
             if held:
-                with undisturbed(subject.model):
-                    results = run_tasks(subject.model, tokenizer, loaded, batch_size=5, share=Share())
+                with isolated(model.network):
+                    results = run_tasks(model.network, tokenizer, loaded, batch_size=5, share=Share())
                 assert generators() == before
-                assert [module.training for module in subject.model.modules()] == modes
+                assert [module.training for module in model.network.modules()] == modes
             else:
-                results = run_tasks(subject.model, tokenizer, loaded, batch_size=5, share=Share())
+                results = run_tasks(model.network, tokenizer, loaded, batch_size=5, share=Share())
             told.append(scores(results))
             given.append(answers(results))
         assert tokenizer.pad_token is None  # the harness needs one, the user's has none
@@ -66,26 +66,26 @@ def test_every_sample_of_live_and_exported(run, exported, loaded):
 
 
 def test_loglikelihoods_are_those_of_the_model(run, loaded):
-    subject = load(run)
-    tokenizer = subject.tokenizer
-    results = run_tasks(subject.model, tokenizer, loaded, batch_size=5, share=Share())
+    model = load(run)
+    tokenizer = model.tokenizer
+    results = run_tasks(model.network, tokenizer, loaded, batch_size=5, share=Share())
     sample = results["samples"]["words"][3]
     doc = sample["doc"]
     for choice, (value, _) in zip(doc["choices"], (r[0] for r in sample["resps"]), strict=True):
         context, whole = tokenizer.encode(doc["question"]), tokenizer.encode(f"{doc['question']} {choice}")
         with torch.no_grad():
-            logits = subject.model(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
+            logits = model.network(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
         spent = logits.log_softmax(-1)[torch.arange(len(context), len(whole)) - 1, whole[len(context) :]]
         assert spent.sum().item() == pytest.approx(float(value), abs=1e-4)
 
 
 def test_products_in_half_precision_are_summed_in_single(run, loaded):
-    subject = load(run)
-    tokenizer = subject.tokenizer
+    model = load(run)
+    tokenizer = model.tokenizer
     values = []
     for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), undisturbed(subject.model):
-            results = run_tasks(subject.model, tokenizer, loaded, batch_size=5, share=Share())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), isolated(model.network):
+            results = run_tasks(model.network, tokenizer, loaded, batch_size=5, share=Share())
         values.append([float(r[0]) for _, given in answers(results) for r in given])
     assert values[0] != values[1]
     assert values[0] == pytest.approx(values[1], rel=0.05)
@@ -101,16 +101,16 @@ def test_a_mean_counts_each_task_once(run, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(task)
     take = "{} = lambda docs: docs.select(range({}, {}))\n"
     (tmp_path / "docs.py").write_text(
-        take.format("first", 0, 5) + take.format("second", 5, 8) + take.format("alone", 0, 12)
+        take.format("first", 6, 11) + take.format("second", 9, 12) + take.format("alone", 0, 12)
     )
     mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     (tmp_path / "inner.yaml").write_text("group: inner\ntask: [second]\n")
     (tmp_path / "both.yaml").write_text("group: both\ntask: [first, inner]\n" + mean)
-    subject = load(run)
+    model = load(run)
 
     def told(*names):
         loaded = load_tasks(list(names), str(tmp_path))
-        results = run_tasks(subject.model, subject.tokenizer, loaded, batch_size=8, share=Share())
+        results = run_tasks(model.network, model.tokenizer, loaded, batch_size=8, share=Share())
         tasks = scores(results)
         values = {name: value for name, value, _ in figures({"tasks": tasks})}
         return {name: tasks[name]["group"] for name in tasks}, values
@@ -152,13 +152,13 @@ def test_names():
 
 
 def test_without_the_harness(monkeypatch):
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluated, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"need lm_eval and accelerate; pip install 'stableqat\[eval\]'"):
         task_names("piqa")
 
 
 def test_tasks_that_cannot_be_loaded(tasks, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="tasks_path: there is no folder"):
+    with pytest.raises(UserError, match=r"tasks_path: .* is not a folder"):
         load_tasks(["words"], str(tmp_path / "nothing"))
     (tmp_path / "far.yaml").write_text(
         "task: far\ndataset_path: nobody/nothing\ntest_split: test\noutput_type: multiple_choice\n"
@@ -171,7 +171,7 @@ def test_tasks_that_cannot_be_loaded(tasks, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"tasks: far cannot be loaded: Couldn't reach .* Hub; data of"):
+    with pytest.raises(UserError, match=r"tasks: far cannot be loaded: Couldn't reach .* Hub; load it"):
         load_tasks(["far"], str(tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_a_task_that_nobody_knows(tasks, monkeypatch):
             super().__init__(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
-    with pytest.raises(UserError, match="tasks: word is no task of lm_eval or of --tasks_path"):
+    with pytest.raises(UserError, match="tasks: word is not a task of lm_eval or of --tasks_path"):
         load_tasks(["words", "word"], str(tasks))
 
 
@@ -195,11 +195,11 @@ def test_a_task_file_by_its_path(tasks):
 
 
 def test_weights_are_computed_once(run, loaded, computed):
-    subject = load(run)
-    tokenizer = subject.tokenizer
-    with undisturbed(subject.model):
-        run_tasks(subject.model, tokenizer, loaded, batch_size=5, share=Share())
+    model = load(run)
+    tokenizer = model.tokenizer
+    with isolated(model.network):
+        run_tasks(model.network, tokenizer, loaded, batch_size=5, share=Share())
     assert len(computed) == 14  # seven layers a block
-    with undisturbed(subject.model):  # weights may have changed meanwhile
+    with isolated(model.network):  # weights may have changed meanwhile
         pass
     assert len(computed) == 28

@@ -1,10 +1,10 @@
 """Tasks of lm-evaluation-harness, through the installed `lm_eval`.
 
-Tasks are loaded once, whatever the number of models. A folder of task files (YAML, data in local json, for
-example) works without a network; where its tasks are all that is asked for, the harness's thousands of own
-files are not searched.
+Tasks are loaded once for all models. A folder of task files (YAML with local JSON data, for example) works
+without a network; if only its tasks are asked for, the thousands of the harness are not searched.
 """
 
+import copy
 import logging
 import random
 from collections.abc import Iterator
@@ -12,16 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stableqat.errors import UserError
+import numpy as np
+import torch
+
+from stableqat.errors import UserError, first_line
+from stableqat.evaluate.isolation import quiet
 from stableqat.evaluate.processes import Share
-from stableqat.evaluate.quiet import quiet
 
 DEFAULT = ("piqa", "winogrande", "arc_challenge", "hellaswag", "arc_easy", "sciq", "openbookqa", "boolq")
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 
 
 def task_names(tasks: str) -> list[str]:
-    """Names between commas; `default` stands for the eight of `DEFAULT`.
+    """The names in a comma-separated list; `default` stands for the eight of `DEFAULT`.
 
     Raises:
         UserError: If a name is empty or `lm_eval` is not installed.
@@ -30,7 +33,7 @@ def task_names(tasks: str) -> list[str]:
         each for name in tasks.split(",") for each in (DEFAULT if name == "default" else (name.strip(),))
     ]
     if not all(names):
-        raise UserError(f"tasks: {tasks} has an empty name; write --tasks piqa,boolq")
+        raise UserError(f"tasks: {tasks} contains an empty name; write --tasks piqa,boolq")
     if missing := [name for name in ("lm_eval", "accelerate") if find_spec(name) is None]:
         raise UserError(f"tasks: need {' and '.join(missing)}; pip install 'stableqat[eval]'")
     return list(dict.fromkeys(names))
@@ -47,10 +50,10 @@ def load_tasks(names: list[str], tasks_path: str | None) -> dict[str, Any]:
         Tasks and groups as the harness evaluates them.
 
     Raises:
-        UserError: If a task is unknown, or its data is not to be had.
+        UserError: If a task is unknown, or its data is not found.
     """
     if tasks_path is not None and not Path(tasks_path).is_dir():
-        raise UserError(f"tasks_path: there is no folder {tasks_path}")
+        raise UserError(f"tasks_path: {tasks_path} is not a folder; name one with task files")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its news
     with quiet():
         from lm_eval.tasks import TaskManager
@@ -64,27 +67,24 @@ def load_tasks(names: list[str], tasks_path: str | None) -> dict[str, Any]:
 def _load(manager: Any, name: str) -> list[Any]:
     if name not in manager.all_tasks and not Path(name).is_file():
         raise UserError(
-            f"tasks: {name} is no task of lm_eval or of --tasks_path; `lm-eval ls tasks` lists what there is"
+            f"tasks: {name} is not a task of lm_eval or of --tasks_path; `lm-eval ls tasks` lists them"
         )
     try:
         loaded = manager.load([name])
     except Exception as error:  # of the data's library, the hub's client, the parsers of YAML and templates
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
         raise UserError(
-            f"tasks: {name} cannot be loaded: {reason}; data of the hub is downloaded once where there is a "
-            "network and read from its cache then (HF_HUB_OFFLINE=1), local tasks go with --tasks_path"
+            f"tasks: {name} cannot be loaded: {first_line(error)}; load it once with a network, after which "
+            "its data is cached (HF_HUB_OFFLINE=1), or name local tasks with --tasks_path"
         ) from error
     return [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
 
 
 def check_documents(tasks: dict[str, Any], limit: int | None, share: Share) -> None:
-    """Refuse a task that leaves a process without a document: it would fail, and the others wait for it.
+    """Refuse a task that leaves a process without a document: it would fail, and the others would wait.
 
     Args:
         tasks: What `load_tasks` returned.
-        limit: Documents of a task, the first ones; None takes all.
+        limit: Number of first documents per task; None takes all.
         share: This process's share of the requests.
 
     Raises:
@@ -96,7 +96,7 @@ def check_documents(tasks: dict[str, Any], limit: int | None, share: Share) -> N
         if (documents := there if limit is None else min(there, limit)) < share.count:
             more = "" if documents == there else f" (limit; it has {there})"
             raise UserError(
-                f"tasks: {name} gives {documents} documents{more} to {share.count} processes, and each needs "
+                f"tasks: {name} has {documents} documents{more} for {share.count} processes, and each needs "
                 "one; start fewer processes or take more documents"
             )
 
@@ -111,7 +111,7 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any] | None:
-    """Evaluate a live model; seeds every generator, see `undisturbed`.
+    """Evaluate a live model; seeds every generator, see `isolated`.
 
     The harness's `simple_evaluate` would also ask pip and the driver about the machine, for ten seconds.
 
@@ -119,20 +119,16 @@ def run_tasks(
         model: Causal language model of transformers, in evaluation mode, where it is to run.
         tokenizer: Its tokenizer.
         tasks: What `load_tasks` returned.
-        batch_size: Requests a forward.
+        batch_size: Requests per forward.
         share: This process's share of the requests.
-        limit: Documents of a task, the first ones; None takes all.
-        num_fewshot: Examples before each question, of tasks that take any; None is each task's own number.
+        limit: Number of first documents per task; None takes all.
+        num_fewshot: Examples before each question, for tasks that take any; None takes each task's own.
 
     Returns:
         The harness's results, with `samples`; None on all processes but the first.
     """
     with quiet():
-        import numpy as np
-        import torch
         from lm_eval.evaluator import evaluate
-
-        from stableqat.evaluate.language_model import LiveLM
 
         for task in tasks["tasks"].values():
             own = task.get_config("num_fewshot")
@@ -142,13 +138,43 @@ def run_tasks(
         random.seed(SEEDS["random"])
         np.random.seed(SEEDS["numpy"])
         torch.manual_seed(SEEDS["torch"])
-        return evaluate(LiveLM(model, tokenizer, batch_size, share), tasks, limit=limit)
+        return evaluate(_harness_model(model, tokenizer, batch_size, share), tasks, limit=limit)
+
+
+def _harness_model(model: Any, tokenizer: Any, batch_size: int, share: Share) -> Any:
+    """The harness's transformers model around a live one, over any number of processes.
+
+    The harness takes a live model for a single process; what it needs of others are three exchanges.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class LiveModel(HFLM):
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            """One entry per process, on every process."""
+            return torch.stack(share.gather(tensor)) if share.count > 1 else tensor
+
+        def barrier(self) -> None:
+            """Wait for the other processes."""
+            share.barrier()
+
+    # the harness opens an autocast region of its own; it takes the caller's type
+    kind = model.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    live = LiveModel(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # the harness adds a token for padding
+        batch_size=batch_size,
+        mixed_precision_dtype=dtype,
+        softmax_dtype=torch.float32,
+    )
+    live._rank, live._world_size = share.rank, share.count
+    return live
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By task or group: each metric with its standard error, number of documents, examples and version.
 
-    `group` is one that sums up a task or subgroup, if there is any.
+    `group` names the group that sums up a task or subgroup, if there is one.
     """
     told: dict[str, dict[str, Any]] = {}
     for task, values in results["results"].items():
@@ -168,7 +194,7 @@ def scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
     children = results.get("group_subtasks", {})
     for group in children:
-        if told[group]["metrics"]:  # others are but names for their members
+        if told[group]["metrics"]:  # other groups only name their members
             for member in _members(group, children):
                 told[member]["group"] = group
     return told
