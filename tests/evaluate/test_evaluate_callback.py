@@ -106,7 +106,7 @@ def test_fewer_documents_than_processes(tasks, monkeypatch):
     trainer = SimpleNamespace(datamodule=data, global_rank=0, world_size=5, global_step=0)
     module = SimpleNamespace(model=SimpleNamespace())
     evaluate = Evaluate(tasks="words", tasks_path=str(tasks), limit=4)
-    with pytest.raises(UserError, match=r"words gives 4 documents \(limit; it has 12\) to 5 processes"):
+    with pytest.raises(UserError, match=r"words has 4 documents \(limit; it has 12\) for 5 processes"):
         evaluate.on_fit_start(trainer, module)
     # of a sharded model all processes evaluate the same
     monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", SimpleNamespace)

@@ -184,7 +184,7 @@ def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
     assert "batch_size: must be at least 1" in refused(run, "--batch_size", 0)
     assert "stride: must be from 1 to block_size - 1 (15)" in refused(run, "--stride", 16)
     assert "has no test (it has train, validation)" in refused(run, "--split", "test")
-    assert "tasks: name the tasks" in refused(run, "--limit", 3)
+    assert "tasks: missing; name the tasks" in refused(run, "--limit", 3)
     assert "no such data file or folder" in refused(run, "--data", place / "nothing.txt")
     (tmp_path / "empty").mkdir()
     assert "not a run, a checkpoint or a folder with config.json" in refused(tmp_path / "empty")
@@ -264,7 +264,7 @@ def test_mistakes_come_before_the_work(run, exported, tasks, tmp_path, refused, 
             return nullcontext()
 
     monkeypatch.setattr(processes, "processes", lambda _: nullcontext((Many(0, 13), torch.device("cpu"))))
-    assert "words gives 12 documents to 13" in refused(copy, "--tasks", "words", "--tasks_path", tasks)
+    assert "words has 12 documents for 13" in refused(copy, "--tasks", "words", "--tasks_path", tasks)
     assert not capsys.readouterr().out
     assert not out.exists()
     assert read_run(copy, ("eval/",)).scalars == {}

@@ -127,9 +127,9 @@ def test_a_mean_counts_each_task_once(run, tmp_path):
 def test_fewer_documents_than_processes(loaded):
     check_documents(loaded, None, Share(0, 12))
     check_documents(loaded, 4, Share(0, 4))
-    with pytest.raises(UserError, match="tasks: words gives 12 documents to 13 processes, and each needs"):
+    with pytest.raises(UserError, match="tasks: words has 12 documents for 13 processes, and each needs"):
         check_documents(loaded, 99, Share(12, 13))
-    with pytest.raises(UserError, match=r"words gives 3 documents \(limit; it has 12\) to 4 processes"):
+    with pytest.raises(UserError, match=r"words has 3 documents \(limit; it has 12\) for 4 processes"):
         check_documents(loaded, 3, Share(0, 4))
 
 
