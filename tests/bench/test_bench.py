@@ -79,7 +79,7 @@ def test_images(at, capsys, monkeypatch):
     assert "images/s" in out
     assert "ParetoQ is warm" in err
     assert main(shlex.split(command)) == 2  # never over an earlier result
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_finished_mode_is_kept(at, monkeypatch):
@@ -129,15 +129,15 @@ REFUSED = {
     "an unknown device": (["--device", "gpu"], "device: must be cuda or cpu, not gpu"),
     "a GPU that is not there": (["--device", "cuda:99"], "device: PyTorch sees no cuda:99 here"),
     "a rival without factory": (["--rival", "rivals.py"], "rival: rivals.py: write FILE.py:FACTORY"),
-    "a rival's file": (["--rival", "rival.py:rounded"], "rival: rival.py: no such file"),
+    "a rival's file": (["--rival", "rival.py:rounded"], "rival: rival.py: there is no such file"),
     "a rival's name": (["--rival", "rivals.py:round"], "rivals.py has no round; did you mean rounded?"),
-    "a rival that is a number": (["--rival", "rivals.py:number"], "number in rivals.py is no function"),
+    "a rival that is a number": (["--rival", "rivals.py:number"], "number in rivals.py is not a function"),
     "a rival that returns nothing": (["--rival", "rivals.py:forgetful"], "forgetful returns a NoneType"),
     "a rival's syntax": (["--rival", "syntax.py:f"], "syntax.py cannot be imported: SyntaxError"),
-    "a rival twice": (["--rival", *["rivals.py:rounded"] * 3], "rivals.py:rounded is given twice"),
+    "a rival twice": (["--rival", *["rivals.py:rounded"] * 3], "rivals.py:rounded is named twice"),
     "another suffix": (["--out", "x.txt"], "out: x.txt must end in .json"),
-    "a folder that is not there": (["--out", "gone/x.json"], "out: gone is no folder"),
-    "a file that is there": (["--out", "rivals.json"], "out: rivals.md exists already"),
+    "a folder that is not there": (["--out", "gone/x.json"], "out: gone is not a folder"),
+    "a file that is there": (["--out", "rivals.json"], "out: rivals.md already exists"),
 }
 
 

@@ -249,9 +249,9 @@ def test_two_models_at_a_time_are_held(home, monkeypatch):
     ("change", "line"),
     [
         ("--decode 3", "no engine on the cpu runs 3 bits; there are onnxruntime 2, 4, 8; tinygemm 4"),
-        ("--batch 2", "--decode measures one stream; take 1, not 2"),
-        ("--methods STE", "methods: is of training steps"),
-        ("--precision bf16-true", "precision: is of training steps"),
+        ("--batch 2", "must be 1 with --decode, which measures one stream, not 2"),
+        ("--methods STE", "methods: applies to training steps only"),
+        ("--precision bf16-true", "precision: applies to training steps only"),
         ("--tokens 33", "takes a prompt of 8 to 32 tokens"),
         ("--tokens 2", "takes a prompt of 8 to 32 tokens"),
         ("--out done.txt", "must end in .json"),
@@ -281,12 +281,12 @@ def test_training_steps_have_no_grid_of_their_own(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     command = "bench --model llama.yaml --batch 1 --device cpu --grid stretched --out other.json"
     assert main(shlex.split(command)) == 2
-    assert "grid: is of decoding; leave it out without --decode" in capsys.readouterr().err
+    assert "grid: applies to decoding only; remove it, or add --decode" in capsys.readouterr().err
 
 
 def test_a_vision_transformer_decodes_nothing(at, capsys):
     assert main(shlex.split("bench --model tiny-vit --batch 1 --decode 4 --device cpu --out vit.json")) == 2
-    assert "tiny-vit is no language model" in capsys.readouterr().err
+    assert "tiny-vit is not a language model" in capsys.readouterr().err
 
 
 def test_an_engine_that_is_missing_is_told(monkeypatch):

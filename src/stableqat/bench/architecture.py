@@ -38,7 +38,7 @@ class Architecture:
     """A model to build.
 
     Attributes:
-        name: What tables and files call it.
+        name: Its name in tables and files.
         source: Its configuration file.
         class_path: Import path of its module's class, or the bare name of one of this suite's.
         init_args: Arguments of the class.
@@ -50,13 +50,13 @@ class Architecture:
     init_args: dict[str, Any]
 
     def module(self, **options: Any) -> "QATModule":
-        """The training system around the model, in full precision if nothing else is asked for.
+        """The training system around the model, in full precision by default.
 
         Args:
-            options: Further arguments of the class; unlike those of the file, of any kind.
+            options: Further arguments of the class, which need not be plain values.
 
         Raises:
-            UserError: If the class is none, or the arguments do not fit it.
+            UserError: If the class is not a training system, or the arguments do not fit it.
         """
         from stableqat.modules import QATModule
 
@@ -83,7 +83,7 @@ def read_architecture(model: str) -> Architecture:
         settings = {**under, "init_args": {**_mapping(under, base), **_mapping(settings, source)}}
     if not isinstance(settings.get("class_path"), str):
         raise UserError(
-            f"model: {source} has no model.class_path, nor has a base.yaml beside it; name a model's file"
+            f"model: {source} has no model.class_path and no base.yaml beside it; name a model's file"
         )
     init_args = {key: value for key, value in _mapping(settings, source).items() if key not in _TRAINING}
     return Architecture(source.stem, source, settings["class_path"], init_args)
@@ -115,7 +115,7 @@ def _model_settings(source: Path) -> dict[str, Any]:
         raise UserError(f"model: {source} cannot be read as YAML: {' '.join(str(error).split())}") from error
     settings = content.get("model") if isinstance(content, dict) else None
     if not isinstance(settings, dict):
-        raise UserError(f"model: {source} has no model section; name the configuration of a model")
+        raise UserError(f"model: {source} has no model section; name a model's configuration")
     return settings
 
 

@@ -1,8 +1,8 @@
 """The arms of a benchmark: the untouched model, each method, and any rival's linear layer.
 
 All arms share the Parameters of one model, so weights are equal and the memory of one model is
-enough for all. A rival is a factory from `nn.Linear` to a module in the user's own file, and takes the
-place of exactly the layers that the surgery quantizes; torchao's is there when torchao is installed.
+enough for all. A rival is a factory from `nn.Linear` to a module in the user's own file, and replaces
+exactly the layers that the surgery quantizes; torchao's takes part if torchao is installed.
 """
 
 import copy
@@ -38,9 +38,9 @@ class Arm:
     Attributes:
         name: Its row.
         model: The model; None if a rival's layers could not be built.
-        rival: Not this suite's: a fault of it is its row's result.
+        rival: Whether it is foreign: its errors are results of its row.
         failure: Why there is no model.
-        path: Which implementation fake-quantizes the weights.
+        path: The implementation that fake-quantizes its weights.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Arm:
 
 
 def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFactory]:
-    """The quantizers of methods by name; `all` stands for every method, controls left out.
+    """The quantizers of methods by name; `all` stands for every method but the controls.
 
     Raises:
         UserError: If a name is unknown, or a method does not take this width.
@@ -69,7 +69,7 @@ def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFact
     chosen = dict.fromkeys(methods if "all" in names else names)
     factories: dict[str, QuantizerFactory] = {name: partial(known[name], bits=bits) for name in chosen}
     for factory in factories.values():
-        factory(torch.empty(8, 8, device="meta"))  # refuses what it cannot do
+        factory(torch.empty(8, 8, device="meta"))  # refuses bits that it does not support
     return factories
 
 
@@ -98,10 +98,10 @@ def rival_factories(places: Sequence[str], bits: int, taken: Sequence[str]) -> d
             there = [key for key, value in vars(files[path]).items() if callable(value)]
             raise UserError(f"rival: {file} has no {name}; {did_you_mean(name, there)}")
         if not callable(factory):
-            raise UserError(f"rival: {name} in {file} is no function from nn.Linear to a module")
+            raise UserError(f"rival: {name} in {file} is not a function from nn.Linear to a module")
         label = name if name not in {FULL_PRECISION, TORCHAO, *taken, *rivals} else f"{path.stem}:{name}"
         if label in rivals:
-            raise UserError(f"rival: {place} is given twice")
+            raise UserError(f"rival: {place} is named twice")
         _check_returns_module(place, factory)
         rivals[label] = factory
     return rivals
@@ -168,7 +168,7 @@ def reason(error: BaseException) -> str:
 
 
 def _torchao(linear: nn.Linear, *, bits: int) -> nn.Module:
-    """The weight-only QAT layer of torchao: symmetric, a scale a row that follows its largest weight."""
+    """The weight-only QAT layer of torchao: symmetric, one scale per row from its largest weight."""
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
     config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), "per_channel", is_symmetric=True)
@@ -178,16 +178,16 @@ def _torchao(linear: nn.Linear, *, bits: int) -> nn.Module:
 def _imported(file: str) -> ModuleType:
     path = Path(file).resolve()
     if not path.is_file():
-        raise UserError(f"rival: {file}: no such file")
+        raise UserError(f"rival: {file}: there is no such file")
     if path.suffix != ".py":
-        raise UserError(f"rival: {file} is no Python file")
+        raise UserError(f"rival: {file} is not a Python file")
     spec = spec_from_file_location(f"rival_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and torch.compile look a function's module up
+    sys.modules[spec.name] = module  # dataclasses and torch.compile look up a function's module
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # so that it may be split over files
+        sys.path.append(str(path.parent))  # so that it can import files beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a stranger's code raises
@@ -196,7 +196,7 @@ def _imported(file: str) -> ModuleType:
 
 
 def _check_returns_module(place: str, factory: Factory) -> None:
-    """A factory that forgets to return is told apart from one that fails on the real layers."""
+    """Refuse a factory that forgets to return; one that fails on real layers is a row."""
     try:
         made = factory(nn.Linear(64, 64))
     except Exception:  # its row will say so, should the real layers fail too

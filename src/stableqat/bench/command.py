@@ -1,8 +1,8 @@
 """`stableqat bench`: time and memory of each method's step, beside the untouched model's.
 
-All arms run in one process on the same weights and inputs, pass by pass in turn; a ratio compares what ran
-within seconds. Results go to a JSON file after every mode, and at the end to a table and a picture
-made from it.
+All arms run in one process on the same weights and inputs, taking turns pass by pass; a ratio compares passes
+within seconds of each other. Results go to a JSON file after every mode, and at the end to a table and a
+picture made from it.
 """
 
 import datetime
@@ -60,27 +60,27 @@ def bench(
     Args:
         model: Name of a model, such as llama-3.2-1b or deit-small, or its YAML file. Weights are
             random.
-        batch: Rows or images a step.
-        tokens: Tokens a row, 2048 if not given; language models only.
+        batch: Rows or images per step.
+        tokens: Tokens per row, default 2048; language models only.
         methods: Methods by name, or all.
-        bits: Width of the methods, and of torchao's layer, which takes part where torchao is installed.
+        bits: Width of the methods, and of torchao's layer, which is measured if torchao is installed.
         rival: FILE.py:FACTORY, a function in a file of yours that takes an nn.Linear and returns the module
-            to put in its place; it becomes an arm of its own.
-        modes: eager; compiled by torch.compile, whole model, full precision too; graphed, forward and
-            backward as one CUDA graph, full precision too.
-        precision: As Lightning's Trainer names it; bf16-mixed on a GPU and 32-true on a CPU if not given.
+            to put in its place; each is an arm.
+        modes: eager; compiled, the whole model by torch.compile; graphed, forward and backward as one CUDA
+            graph. Full precision runs in the same modes.
+        precision: As Lightning's Trainer names it; default bf16-mixed on a GPU and 32-true on a CPU.
         rounds: Timed passes of each arm.
         seeds: Number of different inputs, used in turn.
-        device: cuda or cpu; a GPU if there is one.
+        device: cuda or cpu; default a GPU if there is one.
         kernels: On a GPU, also measure fake quantization alone as a share of a copy's bandwidth.
-        decode: Measure decoding at these bits instead, one stream (batch 1) after a prompt of `tokens`, 128
-            if not given, with the low-bit engines that are installed, beside bfloat16.
+        decode: Measure decoding at these bits instead, one stream (batch 1) after a prompt of `tokens`
+            (default 128), with the low-bit engines that are installed, beside bfloat16.
         grid: Grid of the decoded weights, with `decode`: half-integers (stretched) may cost an engine more.
-        out: New JSON file; table (.md) and picture (.png) are written beside it. If not given, a file in the
-            folder bench, named after the model, shape, precision and device.
+        out: New JSON file; table (.md) and picture (.png) go beside it. Default: a file in the folder bench,
+            named after the model, shape, precision and device.
 
     Returns:
-        0; a rival that fails, or an arm that does not fit into memory, is a row that says so.
+        0, also if a rival fails or an arm does not fit into memory: its row says so.
     """
     given = dict(locals())
     command = _command(given)
@@ -94,7 +94,7 @@ def bench(
         _refuse_training_options(given)
         return _bench_decode(command, architecture, decode, grid, tokens, rounds, _device(device), out)
     if grid != "integer":
-        raise UserError("grid: is of decoding; leave it out without --decode")
+        raise UserError("grid: applies to decoding only; remove it, or add --decode")
     from stableqat.bench.arms import build_arms, method_factories, rival_factories
     from stableqat.bench.kernels import measure_kernels
     from stableqat.bench.measure import measure
@@ -103,7 +103,7 @@ def bench(
     where = _device(device)
     on_gpu = where.type == "cuda"
     if "graphed" in modes and not on_gpu:
-        raise UserError("modes: graphed needs a CUDA device; leave it out")
+        raise UserError("modes: graphed needs a CUDA device; remove it")
     precision = precision or ("bf16-mixed" if on_gpu else "32-true")
     factories = method_factories(methods, bits)
     rivals = rival_factories(rival, bits, list(factories))
@@ -178,12 +178,12 @@ def _bench_decode(
 
 def _refuse_training_options(given: dict[str, Any]) -> None:
     if given["batch"] != 1:
-        raise UserError(f"batch: --decode measures one stream; take 1, not {given['batch']}")
+        raise UserError(f"batch: must be 1 with --decode, which measures one stream, not {given['batch']}")
     defaults = inspect.signature(bench).parameters
     for key in ("methods", "bits", "rival", "modes", "precision", "seeds", "kernels"):
         value, default = given[key], defaults[key].default
         if (tuple(value) if isinstance(value, list) else value) != default:
-            raise UserError(f"{key}: is of training steps; leave it out with --decode")
+            raise UserError(f"{key}: applies to training steps only; remove it with --decode")
 
 
 def _circumstances(command: str, where: Any) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _publish(target: Path, result: dict[str, Any]) -> None:
 
 
 def _command(arguments: dict[str, Any]) -> str:
-    """The command line that these arguments came from, without what is the default anyway."""
+    """The command line of these arguments, without defaults."""
     words = ["stableqat", "bench"]
     for name, parameter in inspect.signature(bench).parameters.items():
         value = arguments[name]
@@ -249,7 +249,7 @@ def _device(name: str | None) -> Any:
         raise UserError(f"device: must be cuda or cpu, not {name}")
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device: PyTorch sees no {name} here; take cpu or leave it out")
+            raise UserError(f"device: PyTorch sees no {name} here; take cpu, or remove it")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
@@ -278,27 +278,27 @@ def _versions(cuda: str | None) -> dict[str, str]:
 
 
 def _target(out: str | None, name: str) -> Path:
-    """The JSON file to write, none of it there yet and its folder writable."""
+    """The JSON file to write; it and its companions do not exist, and its folder is writable."""
     target = Path(out) if out else Path("bench", re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
     if target.suffix != ".json":
         raise UserError(f"out: {out} must end in .json; the table (.md) and the picture (.png) go beside it")
     for path in (target, target.with_suffix(".md"), target.with_suffix(".png")):
         if path.exists():
-            raise UserError(f"out: {path} exists already; move it away, or name another file")
+            raise UserError(f"out: {path} already exists; move it, or name another file")
     try:
         if out is None:
             target.parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"out: {target.parent} cannot be made ({error.strerror}); name a file") from error
+        raise UserError(f"out: {target.parent} cannot be created ({error.strerror}); name a file") from error
     if not target.parent.is_dir():
-        raise UserError(f"out: {target.parent} is no folder; make it first, or name another")
+        raise UserError(f"out: {target.parent} is not a folder; create it, or name another")
     if not os.access(target.parent, os.W_OK):
-        raise UserError(f"out: {target.parent} cannot be written; name another folder")
+        raise UserError(f"out: {target.parent} is not writable; name another folder")
     return target
 
 
 def _teller() -> Callable[[str], None]:
-    """Says on stderr how far the run is."""
+    """Reports progress on stderr."""
     console, began = terminal(stderr=True), time.monotonic()
     return lambda text: console.print(f"{time.monotonic() - began:6.1f} s  {text}")
 

@@ -1,6 +1,6 @@
 """Latency and memory of one stream of decoded tokens, at low bits beside bfloat16.
 
-Weights are random: codes of one grid with a scale a row, the same for every engine. Each engine's
+Weights are random: codes of one grid with one scale per row, the same for every engine. Each engine's
 logits are compared with those of the dequantized model, computed in float32 without a cache; one that is
 off is not timed. Each engine takes turns with bfloat16 and is then dropped: two models at a time are in
 memory. Embedding and head stay as they are, and so does what else the surgery skips.
@@ -81,17 +81,17 @@ def measure_decode(
         prompt: Tokens before the first that is timed; None takes 128.
         rounds: Timed rounds.
         device: CPU or GPU.
-        tell: Hears of the progress.
+        tell: Reports progress.
 
     Returns:
-        `settings`, `decode` (results by arm) and `left_out` (what no engine could do, a line each).
+        `settings`, `decode` (results by arm) and `left_out` (a line for each thing no engine can do).
 
     Raises:
-        UserError: If no engine here has a width, or the model decodes no text.
+        UserError: If no engine here supports a width, or the model is not a language model.
     """
     module: Any = architecture.module()
     if module.family != "text":
-        raise UserError(f"decode: {architecture.name} is no language model; leave --decode out")
+        raise UserError(f"decode: {architecture.name} is not a language model; remove --decode")
     limit = module.config.max_position_embeddings - NEW_TOKENS
     prompt = min(_PROMPT, limit) if prompt is None else prompt
     if not _CHECKED <= prompt <= limit:

@@ -1,7 +1,7 @@
-"""Time and memory of all arms in one run, pass by pass in turn, so that a drift of the machine meets each.
+"""Time and memory of all arms in one run, taking turns pass by pass: a drift of the machine affects all.
 
-Between passes gradients are dropped and every weight is written with its own value: as after an
-optimizer's step, nothing computed from it may be reused. Modes: `eager`; `compiled`, the whole model by
+Between passes gradients are dropped and every weight is overwritten with its own value: as after an
+optimizer's step, nothing computed from it can be reused. Modes: `eager`; `compiled`, the whole model by
 `torch.compile`; `graphed`, forward and backward as one CUDA graph on a static input, which tells
 launches from work. Arms share weights, optimizer states and, when graphed, the graphs' memory.
 """
@@ -43,7 +43,7 @@ def measure(
         workload: Their loss.
         inputs: Batches, used in turn over the rounds.
         rounds: Timed passes an arm.
-        tell: Hears of the progress.
+        tell: Reports progress.
 
     Returns:
         By arm: milliseconds by round (null where the mode cannot tell them), `peak_bytes` (null on a CPU), or
@@ -84,7 +84,7 @@ def _run(
                 with _surviving(arm, runners, results[arm.name]):
                     passes[arm.name].append(runners[arm.name].time(inputs[number % len(inputs)]))
     if _graphs() != graphs:
-        tell(f"{mode}: something was compiled again during the rounds; look at the spread")
+        tell(f"{mode}: something was recompiled during the rounds; check the spread")
     for name, runner in runners.items():
         times = {key: [done[key] for done in passes[name]] for key in passes[name][0]}
         results[name] |= dict.fromkeys(KEYS) | times | {"peak_bytes": runner.peak_bytes}
@@ -244,7 +244,7 @@ def _compiled(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def _surviving(arm: Arm, runners: dict[str, Any], result: dict[str, Any]) -> Iterator[None]:
-    """Too little memory, or a stranger's fault, ends the arm; a fault of our own ends the run."""
+    """Too little memory, or a rival's error, ends the arm; any other error ends the run."""
     try:
         yield
         return
@@ -280,7 +280,7 @@ def _peak(workload: Workload, model: nn.Module) -> Iterator[list[int | None]]:
 
 
 def _renew(parameters: Iterable[nn.Parameter]) -> None:
-    """Write each weight with its own value, so that it counts as changed."""
+    """Overwrite each weight with its own value, so that it counts as changed."""
     with torch.no_grad():
         for parameter in parameters:
             parameter.mul_(1)
@@ -309,7 +309,7 @@ def _graphs() -> int:
 
 
 def _mark(device: torch.device) -> Any:
-    """A point in time: of the device's own clock, if it has one."""
+    """A point in time, of the device's own clock if it has one."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

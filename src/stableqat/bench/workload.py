@@ -53,7 +53,7 @@ class Workload:
         self.tokens: int | None = None
         if module.family == "images":
             if tokens is not None:
-                raise UserError(f"tokens: {architecture.name} takes images; leave --tokens out")
+                raise UserError(f"tokens: {architecture.name} takes images; remove --tokens")
             return
         limit = module.config.max_position_embeddings
         tokens = min(_TOKENS, limit) if tokens is None else tokens
