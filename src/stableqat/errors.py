@@ -1,7 +1,7 @@
-"""The one exception that means: the input is wrong, and here is the remedy.
+"""`UserError`: the user's input is wrong, and this is the remedy; and the words that its messages share.
 
-The command line turns it into a single line on stderr and exit code 2; every other
-exception is a fault of the program and keeps its traceback.
+The command line prints one line on stderr and exits with 2; any other exception is a fault of the program and
+keeps its traceback.
 """
 
 from collections.abc import Iterable
@@ -19,15 +19,15 @@ class UserError(ValueError):
 def check_range(
     key: str, value: float | None, least: float, most: float = inf, *, below: float = inf, null: bool = False
 ) -> None:
-    """Refuse a number outside of a range; NaN is outside of every one.
+    """Refuse a number outside of a range; NaN is outside of any.
 
     Args:
-        key: What the number is for, as the user writes it.
+        key: The setting, as the user writes it.
         value: The number.
-        least: It may be as small as that.
-        most: It may be as large as that.
-        below: It must be smaller than that, where that is not infinite.
-        null: None is allowed, too.
+        least: The smallest value.
+        most: The largest value.
+        below: The value must be smaller, unless this is infinite.
+        null: None is allowed too.
 
     Raises:
         UserError: Naming the key, the range and the number.

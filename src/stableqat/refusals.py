@@ -1,4 +1,4 @@
-"""Why a value is refused: what its type would accept, and which class was probably meant."""
+"""Why a value is refused: what its type accepts, and which class was probably meant."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ _WORDS = {
     tuple: "a list",
     Sequence: "a list",
 }
-_LISTED = 12  # names that a line can hold
+_LISTED = 12  # names that fit into a message
 
 _CLASS = re.compile(
     r"class_path'?[ :=]+'([^']+)'|import path string: (\S+)|Expected '([^']+)' to be a subclass"
@@ -31,13 +31,13 @@ _VALUE = re.compile(r"G(?:iven|ot) value: (.*)")
 def untrusted(name: str) -> str:
     """Why a class that a file names is refused, see `stableqat.trust`."""
     return (
-        f"{name} is no class of this suite or torch.optim, and a file's word is not enough to import it; "
+        f"{name} is not a class of this suite or torch.optim, and a file alone cannot have it imported; "
         f"if you trust it, add --allow {name}"
     )
 
 
 def refusal(hint: Any, message: str) -> str:
-    """Why a value is refused, by the type that is wanted."""
+    """Why a value is refused, by the type of its setting."""
     if denied := _DENIED.search(message):
         return untrusted(denied[1])
     types = list(alternatives(hint))
@@ -48,18 +48,23 @@ def refusal(hint: Any, message: str) -> str:
     names = [name for match in _CLASS.findall(message) for name in match if name]
     given = names[0] if names else values[-1] if values else ""
     if bases and (wanted in ([], ["null"]) or "given class_path" in message):
-        return f"{given} is no {bases[0].__name__} that can be imported{_suggestion(given, bases)}"
+        return f"{given} is not {article(bases[0])} that can be imported{_suggestion(given, bases)}"
     if wanted:
         *most, last = sorted(dict.fromkeys(wanted), key="null".__eq__)
         return f"must be {', '.join(most)}{' or ' if most else ''}{last}, not {given}"
     return " ".join(message.split())
 
 
+def article(base: type) -> str:
+    """The name of a class with its article."""
+    return f"{'an' if base.__name__[0] in 'AEIO' else 'a'} {base.__name__}"
+
+
 def _suggestion(given: str, bases: list[type]) -> str:
     known = {derived.__name__.lower(): derived for base in bases for derived in _derived(base)}
-    leaves = {name: derived.__name__ for name, derived in known.items() if not derived.__subclasses__()}
+    leaves = {name: derived.__name__ for name, derived in known.items() if not any(_derived(derived))}
     name = given.split(".")[-1].lower()
-    if name in known:  # in other letters, or one of several of that name
+    if name in known:  # in another case, or one of several of this name
         match = known[name]
         whole = f"{match.__module__}.{match.__qualname__}" if match.__name__ == given else match.__name__
         return f"; did you mean {whole}?"
@@ -69,7 +74,7 @@ def _suggestion(given: str, bases: list[type]) -> str:
 
 
 def alternatives(hint: Any) -> Iterator[Any]:
-    """The types that a hint allows; for a factory, what it makes."""
+    """The types that a hint allows; of a factory, what it makes."""
     if get_origin(hint) in (Union, UnionType):
         for each in get_args(hint):
             yield from alternatives(each)

@@ -20,12 +20,13 @@ from stableqat import data
 from stableqat.checkpoints.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, find_checkpoint
 from stableqat.checkpoints.read import check_sums, read_checkpoint
 from stableqat.checkpoints.write import StreamedCheckpointIO
+from stableqat.construct import arguments
 from stableqat.data.tokenizer import check_vocabulary, clash, keep_tokenizer, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
 from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
 from stableqat.modules.start import state_dict_follows
-from stableqat.trust import arguments, read_settings
+from stableqat.trust import read_settings
 
 
 class NoDataError(UserError):

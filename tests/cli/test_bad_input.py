@@ -63,7 +63,7 @@ SETTINGS = {
     # verbs and keys
     "a misspelt verb": (["fitt"], ["fitt is not a verb", "did you mean fit?"]),
     "an unknown verb": (["prune"], ["prune is not a verb", "fit, validate, test, predict, sweep, compare"]),
-    "a stray word": (llama("2"), ["2: is no setting", "--KEY VALUE"]),
+    "a stray word": (llama("2"), ["2: not a setting", "--KEY VALUE"]),
     "a flag without its value": (llama("--trainer.max_steps"), ["trainer.max_steps: needs a value"]),
     "a misspelt key of the model": (
         llama("--model.init_form", "x"),
@@ -113,26 +113,26 @@ SETTINGS = {
     # classes
     "a misspelt method": (
         llama("--model.quantizer", "stableqat.quantizers.StabelQAT"),
-        ["model.quantizer: stableqat.quantizers.StabelQAT is no Quantizer", "did you mean StableQAT?"],
+        ["model.quantizer: stableqat.quantizers.StabelQAT is not a Quantizer", "did you mean StableQAT?"],
     ),
     "an unknown method": (
         llama("--model.quantizer", "LSQ"),
         [
-            "model.quantizer: LSQ is no Quantizer",
+            "model.quantizer: LSQ is not a Quantizer",
             "choose one of DSQ, ParetoQ, PermutedStableQAT, STE, ScaledSTE, StableQAT",
         ],
     ),
     "a misspelt module": (
         llama("--model", "LamaModule"),
-        ["model: LamaModule is no QATModule", "did you mean LlamaModule?"],
+        ["model: LamaModule is not a QATModule", "did you mean LlamaModule?"],
     ),
     "a class of another kind": (
         llama("--data", "stableqat.modules.LlamaModule"),
-        ["data: stableqat.modules.LlamaModule is no LightningDataModule", "TextDataModule"],
+        ["data: stableqat.modules.LlamaModule is not a LightningDataModule", "TextDataModule"],
     ),
     "a misspelt optimizer": (
         llama("--model.optimizer", "torch.optim.Adamw"),
-        ["model.optimizer: torch.optim.Adamw is no Optimizer", "did you mean AdamW?"],
+        ["model.optimizer: torch.optim.Adamw is not an Optimizer", "did you mean AdamW?"],
     ),
     # values of the quantizer
     "bits 0": (llama("--model.quantizer.bits", "0"), [BITS + "0"]),
@@ -211,7 +211,7 @@ SETTINGS = {
     "a name that two classes have": (
         llama("--model.lr_scheduler", "ReduceLROnPlateau"),
         [
-            "model.lr_scheduler: ReduceLROnPlateau is no LRScheduler",
+            "model.lr_scheduler: ReduceLROnPlateau is not a LRScheduler",
             "did you mean torch.optim.lr_scheduler.R",
         ],
     ),
@@ -225,7 +225,7 @@ SETTINGS = {
     ),
     "a search for the batch size": (
         llama("--trainer.callbacks+=BatchSizeFinder"),
-        ["trainer.callbacks: BatchSizeFinder trains on batches of other sizes", "set data.batch_size"],
+        ["trainer.callbacks: BatchSizeFinder tries other batch sizes", "set data.batch_size"],
     ),
     "weights averaged before there are any": (
         vit("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1"),
@@ -311,7 +311,7 @@ SETTINGS = {
         ["fit", "-c", "none.yaml"],
         ["none.yaml: there is no such file, and no shipped configuration of this name"],
     ),
-    "no config at all": (["fit"], ["data, model: missing; set it in a config file"]),
+    "no config at all": (["fit"], ["data, model: missing; set it in a configuration"]),
     "a missing data file": (
         llama("--data.source", "none.jsonl"),
         ["data.source: none.jsonl does not exist; name a file, a folder or a data set on the Hub"],
@@ -427,13 +427,13 @@ CONFIGS = {
     ),
     "a misspelt class": (
         "model: {init_args: {quantizer: {class_path: stableqat.quantizers.DSQQ}}}",
-        ["model.quantizer: stableqat.quantizers.DSQQ is no Quantizer", "did you mean DSQ?"],
+        ["model.quantizer: stableqat.quantizers.DSQQ is not a Quantizer", "did you mean DSQ?"],
     ),
     "a misspelt key in one of several types": (
         "trainer: {strategy: {class_path: stableqat.modules.FSDP2Strategy, init_args: {backend: x}}}",
         ["trainer.strategy.backend: unknown key; choose one of save_distributed_checkpoint"],
     ),
-    "a number for a class": ("model: 3", ["model: 3 is no QATModule", "LlamaModule, ViTModule"]),
+    "a number for a class": ("model: 3", ["model: 3 is not a QATModule", "LlamaModule, ViTModule"]),
 }
 
 

@@ -287,7 +287,7 @@ def test_what_the_program_has_imported_it_may_load(saved, here):
     assert type(loaded.model.model.layers[0].mlp.up_proj.weight_quantizer) is planted.Payload
     values = plant(values, ("quantizer", "class_path"), "torch.optim.SGD")
     torch.save({**saved["llama"], "hyper_parameters": values}, "own.ckpt")
-    with pytest.raises(UserError, match=r"quantizer: torch\.optim\.SGD is no Quantizer"):
+    with pytest.raises(UserError, match=r"quantizer: torch\.optim\.SGD is not a Quantizer"):
         LlamaModule.load_from_checkpoint("own.ckpt")
 
 
@@ -384,7 +384,7 @@ CHANGED = {
     ),
     "an unknown key": (
         {"quantizer.init_args.bitz": 2},
-        "quantizer.bitz is no setting of STE; did you mean bits?",
+        "quantizer.bitz is not a setting of STE; did you mean bits?",
     ),
     "a rate in words": ({"optimizer.init_args.lr": "x"}, "optimizer.lr: must be a number"),
     "skip of numbers": ({"skip": [1]}, "skip: must be a list"),
@@ -398,7 +398,7 @@ CHANGED = {
     "a config of text": ({"config.vocab_size": "many"}, "vocab_size"),
     "a class of no module": (
         {"_class_path": "torch.optim.SGD"},
-        "torch.optim.SGD is no QATModule",
+        "torch.optim.SGD is not a QATModule",
     ),
 }
 

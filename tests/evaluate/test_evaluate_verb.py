@@ -248,7 +248,7 @@ def test_mistakes_come_before_the_work(run, exported, tasks, tmp_path, refused, 
     assert "tokenizer" in refused(copy, bare, "--out", out)
     odd = tmp_path / "odd.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"_class_path": "elsewhere.Module"}}, odd)
-    assert "elsewhere.Module is no class of this suite" in refused(copy, odd, "--out", out)
+    assert "elsewhere.Module is not a class of this suite" in refused(copy, odd, "--out", out)
     lost = shutil.copytree(run, tmp_path / "lost")
     config = yaml.safe_load((lost / "config.yaml").read_text())
     config["model"]["init_args"]["init_from"] = str(tmp_path / "start.ckpt")

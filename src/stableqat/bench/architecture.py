@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from stableqat.construct import arguments, find_class
 from stableqat.errors import UserError, did_you_mean
 from stableqat.shipped import SHIPPED, find_config
-from stableqat.trust import arguments, find_class
 
 if TYPE_CHECKING:
     from stableqat.modules import QATModule

@@ -12,10 +12,10 @@ from jsonargparse import Namespace
 
 from stableqat.checkpoints.names import BEST, CHECKPOINTS, LAST, is_sharded, last_checkpoints
 from stableqat.checkpoints.read import check_sums, read_checkpoint, read_rest
+from stableqat.construct import arguments, find_class
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
 from stableqat.modules.hyperparameters import saved_arguments
-from stableqat.trust import arguments, find_class
 
 logger = logging.getLogger(__name__)
 

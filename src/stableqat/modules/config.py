@@ -11,8 +11,8 @@ from typing import Any
 
 from stableqat.checkpoints.names import find_checkpoint
 from stableqat.checkpoints.read import read_checkpoint
+from stableqat.construct import check_plain
 from stableqat.errors import UserError, did_you_mean, first_line
-from stableqat.trust import check_plain
 
 # far above any real model: refuse it before it takes time and memory
 _MOST = {

@@ -12,8 +12,8 @@ from typing import Any
 
 import lightning as L
 
+from stableqat.construct import argument_types, arguments, check_plain, find_class
 from stableqat.errors import UserError
-from stableqat.trust import argument_types, arguments, check_plain, find_class
 
 # what the model is the same without: left out where a checkpoint's model is only evaluated or read
 ONLY_FOR_TRAINING: dict[str, Any] = {
