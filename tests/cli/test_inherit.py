@@ -213,7 +213,7 @@ def test_a_tokenized_set_must_have_the_tokenizer_of_the_start(at, capsys):
         assert call("set", source=yaml.safe_load(source), init_from="llama") == 2
         line = capsys.readouterr().err.strip()
         assert "data.tokenizer: set-bpe/tokenizer of the data or the start is not the one that" in line
-        assert "or insist with --data.tokenizer set-bpe/tokenizer" in line
+        assert "or add --data.tokenizer set-bpe/tokenizer" in line
     assert not Path("logs/set").exists()
 
 
