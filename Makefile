@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both install what is missing, once.
+# Start with `make demo` and `make test`. Both install what is missing.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -8,18 +8,18 @@ PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: demo test test-shuffled test-gpu test-newest lock lint
 
 demo: $(STAMP)
-	$(BIN)/stableqat sweep configs/llama/demo-study.yaml configs/vit/demo-study.yaml
+	$(BIN)/stableqat sweep llama/demo-study vit/demo-study
 	$(BIN)/stableqat compare lightning_logs/demo-llama lightning_logs/demo-vit
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
-# in random order, another one each time: `make test-shuffled SEED=1` repeats one
+# in a new random order each time; `make test-shuffled SEED=1` repeats one
 SEED = $(shell date +%s)
 test-shuffled: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) --shuffle $(SEED)
 
-# the kernels and quantizers on a GPU; `make test` sees none
+# kernels and quantizers on a GPU, which `make test` does not use
 test-gpu: $(STAMP)
 	STABLEQAT_TEST_GPU=1 $(BIN)/python -m pytest tests/ops tests/quantizers tests/layers/test_linear.py
 
@@ -28,13 +28,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy src
 
-# the newest releases that pyproject.toml allows, in an environment of their own
+# the newest releases that pyproject.toml allows, in a separate environment
 test-newest:
 	python3 -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet -e '.[dev]'
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/$(PYTEST)
 
-# they are what is installed from now on, if the tests pass; run it with the oldest Python that is supported
+# pins these releases if the tests pass; run it with the oldest supported Python
 lock: test-newest
 	$(NEWEST)/bin/python -m pip freeze --exclude-editable | sed -E '/^(nvidia|cuda|triton)/d; s/\+.*//' > constraints.txt
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "stableqat"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# what each package may import of the project, beside errors and itself
+# what each part imports of the project, beside errors, terminal, files and itself; no arrow points upward
 ALLOWED = {
     "errors": set(),
     "terminal": set(),
@@ -23,39 +23,26 @@ ALLOWED = {
     "ops": set(),
     "quantizers": {"ops"},
     "layers": {"ops", "quantizers"},
-    "surgery": {"layers", "ops", "quantizers"},
+    "surgery": {"layers", "quantizers"},
     "parameters": {"layers", "quantizers"},
-    "api": {"layers", "surgery", "quantizers"},
-    "checkpoints": {"trust"},
-    "modules": {
-        "construct",
-        *("callbacks", "checkpoints", "layers", "ops", "parameters", "quantizers", "surgery", "trust"),
-    },
+    "api": {"layers", "quantizers", "surgery"},
     "data": set(),
+    "checkpoints": {"trust"},
     "callbacks": {"api", "checkpoints", "evaluate", "layers", "ops", "quantizers", "surgery"},
-    "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines
+    "modules": {
+        *("callbacks", "checkpoints", "construct", "layers", "ops", "parameters", "quantizers", "surgery"),
+    },
+    "runs": {"checkpoints", "construct", "data", "modules", "trust"},
+    "evaluate": {"checkpoints", "data", "layers", "modules", "runs"},
+    "export": {"api", "data", "layers", "modules", "ops", "quantizers", "runs"},
+    "importing": {"data", "layers", "modules", "ops", "quantizers", "runs"},
+    "bench": {"analysis", "construct", "export", "layers", "modules", "quantizers", "shipped"},
     "analysis": {"events", "studies"},
-    "importing": {"data", "layers", "modules", "ops", "quantizers", "runs", "surgery"},
-    "runs": {"construct", "checkpoints", "data", "modules", "trust"},
-    "evaluate": {"checkpoints", "data", "layers", "modules", "runs", "surgery"},
-    "export": {"api", "checkpoints", "data", "layers", "modules", "ops", "quantizers", "runs", "surgery"},
-    "bench": {
-        "construct",
-        "analysis",
-        "export",
-        "layers",
-        "modules",
-        "ops",
-        "quantizers",
-        "shipped",
-        "surgery",
-        "trust",
-    },
+    "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines
     "cli": {
-        *("analysis", "bench", "callbacks", "checkpoints", "data", "evaluate", "export", "importing"),
-        *("construct", "modules", "refusals", "runs", "shipped", "studies", "trust"),
+        *("callbacks", "checkpoints", "construct", "data", "modules", "refusals", "runs", "shipped", "trust"),
     },
-    "__init__": {"api", "callbacks", "surgery"},
+    "__init__": set(),
 }
 # third-party packages that a part of the project must not know
 FOREIGN = {
@@ -69,6 +56,17 @@ FOREIGN = {
     "events": {"lightning", "transformers", "timm", "datasets", "torch"},
     "analysis": {"lightning", "transformers", "timm", "datasets", "torch"},
     "studies": {"lightning", "transformers", "timm", "datasets", "torch"},
+}
+
+
+LONGEST = 400  # lines of a file
+TOO_LONG = {"layers/trial.py", "ops/kernels.py"}
+# what a module keeps beside constants, and why
+STATE = {
+    "data/prepare/encode.py": {"_work"},  # of a worker process, which is told once what to do
+    "modules/start.py": {"_STATE_DICT_FOLLOWS"},  # a context variable: who loads says so to who builds
+    "ops/custom_ops.py": {"_known"},
+    "ops/launch.py": {"_launchers", "_together"},
 }
 
 
@@ -116,6 +114,46 @@ def test_no_forbidden_habits(path: Path) -> None:
                 assert named.get("trust_remote_code") == "False", "a model folder's own code is never run"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and part(path) != "cli":
             assert node.func.id != "print", "the library logs, the command line prints"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_file_is_short_and_keeps_no_state(path: Path) -> None:
+    text, name = path.read_text(), path.relative_to(SOURCE).as_posix()
+    assert name in TOO_LONG or len(text.splitlines()) <= LONGEST
+    assert path.name == "errors.py" or "difflib" not in text or name == "api.py"
+    tree = ast.parse(text)
+    state = {each for node in ast.walk(tree) if isinstance(node, ast.Global) for each in node.names}
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {ast.unparse(target) for target in targets}
+            constant = names == {"__all__"} or all(map(str.isupper, names))
+            state |= names if is_mutable(node.value, constant) else set()
+    assert state <= STATE.get(name, set())
+    classes = r"\b(Surrogate|Identity|Fourier|Tanh|Constant|Permuted)\b"
+    asked = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and len(n.args) == 2]
+    assert not [each for each in asked if each.startswith("isinstance(") and re.search(classes, each)]
+
+
+def is_mutable(value: ast.expr, constant: bool) -> bool:
+    """Whether an expression makes what a program changes: of a constant's, what begins empty."""
+    if isinstance(value, ast.Call):
+        kinds = {"ContextVar", "OrderedDict", "WeakKeyDictionary", "WeakValueDictionary", "defaultdict"}
+        kinds |= {"dict", "list", "set"} if not (constant and value.args) else set()
+        return ast.unparse(value.func).rpartition(".")[2] in kinds
+    if isinstance(value, ast.Dict):
+        return not (constant and value.keys)
+    if isinstance(value, ast.List | ast.Set):
+        return not (constant and value.elts)
+    return isinstance(value, ast.DictComp | ast.ListComp | ast.SetComp) and not constant
+
+
+def test_the_map_of_imports_holds_no_arrow_that_is_gone() -> None:
+    real: dict[str, set[str]] = {}
+    for path in FILES:
+        names = {name.split(".")[1] for name in imported(path) if name.startswith("stableqat.")}
+        real.setdefault(part(path), set()).update(names)
+    assert not {name: kept - real[name] for name, kept in ALLOWED.items() if kept - real[name]}
 
 
 def test_every_published_name_resolves() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, first_line
 from stableqat.studies.pool import PATIENCE
 from stableqat.studies.study import Study
 from stableqat.studies.yaml_file import check_keys, load_yaml
@@ -186,7 +186,7 @@ def _executor(path: str | Path, name: str, logs: Path) -> "tuple[int, AutoExecut
     except OSError as error:
         raise UserError(f"{logs} can't be written ({error.strerror}): set another folder as logs") from error
     except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: {first_line(error)}") from error
     return tasks, executor
 
 
