@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
-from stableqat.files import writing
+from stableqat.files import only_local, writing
 
 if TYPE_CHECKING:
     from stableqat.evaluate.figures import Plan
@@ -80,8 +80,7 @@ def evaluate(
         raise UserError("tasks: missing; name the tasks that tasks_path, num_fewshot and limit are for")
     file = None if out is None else _new(out)
     for source in sources:  # of other names the hub may know more
-        local = Path(source).is_absolute() or source[:1] in ".~" or source.count("/") > 1
-        if (local or source.endswith(".ckpt")) and not Path(source).expanduser().exists():
+        if only_local(source) and not Path(source).expanduser().exists():
             raise UserError(f"{source}: there is no such run or checkpoint")
     from stableqat.evaluate.tasks import task_names
 
