@@ -209,9 +209,6 @@ class QATModule(Evaluation, ABC):
 
         Returns:
             What is quantized; None in full precision.
-
-        Raises:
-            UserError: If the model cannot be quantized.
         """
         report = None
         if quantizer is not None:
@@ -241,11 +238,7 @@ class QATModule(Evaluation, ABC):
         strict: bool = True,
         **changes: Any,
     ) -> Any:
-        """Rebuild a module from its checkpoint alone; `changes` replace saved arguments of its class.
-
-        Raises:
-            UserError: If the file is damaged, or its hyper-parameters make no such module.
-        """
+        """Rebuild a module from its checkpoint alone; `changes` replace saved arguments of its class."""
         path = Path(checkpoint_path)
         read = read_checkpoint(path)
         with state_dict_follows():
@@ -295,10 +288,7 @@ class QATModule(Evaluation, ABC):
         return [HoldWeights(), StepPosition()]
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip the gradient; log its norm before clipping where the step is logged."""
         logged = self.trainer._logger_connector.should_update_logs
