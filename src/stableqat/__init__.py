@@ -10,6 +10,7 @@ _HOME = {
     "PrepareQAT": "stableqat.callbacks",
     "QuantLinear": "stableqat.layers.linear",
     "convert": "stableqat.api",
+    "follow": "stableqat.clock",
     "hold_weights": "stableqat.layers.hold",
     "parameter_groups": "stableqat.parameters",
     "prepare": "stableqat.api",

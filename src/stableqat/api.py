@@ -5,22 +5,19 @@ compute the same. Between the two, `stableqat.parameter_groups` feeds an optimiz
 this suite are built from the same pieces.
 """
 
-import difflib
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
-from stableqat import quantizers
 from stableqat.errors import UserError
 from stableqat.layers.experts import fused_experts, make_plain
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.layers.trial import check_calls, forget_calls
-from stableqat.quantizers import Quantizer, QuantizerFactory
-from stableqat.surgery import HEADS, SurgeryReport, matches, put_back, quantize_linears
+from stableqat.quantizers import QuantizerSpec
+from stableqat.quantizers.factory import NamedSpec, make_factory
+from stableqat.surgery import HEADS, Choice, SurgeryReport, matches, put_back, quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -32,39 +29,42 @@ GRIDS = "stableqat"  # key of a transformers config under which `convert` leaves
 
 def prepare(
     model: Model,
-    quantizer: str | QuantizerFactory = "stableqat",
+    quantizer: NamedSpec = "stableqat",
     skip: str | Sequence[str] = HEADS,
     *,
     example_inputs: Any = None,
     **options: Any,
 ) -> Model:
-    """Make a model train for low bits: its linear layers are swapped for quantized ones, in place.
+    """Prepare a model for quantization-aware training: swap its linear layers for quantized ones, in place.
 
-    So are the experts of a mixture, be they linear layers or fused in one parameter. Weights and biases stay
-    the same Parameters; each quantized layer gains a `weight_quantizer` with a learned `scale`, set from the
-    weight. Make the optimizer afterwards, from `parameter_groups`. Where the model multiplies with a layer's
-    weight itself, it is given the fake-quantized one.
+    The experts of a mixture are quantized as well, whether they are linear layers or fused in one parameter.
+    Weights and biases stay the same Parameters; each quantized layer gains a `weight_quantizer` with a
+    learned `scale`, set from the weight. Make the optimizer afterwards, from `parameter_groups`. A module
+    that reads a layer's weight itself gets the fake-quantized one.
 
     Args:
-        model: Any module, its weights loaded, in float32. To go on from a checkpoint of a prepared model,
-            prepare it in the same way and load the state dict then.
-        quantizer: A method by name (ste, dsq, paretoq, stableqat), or what makes the quantizer of a weight:
-            a class of `stableqat.quantizers`, or a `functools.partial` of one.
-        skip: Linear layers that stay as they are: shell patterns, each for a full name or a part between
-            dots, or one such pattern. Heads by default; embeddings and convolutions are never touched.
-        example_inputs: What the model's forward takes: a tensor, a tuple of positional or a dictionary of
-            named inputs. A trial forward shows which weights are used in another way than by calling their
-            layers. None takes what a model of transformers or timm tells of its inputs, or waits for the
-            first forward. Give them before you compile a model of another kind.
-        options: Options of the quantizer: `bits=2`, `group_size=128`, `grid="stretched"`.
+        model: Any module, its weights loaded, in float32. To resume from a checkpoint of a prepared model,
+            prepare the model in the same way, then load the state dict.
+        quantizer: A method by name (ste, dsq, paretoq, stableqat), or a factory of quantizers: a class of
+            `stableqat.quantizers`, or a `functools.partial` of one. A mapping gives layers quantizers of
+            their own, by shell patterns as in `skip`: the first pattern that matches wins, None leaves the
+            layer in full precision.
+        skip: Linear layers that stay in full precision: shell patterns, or one, that match a full name or a
+            part between dots. Default: heads. Embeddings and convolutions are never quantized.
+        example_inputs: Inputs of the model's forward: a tensor, a tuple of positional inputs or a dictionary
+            of named ones. A trial forward finds weights that are used without calling their layers. None
+            takes inputs that a transformers or timm model declares, or waits for the first forward. Pass
+            them before you compile a model of another kind.
+        options: Options of the quantizer: `bits=2`, `group_size=128`, `grid="stretched"`; in a mapping, of
+            the methods that stand by name.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: If the method or an option is unknown, nothing is left to quantize, the model is prepared
-            otherwise already, or a weight that would be quantized is used by another module as well, or in a
-            way that would go on with its latent values. The model is then as it was.
+        UserError: If the method or an option is unknown, no layer is left to quantize, the model is already
+            prepared in another way, or a weight to quantize is also used by another module, or without
+            calling its layer. The model is then as it was.
     """
     prepare_and_report(model, quantizer, skip, example_inputs=example_inputs, **options)
     return model
@@ -72,13 +72,13 @@ def prepare(
 
 def prepare_and_report(
     model: nn.Module,
-    quantizer: str | QuantizerFactory,
+    quantizer: NamedSpec,
     skip: str | Sequence[str],
     *,
     example_inputs: Any = None,
     **options: Any,
 ) -> SurgeryReport:
-    """`prepare`, for those who keep its report."""
+    """`prepare`, returning its report."""
     skip = [skip] if isinstance(skip, str) else skip
     factory = make_factory(quantizer, options)
     _check(model, skip)
@@ -100,19 +100,19 @@ def prepare_and_report(
     layers = quantized_layers(model).values()
     if half := next((x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4), None):
         logger.warning(
-            "weights are %s: small updates are lost in them; load them as float32 and train with autocast",
+            "weights are %s, which loses small updates; load them as float32 and train with autocast",
             half,
         )
     return report
 
 
 def convert(model: Model) -> Model:
-    """Make a quantized model plain again, in place: linear layers whose weights are the deployed values.
+    """Replace quantized layers by plain ones, in place, whose weights are the deployed values.
 
-    What it computes in evaluation stays the same, bit for bit; any library loads what it saves, and
-    `stableqat export` packs the folder that `save_pretrained` of a Llama or Qwen3 makes: the config says
-    which layers lie on which grid. The latent weights are gone then: convert a `copy.deepcopy` to go on
-    training. An embedding that shares the weight of a quantized head becomes plain with it.
+    The model computes in evaluation what it did before, bit for bit; any library loads what it saves, and
+    `stableqat export` packs the folder that `save_pretrained` of a Llama or Qwen3 writes, because its config
+    names each layer's grid. The latent weights are lost: to continue training, convert a `copy.deepcopy`. An
+    embedding that shares the weight of a quantized head becomes plain with it.
 
     Args:
         model: A model with quantized layers.
@@ -128,7 +128,7 @@ def convert(model: Model) -> Model:
         raise UserError("the model has no quantized layer to convert; prepare it first")
     names = {name for name, _ in layers}
     if beside := [name for name, _ in _adapters(model) if f"{name}.base_layer" in names]:
-        logger.warning("%s has an adapter: keep it apart, merged the weight leaves its grid", beside[0])
+        logger.warning("%s has an adapter: keep it apart; a merged weight leaves its grid", beside[0])
     _record_grids(model)
     forget_calls(model)
     make_plain(model)
@@ -155,23 +155,14 @@ def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def make_factory(quantizer: str | QuantizerFactory, options: dict[str, Any]) -> QuantizerFactory:
-    """What makes the quantizer of a weight.
-
-    Raises:
-        UserError: If the method or an option is unknown.
-    """
-    factory = _factory(quantizer)
-    _check_options(factory, options)
-    return partial(factory, **options) if options else factory
-
-
-def refuse_another(model: nn.Module, factory: QuantizerFactory, skip: Sequence[str]) -> None:
+def refuse_another(model: nn.Module, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
     """Refuse to keep a layer that is quantized in another way than the one that is asked for."""
+    choice = Choice(quantizer)
     for name, layer in quantized_layers(model).items():
         if any(matches(name, pattern) for pattern in skip):
             continue
-        asked, own = factory(layer.latent.to("meta")).describe(), layer.weight_quantizer.describe()
+        factory, own = choice.of(name), layer.weight_quantizer.describe()
+        asked = {"method": "none"} if factory is None else factory(layer.latent.to("meta")).describe()
         if asked != own:
             key = next(key for key in {**asked, **own} if asked.get(key) != own.get(key))
             raise UserError(
@@ -197,43 +188,6 @@ def _refuse_adapters(model: nn.Module, skip: Sequence[str]) -> None:
                 f"layer {name}.{below}: an adapter, which would stay at zero in few bits; merge adapters "
                 f"before the model is prepared, or keep them beside it: add {below.split('.')[0]} to skip"
             )
-
-
-def _factory(quantizer: str | QuantizerFactory) -> QuantizerFactory:
-    if isinstance(quantizer, Quantizer):
-        raise UserError(
-            f"quantizer: every weight gets one of its own; give the class {type(quantizer).__name__} and its "
-            "options, not an instance"
-        )
-    if not isinstance(quantizer, str):
-        return quantizer
-    made = {name.lower(): getattr(quantizers, name) for name in quantizers.__all__}
-    methods = {n: c for n, c in made.items() if isinstance(c, type) and issubclass(c, Quantizer)}
-    methods.pop("quantizer")
-    if quantizer.lower() not in methods:
-        near = difflib.get_close_matches(quantizer.lower(), methods, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(methods)}"
-        raise UserError(f"quantizer: {quantizer} is unknown; {hint}")
-    return methods[quantizer.lower()]
-
-
-def _check_options(factory: QuantizerFactory, options: dict[str, Any]) -> None:
-    """Refuse what a method does not take; what another function takes is its own matter."""
-    method = factory.func if isinstance(factory, partial) else factory
-    if not (isinstance(method, type) and issubclass(method, Quantizer)):
-        return
-    known: list[str] = []
-    for each in method.__mro__:
-        parameters = inspect.signature(each).parameters.values()
-        known += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        if each is Quantizer or not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    known = sorted(set(known) - {"weight", "surrogate"})  # a method brings the latter
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(known)}"
-            raise UserError(f"{option}: {method.__name__} has no such option; {hint}")
 
 
 def _record_grids(model: nn.Module) -> None:

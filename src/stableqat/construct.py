@@ -16,7 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stableqat.errors import UserError, did_you_mean
-from stableqat.refusals import alternatives, article, refusal, untrusted
+from stableqat.refusals import alternatives, article, is_mapping_of_factories, refusal, untrusted
 from stableqat.trust import NAME, is_trusted, walk
 
 _PLAIN = (str, int, float, bool, NoneType)
@@ -95,6 +95,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     choices = list(_members(hint))
     if value is None and (NoneType in choices or Any in choices):
         return None
+    for choice in choices:
+        if is_mapping_of_factories(choice) and isinstance(value, Mapping) and "class_path" not in value:
+            (_, each) = get_args(choice)
+            return {str(key): _value(each, spec, f"{where}.{key}") for key, spec in value.items()}
     for choice in choices:
         if get_origin(choice) is Callable:
             found, init_args = _specified(value, list(alternatives(choice)), where)

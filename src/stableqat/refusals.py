@@ -40,7 +40,7 @@ def refusal(hint: Any, message: str) -> str:
     """Why a value is refused, by the type of its setting."""
     if denied := _DENIED.search(message):
         return untrusted(denied[1])
-    types = list(alternatives(hint))
+    types = list(dict.fromkeys(alternatives(hint)))
     bases = [t for t in types if inspect.isclass(t) and t not in _WORDS]
     wanted = [str(choice) for t in types if get_origin(t) is Literal for choice in get_args(t)]
     wanted += [word for t in types for word in _WORDS.get(get_origin(t) or t, "").split(", ") if word]
@@ -74,14 +74,20 @@ def _suggestion(given: str, bases: list[type]) -> str:
 
 
 def alternatives(hint: Any) -> Iterator[Any]:
-    """The types that a hint allows; of a factory, what it makes."""
+    """The types that a hint allows; for a factory, or factories by name, what they make."""
     if get_origin(hint) in (Union, UnionType):
         for each in get_args(hint):
             yield from alternatives(each)
-    elif get_origin(hint) is Callable:
+    elif get_origin(hint) is Callable or is_mapping_of_factories(hint):
         yield from alternatives(get_args(hint)[-1])
     else:
         yield hint
+
+
+def is_mapping_of_factories(hint: Any) -> bool:
+    """Whether a type is `dict[str, F]`, F a factory or None."""
+    values = get_args(hint)[-1:] if get_origin(hint) is dict else ()
+    return any(get_origin(each) is Callable for value in values for each in get_args(value))
 
 
 def _derived(base: type) -> Iterator[type]:

@@ -1,15 +1,13 @@
-"""Swap a model's linear layers for quantized ones, in place, keeping everything else.
+"""Surgery: swap a model's linear layers for quantized ones, in place, and report what was done.
 
-`QuantLinear` computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the very
-Parameters of the layer it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds
-keys of its own beside, and hooks of forward and backward stay. What is swapped computes what `nn.Linear`
-does: a subclass with a computation of its own is not ours to replace. Running the surgery twice changes
-nothing. While weights stay as they are, in evaluation or between the micro-steps of an accumulated gradient,
-`hold_weights` keeps what they become.
+A layer keeps its Parameters, names and hooks, see `QuantLinear`; running the surgery twice changes nothing.
+Only layers that compute what `nn.Linear` does are swapped: a subclass with a computation of its own stays as
+it is. One factory makes all quantizers, or a mapping from layer patterns to factories gives layers widths and
+methods of their own; the first pattern that matches wins.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import cast
@@ -22,9 +20,12 @@ from stableqat.layers.eligibility import computed_from, is_plain
 from stableqat.layers.experts import as_rows, fused_experts, make_plain, quantize_experts, quantized_experts
 from stableqat.layers.group import group_layers
 from stableqat.layers.linear import QuantLinear, quantized_layers
-from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
 
 logger = logging.getLogger(__name__)
+
+InputQuantizerFactory = Callable[[str, nn.Linear], nn.Module | None]
+"""Makes the module that quantizes a layer's input, from the layer's name and the layer; None makes none."""
 
 HEADS = ("lm_head", "head", "head_dist", "classifier", "score")  # as transformers and timm name them
 
@@ -44,6 +45,8 @@ class SurgeryReport:
             heads that stay as they are do not count.
         others: Names of modules whose matrices are not quantized and are in no linear layer, each with its
             share of `matrix_weights`.
+        patterns: For a mapping, the pattern that chose each quantizer, by layer.
+        kinds: For a mapping, a word on each quantizer, by layer.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -53,10 +56,12 @@ class SurgeryReport:
     quantized_weights: int = 0
     matrix_weights: int = 0
     others: dict[str, float] = field(default_factory=dict)
+    patterns: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantized_share(self) -> float:
-        """Which share of the matrix weights is quantized."""
+        """Share of the matrix weights that is quantized."""
         return self.quantized_weights / max(self.matrix_weights, 1)
 
     def check(self) -> None:
@@ -87,9 +92,11 @@ class SurgeryReport:
         )
 
     def lines(self) -> str:
-        """All of it, a line for each layer."""
+        """The whole report, one line per layer."""
         left = {**self.skipped, **{name: f"{part:.2%} of the weights" for name, part in self.others.items()}}
-        parts = [str(self).partition(";")[0], "", "quantized:", *[f"  {name}" for name in self.swapped]]
+        kinds = {name: f": {kind} ({self.patterns[name]})" for name, kind in self.kinds.items()}
+        chosen = [f"  {name}{kinds.get(name, '')}" for name in self.swapped]
+        parts = [str(self).partition(";")[0], "", "quantized:", *chosen]
         return "\n".join([*parts, "", "left alone:", *[f"  {k}: {why}" for k, why in left.items()], ""])
 
     def count(self, model: nn.Module, quantized: set[Tensor]) -> None:
@@ -122,22 +129,25 @@ class SurgeryReport:
 
 def quantize_linears(
     model: nn.Module,
-    quantizer: QuantizerFactory,
+    quantizer: QuantizerSpec,
     skip: Sequence[str] = (),
     *,
+    input_quantizer: InputQuantizerFactory | None = None,
     initialize: bool = True,
     recompute: bool | None = None,
     tied: bool = True,
 ) -> SurgeryReport:
     """Replace the linear layers of `model` in place, and quantize the matrices of fused experts.
 
-    Whether the model calls the layers, or reads their weights itself, the caller checks, as `prepare`
-    and the training systems do.
+    The caller checks whether the model calls its layers or reads their weights itself, as `prepare` and the
+    training systems do.
 
     Args:
         model: Any module; may live on the meta device.
-        quantizer: Makes a layer's quantizer from its weight.
+        quantizer: Makes a layer's quantizer from its weight; or such factories by layer pattern, of which the
+            first that matches wins, null leaving the layer in full precision.
         skip: Shell patterns; a layer is left alone if one matches its full name or a part between dots.
+        input_quantizer: Makes the module that quantizes a layer's input, from the layer's name and the layer.
         initialize: Set the scales from the weights. False leaves them unset (NaN), for a state dict
             that follows.
         recompute: See `QuantLinear`.
@@ -149,23 +159,24 @@ def quantize_linears(
 
     Raises:
         UserError: With the layer's name, if a quantizer refuses its weight, another module uses the weight
-            as well, or something computes it in every forward; if `model` is itself a layer. The model is
-            then as it was.
+            as well, something computes it in every forward, or no pattern matches the layer; if a pattern
+            chooses no layer; if `model` is itself a layer. The model is then as it was.
     """
     if isinstance(model, nn.Linear):
         raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
-    report = SurgeryReport()
+    report, choice = SurgeryReport(), Choice(quantizer)
     chosen: dict[str, nn.Linear] = {}
+    factories: dict[str, QuantizerFactory] = {}
     used_patterns: set[str] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, nn.Linear):
             continue
         matching = [p for p in skip if matches(name, p)]
         used_patterns.update(matching)
-        if isinstance(module, QuantLinear):
-            report.skipped[name] = "quantized already"
-        elif matching:
+        if matching:
             report.skipped[name] = f"skip: {matching[0]}"
+        elif isinstance(module, QuantLinear):
+            report.skipped[name] = choice.already(name)
         elif (made_of := computed_from(module)) is not None:
             raise UserError(
                 f"layer {name}: its weight is computed from {made_of} in every forward (pruning, weight or "
@@ -173,24 +184,35 @@ def quantize_linears(
             )
         elif not is_plain(module):
             report.skipped[name] = f"a {type(module).__name__}, not a plain Linear"
+        elif (factory := choice.of(name)) is None:
+            report.skipped[name] = f"quantizer: {choice.pattern(name)} is null"
         else:
-            chosen[name] = module
+            chosen[name], factories[name] = module, factory
     _refuse_shared(model, chosen, tied)
     replacements: dict[nn.Linear, QuantLinear] = {}
     for name, linear in chosen.items():
         if linear not in replacements:  # one module under two names stays one module
             try:
-                made = _make_quantizer(linear.weight, quantizer, initialize)
+                made = _make_quantizer(linear.weight, factories[name], initialize)
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from error
-            replacements[linear] = QuantLinear.from_linear(linear, made)
+            of_input = None if input_quantizer is None else input_quantizer(name, linear)
+            replacements[linear] = QuantLinear.from_linear(linear, made, of_input)
             replacements[linear].recompute = recompute
-    experts = _quantizers_of_experts(model, quantizer, skip, initialize, report, used_patterns)
+    experts = _quantizers_of_experts(model, choice, skip, initialize, report, used_patterns)
+    choice.check()
     for name, linear in chosen.items():  # once every weight has its quantizer: all layers or none
-        model.set_submodule(name, replacements[linear])
-    for module, key, made in experts.values():
-        quantize_experts(module, key, made)
+        model.set_submodule(name, layer := replacements[linear])
+        _freeze(linear.weight, layer.weight_quantizer)
+    for module, key, quantizer in experts.values():
+        quantize_experts(module, key, quantizer)
+        _freeze(module.get_parameter(key), quantizer)
     report.swapped, report.fused = [*chosen, *experts], len(experts)
+    if isinstance(quantizer, Mapping):
+        made_by_name = {name: replacements[linear].weight_quantizer for name, linear in chosen.items()}
+        made_by_name |= {name: quantizer for name, (_, _, quantizer) in experts.items()}
+        report.patterns = {name: choice.pattern(name) for name in report.swapped}
+        report.kinds = {name: made.kind_in_words for name, made in made_by_name.items()}
     group_layers(model, list(replacements.values()))
     report.unmatched = [p for p in skip if p not in used_patterns]
     _leave_fast_path(model)
@@ -198,6 +220,39 @@ def quantize_linears(
     report.count(model, of_experts | {layer.latent for layer in quantized_layers(model).values()})
     logger.info("%s", report)
     return report
+
+
+def describe(model: nn.Module, report: SurgeryReport | None = None) -> dict[str, str | int | float]:
+    """Flat hyper-parameters that name a model's quantizers in a table or in TensorBoard.
+
+    Where layers differ a value is "mixed", `bits` is the mean over weights, and `quantizers` names all kinds.
+
+    Args:
+        model: The model.
+        report: Of its surgery, for the patterns that chose the quantizers.
+    """
+    made = [(n, layer.weight_quantizer, layer.latent) for n, layer in quantized_layers(model).items()]
+    made += [(n, q, m.get_parameter(key)) for n, (m, key, q) in quantized_experts(model).items()]
+    described = [(name, quantizer.describe(), weight.numel()) for name, quantizer, weight in made]
+    if not described:
+        return {"method": "FP"}
+    distinct = list({tuple(each.items()): each for _, each, _ in described}.values())
+    first, *others = distinct
+    if not others:
+        return first
+    varying = {key for each in distinct for key in each if any(each[key] != o.get(key) for o in distinct)}
+    mixed = {key: "mixed" if key in varying else first[key] for key in first if all(key in o for o in others)}
+    kinds: dict[str, int] = {}
+    for name, each, _ in described:
+        own = [f"{key} {each[key]}" for key in each if key in varying - {"method", "bits", "grid"}]
+        kind = ", ".join([f"{each['method']} {each['bits']}-bit {each['grid']}", *own])
+        pattern = None if report is None else report.patterns.get(name)
+        kind = kind if pattern is None else f"{pattern}: {kind}"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    words = [kind if ": " in kind else f"{count} layers: {kind}" for kind, count in kinds.items()]
+    bits = sum(float(each["bits"]) * count for _, each, count in described)
+    bits = round(bits / sum(count for *_, count in described), 4)
+    return {**mixed, "bits": bits, "quantizers": "; ".join(words)}
 
 
 def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
@@ -213,6 +268,8 @@ def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
         if isinstance(layer, QuantLinear):
             if layer._group is not None:
                 layer._group.dissolve()
+            if not layer.weight_quantizer.trains_weight:
+                linear.weight.requires_grad_(True)
             model.set_submodule(name, linear)
 
 
@@ -221,9 +278,50 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(part, pattern) for part in (name, *name.split(".")))
 
 
+class Choice:
+    """Which factory makes the quantizer of which layer.
+
+    Args:
+        quantizer: One factory, or factories by layer pattern.
+    """
+
+    def __init__(self, quantizer: QuantizerSpec) -> None:
+        self.factories = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
+        self.chosen: dict[str, str] = {}  # pattern by layer
+
+    def pattern(self, name: str) -> str:
+        """The first pattern that matches a layer."""
+        if name not in self.chosen:
+            found = next((p for p in self.factories if matches(name, p)), None)
+            if found is None:
+                raise UserError(
+                    f"quantizer: no pattern matches layer {name}; add one, or end with '*' (null leaves a "
+                    "layer in full precision)"
+                )
+            self.chosen[name] = found
+        return self.chosen[name]
+
+    def already(self, name: str) -> str:
+        """Count a layer that is quantized already, and say so."""
+        self.pattern(name)
+        return "quantized already"
+
+    def of(self, name: str) -> QuantizerFactory | None:
+        """The factory of a layer, None for full precision."""
+        return self.factories[self.pattern(name)]
+
+    def check(self) -> None:
+        """Refuse a pattern that chooses nothing."""
+        if len(self.factories) > 1 and (idle := [p for p in self.factories if p not in self.chosen.values()]):
+            raise UserError(
+                f"quantizer: {idle[0]} chooses no layer; correct it, leave it out, or put it before the "
+                "patterns that match the same layers, which may not be in skip"
+            )
+
+
 def _quantizers_of_experts(
     model: nn.Module,
-    factory: QuantizerFactory,
+    choice: "Choice",
     skip: Sequence[str],
     initialize: bool,
     report: SurgeryReport,
@@ -235,13 +333,16 @@ def _quantizers_of_experts(
         name = f"{prefix}.{key}" if prefix else key
         matching = [p for p in skip if matches(name, p)]
         used_patterns.update(matching)
-        if name in quantized_experts(model):
-            report.skipped[name] = "quantized already"
-        elif matching:
+        if matching:
             report.skipped[name] = f"skip: {matching[0]}"
+        elif name in quantized_experts(model):
+            report.skipped[name] = choice.already(name)
+        elif (factory := choice.of(name)) is None:
+            report.skipped[name] = f"quantizer: {choice.pattern(name)} is null"
         else:
+            rows = as_rows(module, module.get_parameter(key))
             try:
-                made[name] = module, key, _make_quantizer(as_rows(module, key), factory, initialize)
+                made[name] = module, key, _make_quantizer(rows, factory, initialize)
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from error
     return made
@@ -269,6 +370,11 @@ def _leave_fast_path(model: nn.Module) -> None:
             module
         ):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)
+
+
+def _freeze(weight: Tensor, quantizer: Quantizer) -> None:
+    if not quantizer.trains_weight:
+        weight.requires_grad_(False)
 
 
 def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool) -> Quantizer:

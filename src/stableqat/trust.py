@@ -207,7 +207,8 @@ def _setting(key: str) -> str:
 
 def _names_classes(key: str) -> bool:
     *above, last = key.strip(".").replace(".init_args", "").split(".")
-    return last in KEYS or (last in TRAINER_KEYS and above[-1:] in ([], ["trainer"]))
+    named = last in KEYS or "quantizer" in above  # by layer pattern, whose dots look like keys
+    return named or (last in TRAINER_KEYS and above[-1:] in ([], ["trainer"]))
 
 
 def _named(value: Any) -> list[str]:

@@ -924,7 +924,7 @@ def test_a_compiled_block_with_autocast_switched_off_inside(monkeypatch):
 
 @pytest.mark.skipif(not KERNELS, reason="neither a GPU nor Triton's interpreter")
 def test_a_compiled_block_with_a_transposed_weight(monkeypatch):
-    for place in ("surgery.ops", "ops.dispatch"):
+    for place in ("ops", "ops.dispatch"):
         monkeypatch.setattr(f"stableqat.{place}.implementation", lambda *_: "triton")
     net, x = block(), inputs(4, 16)
     net.b.weight = nn.Parameter(net.b.weight.detach().t())
@@ -939,7 +939,7 @@ def test_a_compiled_block_with_a_transposed_weight(monkeypatch):
 @pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
 def test_a_compiled_block_has_one_operation_each_way(monkeypatch, method, amp):
     """The block's weights meet the kernels in operations that the compiler does not look into."""
-    for place in ("surgery.ops", "ops.dispatch"):
+    for place in ("ops", "ops.dispatch"):
         monkeypatch.setattr(f"stableqat.{place}.implementation", lambda *_: "triton")
     torch.compiler.reset()
     net, x = nn.Sequential(block(METHODS[method])), inputs(4, 16)

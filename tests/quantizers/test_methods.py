@@ -1,7 +1,6 @@
 """What makes each method itself: defaults, learned parameters, and the controls between them."""
 
 import io
-from functools import partial
 
 import pytest
 import torch
@@ -156,10 +155,16 @@ def test_dsq_trains_at_a_large_step_without_nan():
     "surrogate", [Constant("range", 0.3025), Permuted("range", 0.21)], ids=["constant", "permuted"]
 )
 def test_controls_are_one_liners(surrogate):
-    """A factory of its own: the base class with another surrogate."""
-    factory = partial(Quantizer, surrogate=surrogate, bits=2, group_size=16)
+    """A method is a class that brings its surrogate."""
+
+    class Control(Quantizer):
+        def __init__(self, weight, **options):
+            super().__init__(weight, surrogate=surrogate, **options)
+
     weight, reference = weight_of(), weight_of()
-    control, stableqat = factory(weight), StableQAT(reference, bits=2, group_size=16)
+    control, stableqat = (
+        cls(w, bits=2, group_size=16) for cls, w in ((Control, weight), (StableQAT, reference))
+    )
     assert torch.equal(control(weight), stableqat(reference))
     upstream = torch.randn(weight.shape)
     control(weight).backward(upstream)
@@ -170,15 +175,19 @@ def test_controls_are_one_liners(surrogate):
     file = io.BytesIO()
     torch.save(control.state_dict(), file)
     file.seek(0)
-    factory(weight).load_state_dict(torch.load(file, weights_only=True))
+    Control(weight, bits=2, group_size=16).load_state_dict(torch.load(file, weights_only=True))
 
 
 def test_a_constant_factor_changes_nothing_under_a_scale_free_optimizer():
     """Adam without eps divides it out: why the control of AdamW runs is STE at the same rate."""
     weight = weight_of()
 
+    class Any(Quantizer):
+        def __init__(self, surrogate):
+            super().__init__(weight, surrogate=surrogate, bits=2)
+
     def signs(surrogate):
-        quantizer = Quantizer(weight, surrogate=surrogate, bits=2)
+        quantizer = Any(surrogate)
         latent = nn.Parameter(weight.detach().clone())
         optimizer = torch.optim.Adam([latent], lr=0.01, eps=0.0)
         for _ in range(10):

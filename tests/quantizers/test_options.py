@@ -36,7 +36,7 @@ WEIGHT = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
         ({"bits": 2, "group_size": 96}, r"^group_size: 96 does not divide"),
         ({"bits": 2, "group_size": 0}, r"^group_size: "),
         ({"bits": 2, "group_size": -8}, r"^group_size: "),
-        ({"bits": 2, "group_size": 8, "per_channel": False}, r"^group_size: groups are parts of a row"),
+        ({"bits": 2, "group_size": 8, "per_channel": False}, r"^group_size: groups divide a row"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

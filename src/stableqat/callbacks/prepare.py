@@ -11,13 +11,15 @@ import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch.distributed.tensor import DTensor
 
-from stableqat.api import make_factory, prepare_and_report, refuse_another, was_converted
+from stableqat.api import prepare_and_report, refuse_another, was_converted
+from stableqat.callbacks.follow import FollowTraining
 from stableqat.callbacks.hold import HoldWeights
 from stableqat.callbacks.record import keep_report
 from stableqat.callbacks.refused import left_out
 from stableqat.errors import UserError
 from stableqat.layers.linear import quantized_layers
-from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.quantizers import Quantizer
+from stableqat.quantizers.factory import NamedSpec, make_factory
 from stableqat.surgery import HEADS, SurgeryReport
 
 
@@ -28,7 +30,8 @@ class PrepareQAT(L.Callback):
     `self.parameters()` works as well, but gives the scales ten times the learning rate.
 
     Args:
-        quantizer: Name of a method, or a factory that makes the quantizer of one weight.
+        quantizer: A method by name, a factory that makes the quantizer of one weight, or such by layer
+            pattern.
         skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
         example_inputs: Inputs of the module's forward; None waits for the first forward of it or its parts.
         options: Options of the quantizer, `bits=2` for example.
@@ -36,7 +39,7 @@ class PrepareQAT(L.Callback):
 
     def __init__(
         self,
-        quantizer: str | QuantizerFactory = "stableqat",
+        quantizer: NamedSpec = "stableqat",
         skip: str | Sequence[str] = HEADS,
         *,
         example_inputs: Any = None,
@@ -57,8 +60,10 @@ class PrepareQAT(L.Callback):
         """
         if stage == "fit":
             self._check_averaging(trainer.callbacks)  # type: ignore[attr-defined]
-        if not any(isinstance(callback, HoldWeights) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.append(HoldWeights())  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for brought in (HoldWeights, FollowTraining):
+            if not any(isinstance(callback, brought) for callback in callbacks):
+                callbacks.append(brought())
         if quantized_layers(pl_module):
             refuse_another(pl_module, make_factory(self.quantizer, self.options), self.skip)
             return

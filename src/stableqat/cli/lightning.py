@@ -74,6 +74,12 @@ class Parser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
             check_settings(yaml.safe_load(Path(path).read_text()), str(path))
         return super().parse_path(path, *args, **kwargs)
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Write settings; jsonargparse alone would take a mapping of factories for one factory."""
+        with warnings.catch_warnings():  # so that its union takes the next type
+            warnings.filterwarnings("error", message=r"\s*Unable to serialize instance")
+            return super().dump(*args, **kwargs)
+
 
 class QATCommand(LightningCLI):
     """LightningCLI in subclass mode, with this suite's callbacks, logger and checks."""

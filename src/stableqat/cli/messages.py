@@ -26,6 +26,7 @@ _UNKNOWN = re.compile(
     r"(?:Group '([^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption '([^']+)'"
 )
 _INSIDE = re.compile(r"given class_path '[^']+':\n\s+([\w.]+): (.+)")
+_OF_PATTERN = re.compile(r"expects a function or a callable class: ([\w.]+): (.+?)\. Got value: ")
 _CLASSLESS = re.compile(r"Given value: NestedArg\(key='([^']+)'")
 
 
@@ -118,6 +119,8 @@ def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError
         group = f"{match[1]}." if match[1] else ""
         return _unknown(getattr(ex, "subcommand_parser", parser), group + match[2])
     if match := _INSIDE.search(message):  # a fault inside one of several types that the key may have
+        return Fault(match[1], match[2]).within(key)
+    if match := _OF_PATTERN.search(message):  # a fault in a mapping of factories
         return Fault(match[1], match[2]).within(key)
     if match := _CLASSLESS.search(message):
         problem = f"comes before the class of {key}; name that first, with -c or --{key} CLASS"

@@ -38,11 +38,16 @@ def quantized_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str, Quant
     }
 
 
-def as_rows(module: nn.Module, key: str) -> Tensor:
+def as_rows(module: nn.Module, weight: Tensor) -> Tensor:
     """The matrices of all experts below each other, `(experts * out, in)`."""
-    weight = module._parameters[key]
-    assert weight is not None
     return (weight.transpose(1, 2) if module.is_transposed else weight).flatten(0, 1)
+
+
+def from_rows(module: nn.Module, rows: Tensor, shape: torch.Size) -> Tensor:
+    """`as_rows` undone."""
+    if not module.is_transposed:
+        return rows.reshape(shape)
+    return rows.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
 
 
 def quantize_experts(module: nn.Module, key: str, quantizer: Quantizer) -> None:
@@ -68,10 +73,9 @@ def make_plain(model: nn.Module, *, deploy: bool = True) -> None:
     """
     for module, key, quantizer in quantized_experts(model).values():
         if deploy:
-            weight = module._parameters[key]
-            assert weight is not None
-            rows = as_rows(module, key)
-            weight.copy_(_back(module, quantizer.quantize(rows).dequantize(), weight.shape))
+            weight = module.get_parameter(key)
+            rows = quantizer.quantize(as_rows(module, weight)).dequantize()
+            weight.copy_(from_rows(module, rows, weight.shape))
         delattr(module, key + _SUFFIX)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(shown := getattr(hook, "__self__", None), _Shown):
@@ -113,17 +117,10 @@ class _Shown(AroundForward):
         for _, key, quantizer in quantized_experts(module).values():
             weight = module._parameters[key]
             assert weight is not None
-            value = _back(module, quantizer(as_rows(module, key)), weight.shape)
+            value = from_rows(module, quantizer(as_rows(module, weight)), weight.shape)
             object.__setattr__(module, key, value)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, also after an exception."""
         for _, key, _ in quantized_experts(module).values():
             vars(module).pop(key, None)
-
-
-def _back(module: nn.Module, rows: Tensor, shape: torch.Size) -> Tensor:
-    """`as_rows` undone."""
-    if not module.is_transposed:
-        return rows.reshape(shape)
-    return rows.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from stableqat.callbacks.checkpoint import forget_paths_elsewhere
+from stableqat.callbacks.follow import FollowTraining
 from stableqat.callbacks.hold import HoldWeights
 from stableqat.callbacks.position import StepPosition
 from stableqat.callbacks.refused import check_trainer, left_out
@@ -33,8 +34,8 @@ from stableqat.modules.schedule import end_with_run, place
 from stableqat.modules.start import load_start, state_dict_follows, will_be_loaded
 from stableqat.modules.start_quantizers import take_quantizers
 from stableqat.parameters import parameter_groups
-from stableqat.quantizers import QuantizerFactory
-from stableqat.surgery import SurgeryReport, quantize_linears
+from stableqat.quantizers import QuantizerSpec
+from stableqat.surgery import SurgeryReport, describe, quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,9 @@ class QATModule(Evaluation, ABC):
         heads: Default of `skip`.
 
     Args:
-        quantizer: Makes the quantizer of one weight. None trains in full precision, without any surgery.
+        quantizer: Makes the quantizer of one weight; a mapping says what makes it by layer pattern, of which
+            the first that matches wins, None leaving the layer in full precision. None trains in full
+            precision, without any surgery.
         skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
         init_from: Full-precision start: a run folder or checkpoint of this suite, a local model
             folder or weight file, or a hub name. None starts from random weights.
@@ -76,7 +79,7 @@ class QATModule(Evaluation, ABC):
     def __init__(
         self,
         *,
-        quantizer: QuantizerFactory | None = None,
+        quantizer: QuantizerSpec | None = None,
         skip: Sequence[str] = (),
         init_from: str | None = None,
         init_quantizers: Literal["weights", "start"] = "weights",
@@ -160,7 +163,7 @@ class QATModule(Evaluation, ABC):
     def check_data(self, datamodule: L.LightningDataModule) -> None:
         """Refuse data that does not fit the model, as far as is known before data is prepared."""
 
-    def check_architecture(self, quantizer: QuantizerFactory | None) -> None:
+    def check_architecture(self, quantizer: QuantizerSpec | None) -> None:
         """Build, quantize and try the model on the meta device, so that a wrong setting fails at once."""
         with torch.device("meta"):
             model = self.build_model()
@@ -198,7 +201,7 @@ class QATModule(Evaluation, ABC):
         self.model = model
 
     def assemble(
-        self, model: nn.Module, quantizer: QuantizerFactory | None, *, initialize: bool = True
+        self, model: nn.Module, quantizer: QuantizerSpec | None, *, initialize: bool = True
     ) -> SurgeryReport | None:
         """Turn a plain model into the one that trains, in place; only sharding comes after it.
 
@@ -285,7 +288,7 @@ class QATModule(Evaluation, ABC):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The callbacks that these modules need in every trainer."""
-        return [HoldWeights(), StepPosition()]
+        return [HoldWeights(), StepPosition(), FollowTraining()]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -311,8 +314,7 @@ class QATModule(Evaluation, ABC):
     def describe(self) -> dict[str, str | int | float]:
         """Flat settings of the run for TensorBoard's HParams and for tables."""
         assert self.model is not None
-        layers = list(quantized_layers(self.model).values())
-        method = layers[0].weight_quantizer.describe() if layers else {"method": "FP"}
+        method = describe(self.model, self.surgery)
         multipliers = {key: getattr(self, key) for key in ("scale_lr_multiplier", "weight_lr_multiplier")}
         share = {"quantized_share": round(self.surgery.quantized_share, 4)} if self.surgery else {}
         return {**method, **share, **multipliers, "seed": self.seed}

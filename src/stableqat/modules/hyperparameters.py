@@ -104,6 +104,8 @@ def _plain(value: Any) -> Any:
         return {**_plain(value.func), "init_args": {k: _plain(v) for k, v in value.keywords.items()}}
     if isinstance(value, type):
         return {"class_path": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
     if is_dataclass(value):
         return asdict(value)  # type: ignore[arg-type]
     if isinstance(value, tuple):

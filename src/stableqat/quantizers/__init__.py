@@ -1,6 +1,6 @@
 """Quantization-aware training methods, one file each, behind the `Quantizer` interface."""
 
-from stableqat.quantizers.base import Quantizer, QuantizerFactory
+from stableqat.quantizers.base import Quantizer, QuantizerFactory, QuantizerSpec
 from stableqat.quantizers.controls import PermutedStableQAT, ScaledSTE
 from stableqat.quantizers.dsq import DSQ
 from stableqat.quantizers.paretoq import ParetoQ
@@ -16,6 +16,7 @@ __all__ = [
     "QuantizedWeight",
     "Quantizer",
     "QuantizerFactory",
+    "QuantizerSpec",
     "ScaledSTE",
     "StableQAT",
 ]

@@ -1,14 +1,16 @@
 """The `Quantizer` strategy: one per weight, it owns the grid, the learned scale and the surrogate.
 
-Two orthogonal choices make a method: the grid (where are the levels?) and the surrogate
-(what stands for the derivative of round?). A subclass names a pair with its defaults; both
-stay open, so that a comparison changes one thing only. `value = scale * (code - zero_point)`.
-To add a method: one file with a subclass here, one import line in `__init__`, one overlay a
-family; a soft or stochastic method overrides `forward` and keeps `quantize`, which is what
-is deployed.
+Two orthogonal choices make a method: the grid (where are the levels?) and the surrogate (what stands for the
+derivative of round?). A subclass names a pair with its defaults; both stay open, so that a comparison changes
+one thing only. `value = scale * (code - zero_point)`.
+
+To add a method: one file with a subclass here, one import line in `__init__`, one overlay per family. A
+soft or stochastic method overrides `forward`; one that rounds another tensor than the weight overrides
+`latent` and `set_latent`; `progress`, `penalty` and `after_step` follow training. All keep `quantize`: it is
+what is deployed.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -19,6 +21,8 @@ from torch.nn import functional as F
 
 from stableqat import ops
 from stableqat.errors import UserError
+from stableqat.quantizers.options import check_known, scale_shape, special_grid, width_of
+from stableqat.quantizers.position import Position
 from stableqat.quantizers.quantized_weight import QuantizedWeight
 
 FLOOR = 1e-4  # of the initial scale
@@ -29,20 +33,20 @@ Role = Literal["scale", "weight"]
 class Quantizer(nn.Module, ABC):
     """Base of all methods: a grid, a learned scale with its floor, a surrogate.
 
-    The parameter `scale` is the distance between levels, `(out, 1)`, `(out, groups)` or `(1, 1)`. It
-    is allocated from shapes alone and set from the values at once, or, where the weight is on
-    the meta device, by `initialize` after loading. In the forward it never acts below
-    `scale_floor` (1e-4 of its initial value), while its gradient still flows.
+    The parameter `scale` is the distance between levels, `(out, 1)`, `(out, groups)` or `(1, 1)`. It is
+    allocated from shapes alone and set from the weight's values at once or, if the weight is on the meta
+    device, by `initialize` after loading. In the forward it never acts below `scale_floor` (1e-4 of its
+    initial value), while its gradient still flows.
 
     Args:
         weight: The latent weight that this quantizer is for, `(out, ...)`.
-        surrogate: Stand-in for the derivative of round, with its mask.
+        surrogate: Replaces the derivative of round; has the mask.
         bits: Storage width of a code, 1 to 8; 1 means the binary grid.
-        levels: Number of levels instead of bits, where that is not a power of two: 3 is ternary.
-        grid: integer, stretched, ternary or binary; None takes the method's own for this width.
+        levels: Number of levels in place of bits; 3 is ternary.
+        grid: integer, stretched, ternary or binary. Default: the method's own for this width.
         scale_init: mse, max, lsq or absmax_as_step, see `ops.scale_init`.
-        per_channel: One scale a row; False: one for the whole tensor.
-        group_size: One scale for each run of this many inputs of a row.
+        per_channel: One scale per row; False: one for the whole tensor.
+        group_size: One scale per run of this many inputs of a row.
 
     Raises:
         UserError: If an option is unknown, the grid does not exist at this width, or `group_size` does
@@ -51,9 +55,11 @@ class Quantizer(nn.Module, ABC):
 
     scale: nn.Parameter
     scale_floor: nn.Parameter
+    position: Position | None = None  # where training is, once `stableqat.follow` says so
     is_control = False  # True: a question about another method
     trains_weight = True  # False: surgery freezes the layer's weight; the method trains parameters of its own
 
+    @abstractmethod  # a method brings its surrogate
     def __init__(
         self,
         weight: Tensor,
@@ -67,21 +73,22 @@ class Quantizer(nn.Module, ABC):
         group_size: int | None = None,
     ) -> None:
         super().__init__()
-        _check_known("mask", surrogate.mask, get_args(ops.Mask))
-        _check_known("scale_init", scale_init, get_args(ops.ScaleInit))
-        width = _bits(bits, levels, grid)
-        self.grid = ops.make_grid(grid or _special_grid(width, levels) or self.default_grid(width), width)
+        check_known("mask", surrogate.mask, get_args(ops.Mask))
+        check_known("scale_init", scale_init, get_args(ops.ScaleInit))
+        width = width_of(bits, levels, grid)
+        self.grid = ops.make_grid(grid or special_grid(width, levels) or self.default_grid(width), width)
         self.surrogate = surrogate
         self.scale_init = scale_init
         self.group_size = group_size
-        shape = _scale_shape(weight, per_channel, group_size)
+        self.weight_shape = tuple(weight.shape)
+        shape = scale_shape(weight, per_channel, group_size)
         self.allocate(shape, dtype=torch.float32, device=weight.device)
         if not weight.is_meta:
             self.initialize(weight)
 
     @classmethod
     def default_grid(cls, bits: int) -> ops.GridName:
-        """The grid that the method takes for `bits` >= 2 where the user names none."""
+        """The method's default grid for `bits` >= 2."""
         return "integer"
 
     @property
@@ -90,7 +97,9 @@ class Quantizer(nn.Module, ABC):
         return self.grid.bits
 
     def allocate(self, shape: tuple[int, int], **options: Any) -> None:
-        """Create the parameters, unset (NaN); a method that learns more than a scale adds to it.
+        """Create the parameters, unset (NaN); a method with more parameters extends this.
+
+        State that is shaped like the weight (`weight_shape`) is a frozen parameter, so that FSDP shards it.
 
         Args:
             shape: Shape of the scale.
@@ -105,7 +114,7 @@ class Quantizer(nn.Module, ABC):
         """Set the scale, and its floor, from the values of a weight.
 
         Args:
-            weight: Real latent weight, shaped like the one given to the constructor.
+            weight: Latent weight with values, shaped like the one given to the constructor.
 
         Raises:
             UserError: If the weight holds a value that is not finite.
@@ -119,7 +128,7 @@ class Quantizer(nn.Module, ABC):
         self.scale_floor.copy_(scale * FLOOR)
 
     def surrogate_param(self) -> Tensor | None:
-        """The surrogate's learned parameter, shaped like `scale`; None where nothing is learned."""
+        """The surrogate's learned parameter, shaped like `scale`; None if it learns nothing."""
         return None
 
     def roles(self) -> dict[str, Role]:
@@ -165,6 +174,32 @@ class Quantizer(nn.Module, ABC):
             surrogate_param=self.surrogate_param(),
         )
 
+    @property
+    def progress(self) -> float:
+        """Share of training that is done, in [0, 1]; 0 without a clock, see `stableqat.follow`.
+
+        It stays the same from one optimizer step to the next: through accumulated micro-batches, and where
+        the backward recomputes the forward.
+        """
+        return 0.0 if self.position is None else self.position.progress
+
+    def penalty(self, weight: Tensor) -> Tensor | None:
+        """What training minimises beside the loss, summed over the weight; None for nothing.
+
+        Args:
+            weight: The layer's weight, of this process's shard, with gradients.
+        """
+        return None
+
+    def after_step(self, weight: Tensor, lr: float, progress: float) -> None:
+        """Act on the weight, in place, after an optimizer step.
+
+        Args:
+            weight: The layer's weight, of this process's shard.
+            lr: Learning rate of its step.
+            progress: Share of training that is done, this step included.
+        """
+
     def linear(
         self,
         input: Tensor,
@@ -180,9 +215,9 @@ class Quantizer(nn.Module, ABC):
             input: Activations, `(..., in)`.
             weight: Latent weight, `(out, in)`.
             bias: `(out,)` or None.
-            recompute: Recompute the fake-quantized weight in the backward instead of saving it; None does
-                on a GPU.
-            value: The fake-quantized weight, if it is known already.
+            recompute: Recompute the fake-quantized weight in the backward instead of saving it. Default: on
+                a GPU.
+            value: The fake-quantized weight, if it is already known.
 
         Returns:
             `(..., out)`.
@@ -209,7 +244,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def kind(self) -> Hashable:
-        """Equal for quantizers whose weights `many` takes together; None for a forward of a method's own."""
+        """Equal for quantizers whose weights `many` takes together; None for a forward of its own."""
         return (self.grid, self.surrogate) if self.fuses else None
 
     def many(self, weights: Sequence[ops.Weight], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -217,12 +252,12 @@ class Quantizer(nn.Module, ABC):
 
         Args:
             weights: What `bundle` made of each weight.
-            values: Fake-quantized weights that are known already.
+            values: Fake-quantized weights that are already known.
         """
         return ops.fake_quantize_many(weights, grid=self.grid, surrogate=self.surrogate, values=values)
 
     def implementation(self, weight: Tensor) -> str:
-        """What fake-quantizes a weight: triton or torch, see `ops.implementation`."""
+        """Which implementation fake-quantizes a weight, triton or torch; see `ops.implementation`."""
         return ops.implementation(local(weight), self.surrogate)
 
     @property
@@ -232,7 +267,7 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """The deployed value of a weight, of this process's shard where the parameters are sharded.
+        """The deployed form of a weight; of this process's shard, if parameters are sharded.
 
         Args:
             weight: Latent weight, `(out, ...)`.
@@ -306,6 +341,11 @@ class Quantizer(nn.Module, ABC):
         }
         return {**method, **{k: v for k, v in vars(self.surrogate).items() if k != "mask"}}
 
+    @property
+    def kind_in_words(self) -> str:
+        """Method, width and grid, for a line of a report."""
+        return f"{type(self).__name__} {self.bits}-bit {self.grid}"
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return (
@@ -316,56 +356,10 @@ class Quantizer(nn.Module, ABC):
 QuantizerFactory = Callable[[Tensor], Quantizer]
 """Makes the quantizer of one weight: a class with its options bound, `functools.partial(STE, bits=2)`."""
 
+QuantizerSpec = QuantizerFactory | dict[str, QuantizerFactory | None]
+"""One factory for all layers, or factories by layer pattern; None leaves a layer in full precision."""
+
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded parameter; any other tensor as it is."""
+    """This process's shard of a sharded parameter; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _check_known(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(known)}")
-
-
-def _bits(bits: int | None, levels: int | None, grid: str | None) -> int:
-    if levels is None and bits is None:
-        fixed = {"ternary": 2, "binary": 1}
-        if grid not in fixed:
-            raise UserError("bits: missing; give bits (1 to 8), or levels: 3 for ternary")
-        return fixed[grid]
-    if bits is not None and (isinstance(bits, bool) or bits != int(bits) or not 1 <= bits <= 8):
-        raise UserError(f"bits: must be a whole number from 1 to 8, not {bits}")
-    if levels is None:
-        assert bits is not None
-        return int(bits)
-    if levels not in (2, 3, 4, 8, 16, 32, 64, 128, 256):
-        raise UserError(f"levels: must be 3 or a power of two from 2 to 256, not {levels}")
-    width = (levels - 1).bit_length()
-    if bits is not None and bits != width:
-        raise UserError(
-            f"levels: {levels} levels take {width} bit(s), but bits says {bits}; leave one of them out"
-        )
-    if grid is not None and (levels == 3) != (grid == "ternary"):
-        raise UserError(f"levels: {levels} levels are not the {grid} grid; leave one of them out")
-    return width
-
-
-def _special_grid(bits: int, levels: int | None) -> ops.GridName | None:
-    if levels == 3:
-        return "ternary"
-    return "binary" if bits == 1 else None
-
-
-def _scale_shape(weight: Tensor, per_channel: bool, group_size: int | None) -> tuple[int, int]:
-    if weight.ndim < 2:
-        raise UserError(
-            f"a quantizer takes a weight of two or more dimensions, not shape {tuple(weight.shape)}"
-        )
-    rows, inputs = weight.shape[0], weight[0].numel()
-    if group_size is None:
-        return (rows, 1) if per_channel else (1, 1)
-    if not per_channel:
-        raise UserError("group_size: groups are parts of a row; leave per_channel at true, or group_size out")
-    if group_size < 1 or inputs % group_size:
-        raise UserError(f"group_size: {group_size} does not divide the layer's {inputs} inputs")
-    return rows, inputs // group_size
