@@ -82,7 +82,7 @@ def test_help_of_fit_tells_the_docstrings(capsys):
     text = " ".join(printed.split())
     assert "--trainer.max_steps" in text
     assert "--guard.patience" in text
-    assert "Optimizer steps in a row that it may stay above." in text
+    assert "For how many optimizer steps in a row it may stay above that." in text
 
 
 def test_help_of_a_class_tells_its_docstring(capsys):
