@@ -75,7 +75,10 @@ def _nothing_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """One entry, its shape, for each fake-quantized weight that is computed by itself."""
     calls: list[tuple[int, ...]] = []
-    seam = import_module("stableqat.ops.fake_quantize")  # the package's attribute is the function
-    real = seam.value_of
-    monkeypatch.setattr(seam, "value_of", lambda *args: calls.append(args[0].x.shape) or real(*args))
+    for name in ("fake_quantize", "product"):  # the package's attributes are the functions
+        seam = import_module(f"stableqat.ops.{name}")
+        real = seam.value_of
+        monkeypatch.setattr(
+            seam, "value_of", lambda *args, it=real: calls.append(args[0].x.shape) or it(*args)
+        )
     return calls

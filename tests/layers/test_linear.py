@@ -614,7 +614,7 @@ def test_a_replica_computes_with_its_own_weights(together, method):
     agree(measure(net, x, one), expected)
     agree(meanwhile, expected[:1])
     assert together == []
-    assert one.a.held_value() is None
+    assert one.a.known_value() is None
 
 
 # -- held weights -------------------------------------------------------------------------------
@@ -734,7 +734,7 @@ def test_a_fused_optimizer_leaves_no_trace_so_release_before_it():
     layer, x = make(), inputs(3, 12)
     hold_weights(layer)
     stepped(torch.optim.AdamW, fused=True)(layer)
-    assert layer.held_value() is not None
+    assert layer.known_value() is not None
     release_weights(layer)
     agree(measure(layer, x), fresh(layer, x))
 

@@ -306,7 +306,7 @@ def test_what_is_differentiable_once_says_so(kind, power):
         "lean loss": lambda: lean_cross_entropy(hidden, weight, labels),
         "layer": lambda: quantizer.linear(hidden, weight),
         "weight": lambda: quantizer(weight),
-        "weights together": lambda: quantizer.many([quantizer.bundle(weight)], [None])[0],
+        "weights together": lambda: quantizer.many([quantizer.operands(weight)], [None])[0],
     }[kind]()
     # of a sum the incoming gradient has no graph, and yet the gradient depends on what was saved
     (gradient,) = torch.autograd.grad(loss.pow(power).sum(), weight, create_graph=True)

@@ -30,7 +30,6 @@ class Case:
     upstream: Tensor
     scale: Tensor
     floor: Tensor | None
-    zero_point: Tensor | None
     param: Tensor | None
     grid: Grid
     surrogate: Surrogate
@@ -40,9 +39,7 @@ class Case:
         return self.scale if self.floor is None else torch.maximum(self.scale, self.floor)
 
 
-def sample(
-    shape, scale_shape, grid, surrogate, *, dtype=FLOAT, upstream=FLOAT, floor=False, zero=False, seed=0
-):
+def sample(shape, scale_shape, grid, surrogate, *, dtype=FLOAT, upstream=FLOAT, floor=False, seed=0):
     """Weights on all sides of every rule, one in eight at a threshold; a floor acts on every other scale."""
     random = torch.Generator(DEVICE).manual_seed(seed)
 
@@ -64,7 +61,6 @@ def sample(
         torch.randn(shape, generator=random, device=DEVICE).to(upstream),
         scale,
         floors,
-        uniform(scale_shape, -6, 6).round_().div_(4) if zero else None,
         uniform(scale_shape, 0.05, 0.95).logit() if isinstance(surrogate, Tanh) else None,
         grid,
         surrogate,
@@ -74,8 +70,7 @@ def sample(
 def expected_value(case, dtype):
     """The torch reference's value."""
     s = case.acting_scale.unsqueeze(-1)
-    z = case.grid.zero_point if case.zero_point is None else case.zero_point.unsqueeze(-1)
-    value = reference.forward(case.x.float().reshape(*case.scale.shape, -1), s, z, case.grid)
+    value = reference.forward(case.x.float().reshape(*case.scale.shape, -1), s, case.grid)
     return value.reshape(case.x.shape).to(dtype)
 
 
@@ -104,7 +99,7 @@ def expected_gradients(case):
     The slack is for ties of float32: both neighbours are nearest, and the distance to either is right.
     """
     s = case.acting_scale.unsqueeze(-1)
-    z = torch.full_like(s, case.grid.zero_point) if case.zero_point is None else case.zero_point.unsqueeze(-1)
+    z = torch.full_like(s, case.grid.zero_point)
     x = case.x.float().reshape(*case.scale.shape, -1)
     v = x / s
     nearest = (v + z).round()

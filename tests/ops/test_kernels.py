@@ -30,11 +30,11 @@ from stableqat.ops import (
     make_grid,
     reference,
 )
-from stableqat.ops.spec import Spec, from_text, to_text
+from stableqat.ops.operands import Operands, Spec, from_text, to_text
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
-fused = import_module("stableqat.ops.launch")
+fused = import_module("stableqat.ops.fused")
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 
@@ -100,7 +100,7 @@ def _interpreter_rounds_as_a_gpu_does(monkeypatch):
 
 
 def weight_of(case):
-    return fused.Weight(case.x, case.scale, case.floor, case.zero_point, case.param)
+    return Operands(case.x, case.scale, case.floor, case.param)
 
 
 def forward(case, dtype):
@@ -215,9 +215,9 @@ def test_weights_far_outside_the_grid(name, bits, surrogate, mask):
 def gradients_of(case):
     """What the torch reference gives."""
     spec = Spec(case.grid, case.surrogate, FLOAT)
-    x, scale, zero, param = reference.grouped(weight_of(case), spec.grid)
+    x, scale, param = reference.grouped(weight_of(case))
     upstream = case.upstream.reshape(x.shape)
-    found = reference.backward(upstream, x, scale, zero, spec.grid, spec.surrogate, param)
+    found = reference.backward(upstream, x, scale, spec.grid, spec.surrogate, param)
     likes = (case.x, case.scale, case.param)
     return (*[g if g is None else g.reshape(like.shape) for g, like in zip(found, likes, strict=True)], None)
 
@@ -247,17 +247,14 @@ def test_one_scale_for_a_hundred_thousand_weights(grid, surrogate):
 
 @pytest.mark.parametrize("surrogate", ["identity", "fourier-1", "tanh"])
 @pytest.mark.parametrize("scale_shape", [(8, 1), (8, 3), (1, 1)])
-def test_floor_and_zero_point(scale_shape, surrogate):
+def test_floor(scale_shape, surrogate):
     """The scale's gradient arrives undiminished where the floor stands in for a scale below it."""
-    for floor, zero in ((True, False), (False, True), (True, True)):
-        grid = make_grid("integer", 3)
-        case = sample((8, 60), scale_shape, grid, SURROGATES[surrogate], floor=floor, zero=zero)
-        check(case, BF16)
-        if floor:
-            assert (case.scale < case.floor).any()
-            lifted = replace(case, scale=case.acting_scale, floor=None)
-            for got, wanted in zip(backward(case), backward(lifted), strict=True):
-                assert got is wanted is None or torch.equal(got, wanted)
+    case = sample((8, 60), scale_shape, make_grid("integer", 3), SURROGATES[surrogate], floor=True)
+    check(case, BF16)
+    assert (case.scale < case.floor).any()
+    lifted = replace(case, scale=case.acting_scale, floor=None)
+    for got, wanted in zip(backward(case), backward(lifted), strict=True):
+        assert got is wanted is None or torch.equal(got, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter's numpy
@@ -276,7 +273,7 @@ def test_hard_weights(name, bits, dtype, value):
     rows = [torch.cat((s * steps, tiny, huge, s * huge[3:])) for s in acting]
     x = torch.stack(rows).to(dtype)
     x = torch.where(x.isinf(), torch.finfo(dtype).max, x)
-    case = Case(x, torch.ones_like(x), scale, floor, None, None, grid, Identity())
+    case = Case(x, torch.ones_like(x), scale, floor, None, grid, Identity())
     expected = expected_value(case, value)
     assert expected[-1].isnan().all()
     assert expected.isnan().sum() == expected[-1].numel() + 2 * (len(scale) - 1)
@@ -360,12 +357,11 @@ def test_several_weights_in_one_launch(surrogate, floor):
     ]
     weights = [weight_of(case) for case in cases]
     for count in (2, 3, len(cases)):
-        # in the interpreter weights are not joined by themselves, but their kernels run there
-        together = (fused.join if DEVICE == "cuda" else fused._join)(weights[:count], grid)
-        assert together is not None
-        values = fused.forward_many(weights[:count], together, grid, BF16)
+        joined = fused.join(weights[:count], grid)
+        assert joined is not None
+        values = fused.forward_many(weights[:count], joined, BF16)
         upstreams = [case.upstream for case in cases[:count]]
-        gradients = fused.backward_many(upstreams, weights[:count], together, grid, surrogate)
+        gradients = fused.backward_many(upstreams, weights[:count], joined, surrogate)
         for case, value, found in zip(cases, values, gradients, strict=False):
             assert torch.equal(value, forward(case, BF16))
             for one, other in zip(found, backward(case)[:3], strict=True):
@@ -388,7 +384,7 @@ def test_several_weights_in_one_launch(surrogate, floor):
 def test_weights_that_do_not_share_a_launch(shapes):
     grid = make_grid("integer", 4)
     weights = [weight_of(sample(shape, (shape[0], 1), grid, Identity())) for shape in shapes]
-    assert fused._join(weights, grid) is None
+    assert fused.join(weights, grid) is None
 
 
 def test_tensors_that_are_not_contiguous(monkeypatch):
@@ -472,7 +468,6 @@ def cases(shapes):
         mask=st.sampled_from(MASKS),
         dtypes=st.sampled_from(DTYPES),
         floor=st.booleans(),
-        zero=st.booleans(),
         seed=st.integers(0, 2**31),
     )
 

@@ -60,19 +60,36 @@ class LayerGroup:
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
             return
-        weights = [layer.bundle() for layer in layers]
+        weights = [layer.operands() for layer in layers]
         if first.implementation != "triton" or any(isinstance(weight.x, DTensor) for weight in weights):
             return
-        held = [layer.held_value() for layer in layers]
-        if torch.compiler.is_compiling() and any(value is not None for value in held):
+        known = [layer.known_value() for layer in layers]
+        if torch.compiler.is_compiling() and any(value is not None for value in known):
             return  # each layer's own graph node takes its held value
-        self.values = first.weight_quantizer.many(weights, held)
+        self.values = first.weight_quantizer.many(weights, known)
         if not torch.compiler.is_compiling():
-            self.saving = saving()
+            self.saving = _saving()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, also after an exception: values and their graph last no longer than the forward."""
         self.values = None
+
+    def value_of(self, place: int, latent: Tensor) -> Tensor | None:
+        """The value of a layer, while the block's forward runs; None where the layer cannot use it.
+
+        Args:
+            place: The layer's number in the group.
+            latent: Its latent weight.
+        """
+        assert self.values is not None
+        value = self.values[place]
+        # a region inside the block may have switched autocast or gradients
+        usable = value.dtype == ops.compute_dtype(latent)
+        usable = usable and (value.requires_grad or not torch.is_grad_enabled())
+        if usable and not torch.compiler.is_compiling():
+            # inside a checkpoint that the block has not entered, the recomputation would not find it again
+            usable = _saving() == self.saving
+        return value if usable else None
 
     def _pays(self, input: Tensor) -> bool:
         elements = input.numel()
@@ -97,6 +114,6 @@ def group_layers(model: nn.Module, layers: "list[QuantLinear]") -> None:
                 alike.difference_update(within)
 
 
-def saving() -> Any:
+def _saving() -> Any:
     """The hooks that saved tensors go through here: a checkpoint's, for example."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)

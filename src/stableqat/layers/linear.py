@@ -4,15 +4,14 @@ It computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on th
 that it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds keys of its own.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stableqat import ops
 from stableqat.errors import UserError
-from stableqat.layers.group import LayerGroup, saving
+from stableqat.layers.group import LayerGroup
 from stableqat.quantizers import Quantizer
 
 
@@ -82,25 +81,25 @@ class QuantLinear(nn.Linear):
         """`(..., in) -> (..., out)`."""
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        if (value := self._value_of_group()) is not None:
-            return F.linear(input, value, self.bias)
-        return self.weight_quantizer.linear(
-            input, self.latent, self.bias, recompute=self.recompute, value=self.held_value()
-        )
+        value, quantizer = self.known_value(), self._quantizer
+        return quantizer.linear(input, self.latent, self.bias, recompute=self.recompute, value=value)
 
     def value(self) -> Tensor:
-        """The fake-quantized weight, for whatever multiplies with it without calling the layer."""
-        if (value := self._value_of_group()) is not None:
-            return value
-        if not self.weight_quantizer.fuses:
+        """The fake-quantized weight with its gradient, for whatever multiplies with it around the layer."""
+        value = self.known_value()
+        if value is None:
             return self.weight_quantizer(self.latent)
-        return self.weight_quantizer.many([self.bundle()], [self.held_value()])[0]
+        if value.requires_grad:
+            return value
+        return self.weight_quantizer.many([self.operands()], [value])[0]
 
-    def bundle(self) -> ops.Weight:
+    def operands(self) -> ops.Operands:
         """The weight with its quantizer's parameters."""
-        # called for every layer in every step: without the module's search for attributes
-        quantizer = cast(Quantizer, self._modules["weight_quantizer"])
-        return quantizer.bundle(self.latent)
+        return self._quantizer.operands(self.latent)
+
+    @property
+    def _quantizer(self) -> Quantizer:
+        return self._modules["weight_quantizer"]  # type: ignore[return-value]  # without a module's slow search
 
     @property
     def latent(self) -> Tensor:
@@ -108,18 +107,14 @@ class QuantLinear(nn.Linear):
         weight = self._parameters.get("weight")  # not there if it is parametrized, or a replica's
         return self.weight if weight is None else weight
 
-    def _value_of_group(self) -> Tensor | None:
+    def known_value(self) -> Tensor | None:
+        """The fake-quantized weight, if it is known already: made by the layer's group, or held."""
         group = self._group
-        if group is None or group.values is None:
-            return None
-        value = group.values[self._place]
-        # a region inside the block may have switched autocast or gradients
-        usable = value.dtype == ops.compute_dtype(self.latent)
-        usable = usable and (value.requires_grad or not torch.is_grad_enabled())
-        if usable and not torch.compiler.is_compiling():
-            # inside a checkpoint that the block has not entered, the recomputation would not find it again
-            usable = saving() == group.saving
-        return value if usable else None
+        if group is not None and group.values is not None:
+            value = group.value_of(self._place, self.latent)
+            if value is not None:
+                return value
+        return None if self._held is None else self._held_value()
 
     @property
     def implementation(self) -> str:
@@ -129,22 +124,20 @@ class QuantLinear(nn.Linear):
     @torch.inference_mode(False)  # so that training may use it, too
     @torch.no_grad()
     def hold(self) -> None:
-        """Keep the fake-quantized weight for forwards to come, until `release` or until a parameter changes.
+        """Keep the fake-quantized weight for later forwards, until `release` or until a parameter changes.
 
         The value has the type of the autocast region of this call. A quantizer with a forward of its own,
         which may be stochastic, is not held.
         """
-        if self.weight_quantizer.fuses and self.held_value() is None:
+        if self.weight_quantizer.fuses and (self._held is None or self._held_value() is None):
             self._held = self.weight_quantizer(self.latent), self._versions()
 
     def release(self) -> None:
         """Forget what `hold` kept."""
         self._held = None
 
-    def held_value(self) -> Tensor | None:
-        """What `hold` kept, while it is right."""
-        if self._held is None:
-            return None
+    def _held_value(self) -> Tensor | None:
+        assert self._held is not None
         value, made_of = self._held
         # a compiled graph cannot ask for versions: whoever holds releases before weights change
         if torch.compiler.is_compiling():

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from stableqat.layers.embedding import effective_weight
 from stableqat.layers.linear import QuantLinear
-from stableqat.ops.once import once_differentiable
+from stableqat.ops.once_differentiable import once_differentiable
 
 IGNORED = -100
 LOGITS = 2**27  # elements of a chunk's logits, 512 MiB in float32

@@ -5,12 +5,12 @@ from stableqat.ops.fake_quantize import (
     compute_dtype,
     dequantize_codes,
     fake_quantize,
-    fake_quantize_linear,
     fake_quantize_many,
     quantize_codes,
 )
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
-from stableqat.ops.operands import TOGETHER, Weight
+from stableqat.ops.operands import TOGETHER, Operands
+from stableqat.ops.product import product
 from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, KernelForm, Permuted, Surrogate, Tanh
 
@@ -23,18 +23,18 @@ __all__ = [
     "Identity",
     "KernelForm",
     "Mask",
+    "Operands",
     "Permuted",
     "ScaleInit",
     "Surrogate",
     "Tanh",
-    "Weight",
     "compute_dtype",
     "dequantize_codes",
     "fake_quantize",
-    "fake_quantize_linear",
     "fake_quantize_many",
     "implementation",
     "initial_scale",
     "make_grid",
+    "product",
     "quantize_codes",
 ]

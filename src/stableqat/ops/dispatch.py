@@ -14,15 +14,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stableqat.ops import reference
-from stableqat.ops.operands import Weight
-from stableqat.ops.spec import Spec
+from stableqat.ops.operands import Operands, Spec
 from stableqat.ops.surrogates import Surrogate
 
 try:
-    from stableqat.ops import custom_ops as graph
-    from stableqat.ops import launch as fused
+    from stableqat.ops import custom_ops, fused, launch
 except ImportError:  # torch without Triton, as on a Mac
-    fused = graph = None  # type: ignore[assignment]
+    custom_ops = fused = launch = None  # type: ignore[assignment]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the kernels hold instructions of NVIDIA's
@@ -55,74 +53,73 @@ def _able(device: int | None) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def value_of(weight: Weight, spec: Spec) -> Tensor:
+def value_of(operands: Operands, spec: Spec) -> Tensor:
     """The fake-quantized value, in the type of the spec."""
-    if implementation(weight.x, spec.surrogate) == "triton":
-        return fused.forward(_contiguous(weight), spec.grid, spec.dtype)
-    x, scale, zero, _ = reference.grouped(weight, spec.grid)
-    value = reference.forward(x, scale, zero, spec.grid).reshape(weight.x.shape)
+    if implementation(operands.x, spec.surrogate) == "triton":
+        return fused.forward(_contiguous(operands), spec.grid, spec.dtype)
+    x, scale, _ = reference.grouped(operands)
+    value = reference.forward(x, scale, spec.grid).reshape(operands.x.shape)
     # no cast where none is needed: torch 2.11 compiles an idle `.to` at the end, as it does in-place
     # steps of a forward, into a function whose gradients are all zero
     return value if value.dtype == spec.dtype else value.to(spec.dtype)
 
 
 def gradients_of(
-    grad: Tensor, weight: Weight, spec: Spec, *, with_value: bool = False
+    grad: Tensor, operands: Operands, spec: Spec, *, with_value: bool = False
 ) -> tuple[Gradients, Tensor | None]:
     """Gradients of a weight, and its value again if that is asked for."""
     found: Sequence[Tensor | None]
     value: Tensor | None = None
-    if implementation(weight.x, spec.surrogate) == "triton":
+    if implementation(operands.x, spec.surrogate) == "triton":
         value_dtype = spec.dtype if with_value else None
-        grad, weight = grad.contiguous(), _contiguous(weight)
-        *found, value = fused.backward(grad, weight, spec.grid, spec.surrogate, value_dtype)
+        grad, operands = grad.contiguous(), _contiguous(operands)
+        *found, value = fused.backward(grad, operands, spec.grid, spec.surrogate, value_dtype)
     else:
-        x, scale, zero, param = reference.grouped(weight, spec.grid)
+        x, scale, param = reference.grouped(operands)
         upstream = grad.reshape(x.shape).to(x.dtype)
-        found = reference.backward(upstream, x, scale, zero, spec.grid, spec.surrogate, param)
+        found = reference.backward(upstream, x, scale, spec.grid, spec.surrogate, param)
         if with_value:
-            value = value_of(weight, spec)
-    return _like(found, weight), value
+            value = value_of(operands, spec)
+    return _like(found, operands), value
 
 
-def values_of(weights: Sequence[Weight], spec: Spec) -> list[Tensor]:
+def values_of(weights: Sequence[Operands], spec: Spec) -> Sequence[Tensor]:
     """The values of several weights; in one launch, if the kernels take these together."""
     if implementation(weights[0].x, spec.surrogate) == "triton":
-        if graph.takes(weights, spec):
-            return graph.values(weights, spec)
-        if together := fused.join(weights, spec.grid):
-            return fused.forward_many(weights, together, spec.grid, spec.dtype)
-    return [value_of(weight, spec) for weight in weights]
+        if custom_ops.takes(weights, spec):
+            return custom_ops.values(weights, spec)
+        if joined := fused.join(weights, spec.grid):
+            return fused.forward_many(weights, joined, spec.dtype)
+    return [value_of(operands, spec) for operands in weights]
 
 
 def gradients_of_many(
-    grads: Sequence[Tensor | None], weights: Sequence[Weight], spec: Spec
+    grads: Sequence[Tensor | None], weights: Sequence[Operands], spec: Spec
 ) -> Sequence[Gradients]:
-    """Gradients of several weights, none where no gradient comes in; in one launch, if possible."""
+    """Gradients of several weights, None where no gradient comes in; in one launch, if possible."""
     given = [grad.contiguous() for grad in grads if grad is not None]
     if len(given) == len(grads) and implementation(weights[0].x, spec.surrogate) == "triton":
-        if graph.takes(weights, spec):
-            found: Any = graph.gradients(given, weights, spec)
-            return [_like(each, weight) for each, weight in zip(found, weights, strict=True)]
-        together = fused.join(weights, spec.grid)
-        if together and fused.aligned(given):
-            return fused.backward_many(given, weights, together, spec.grid, spec.surrogate)
+        if custom_ops.takes(weights, spec):
+            found: Any = custom_ops.gradients(given, weights, spec)
+            return [_like(each, operands) for each, operands in zip(found, weights, strict=True)]
+        if launch.aligned(given) and (joined := fused.join(weights, spec.grid)):
+            return fused.backward_many(given, weights, joined, spec.surrogate)
     return [
-        (None, None, None) if grad is None else gradients_of(grad, weight, spec)[0]
-        for grad, weight in zip(grads, weights, strict=True)
+        (None, None, None) if grad is None else gradients_of(grad, operands, spec)[0]
+        for grad, operands in zip(grads, weights, strict=True)
     ]
 
 
-def _contiguous(weight: Weight) -> Weight:
+def _contiguous(operands: Operands) -> Operands:
     """Kernels read rows by their number."""
-    if all([tensor is None or tensor.is_contiguous() for tensor in weight]):
-        return weight
-    return Weight(*[None if t is None else t.contiguous() for t in weight])  # type: ignore[arg-type]
+    if all([tensor is None or tensor.is_contiguous() for tensor in operands]):
+        return operands
+    return Operands(*[None if t is None else t.contiguous() for t in operands])  # type: ignore[arg-type]
 
 
-def _like(found: Sequence[Tensor | None], weight: Weight) -> Gradients:
-    """Gradients in the shapes and types of the weight's tensors."""
-    own = (weight.x, weight.scale, weight.param)
+def _like(found: Sequence[Tensor | None], operands: Operands) -> Gradients:
+    """Gradients in the shapes and types of the operands."""
+    own = (operands.x, operands.scale, operands.param)
     made = [
         None if grad is None or of is None else grad.reshape(of.shape).to(of.dtype)
         for grad, of in zip(found, own, strict=True)

@@ -9,16 +9,14 @@ input gives the same bits.
 
 The distance to a level is `(w - level * s) / s` with a fused multiply-add: one rounding, where
 `w / s - level` loses digits on wide grids. Sines are a polynomial and Chebyshev's recurrence.
+
+Several weights share a launch by their addresses: each kernel for many takes a tuple of pointers per
+operand, picks the weight that a program belongs to, and goes on as the kernel for one does.
 """
 
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
-
-FIELDS = tl.constexpr(12)
-"""What the table of several weights holds for each, as int64: the addresses of x, scale, scale_floor,
-zero_point and param; number of scales, and of weights that share one; where the weight's elements begin,
-its forward programs, its backward programs, its sums; grad_scale by the bits of its float32."""
 
 
 @triton.jit
@@ -76,48 +74,35 @@ def _clamp(q, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
 
 
 @triton.jit
-def _shift(v, zero, ZERO_POINTS: tl.constexpr, ZERO_POINT: tl.constexpr):
-    """Sum v + zero; an addition of 0 would be kept, for the sake of -0."""
-    if ZERO_POINTS or ZERO_POINT != 0:
+def _shift(v, zero: tl.constexpr):
+    """Sum v + zero; an addition of 0 is left out, for the sake of -0."""
+    if zero != 0:
         return v + zero
     else:
         return v
 
 
+# fmt: off
 @triton.jit
-def _forward_tile(
-    program,
-    x_ptr,
-    scale_ptr,
-    floor_ptr,
-    zero_ptr,
-    value_ptr,
-    rows,
-    n,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    ZERO_POINT: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ZERO_POINTS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def forward_kernel(
+    x_ptr, scale_ptr, floor_ptr, value_ptr, first, rows, n,
+    Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, ZERO_POINT: tl.constexpr, FLOOR: tl.constexpr,
+    NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
+    """The value of one weight; one program per tile, counted from `first`."""
+    # fmt: on
+    program = tl.program_id(0) - first
     tiles = tl.cdiv(n, COLUMNS)
     row = program // tiles * ROWS + tl.arange(0, ROWS)
     column = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
     exists = row < rows
     scale = _acting_scale(scale_ptr, floor_ptr, row, exists, FLOOR)[:, None]
     inverse = tl.div_rn(1.0, scale)
-    zero = ZERO_POINT
-    if ZERO_POINTS:
-        zero = tl.load(zero_ptr + row, mask=exists, other=0.0).to(tl.float32)[:, None]
     offset = row.to(tl.int64)[:, None] * n + column[None, :]
     mask = exists[:, None] & (column < n)[None, :]
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     v = _divide(x, scale, inverse, NATIVE)
-    code = _clamp(_round(_shift(v, zero, ZERO_POINTS, ZERO_POINT)), Q_MIN, Q_MAX)
-    level = _shift(code, -zero, ZERO_POINTS, ZERO_POINT)
+    level = _shift(_clamp(_round(_shift(v, ZERO_POINT)), Q_MIN, Q_MAX), -ZERO_POINT)
     tl.store(value_ptr + offset, level * scale, mask=mask)
 
 
@@ -142,49 +127,25 @@ def _fourier(u, STRENGTH: tl.constexpr, HARMONICS: tl.constexpr, NATIVE: tl.cons
     return (1 - s) * _reciprocal(1 + s, NATIVE)
 
 
+# fmt: off
 @triton.jit
-def _backward_tile(
-    program,
-    grad_ptr,
-    x_ptr,
-    scale_ptr,
-    floor_ptr,
-    zero_ptr,
-    param_ptr,
-    weight_grad_ptr,
-    scale_sums_ptr,
-    param_sums_ptr,
-    value_ptr,
-    rows,
-    n,
-    splits,
-    grad_scale,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    ZERO_POINT: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MASKED: tl.constexpr,
-    BINARY: tl.constexpr,
-    KIND: tl.constexpr,
-    STRENGTH: tl.constexpr,
-    HARMONICS: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ZERO_POINTS: tl.constexpr,
-    VALUE: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
+def backward_kernel(
+    grad_ptr, x_ptr, scale_ptr, floor_ptr, param_ptr,
+    weight_grad_ptr, scale_sums_ptr, param_sums_ptr, value_ptr,
+    first, rows, n, splits, grad_scale,
+    Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, ZERO_POINT: tl.constexpr, FLOOR: tl.constexpr,
+    NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, MASKED: tl.constexpr, BINARY: tl.constexpr,
+    KIND: tl.constexpr, STRENGTH: tl.constexpr, HARMONICS: tl.constexpr, VALUE: tl.constexpr,
 ):
+    """Gradients of one weight; one program per row, or per part of a very long one, counted from `first`."""
+    # fmt: on
+    program = tl.program_id(0) - first
     row = program // splits * ROWS + tl.arange(0, ROWS)
     split = program % splits
     exists = row < rows
     scale = _acting_scale(scale_ptr, floor_ptr, row, exists, FLOOR)[:, None]
     inverse = tl.div_rn(1.0, scale)
-    zero = ZERO_POINT
-    if ZERO_POINTS:
-        zero = tl.load(zero_ptr + row, mask=exists, other=0.0).to(tl.float32)[:, None]
     if KIND == "tanh":
         logit = tl.load(param_ptr + row, mask=exists, other=0.0).to(tl.float32)[:, None]
         logit = tl.minimum(tl.maximum(logit, -10.0), 10.0)
@@ -199,15 +160,15 @@ def _backward_tile(
         param_sum = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     scale_sum = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     start = row.to(tl.int64)[:, None] * n
-    for first in range(split * SPLIT, min(n, (split + 1) * SPLIT), COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
+    for begin in range(split * SPLIT, min(n, (split + 1) * SPLIT), COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
         offset = start + column[None, :]
         mask = exists[:, None] & (column < n)[None, :]
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         v = _divide(x, scale, inverse, NATIVE)
-        nearest = _round(_shift(v, zero, ZERO_POINTS, ZERO_POINT))
-        level = _shift(_clamp(nearest, Q_MIN, Q_MAX), -zero, ZERO_POINTS, ZERO_POINT)
+        nearest = _round(_shift(v, ZERO_POINT))
+        level = _shift(_clamp(nearest, Q_MIN, Q_MAX), -ZERO_POINT)
         if VALUE:
             tl.store(value_ptr + offset, level * scale, mask=mask)
         inside = (v >= LOW) & (v <= HIGH)
@@ -217,13 +178,13 @@ def _backward_tile(
             scale_sum += grad * level
         else:
             scale_sum += grad * tl.where(inside, -u, level)
-        if ZERO_POINTS or not MASKED:  # the nearest level may be one that the grid lacks
-            remainder = tl.fma(zero - nearest, scale, x)
+        if not MASKED:  # the nearest level may be one that the grid lacks
+            remainder = tl.fma(ZERO_POINT - nearest, scale, x)
             u = remainder * inverse
         if HARMONICS > 2:  # so steep that the last bit counts
             u = tl.fma(tl.fma(-u, scale, remainder), inverse, u)
         # far outside the grid float32 has no digits left for a distance, and a masked infinity would be NaN
-        if ZERO_POINTS or not MASKED or KIND == "tanh":
+        if not MASKED or KIND == "tanh":
             u = tl.minimum(tl.maximum(u, -0.5), 0.5)
         grad = tl.where(inside, grad, 0.0)
         if KIND == "constant":
@@ -247,259 +208,83 @@ def _backward_tile(
 
 
 @triton.jit
-def forward_kernel(
-    x_ptr,
-    scale_ptr,
-    floor_ptr,
-    zero_ptr,
-    value_ptr,
-    rows,
-    n,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    ZERO_POINT: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ZERO_POINTS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The value of one weight; a program a tile."""
-    _forward_tile(
-        tl.program_id(0),
-        x_ptr,
-        scale_ptr,
-        floor_ptr,
-        zero_ptr,
-        value_ptr,
-        rows,
-        n,
-        Q_MIN,
-        Q_MAX,
-        ZERO_POINT,
-        FLOOR,
-        ZERO_POINTS,
-        NATIVE,
-        ROWS,
-        COLUMNS,
-    )
-
-
-@triton.jit
-def backward_kernel(
-    grad_ptr,
-    x_ptr,
-    scale_ptr,
-    floor_ptr,
-    zero_ptr,
-    param_ptr,
-    weight_grad_ptr,
-    scale_sums_ptr,
-    param_sums_ptr,
-    value_ptr,
-    rows,
-    n,
-    splits,
-    grad_scale,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    ZERO_POINT: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MASKED: tl.constexpr,
-    BINARY: tl.constexpr,
-    KIND: tl.constexpr,
-    STRENGTH: tl.constexpr,
-    HARMONICS: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ZERO_POINTS: tl.constexpr,
-    VALUE: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Gradients of one weight; a program a row, or a part of a very long one."""
-    _backward_tile(
-        tl.program_id(0),
-        grad_ptr,
-        x_ptr,
-        scale_ptr,
-        floor_ptr,
-        zero_ptr,
-        param_ptr,
-        weight_grad_ptr,
-        scale_sums_ptr,
-        param_sums_ptr,
-        value_ptr,
-        rows,
-        n,
-        splits,
-        grad_scale,
-        Q_MIN,
-        Q_MAX,
-        ZERO_POINT,
-        LOW,
-        HIGH,
-        MASKED,
-        BINARY,
-        KIND,
-        STRENGTH,
-        HARMONICS,
-        FLOOR,
-        ZERO_POINTS,
-        VALUE,
-        NATIVE,
-        ROWS,
-        COLUMNS,
-        SPLIT,
-    )
-
-
-@triton.jit
-def _line(table_ptr, program, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """The table's line of the weight that a program belongs to, and its number within that weight."""
+def _which(FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """The weight that this program belongs to, by the number of each weight's first program."""
     which = 0
-    before = 0
     for i in tl.static_range(1, COUNT):
-        first = tl.load(table_ptr + i * FIELDS + FIRST).to(tl.int32)
-        which += (program >= first).to(tl.int32)
-        before = tl.where(program >= first, first, before)
-    return table_ptr + which * FIELDS, program - before, which
+        which += (tl.program_id(0) >= FIRST[i]).to(tl.int32)
+    return which
 
 
 @triton.jit
-def _pointer(line, field: tl.constexpr, like_ptr):
-    return tl.multiple_of(tl.load(line + field).to(like_ptr.dtype), 16)
+def _number(EACH: tl.constexpr, which, COUNT: tl.constexpr):
+    number = EACH[0]
+    for i in tl.static_range(1, COUNT):
+        number = tl.where(which == i, EACH[i], number)
+    return number
 
 
+@triton.jit
+def _pointer(each, which, COUNT: tl.constexpr):
+    pointer = each[0]
+    for i in tl.static_range(1, COUNT):
+        if which == i:
+            pointer = each[i]
+    return tl.multiple_of(pointer, 16)
+
+
+# fmt: off
 @triton.jit
 def forward_many_kernel(
-    table_ptr,
-    x_like_ptr,
-    scale_like_ptr,
-    value_ptr,
-    COUNT: tl.constexpr,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    ZERO_POINT: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ZERO_POINTS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x_ptrs, scale_ptrs, floor_ptrs, value_ptr,
+    COUNT: tl.constexpr, FIRST: tl.constexpr, ROWS_OF: tl.constexpr, N_OF: tl.constexpr, START: tl.constexpr,
+    Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, ZERO_POINT: tl.constexpr, FLOOR: tl.constexpr,
+    NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    """The values of several weights, one behind the other; see `FIELDS`."""
-    line, program, _ = _line(table_ptr, tl.program_id(0), 8, COUNT)
-    _forward_tile(
-        program,
-        _pointer(line, 0, x_like_ptr),
-        _pointer(line, 1, scale_like_ptr),
-        _pointer(line, 2, scale_like_ptr),
-        _pointer(line, 3, scale_like_ptr),
-        value_ptr + tl.multiple_of(tl.load(line + 7), 16),
-        tl.load(line + 5).to(tl.int32),
-        tl.multiple_of(tl.load(line + 6).to(tl.int32), 16),
-        Q_MIN,
-        Q_MAX,
-        ZERO_POINT,
-        FLOOR,
-        ZERO_POINTS,
-        NATIVE,
-        ROWS,
-        COLUMNS,
+    """The values of several weights, one after the other in one buffer.
+
+    For each weight there is the number of its first program, the number of its scales (ROWS_OF), how many
+    elements share one (N_OF, a multiple of 16) and where its elements begin in the buffer (START).
+    """
+    which = _which(FIRST, COUNT)
+    forward_kernel(
+        _pointer(x_ptrs, which, COUNT), _pointer(scale_ptrs, which, COUNT),
+        _pointer(floor_ptrs, which, COUNT),
+        value_ptr + tl.multiple_of(_number(START, which, COUNT), 16),
+        _number(FIRST, which, COUNT),
+        _number(ROWS_OF, which, COUNT),
+        tl.multiple_of(_number(N_OF, which, COUNT), 16),
+        Q_MIN, Q_MAX, ZERO_POINT, FLOOR, NATIVE, ROWS, COLUMNS,
     )
 
 
 @triton.jit
 def backward_many_kernel(
-    table_ptr,
-    scale_like_ptr,
-    grad_0,
-    grad_1,
-    grad_2,
-    grad_3,
-    grad_4,
-    grad_5,
-    grad_6,
-    grad_7,
-    x_like_ptr,
-    weight_grad_ptr,
-    scale_sums_ptr,
-    param_sums_ptr,
-    COUNT: tl.constexpr,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    ZERO_POINT: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MASKED: tl.constexpr,
-    BINARY: tl.constexpr,
-    KIND: tl.constexpr,
-    STRENGTH: tl.constexpr,
-    HARMONICS: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ZERO_POINTS: tl.constexpr,
-    VALUE: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    grad_ptrs, x_ptrs, scale_ptrs, floor_ptrs, param_ptrs, weight_grad_ptr, scale_sums_ptr, param_sums_ptr,
+    COUNT: tl.constexpr, FIRST: tl.constexpr, ROWS_OF: tl.constexpr, N_OF: tl.constexpr, START: tl.constexpr,
+    SUMS: tl.constexpr, GRAD_SCALE: tl.constexpr,
+    Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, ZERO_POINT: tl.constexpr, FLOOR: tl.constexpr,
+    NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, MASKED: tl.constexpr, BINARY: tl.constexpr,
+    KIND: tl.constexpr, STRENGTH: tl.constexpr, HARMONICS: tl.constexpr, VALUE: tl.constexpr,
 ):
-    """Gradients of several weights, one behind the other; see `FIELDS`."""
-    line, program, which = _line(table_ptr, tl.program_id(0), 9, COUNT)
-    grad_ptr = grad_0
-    if which == 1:
-        grad_ptr = grad_1
-    if which == 2:
-        grad_ptr = grad_2
-    if which == 3:
-        grad_ptr = grad_3
-    if which == 4:
-        grad_ptr = grad_4
-    if which == 5:
-        grad_ptr = grad_5
-    if which == 6:
-        grad_ptr = grad_6
-    if which == 7:
-        grad_ptr = grad_7
-    n = tl.multiple_of(tl.load(line + 6).to(tl.int32), 16)
-    start = tl.multiple_of(tl.load(line + 7), 16)
-    sums = tl.load(line + 10)
-    _backward_tile(
-        program,
-        tl.multiple_of(grad_ptr, 16),
-        _pointer(line, 0, x_like_ptr),
-        _pointer(line, 1, scale_like_ptr),
-        _pointer(line, 2, scale_like_ptr),
-        _pointer(line, 3, scale_like_ptr),
-        _pointer(line, 4, scale_like_ptr),
-        weight_grad_ptr + start,
-        scale_sums_ptr + sums,
-        param_sums_ptr + sums,
-        weight_grad_ptr,
-        tl.load(line + 5).to(tl.int32),
-        n,
+    """Gradients of several weights, one after the other; SUMS says where a weight's sums begin in theirs."""
+    which = _which(FIRST, COUNT)
+    start = tl.multiple_of(_number(START, which, COUNT), 16)
+    sums = _number(SUMS, which, COUNT)
+    backward_kernel(
+        _pointer(grad_ptrs, which, COUNT), _pointer(x_ptrs, which, COUNT), _pointer(scale_ptrs, which, COUNT),
+        _pointer(floor_ptrs, which, COUNT), _pointer(param_ptrs, which, COUNT),
+        weight_grad_ptr + start, scale_sums_ptr + sums, param_sums_ptr + sums, weight_grad_ptr,
+        _number(FIRST, which, COUNT),
+        _number(ROWS_OF, which, COUNT),
+        tl.multiple_of(_number(N_OF, which, COUNT), 16),
         1,
-        tl.load(line + 11).to(tl.int32).to(tl.float32, bitcast=True),
-        Q_MIN,
-        Q_MAX,
-        ZERO_POINT,
-        LOW,
-        HIGH,
-        MASKED,
-        BINARY,
-        KIND,
-        STRENGTH,
-        HARMONICS,
-        FLOOR,
-        ZERO_POINTS,
-        VALUE,
-        NATIVE,
-        ROWS,
-        COLUMNS,
-        SPLIT,
+        _number(GRAD_SCALE, which, COUNT),
+        Q_MIN, Q_MAX, ZERO_POINT, FLOOR, NATIVE, ROWS, COLUMNS, SPLIT,
+        LOW, HIGH, MASKED, BINARY, KIND, STRENGTH, HARMONICS, VALUE,
     )
+# fmt: on
 
 
 NATIVE = isinstance(forward_kernel, JITFunction)

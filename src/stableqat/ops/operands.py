@@ -1,14 +1,24 @@
-"""A weight with what goes with it, as the implementations take it."""
+"""What a call of fake quantization takes: its tensors, and what is constant in it.
 
-from typing import NamedTuple
+Operations and nodes of a compiled graph take tensors and plain values only. There grid and surrogate stand
+as text that says all of them, so that a graph means the same in every process.
+"""
 
+from ast import literal_eval
+from functools import cache
+from typing import NamedTuple, cast, get_args
+
+import torch
 from torch import Tensor
 
-TOGETHER = 8  # weights that one launch takes at most
+from stableqat.ops.grids import Grid, GridName, Mask
+from stableqat.ops.surrogates import KernelForm, KernelName, Surrogate, of_kernel
+
+TOGETHER = 8  # weights per launch, at most
 
 
-class Weight(NamedTuple):
-    """A latent weight, its scales and what may come beside them.
+class Operands(NamedTuple):
+    """The tensors of a fake-quantized weight.
 
     Attributes:
         x: Latent weight, `(out, ...)`.
@@ -16,12 +26,46 @@ class Weight(NamedTuple):
             consecutive inputs) or `(1, 1)` for the whole tensor.
         scale_floor: Small positive floor, shaped like `scale`: the acting scale is never below it, while its
             gradient passes to `scale` on both sides, so that it can return. NaN stays NaN.
-        zero_point: Replaces the grid's own, shaped like `scale`; receives no gradient.
         param: The surrogate's learned parameter (of Tanh the logit of `a`), shaped like `scale`.
     """
 
     x: Tensor
     scale: Tensor
     scale_floor: Tensor | None = None
-    zero_point: Tensor | None = None
     param: Tensor | None = None
+
+
+class Spec(NamedTuple):
+    """What is constant.
+
+    Attributes:
+        grid: Where the levels are.
+        surrogate: Derivative of round, with its mask.
+        dtype: Type of the value.
+    """
+
+    grid: Grid
+    surrogate: Surrogate
+    dtype: torch.dtype
+
+
+def to_text(grid: Grid, surrogate: Surrogate) -> str | None:
+    """Grid and surrogate as text; None for a surrogate without a kernel."""
+    kernel = surrogate.kernel
+    if kernel is None:
+        return None
+    numbers = (grid.bits, grid.q_min, grid.q_max, grid.zero_point, *kernel.numbers)
+    texts = [str(int(n)) if isinstance(n, int) else repr(float(n)) for n in numbers]
+    return " ".join([grid.name, kernel.name, surrogate.mask, *texts])
+
+
+@cache
+def from_text(text: str, dtype: torch.dtype) -> Spec:
+    """The spec that a text stands for, with the surrogate that its kernel computes."""
+    name, kernel, mask, *texts = text.split()
+    assert name in get_args(GridName)
+    assert mask in get_args(Mask)
+    bits, q_min, q_max, zero_point, *numbers = map(literal_eval, texts)
+    grid = Grid(cast(GridName, name), bits, q_min, q_max, zero_point)
+    form = KernelForm(cast(KernelName, kernel), tuple(numbers))
+    return Spec(grid, of_kernel(form, cast(Mask, mask)), dtype)

@@ -12,39 +12,35 @@ import torch
 from torch import Tensor
 
 from stableqat.ops.grids import Grid
-from stableqat.ops.operands import Weight
+from stableqat.ops.operands import Operands
 from stableqat.ops.surrogates import Surrogate
 
 
-def grouped(weight: Weight, grid: Grid) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
-    """A weight as the functions below take it: grouped `x`, acting scale, zero point and parameter."""
-    dtype = working_dtype(weight.x.dtype)
-    scale = weight.scale
-    if weight.scale_floor is not None:
-        scale = torch.maximum(scale, weight.scale_floor)
-    zero, param = (
-        None if each is None else each.to(dtype).unsqueeze(-1) for each in (weight.zero_point, weight.param)
-    )
-    x = weight.x.reshape(*scale.shape, -1).to(dtype)
-    return x, scale.to(dtype).unsqueeze(-1), grid.zero_point if zero is None else zero, param
+def grouped(operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands as the functions below take them: grouped `x`, acting scale and parameter."""
+    x, scale, floor, param = operands
+    dtype = working_dtype(x.dtype)
+    if floor is not None:
+        scale = torch.maximum(scale, floor)
+    param = None if param is None else param.to(dtype).unsqueeze(-1)
+    return x.reshape(*scale.shape, -1).to(dtype), scale.to(dtype).unsqueeze(-1), param
 
 
-def codes(v: Tensor, zero_point: Tensor | float, grid: Grid) -> Tensor:
+def codes(v: Tensor, grid: Grid) -> Tensor:
     """Codes `clamp(round(v + z), q_min, q_max)`, as floats, rounding half to even."""
-    return (v + zero_point).round().clamp(grid.q_min, grid.q_max)
+    return (v + grid.zero_point).round().clamp(grid.q_min, grid.q_max)
 
 
-def forward(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: Grid) -> Tensor:
+def forward(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Fake-quantized value `s * (q - z)`, in the type of the mathematics."""
     # nothing in place: compiled by torch 2.11, the gradients would all be zero
-    return (codes(x / scale, zero_point, grid) - zero_point) * scale
+    return (codes(x / scale, grid) - grid.zero_point) * scale
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
-    zero_point: Tensor | float,
     grid: Grid,
     surrogate: Surrogate,
     param: Tensor | None,
@@ -60,7 +56,6 @@ def backward(
         grad: Upstream gradient, grouped like `x`.
         x: Latent weight, `(rows, groups, n)`.
         scale: `(rows, groups, 1)`.
-        zero_point: Scalar or broadcastable tensor.
         grid: The grid.
         surrogate: The surrogate with its mask.
         param: The surrogate's learned parameter, shaped like `scale`, or None.
@@ -69,7 +64,7 @@ def backward(
         Gradients shaped like `x`, `scale` and `param`.
     """
     v = x / scale
-    y = v + zero_point
+    y = v + grid.zero_point
     nearest = y.round()
     u = y.sub_(nearest)
     low, high = grid.bounds(surrogate.mask)
@@ -78,7 +73,7 @@ def backward(
     reached = grad * inside
     grad_scale = 1 / sqrt(x.shape[-1] * max(grid.q_max, 1))
 
-    toward_scale = nearest.clamp_(grid.q_min, grid.q_max).sub_(zero_point)
+    toward_scale = nearest.clamp_(grid.q_min, grid.q_max).sub_(grid.zero_point)
     if grid.name != "binary":
         toward_scale.sub_(clipped.mul_(inside))  # finite even where the weight is not
     scale_grad = toward_scale.mul_(grad).sum(-1, keepdim=True).mul_(grad_scale)

@@ -75,14 +75,14 @@ def _mse_scale(w: Tensor, largest: Tensor, grid: Grid) -> Tensor:
         scale = low * ratio ** (i / _CANDIDATES)
         best_scale, best_error = _better(w, scale, grid, best_scale, best_error)
     for _ in range(_REFINEMENTS):
-        levels = reference.codes(w / best_scale, grid.zero_point, grid) - grid.zero_point
+        levels = reference.codes(w / best_scale, grid) - grid.zero_point
         fitted = (w * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
         best_scale, best_error = _better(w, fitted, grid, best_scale, best_error)
     return best_scale.squeeze(-1)
 
 
 def _error(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    return reference.forward(w, scale, grid.zero_point, grid).sub_(w).square_().sum(-1, keepdim=True)
+    return reference.forward(w, scale, grid).sub_(w).square_().sum(-1, keepdim=True)
 
 
 def _better(w: Tensor, scale: Tensor, grid: Grid, best: Tensor, best_error: Tensor) -> tuple[Tensor, Tensor]:

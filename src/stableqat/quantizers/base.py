@@ -17,7 +17,6 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from stableqat import ops
 from stableqat.errors import UserError
@@ -222,11 +221,13 @@ class Quantizer(nn.Module, ABC):
         Returns:
             `(..., out)`.
         """
+        if value is not None and value.requires_grad:
+            return ops.product(input, value, bias)
         if not self.fuses:
-            return F.linear(input, self(weight), bias)
-        return ops.fake_quantize_linear(
+            return ops.product(input, self(weight), bias)
+        return ops.product(
             input,
-            self.bundle(weight),
+            self.operands(weight),
             bias,
             grid=self.grid,
             surrogate=self.surrogate,
@@ -234,24 +235,24 @@ class Quantizer(nn.Module, ABC):
             value=value,
         )
 
-    def bundle(self, weight: Tensor) -> ops.Weight:
+    def operands(self, weight: Tensor) -> ops.Operands:
         """A weight with this quantizer's parameters."""
         own = self._parameters  # called for every layer in every step: without the module's search
         scale, floor = own.get("scale"), own.get("scale_floor")
         scale = self.scale if scale is None else scale  # not there: parametrized, or a replica's
         floor = self.scale_floor if floor is None else floor
-        return ops.Weight(weight, scale, floor, None, self.surrogate_param())
+        return ops.Operands(weight, scale, floor, self.surrogate_param())
 
     @property
     def kind(self) -> Hashable:
         """Equal for quantizers whose weights `many` takes together; None for a forward of its own."""
         return (self.grid, self.surrogate) if self.fuses else None
 
-    def many(self, weights: Sequence[ops.Weight], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def many(self, weights: Sequence[ops.Operands], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The forward of several quantizers of this kind, as one operation.
 
         Args:
-            weights: What `bundle` made of each weight.
+            weights: What `operands` makes of each weight.
             values: Fake-quantized weights that are already known.
         """
         return ops.fake_quantize_many(weights, grid=self.grid, surrogate=self.surrogate, values=values)
