@@ -20,7 +20,7 @@ FAMILIES = ["llama", "vit"]
 METHODS = {
     name.lower()
     for name in quantizers.__all__
-    if name not in ("Quantizer", "QuantizerFactory", "QuantizedWeight")
+    if name not in ("Quantizer", "QuantizerFactory", "QuantizerSpec", "QuantizedWeight")
 }
 STRATEGIES = {"ddp", "fsdp"}
 # parameters of the published models

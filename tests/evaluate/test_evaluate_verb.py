@@ -198,7 +198,7 @@ def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
     assert "device: abacus is none that PyTorch knows" in known
     assert refused(gone := tmp_path / "nothing.ckpt").endswith(f"{gone}: there is no such run or checkpoint")
     assert refused(tmp_path / "no" / "where").endswith("/no/where: there is no such run or checkpoint")
-    assert refused("nothing/there").endswith("hub name you have access to")
+    assert refused("nothing/there").endswith("name of a Hub model you can access")
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_rows_that_are_too_long_for_one_model(run, exported, tasks, tmp_path, re
 def test_mistakes_come_before_the_work(run, exported, tasks, tmp_path, refused, capsys, monkeypatch):
     copy = shutil.copytree(run, tmp_path / "run")
     out = tmp_path / "results.json"
-    assert refused(copy, "no/where", "--out", out).endswith("hub name you have access to")
+    assert refused(copy, "no/where", "--out", out).endswith("name of a Hub model you can access")
     bare = shutil.copytree(exported, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     assert "tokenizer" in refused(copy, bare, "--out", out)

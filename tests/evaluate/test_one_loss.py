@@ -1,6 +1,7 @@
 """One checkpoint has one validation loss, whoever computes it, and what is of a part says so."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -39,13 +40,13 @@ def figures(record: dict, kind: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["text", "images"])
 def test_fit_evaluate_and_export_agree_on_the_same_rows(kind, run, tmp_path, capsys):
-    made = fit(kind, run, tmp_path, limit_val_batches=1)  # of 4 rows, and there are more
+    made = fit(kind, run, tmp_path, limit_val_batches={"text": 0.5, "images": 0.02}[kind])
     logged = read_run(made).last("val/loss")
     out = tmp_path / "out.json"
     assert main(["evaluate", str(made), "--device", "cpu", "--out", str(out)]) == 0
     told = figures(json.loads(out.read_text())["sources"][0], kind)
     assert told["loss"] == pytest.approx(logged, rel=1e-6)
-    assert told["split"].startswith("validation (the first 4 of ")
+    assert re.match(r"validation \(the first \d+ of \d+ rows, as in training\)", told["split"])
     assert told["split"] in capsys.readouterr().out
     assert (
         main(["export", str(made), "--format", "hf", "--scale_dtype", "fp32", "--out", str(tmp_path / "hf")])

@@ -44,7 +44,7 @@ def fit(folder, family, model, data, **more):
 def language(folder):
     text = words.write_text(folder / "text.jsonl")
     words.write_task(folder, questions=9)  # so that one process has a request more than the other
-    data = {"class": "TextDataModule", "source": str(text), "block_size": 17}
+    data = {"class": "TextDataModule", "source": str(text), "block_size": 19}
     data |= {"batch_size": 4, "vocab_size": 300, "cache_dir": str(folder / "cache")}
     quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
     return fit(folder, "LlamaModule", {"config": LLAMA, "quantizer": quantizer}, data)

@@ -77,7 +77,7 @@ class Parser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Write settings; jsonargparse alone would take a mapping of factories for one factory."""
         with warnings.catch_warnings():  # so that its union takes the next type
-            warnings.filterwarnings("error", message=r"\s*Unable to serialize instance")
+            warnings.filterwarnings("error", message=r"\s*Unable to serialize instance \{")
             return super().dump(*args, **kwargs)
 
 
