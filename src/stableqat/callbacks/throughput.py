@@ -92,9 +92,9 @@ class Throughput(L.Callback):
         assert self._since is not None
         self._seconds += now - self._since
         self._since = now
-        inputs = batch[pl_module.input_key]
+        inputs = batch[_input_key(pl_module, batch)]
         self._rows += len(inputs)
-        self._items += inputs.numel() if pl_module.family == "text" else len(inputs)
+        self._items += len(inputs) if inputs.is_floating_point() else inputs.numel()
         self._steps += stepped
         if stepped and not self._warm:
             self._warm = True
@@ -105,7 +105,7 @@ class Throughput(L.Callback):
             self._clear()
 
     def _log(self, trainer: L.Trainer, pl_module: Any, batch: dict[str, Tensor]) -> None:
-        unit = "tokens" if pl_module.family == "text" else "images"
+        unit = "images" if batch[_input_key(pl_module, batch)].is_floating_point() else "tokens"
         metrics = {
             f"perf/{unit}_per_s": self._items * trainer.world_size / self._seconds,
             "perf/step_ms": 1000 * self._seconds / self._steps,
@@ -160,10 +160,15 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 def training_flops(pl_module: Any, batch: dict[str, Tensor]) -> float:
     """FLOPs of the unquantized model's forward and backward per row of a batch."""
-    inputs = batch[pl_module.input_key]
+    inputs = batch[_input_key(pl_module, batch)]
     with torch.random.fork_rng([]), torch.device("meta"), torch.no_grad():
         model = pl_module.build_model()
         # transformers looks at the values of a real row
         with FakeTensorMode(allow_non_fake_inputs=True):
             row = torch.empty((1, *inputs.shape[1:]), dtype=inputs.dtype)
             return 3.0 * measure_flops(model, lambda: model(row))
+
+
+def _input_key(pl_module: Any, batch: dict[str, Tensor]) -> str:
+    """The model's input in a batch; of a module that does not say, as transformers names it."""
+    return getattr(pl_module, "input_key", "input_ids" if "input_ids" in batch else "pixel_values")

@@ -51,9 +51,8 @@ class QATModule(Evaluation, ABC):
         heads: Default of `skip`.
 
     Args:
-        quantizer: Makes the quantizer of one weight; a mapping says what makes it by layer pattern, of which
-            the first that matches wins, None leaving the layer in full precision. None trains in full
-            precision, without any surgery.
+        quantizer: Makes the quantizer of one weight; or a mapping from layer patterns to such, of which the
+            first match wins, None leaving a layer as it is. None trains in full precision, without surgery.
         skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
         init_from: Full-precision start: a run folder or checkpoint of this suite, a local model
             folder or weight file, or a hub name. None starts from random weights.

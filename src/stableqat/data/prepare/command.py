@@ -66,7 +66,7 @@ def tokenize(
     block_size: int,
     out: str,
     num_proc: int = 2,
-    validation_fraction: float = 0.01,
+    validation_fraction: float = 0.05,
     text_column: str | None = None,
 ) -> int:
     """Turns documents into rows of tokens, in memory-mapped Arrow files that fit and validate read.
