@@ -157,9 +157,9 @@ def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
 
 def refuse_another(model: nn.Module, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
     """Refuse to keep a layer that is quantized in another way than the one that is asked for."""
-    choice = Choice(quantizer)
+    choice = Choice(quantizer, skip)
     for name, layer in quantized_layers(model).items():
-        if any(matches(name, pattern) for pattern in skip):
+        if choice.left(name, quantized=False):
             continue
         factory, own = choice.of(name), layer.weight_quantizer.describe()
         asked = {"method": "none"} if factory is None else factory(layer.latent.to("meta")).describe()

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from math import inf
 
+LISTED = 12  # names that fit into a message
+
 
 class UserError(ValueError):
     """A mistake in a user's configuration, file or argument.
@@ -74,3 +76,8 @@ def first_line(error: BaseException) -> str:
     """What a library's exception says, up to its first line break."""
     lines = (line.strip().rstrip(".") for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """All that a library's exception says, as one line that is cut at 200 characters."""
+    return " ".join(str(error).split())[:200]

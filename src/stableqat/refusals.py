@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from stableqat.errors import nearest
+from stableqat.errors import LISTED, nearest
 
 _WORDS = {
     int: "a whole number",
@@ -19,7 +19,6 @@ _WORDS = {
     tuple: "a list",
     Sequence: "a list",
 }
-_LISTED = 12  # names that fit into a message
 
 _CLASS = re.compile(
     r"class_path'?[ :=]+'([^']+)'|import path string: (\S+)|Expected '([^']+)' to be a subclass"
@@ -70,7 +69,7 @@ def _suggestion(given: str, bases: list[type]) -> str:
         return f"; did you mean {whole}?"
     if near := nearest(name, leaves, cutoff=0.7):
         return f"; did you mean {leaves[near]}?"
-    return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= _LISTED else ""
+    return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= LISTED else ""
 
 
 def alternatives(hint: Any) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from stableqat.checkpoints.read import check_sums, read_checkpoint
 from stableqat.checkpoints.write import StreamedCheckpointIO
 from stableqat.construct import arguments
 from stableqat.data.tokenizer import check_vocabulary, clash, keep_tokenizer, load_tokenizer
-from stableqat.errors import UserError
+from stableqat.errors import UserError, one_line
 from stableqat.modules import QATModule
 from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
 from stableqat.modules.start import state_dict_follows
@@ -167,8 +167,9 @@ class Run:
         except UserError:
             raise
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.checkpoint}: damaged, or written by another version: {reason}") from error
+            raise UserError(
+                f"{self.checkpoint}: damaged, or written by another version: {one_line(error)}"
+            ) from error
 
     # -- what its folder says -------------------------------------------------------------------
 

@@ -164,19 +164,14 @@ def quantize_linears(
     """
     if isinstance(model, nn.Linear):
         raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
-    report, choice = SurgeryReport(), Choice(quantizer)
+    report, choice = SurgeryReport(), Choice(quantizer, skip)
     chosen: dict[str, nn.Linear] = {}
     factories: dict[str, QuantizerFactory] = {}
-    used_patterns: set[str] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, nn.Linear):
             continue
-        matching = [p for p in skip if matches(name, p)]
-        used_patterns.update(matching)
-        if matching:
-            report.skipped[name] = f"skip: {matching[0]}"
-        elif isinstance(module, QuantLinear):
-            report.skipped[name] = choice.already(name)
+        if why := choice.left(name, quantized=isinstance(module, QuantLinear)):
+            report.skipped[name] = why
         elif (made_of := computed_from(module)) is not None:
             raise UserError(
                 f"layer {name}: its weight is computed from {made_of} in every forward (pruning, weight or "
@@ -199,7 +194,7 @@ def quantize_linears(
             of_input = None if input_quantizer is None else input_quantizer(name, linear)
             replacements[linear] = QuantLinear.from_linear(linear, made, of_input)
             replacements[linear].recompute = recompute
-    experts = _quantizers_of_experts(model, choice, skip, initialize, report, used_patterns)
+    experts = _quantizers_of_experts(model, choice, initialize, report)
     choice.check()
     for name, linear in chosen.items():  # once every weight has its quantizer: all layers or none
         model.set_submodule(name, layer := replacements[linear])
@@ -214,7 +209,7 @@ def quantize_linears(
         report.patterns = {name: choice.pattern(name) for name in report.swapped}
         report.kinds = {name: made.kind_in_words for name, made in made_by_name.items()}
     group_layers(model, list(replacements.values()))
-    report.unmatched = [p for p in skip if p not in used_patterns]
+    report.unmatched = [pattern for pattern in skip if pattern not in choice.skipping]
     _leave_fast_path(model)
     of_experts = {cast(Tensor, m._parameters[key]) for m, key, _ in quantized_experts(model).values()}
     report.count(model, of_experts | {layer.latent for layer in quantized_layers(model).values()})
@@ -233,25 +228,25 @@ def describe(model: nn.Module, report: SurgeryReport | None = None) -> dict[str,
     """
     made = [(n, layer.weight_quantizer, layer.latent) for n, layer in quantized_layers(model).items()]
     made += [(n, q, m.get_parameter(key)) for n, (m, key, q) in quantized_experts(model).items()]
-    described = [(name, quantizer.describe(), weight.numel()) for name, quantizer, weight in made]
+    described = [(name, quantizer, quantizer.describe(), weight.numel()) for name, quantizer, weight in made]
     if not described:
         return {"method": "FP"}
-    distinct = list({tuple(each.items()): each for _, each, _ in described}.values())
+    distinct = list({tuple(each.items()): each for _, _, each, _ in described}.values())
     first, *others = distinct
     if not others:
         return first
     varying = {key for each in distinct for key in each if any(each[key] != o.get(key) for o in distinct)}
     mixed = {key: "mixed" if key in varying else first[key] for key in first if all(key in o for o in others)}
     kinds: dict[str, int] = {}
-    for name, each, _ in described:
+    for name, quantizer, each, _ in described:
         own = [f"{key} {each[key]}" for key in each if key in varying - {"method", "bits", "grid"}]
-        kind = ", ".join([f"{each['method']} {each['bits']}-bit {each['grid']}", *own])
+        kind = ", ".join([quantizer.kind_in_words, *own])
         pattern = None if report is None else report.patterns.get(name)
         kind = kind if pattern is None else f"{pattern}: {kind}"
         kinds[kind] = kinds.get(kind, 0) + 1
     words = [kind if ": " in kind else f"{count} layers: {kind}" for kind, count in kinds.items()]
-    bits = sum(float(each["bits"]) * count for _, each, count in described)
-    bits = round(bits / sum(count for *_, count in described), 4)
+    weights = sum(count for *_, count in described)
+    bits = round(sum(quantizer.bits * count for _, quantizer, _, count in described) / weights, 4)
     return {**mixed, "bits": bits, "quantizers": "; ".join(words)}
 
 
@@ -279,15 +274,29 @@ def matches(name: str, pattern: str) -> bool:
 
 
 class Choice:
-    """Which factory makes the quantizer of which layer.
+    """Which layers are left as they are, and which factory makes the quantizer of each other one.
 
     Args:
         quantizer: One factory, or factories by layer pattern.
+        skip: Patterns of layers to leave.
     """
 
-    def __init__(self, quantizer: QuantizerSpec) -> None:
+    def __init__(self, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
         self.factories = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
+        self.skip = skip
+        self.skipping: set[str] = set()  # patterns of `skip` that match a layer
         self.chosen: dict[str, str] = {}  # pattern by layer
+
+    def left(self, name: str, *, quantized: bool) -> str | None:
+        """Why a layer is left: it is skipped, or quantized already, which counts for its pattern."""
+        matching = [pattern for pattern in self.skip if matches(name, pattern)]
+        self.skipping.update(matching)
+        if matching:
+            return f"skip: {matching[0]}"
+        if quantized:
+            self.pattern(name)
+            return "quantized already"
+        return None
 
     def pattern(self, name: str) -> str:
         """The first pattern that matches a layer."""
@@ -300,11 +309,6 @@ class Choice:
                 )
             self.chosen[name] = found
         return self.chosen[name]
-
-    def already(self, name: str) -> str:
-        """Count a layer that is quantized already, and say so."""
-        self.pattern(name)
-        return "quantized already"
 
     def of(self, name: str) -> QuantizerFactory | None:
         """The factory of a layer, None for full precision."""
@@ -320,23 +324,14 @@ class Choice:
 
 
 def _quantizers_of_experts(
-    model: nn.Module,
-    choice: "Choice",
-    skip: Sequence[str],
-    initialize: bool,
-    report: SurgeryReport,
-    used_patterns: set[str],
+    model: nn.Module, choice: Choice, initialize: bool, report: SurgeryReport
 ) -> dict[str, tuple[nn.Module, str, Quantizer]]:
     """Module, parameter's name and new quantizer of the fused experts to quantize, by full name."""
     made = {}
     for prefix, module, key in fused_experts(model):
         name = f"{prefix}.{key}" if prefix else key
-        matching = [p for p in skip if matches(name, p)]
-        used_patterns.update(matching)
-        if matching:
-            report.skipped[name] = f"skip: {matching[0]}"
-        elif name in quantized_experts(model):
-            report.skipped[name] = choice.already(name)
+        if why := choice.left(name, quantized=name in quantized_experts(model)):
+            report.skipped[name] = why
         elif (factory := choice.of(name)) is None:
             report.skipped[name] = f"quantizer: {choice.pattern(name)} is null"
         else:

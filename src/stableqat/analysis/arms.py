@@ -7,7 +7,6 @@ one factor at a time, a list of all settings would hide the one that matters. If
 hyper-parameter is the most common one, all arms name theirs; bits are named wherever they differ.
 """
 
-import json
 import logging
 import math
 import re
@@ -19,7 +18,7 @@ from typing import Any
 
 from stableqat.errors import UserError
 from stableqat.events import Run
-from stableqat.studies.plan import SHORT_AXES
+from stableqat.studies.plan import arm_of
 from stableqat.studies.record import Record
 from stableqat.studies.study import START, short
 from stableqat.terminal import plain
@@ -272,8 +271,7 @@ def _twice(runs: list[Result]) -> tuple[Result, Result] | None:
 def _settings(run: Result) -> str:
     """What the sweep that made the run set beside learning rate and seed; empty if none did."""
     record = Record.read(run.folder)
-    own = (SHORT_AXES["lr"], SHORT_AXES["seed"])
-    return json.dumps(sorted(p for p in record.settings.items() if p[0] not in own)) if record else ""
+    return arm_of(record.settings) if record else ""
 
 
 def _name(run: Result) -> str:

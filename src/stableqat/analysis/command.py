@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stableqat.analysis.comparison import read_summaries
-from stableqat.analysis.tables import as_json, comma_separated, markdown, write_pages
+from stableqat.analysis.tables import as_json, comma_separated, markdown, write_page
 from stableqat.errors import UserError
 from stableqat.files import hidden_folder, whole_folder, writing
 from stableqat.terminal import plain, terminal
@@ -38,7 +38,7 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     if out is not None and Path(out).exists():
         raise UserError(f"out: {out} exists already; name a new folder, or leave --out away")
     summaries = read_summaries([Path(folder) for folder in folders])
-    pages = write_pages(summaries)
+    pages = [write_page(summary) for summary in summaries]
     from stableqat.analysis import report
     from stableqat.analysis.plot import draw_all
 

@@ -36,11 +36,6 @@ class Page:
     notes: str
 
 
-def write_pages(summaries: Sequence[Summary]) -> list[Page]:
-    """The tables of several comparisons, with their notes."""
-    return [write_page(summary) for summary in summaries]
-
-
 def write_page(summary: Summary) -> Page:
     """The tables of a comparison, with their notes."""
     table = summary.rows

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stableqat import quantizers
 from stableqat.errors import UserError, did_you_mean
 from stableqat.layers.linear import quantized_layers
-from stableqat.quantizers import Quantizer, QuantizerFactory
+from stableqat.quantizers import QuantizerFactory
+from stableqat.quantizers.factory import methods
 
 if TYPE_CHECKING:
     from stableqat.modules import QATModule
@@ -56,17 +56,12 @@ def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFact
     Raises:
         UserError: If a name is unknown, or a method does not take this width.
     """
-    public: dict[str, Any] = {name: getattr(quantizers, name) for name in quantizers.__all__}
-    known = {
-        name: cls
-        for name, cls in public.items()
-        if isinstance(cls, type) and issubclass(cls, Quantizer) and cls is not Quantizer
-    }
+    known: dict[str, Any] = methods()
     for name in names:
         if name not in known and name != "all":
             raise UserError(f"methods: {name} is unknown; {did_you_mean(name, [*known, 'all'])}")
-    methods = [name for name, cls in known.items() if not cls.is_control]
-    chosen = dict.fromkeys(methods if "all" in names else names)
+    usual = [name for name, cls in known.items() if not cls.is_control]
+    chosen = dict.fromkeys(usual if "all" in names else names)
     factories: dict[str, QuantizerFactory] = {name: partial(known[name], bits=bits) for name in chosen}
     for factory in factories.values():
         factory(torch.empty(8, 8, device="meta"))  # refuses bits that it does not support

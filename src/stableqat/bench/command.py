@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.files import whole_file
 from stableqat.terminal import terminal
 
@@ -85,8 +85,7 @@ def bench(
     given = dict(locals())
     command = _command(given)
     for key, number in {"batch": batch, "rounds": rounds, "seeds": seeds}.items():
-        if number < 1:
-            raise UserError(f"{key}: must be at least 1, not {number}")
+        check_range(key, number, 1)
     from stableqat.bench.architecture import read_architecture
 
     architecture = read_architecture(model)

@@ -33,7 +33,7 @@ class FollowTraining(L.Callback):
     ) -> None:
         """Add the gradients of penalties, before clipping."""
         assert self.clock is not None
-        self.clock.penalize(getattr(optimizer, "optimizer", optimizer))
+        self.clock.penalize(optimizer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop the clock."""

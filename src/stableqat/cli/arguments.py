@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from stableqat.errors import UserError, nearest
+from stableqat.errors import LISTED, UserError, nearest
 from stableqat.files import only_local
 from stableqat.shipped import find_config, shipped_config
 from stableqat.trust import walk, words
@@ -34,7 +34,6 @@ CALLBACKS = {
     "best": "BestCheckpoint",
     "last": "LastCheckpoint",
 }
-LISTED = 12  # names that fit into a message
 
 _ROOMS = {"model": "modules", "data": "data", "model.quantizer": "quantizers"}
 _OF_THE_PARSER = ("config", "help", "print_config", "seed_everything", "trainer", "model", "data")

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from stableqat.cli.arguments import LISTED, nearest_key
-from stableqat.errors import UserError
+from stableqat.cli.arguments import nearest_key
+from stableqat.errors import LISTED, UserError
 from stableqat.refusals import refusal
 
 _AS_YAML = {"None": "null", "True": "true", "False": "false"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableqat.data.damage import check, file_format, find_crash, find_damage
-from stableqat.errors import UserError, first_line
+from stableqat.errors import LISTED, UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +31,6 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 SPLITS |= {"dev": "validation", "test": "test"}
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LISTED = 12  # names that fit a line
 #: Columns of chats, and of pairs of a request and an answer.
 _CHATS: list[tuple[str, ...]] = [("messages",), ("conversations",), ("conversation",), ("dialog",), ("chat",)]
 _CHATS += [
@@ -234,7 +233,7 @@ def _says(error: BaseException, folder: Path) -> bool:
 
 
 def _listed(names: Collection[str]) -> str:
-    few = list(names)[:_LISTED]
+    few = list(names)[:LISTED]
     return ", ".join(few) + (f" and {len(names) - len(few)} more" if len(names) > len(few) else "")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.files import only_local, writing
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def evaluate(
     """
     counts = {"block_size": (block_size, 2), "batch_size": (batch_size, 1), "limit": (limit, 1)}
     for key, (number, least) in {**counts, "num_fewshot": (num_fewshot, 0)}.items():
-        if number is not None and number < least:
-            raise UserError(f"{key}: must be at least {least}, not {number}")
+        if number is not None:
+            check_range(key, number, least)
     if tasks is None and (tasks_path or num_fewshot is not None or limit is not None):
         raise UserError("tasks: missing; name the tasks that tasks_path, num_fewshot and limit are for")
     file = None if out is None else _new(out)

@@ -276,5 +276,5 @@ def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
     )
     told = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
     say(f"  loss on {report['batch']}: {told}")
-    if found.tokenizer is None and "input_ids" in found.batch:
+    if found.tokenizer is None and found.module.family == "text":
         say("  without a tokenizer: name one with --tokenizer")

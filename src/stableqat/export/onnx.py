@@ -91,14 +91,14 @@ def write(packed: PackedModel, folder: Path) -> None:
     for name, weight in packed.layers.items():
         bias = model.get_submodule(name).bias
         model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=packed.int8_activations))
-    is_text = "input_ids" in packed.batch
+    is_text = packed.module.family == "text"
     batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = {0: batch, 1: length} if is_text else {0: batch}
     try:
         program: Any = torch.onnx.export(
             _Logits(model).eval() if is_text else model,
             (packed.input[:1].repeat_interleave(2, dim=0),),  # a batch of one would become a constant
-            input_names=["input_ids" if is_text else "pixel_values"],
+            input_names=[packed.module.input_key],
             output_names=["logits"],
             dynamic_shapes=(shapes,),
             opset_version=21,
@@ -129,7 +129,7 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     for node in graph.node:
         if node.op_type == "MatMulNBits":
             name = node.input[1].removesuffix(".codes")
-            name = name.removeprefix(f"{_Logits.PREFIX}.") if "input_ids" in packed.batch else name
+            name = name.removeprefix(f"{_Logits.PREFIX}.") if packed.module.family == "text" else name
             weights[name] = torch.from_numpy(_multiplied_by_identity(node, constants))
     return weights, torch.from_numpy(logits)
 

@@ -75,7 +75,7 @@ class PackedModel:
     @property
     def input(self) -> Tensor:
         """The batch's token ids or images."""
-        return self.batch["input_ids" if "input_ids" in self.batch else "pixel_values"]
+        return self.batch[self.module.input_key]
 
     def rest(self) -> dict[str, Tensor]:
         """Parameters and buffers that are not packed, in their type, a tied head left out."""
@@ -114,7 +114,7 @@ def quantize_embeddings(module: QATModule, bits: int) -> None:
         UserError: If the model has no embedding, or trained it quantized.
     """
     model: Any = module.model
-    if not hasattr(model, "get_output_embeddings"):
+    if module.family == "images":
         raise UserError("embedding_bits: a vision transformer has no token embedding; leave it out")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(head, QuantLinear):
@@ -169,11 +169,10 @@ def evaluate(module: QATModule, batch: Mapping[str, Tensor]) -> tuple[Tensor, fl
     """Logits of a batch and its mean loss in nats."""
     module.eval()
     labels = batch["labels"]
-    if "input_ids" in batch:
-        logits = module(batch["input_ids"]).float()
+    logits = module(batch[module.input_key]).float()
+    if module.family == "text":
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     else:
-        logits = module(batch["pixel_values"]).float()
         loss = F.cross_entropy(logits, labels, ignore_index=-100)
     return logits, loss.item()
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, one_line
 from stableqat.modules.config import pretrained_config, resolve_config
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         said = str(error).removeprefix("checkpoint: ").removeprefix(f"{folder}: ")
         raise UserError(f"{folder}/config.json: {said.removeprefix('model.config.')}") from error
     except Exception as error:  # transformers checks keys with several types of its own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}/config.json: no configuration of a model: {reason}") from error
+        raise UserError(f"{folder}/config.json: no configuration of a model: {one_line(error)}") from error
     if strange := sorted(named.keys() - known.keys() - {*_EXTRAS, *_RENAMED, *config.attribute_map}):
         logger.warning("%s: keys that its architecture does not have are left out: %s", folder, strange)
     return keys, {k: named[k] for k in _EXTRAS if k in named}

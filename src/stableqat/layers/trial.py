@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, one_line
 from stableqat.layers.experts import AroundForward
 from stableqat.layers.linear import QuantLinear, quantized_layers
 
@@ -138,8 +138,9 @@ def check_calls(
             raise
         except Exception as error:
             if example is not None:
-                line = " ".join(str(error).split())[:200]
-                raise UserError(f"example_inputs: the model does not take them ({line})") from error
+                raise UserError(
+                    f"example_inputs: the model does not take them ({one_line(error)})"
+                ) from error
             logger.debug("the model does not take the inputs that it names", exc_info=True)
     if calls is None:
         _FirstForward(model).attach(model)

@@ -17,6 +17,7 @@ from stableqat.files import whole_file
 from stableqat.shipped import find_config
 from stableqat.studies.gpus import Slots, visible_gpus
 from stableqat.studies.job import PRELOAD, Job, Main, run_stableqat
+from stableqat.studies.plan import STUDY_FILE
 from stableqat.studies.pool import Pool
 from stableqat.studies.progress import Board
 from stableqat.studies.record import FINAL, Record
@@ -109,7 +110,7 @@ def _keep(study: Study) -> None:
     """Put the study file beside the runs: what they were meant to test stays with them."""
     try:
         study.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(study.folder / "study.yaml") as part:
+        with whole_file(study.folder / STUDY_FILE) as part:
             part.write_text(study.text)
     except OSError as error:
         raise UserError(

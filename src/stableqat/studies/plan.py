@@ -109,16 +109,16 @@ def check_baseline(path: str | Path, plan: Plan, runs: Mapping[str, dict[str, An
     for name, own in quantizers.items():
         if all(key in own and own[key] == value for key, value in wanted):
             group = own.get("bits", own.get("class_path")), runs[name].get("model.class_path")
-            first, arm = selected.setdefault(group, (name, _arm(runs[name])))
-            if arm != _arm(runs[name]):
+            first, arm = selected.setdefault(group, (name, arm_of(runs[name])))
+            if arm != arm_of(runs[name]):
                 raise UserError(
                     f"{path}: compare.baseline {plan.baseline} selects two arms, those of {first} and {name}:"
                     " add a hyper-parameter in which they differ"
                 )
 
 
-def _arm(settings: dict[str, Any]) -> str:
-    """What the runs of one arm share: all settings but the learning rate and the seed."""
+def arm_of(settings: Mapping[str, Any]) -> str:
+    """What the runs of one arm share, as text: all settings but the learning rate and the seed."""
     own = (SHORT_AXES["lr"], SHORT_AXES["seed"])
     return json.dumps(sorted(pair for pair in settings.items() if pair[0] not in own))
 

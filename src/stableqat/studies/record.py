@@ -9,6 +9,7 @@ from typing import Any
 from stableqat.errors import UserError
 from stableqat.files import whole_file
 
+FILE = "sweep.json"
 FINAL = ("done", "diverged")
 ENDED = (*FINAL, "failed")
 
@@ -32,7 +33,7 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
         """The record of a point's folder, None without one."""
-        file = folder / "sweep.json"
+        file = folder / FILE
         try:
             return cls(**json.loads(file.read_text()))
         except FileNotFoundError:
@@ -42,5 +43,5 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Replaces the record in one move."""
-        with whole_file(folder / "sweep.json") as part:
+        with whole_file(folder / FILE) as part:
             part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
