@@ -93,8 +93,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def at(place, monkeypatch):
-    """That folder as the current one."""
+    """That folder as the current one, with its own cache of data sets."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "datasets")
     return place
 
 

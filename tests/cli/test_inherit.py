@@ -53,13 +53,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def at(place, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "datasets")
-    return place
-
-
 def settings(version, *, source="text.jsonl", init_from=None, tokenizer=None, **model):
     logger = {"save_dir": "logs", "name": "", "version": version, "default_hp_metric": False}
     config = tiny.LLAMA | {"vocab_size": 320} if init_from is None else None

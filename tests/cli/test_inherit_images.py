@@ -60,13 +60,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def at(place, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "datasets")
-    return place
-
-
 def call(version, *, model=None, data=None, verb="fit"):
     logger = {"save_dir": "logs", "name": "", "version": version, "default_hp_metric": False}
     settings = {

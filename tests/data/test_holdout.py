@@ -13,17 +13,9 @@ from sample_documents import document
 from stableqat.data import TextDataModule
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
 from stableqat.data.prepare.command import sample, tokenize
-from stableqat.data.tokenizer import train_bpe
 from stableqat.errors import UserError
 
 TEXTS = [document(n) for n in range(400)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(TEXTS[:50], 300).save_pretrained(folder)
-    return str(folder)
 
 
 def jsonl(folder: Path, texts: list[str]) -> None:
@@ -36,10 +28,10 @@ def plain_text(folder: Path, texts: list[str]) -> None:
         (folder / f"{number:03}.txt").write_text(text)
 
 
-def splits(source: object, tokenizer: str, cache: Path, **options: object) -> dict[str, set[str]]:
+def splits(source: object, tokenizer: Path, cache: Path, **options: object) -> dict[str, set[str]]:
     """The documents of each split as training reads them, the one that the last row cuts off left out."""
     data = TextDataModule(
-        source, tokenizer=tokenizer, block_size=2, batch_size=1, cache_dir=str(cache), **options
+        source, tokenizer=str(tokenizer), block_size=2, batch_size=1, cache_dir=str(cache), **options
     )
     data.setup("fit")
     found: dict[str, set[str]] = {"train": set(), "validation": set()}
@@ -59,7 +51,7 @@ def test_a_raw_folder_and_the_same_folder_tokenized_validate_on_the_same(tmp_pat
     write(tmp_path / "raw", texts)
     raw = splits(str(tmp_path / "raw"), tokenizer, tmp_path / "cache", **share)
     out = str(tmp_path / "out")
-    settings = {"tokenizer": tokenizer, "block_size": 2, "num_proc": 1, **share}
+    settings = {"tokenizer": str(tokenizer), "block_size": 2, "num_proc": 1, **share}
     tokenize(input=str(tmp_path / "raw"), out=out, **settings)
     assert splits(out, tokenizer, tmp_path / "cache") == raw
     hashes = {text: document_hash(text) for text in texts}
@@ -107,7 +99,9 @@ def test_one_document_cannot_be_split(tmp_path, tokenizer):
     path.write_text((json.dumps({"text": TEXTS[0]}) + "\n") * 3)
     says = "one.jsonl is a single document, and validation takes whole ones: put it in a folder beside"
     with pytest.raises(UserError, match=says):
-        TextDataModule(str(path), tokenizer=tokenizer, cache_dir=str(tmp_path / "cache")).setup()
+        TextDataModule(str(path), tokenizer=str(tokenizer), cache_dir=str(tmp_path / "cache")).setup()
     with pytest.raises(UserError, match=says):
-        tokenize(input=str(path), tokenizer=tokenizer, block_size=8, out=str(tmp_path / "out"), num_proc=1)
+        tokenize(
+            input=str(path), tokenizer=str(tokenizer), block_size=8, out=str(tmp_path / "out"), num_proc=1
+        )
     assert not (tmp_path / "out").exists()

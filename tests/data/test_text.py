@@ -25,17 +25,10 @@ from stableqat.errors import UserError
 DATA = Path(os.environ.get("STABLEQAT_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe([document(n) for n in range(50)], 300).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def make(tmp_path, tokenizer_folder):
+def make(tmp_path, tokenizer):
     def module(source, **options):
-        options = {"tokenizer": str(tokenizer_folder), "block_size": 16, "batch_size": 4} | options
+        options = {"tokenizer": str(tokenizer), "block_size": 16, "batch_size": 4} | options
         data = TextDataModule(
             None if source is None else str(source), cache_dir=str(tmp_path / "cache"), **options
         )
@@ -202,11 +195,11 @@ def test_rows_survive_pickling_and_padding_is_ignored(corpus, make):
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_a_tokenizer_from_a_folder_or_a_file(corpus, make, tokenizer_folder, tmp_path, bare):
-    source = tokenizer_folder
+def test_a_tokenizer_from_a_folder_or_a_file(corpus, make, tokenizer, tmp_path, bare):
+    source = tokenizer
     if bare:
         source = tmp_path / "tokenizer.json"
-        source.write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+        source.write_bytes((tokenizer / "tokenizer.json").read_bytes())
     data = make(corpus, tokenizer=str(source))
     assert data.vocab_size == len(data.tokenizer) == 300
     assert data.tokenizer.eos_token == EOS

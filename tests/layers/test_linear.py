@@ -491,15 +491,20 @@ def test_gradient_checkpointing_of_a_real_model(together, use_reentrant):
     assert empty(net)
 
 
-def test_checkpointing_inside_a_block(together):
-    net, x = block(), inputs(4, 16)
+def with_layer(net, changed):
+    """The forward of a block in which `changed` replaces the forward of its middle layer."""
 
     def forward(x):
         with pytest.MonkeyPatch.context() as patch:
-            layer = net.b.forward
-            patch.setattr(net.b, "forward", lambda x: checkpoint(layer, x, use_reentrant=False))
+            patch.setattr(net.b, "forward", changed(net.b.forward))
             return net(x)
 
+    return forward
+
+
+def test_checkpointing_inside_a_block(together):
+    net, x = block(), inputs(4, 16)
+    forward = with_layer(net, lambda layer: partial(checkpoint, layer, use_reentrant=False))
     agree(measure(net, x, forward), apart(net, x))
 
 
@@ -514,13 +519,7 @@ def test_a_checkpointed_block(together):
 
 def test_autocast_switched_off_inside_a_block(together):
     net, x = block(), inputs(4, 16)
-
-    def forward(x):
-        with pytest.MonkeyPatch.context() as patch:
-            layer = net.b.forward
-            patch.setattr(net.b, "forward", lambda x: autocast(False)(layer)(x.float()))
-            return net(x)
-
+    forward = with_layer(net, lambda layer: lambda x: autocast(False)(layer)(x.float()))
     agree(measure(net, x, forward, amp=True), apart(net, x, forward, amp=True))
 
 

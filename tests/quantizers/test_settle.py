@@ -36,39 +36,42 @@ def same(made, other):
     return torch.equal(made.codes, other.codes) and torch.equal(made.scale, other.scale)
 
 
+def cases(method):
+    """Granularities and weights, in bfloat16 as well for the methods of this suite."""
+    for granularity in GRANULARITIES:
+        for dtype in (torch.float32,) if method in STRANGERS else (torch.float32, torch.bfloat16):
+            yield granularity, (torch.randn(ROWS, INPUTS) * 0.05).to(dtype)
+
+
 @each_grid
 @pytest.mark.parametrize("method", [*METHODS, *STRANGERS], ids=lambda cls: cls.__name__)
 def test_what_a_weight_becomes_settles_without_moving_it(method, options):
-    for granularity in GRANULARITIES:
-        for dtype in (torch.float32,) if method in STRANGERS else (torch.float32, torch.bfloat16):
-            weight = (torch.randn(ROWS, INPUTS) * 0.05).to(dtype)
-            quantizer = method(weight, **options, **granularity)
-            made, before = quantizer.quantize(weight), weight.clone()
-            quantizer.settle(weight, made)
-            assert same(quantizer.quantize(weight), made)
-            if method is not Rotated:  # the rotation and back round
-                assert torch.equal(weight, before)
-            assert torch.equal(quantizer.scale_floor, quantizer.scale.detach() * 1e-4)
+    for granularity, weight in cases(method):
+        quantizer = method(weight, **options, **granularity)
+        made, before = quantizer.quantize(weight), weight.clone()
+        quantizer.settle(weight, made)
+        assert same(quantizer.quantize(weight), made)
+        if method is not Rotated:  # the rotation and back round
+            assert torch.equal(weight, before)
+        assert torch.equal(quantizer.scale_floor, quantizer.scale.detach() * 1e-4)
 
 
 @each_grid
 @pytest.mark.parametrize("method", [*METHODS, *STRANGERS], ids=lambda cls: cls.__name__)
 def test_any_codes_and_scales_settle(method, options):
-    for granularity in GRANULARITIES:
-        for dtype in (torch.float32,) if method in STRANGERS else (torch.float32, torch.bfloat16):
-            weight = (torch.randn(ROWS, INPUTS) * 0.05).to(dtype)
-            quantizer = method(weight.to("meta"), **options, **granularity).to_empty(device="cpu")
-            for parameter in quantizer.parameters():  # as a model whose scales were never set
-                torch.nn.init.constant_(parameter, torch.nan)
-            if method in (LowRank, Freezing):
-                quantizer.initialize(weight)
-            grid = quantizer.grid
-            codes = torch.randint(grid.q_min, grid.q_max + 1, weight.shape, dtype=torch.int8)
-            scale = torch.rand(quantizer.scale.shape) + 0.1
-            quantizer.settle(weight, made := replace(quantizer.quantize(weight), codes=codes, scale=scale))
-            assert same(quantizer.quantize(weight), made)
-            if dtype == torch.float32 and method is not Rotated:
-                assert torch.equal(quantizer.eval()(weight), made.dequantize())
+    for granularity, weight in cases(method):
+        quantizer = method(weight.to("meta"), **options, **granularity).to_empty(device="cpu")
+        for parameter in quantizer.parameters():  # as a model whose scales were never set
+            torch.nn.init.constant_(parameter, torch.nan)
+        if method in (LowRank, Freezing):
+            quantizer.initialize(weight)
+        grid = quantizer.grid
+        codes = torch.randint(grid.q_min, grid.q_max + 1, weight.shape, dtype=torch.int8)
+        scale = torch.rand(quantizer.scale.shape) + 0.1
+        quantizer.settle(weight, made := replace(quantizer.quantize(weight), codes=codes, scale=scale))
+        assert same(quantizer.quantize(weight), made)
+        if weight.dtype == torch.float32 and method is not Rotated:
+            assert torch.equal(quantizer.eval()(weight), made.dequantize())
 
 
 @given(

@@ -35,13 +35,6 @@ from stableqat.evaluate.text import read_text
 DATA = Path(os.environ.get("STABLEQAT_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe([document(n) for n in range(50)], 300).save_pretrained(folder)
-    return folder
-
-
 def write(folder, **splits):
     folder.mkdir(parents=True, exist_ok=True)
     for split, texts in splits.items():
