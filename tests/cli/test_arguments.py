@@ -64,6 +64,12 @@ FREE = {
     "keys of an architecture": [*FIT, "--model.config.anything=1"],
     "what only parsers know": [*FIT, "--print_config=skip_null", "--model.help=A", "--trainer.callbacks+=X"],
     "settings as YAML": ["fit", "--config", "trainer: {max_stepz: 3}"],
+    "a class named in YAML": [
+        *("fit", "-c", "llama/base", "-c", "llama/ste", "-c"),
+        "model: {init_args: {quantizer: {class_path: stableqat.quantizers.StableQAT}}}",
+        *("--model.quantizer.amplitude", "0.2"),
+    ],
+    "a user's class named in YAML": ["fit", '--config={"model": {"class_path": "my.Mine"}}', "--model.x=3"],
     "a file that was forgotten": [*FIT, "-c", "--trainer.max_steps=3"],
 }
 

@@ -61,32 +61,40 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: If a configuration or a path does not exist, or a key is unknown.
     """
-    named, files = _find_configs(arguments)
+    named, files, inline = _find_configs(arguments)
     _check_paths(named)
-    settings = [("", key, value) for key, value in words(named)]
+    settings: list[Setting] = [("", key, value) for key, value in words(named)]
+    left: list[Setting] = []  # to the parser, but the classes that they name count
+    # what cannot be read is left to the parser as well
+    unreadable = (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError)
     for file in files:
-        # an unreadable file is left to the parser
-        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
+        with suppress(*unreadable):
             content = yaml.safe_load(file.read_text())
             settings += [(f"{file}: ", key, value) for key, value in walk(content, str(file))]
-    _check_keys(arguments[0], list(_shortened(settings)))
+    for text in inline:
+        with suppress(*unreadable):
+            left += [("", key, value) for key, value in walk(yaml.safe_load(text), text)]
+    _check_keys(arguments[0], list(_shortened(settings)), list(_shortened(left)))
     return named
 
 
-def _find_configs(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    named, files = list(arguments), []
+def _find_configs(arguments: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
+    """The arguments with files in place of names, these files, and settings given as YAML in their place."""
+    named, files, inline = list(arguments), [], []
     for at, (flag, value) in enumerate(pairwise(["", *arguments])):
         start = "--config=" if value.startswith("--config=") else ""
         name = value.removeprefix(start)
-        is_file = (start or flag in ("-c", "--config")) and not name.startswith("-")
-        if not is_file or re.search(r"[:{\n]", name):  # settings themselves, as YAML
+        if not (start or flag in ("-c", "--config")) or name.startswith("-"):
+            continue
+        if re.search(r"[:{\n]", name):
+            inline.append(name)
             continue
         path = find_config(name)
         if (other := shipped_config(name)) and not filecmp.cmp(path, other, shallow=False):
             print(f"stableqat: {path}: the file here, not the shipped configuration", file=sys.stderr)
         named[at] = f"{start}{path}"
         files.append(path)
-    return named, files
+    return named, files, inline
 
 
 def _check_paths(arguments: Sequence[str]) -> None:
@@ -112,7 +120,7 @@ def _shortened(settings: Iterable[Setting]) -> Iterator[Setting]:
             yield where, ".".join(part for part in parts if part != "init_args"), value
 
 
-def _check_keys(verb: str, settings: Sequence[Setting]) -> None:
+def _check_keys(verb: str, settings: Sequence[Setting], left: Sequence[Setting]) -> None:
     lightning, ours = find_spec("lightning"), Path(__file__).parents[1]
     assert lightning is not None
     assert lightning.origin is not None
@@ -126,7 +134,7 @@ def _check_keys(verb: str, settings: Sequence[Setting]) -> None:
     known |= {key: _parameters(callbacks, name) for key, name in CALLBACKS.items()}
     for block, room in _ROOMS.items():
         classes = _classes((ours / room).glob("*.py"))
-        every = [_arguments_of(classes, name) for name in _named_classes(settings, block)]
+        every = [_arguments_of(classes, name) for name in _named_classes([*settings, *left], block)]
         known[block] = set().union(*filter(None, every)) if every and None not in every else None
     known["model.quantizer"] = (known["model.quantizer"] or set()) - {"weight"}  # the layer's
     for where, key, value in settings:
