@@ -169,6 +169,18 @@ def test_what_one_step_shows():
     assert row["quant/layers.x/snr_db"] == pytest.approx(10 * log10(signal / noise), abs=1e-4)
 
 
+def test_what_is_rounded_is_what_is_shown():
+    """A method that rounds another tensor than the weight: codes 0, 1, -1, 1 for the weights above."""
+
+    class Mirrored(STE):
+        def latent(self, weight):
+            return -weight
+
+    layer = layer_of(script()[0], method=Mirrored)
+    row = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5)[5]
+    assert [row[f"quant/layers.x/share_of_code_{q}"] for q in (-2, -1, 0, 1)] == [0, 1 / 4, 1 / 4, 1 / 2]
+
+
 def test_drift_of_the_scales():
     layer = layer_of([[0.5], [0.5], [0.5], [0.5]], scale=2.0)
     scales = [[[2.0]] * 4, [[4.0], [2.0], [1.0], [0.5]]]

@@ -133,7 +133,9 @@ class _Watch:
         return torch.segment_reduce(of_blocks, reduce, lengths=self._blocks_of_layer)
 
     def _weights(self) -> list[Tensor]:
-        return [local(layer.weight.detach())[self._rows] for layer in self._layers]
+        with torch.no_grad():
+            latents = [layer.weight_quantizer.latent(layer.weight) for layer in self._layers]
+        return [local(latent.detach())[self._rows] for latent in latents]
 
     def _scales(self, name: str) -> list[Tensor]:
         found = [local(getattr(layer.weight_quantizer, name).detach()) for layer in self._layers]
