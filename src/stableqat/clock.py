@@ -33,7 +33,9 @@ def follow(
 ) -> "Clock":
     """Let the quantizers of a model follow its training; call it once, before the first step.
 
-    Methods without a schedule, a penalty or a step of their own do not need it, and it costs them nothing.
+    Methods without a schedule, a penalty or a step of their own do not need it, and it costs them nothing. A
+    quantizer follows one clock: a second call, as for another training, replaces the first. With a loss
+    scaler, a step that it skips does not count.
 
     Args:
         model: A model with quantized layers.
@@ -59,7 +61,7 @@ class Clock:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], position: Position) -> None:
         self.position = position
-        self._penalized: set[Optimizer] = set()  # in the step to come
+        self._penalized: set[Optimizer] = set()  # the step to come has its penalties
         self._by_optimizer: dict[Optimizer, list[_Followed]] = {each: [] for each in optimizers}
         for followed in _weights(model):
             followed.quantizer.position = position
@@ -67,6 +69,8 @@ class Clock:
                 self._file(followed)
         self._hooks: list[RemovableHandle] = []
         for optimizer, own in self._by_optimizer.items():
+            # a fused one would undo a loss scale inside its step, after the penalty and skipped or not
+            vars(optimizer)["_step_supports_amp_scaling"] = False
             self._hooks.append(optimizer.register_step_post_hook(self._after))
             if any(each.overrides("penalty") for each in own):
                 self._hooks.append(optimizer.register_step_pre_hook(self._before))
@@ -81,22 +85,27 @@ class Clock:
         self._penalized.clear()
 
     def penalize(self, optimizer: Optimizer) -> None:
-        """Add the gradients of the penalties to those of the loss, once per step.
+        """Add the gradients of the penalties to those of the loss; the step that follows adds them no more.
 
-        A parameter without a gradient is left alone: its step was dropped, or it was not used.
+        A trainer that clips calls it once per step, after a loss scaler has unscaled. A parameter without a
+        gradient is left alone: its step was dropped, or it was not used.
 
         Args:
             optimizer: Whose step comes next.
         """
-        if optimizer not in self._penalized:
-            self._penalized.add(optimizer)
-            for followed in self._by_optimizer[optimizer]:
-                followed.penalize()
+        self._penalized.add(optimizer)
+        for followed in self._followed(optimizer):
+            followed.penalize()
 
     def remove(self) -> None:
         """Take the hooks away; quantizers stay where training is."""
         for hook in self._hooks:
             hook.remove()
+
+    def _followed(self, optimizer: Optimizer) -> "Iterator[_Followed]":
+        """What an optimizer trains, but for quantizers that a later clock has taken."""
+        own = self._by_optimizer[optimizer]
+        return (followed for followed in own if followed.quantizer.position is self.position)
 
     def _file(self, followed: "_Followed") -> None:
         """Find the optimizer that trains a weight or, if it is frozen, its quantizer."""
@@ -116,13 +125,15 @@ class Clock:
         _, *rest = args  # the optimizer itself comes first
         closure = kwargs.get("closure", rest[0] if rest else None)
         if closure is None:
-            self.penalize(optimizer)
+            if optimizer not in self._penalized:
+                self.penalize(optimizer)
             return None
 
         def with_penalty() -> Any:
             self._penalized.discard(optimizer)
             loss = closure()
-            self.penalize(optimizer)
+            if optimizer not in self._penalized:  # a trainer may, inside
+                self.penalize(optimizer)
             return loss
 
         return (optimizer, with_penalty, *rest[1:]), {key: x for key, x in kwargs.items() if key != "closure"}
@@ -131,7 +142,7 @@ class Clock:
         """Step post-hook: advance, and let quantizers act on the new weights."""
         self._penalized.discard(optimizer)
         self.position.step += 1
-        for followed in self._by_optimizer[optimizer]:
+        for followed in self._followed(optimizer):
             if followed.overrides("after_step"):
                 followed.step(optimizer.param_groups[followed.group]["lr"], self.position.progress)
 

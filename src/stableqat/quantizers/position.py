@@ -1,21 +1,31 @@
 """Where training is: what schedules of quantizers follow."""
 
-from dataclasses import dataclass
-
 from stableqat.errors import UserError
 
 
-@dataclass
 class Position:
     """Optimizer steps done and planned; all quantizers of a model share one, see `stableqat.follow`.
 
-    Attributes:
+    Args:
         step: Optimizer steps done.
         total_steps: Optimizer steps planned; None if unknown.
     """
 
-    step: int = 0
-    total_steps: int | None = None
+    def __init__(self, step: int = 0, total_steps: int | None = None) -> None:
+        self.total_steps = total_steps
+        self.step = step
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        # torch.compile takes a float that changes as an input of its graph, but an int as a constant of it:
+        # the share, computed in the graph, would compile the model anew at every step
+        self._share = min(step / max(self.total_steps or 0, 1), 1.0)
 
     @property
     def progress(self) -> float:
@@ -29,4 +39,4 @@ class Position:
                 "quantizer: its schedule follows the length of the run, which is unknown; set "
                 "trainer.max_steps or trainer.max_epochs, or total_steps of stableqat.follow"
             )
-        return min(self.step / max(self.total_steps, 1), 1.0)
+        return self._share
