@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strangers import Dampened, Freezing, LowRank, Rotated
 
 import stableqat.quantizers
 from stableqat.errors import UserError
 from stableqat.quantizers import STE, Quantizer
+from strangers import Dampened, Freezing, LowRank, Rotated
 
 ROWS, INPUTS = 6, 32
 METHODS = [

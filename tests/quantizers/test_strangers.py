@@ -10,7 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-from strangers import Dampened, Freezing, Hardening, LowRank, Rotated, RotatedInput, Stochastic, rotate
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import STE
 from stableqat.quantizers.position import Position
 from stableqat.surgery import quantize_linears
+from strangers import Dampened, Freezing, Hardening, LowRank, Rotated, RotatedInput, Stochastic, rotate
 
 STRANGERS = [Hardening, Stochastic, Dampened, Freezing, LowRank]
 SHAPES = {"channel": {}, "group": {"group_size": 8}}
