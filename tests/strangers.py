@@ -70,8 +70,9 @@ class Freezing(STE):
     def initialize(self, weight):
         super().initialize(weight)
         codes = self.quantize(weight).codes
-        for state, value in ((self.code, codes), (self.average, codes), (self.frozen, torch.nan)):
-            state.copy_(torch.as_tensor(value))
+        self.code.copy_(codes)
+        self.average.copy_(codes)
+        self.frozen.fill_(self.grid.q_max + 1)  # no code
         self.direction.zero_()
         self.oscillation.zero_()
 
@@ -85,8 +86,9 @@ class Freezing(STE):
         direction.copy_(torch.where(change == 0, direction, change))
         average.lerp_(made.codes.float(), self.momentum)
         code.copy_(made.codes)
-        frozen.copy_(torch.where(frozen.isnan() & (oscillation > self.threshold), average.round(), frozen))
-        keep = ~frozen.isnan()
+        free = frozen > self.grid.q_max
+        frozen.copy_(torch.where(free & (oscillation > self.threshold), average.round(), frozen))
+        keep = frozen <= self.grid.q_max
         codes = torch.where(keep, frozen, made.codes).to(torch.int8)
         weight.copy_(torch.where(keep, replace(made, codes=codes).dequantize(), weight))
 

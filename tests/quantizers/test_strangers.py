@@ -229,7 +229,7 @@ def test_a_frozen_code_stays_while_its_scale_moves():
         optimizer.step()
         codes = quantizer.quantize(layer.weight).codes
         scales.add(quantizer.scale[0].item())
-        for place in (~quantizer.frozen.isnan()).nonzero().tolist():
+        for place in (quantizer.frozen <= quantizer.grid.q_max).nonzero().tolist():
             code = codes[tuple(place)].item()
             assert frozen.setdefault(tuple(place), code) == code
     assert len(scales) > 40
@@ -270,9 +270,7 @@ def test_a_run_resumes_bit_for_bit_with_the_state_of_its_methods():
         stableqat.follow(resumed, optimizer, 12, step=7)
         steps(resumed, optimizer, batches(12)[7:])
         expected = whole.state_dict()
-        assert all(
-            torch.equal(x, expected[name]) or x.isnan().any() for name, x in resumed.state_dict().items()
-        ), method
+        assert all(torch.equal(x, expected[name]) for name, x in resumed.state_dict().items()), method
         assert torch.equal(resumed(batches(1)[0][0]), whole(batches(1)[0][0]))
 
 
