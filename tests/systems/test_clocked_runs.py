@@ -44,7 +44,8 @@ def arguments(folder: Path, version: str) -> list[str]:
     return [
         *["fit", *configs, *write(folder / "methods.yaml", METHODS)],
         *f"--trainer.max_steps {STEPS} --trainer.accumulate_grad_batches {PARTS}".split(),
-        *["--trainer.limit_train_batches", "10", "--trainer.val_check_interval", "4", "--trainer.accelerator", "cpu"],
+        *["--trainer.limit_train_batches", "10", "--trainer.val_check_interval", "4"],
+        *["--trainer.accelerator", "cpu"],
         *["--last.every_n_train_steps", "3", "--model.optimizer.lr", "2e-2", "--model.lr_scheduler", "null"],
         *["--trainer.logger.save_dir", str(folder), "--trainer.logger.name", "llama"],
         *["--trainer.logger.version", version],
@@ -77,7 +78,7 @@ def test_a_run_with_a_clock_resumes_bit_for_bit(how, folder):
 
 
 def test_a_clock_acts_on_shards(folder):
-    """Penalties, clipped with the loss, and steps of a method's own: on two processes' rows as on all rows."""
+    """Penalties, clipped with the loss, and steps of a method's own, on two processes' rows as on one's."""
     acting = {
         "*self_attn*": quantizer("Dampened", strength=100.0),
         "*": quantizer("Freezing", threshold=-1.0),

@@ -98,8 +98,8 @@ class Quantizer(nn.Module, ABC):
     def allocate(self, shape: tuple[int, int], **options: Any) -> None:
         """Create the parameters, unset (NaN); a method with more parameters extends this.
 
-        State that is shaped like the weight (`weight_shape`) is a frozen parameter, so that FSDP shards it. Once
-        `initialize` has set it, it is finite: a run ends where a parameter is not.
+        State that is shaped like the weight (`weight_shape`) is a frozen parameter, so that FSDP shards it.
+        `initialize` sets it to finite values: a run ends where a parameter is not finite.
 
         Args:
             shape: Shape of the scale.
