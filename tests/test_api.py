@@ -334,13 +334,13 @@ MISTAKES = {
     ),
     "an instance": (llama, {"quantizer": STE(torch.ones(2, 2), bits=2)}, "the class STE"),
     "a pattern that matches nothing": (llama, {"bits": 2, "skip": ["lm_haed"]}, "lm_haed matches no"),
-    "nothing left": (llama, {"bits": 2, "skip": ["*"]}, "none of the model's 15 linear layers"),
-    "no linear layer": (headless, {"bits": 2}, "none of the model's 0"),
+    "nothing left": (llama, {"bits": 2, "skip": ["*"]}, "none of the 15 linear layers"),
+    "no linear layer": (headless, {"bits": 2}, "none of the 0"),
     "a head tied to its embedding": (llama, {"bits": 2, "skip": []}, "embed_tokens has the same weight"),
     "two layers with one weight": (
         twins,
         {"bits": 2},
-        "layer 0: 1 has the same weight and would go on with its latent values; add 0 to skip",
+        "layer 0: 1 has the same weight and would keep using its latent values; add 0 to skip",
     ),
     "groups that do not fit every layer": (
         partial(llama, intermediate_size=48),

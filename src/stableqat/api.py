@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from stableqat.errors import UserError
+from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.experts import fused_experts, make_plain
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.layers.trial import check_calls, forget_calls
@@ -37,7 +38,7 @@ def prepare(
 ) -> Model:
     """Prepare a model for quantization-aware training: swap its linear layers for quantized ones, in place.
 
-    The experts of a mixture are quantized as well, whether they are linear layers or fused in one parameter.
+    The experts of a mixture are quantized too, whether they are linear layers or fused in one parameter.
     Weights and biases stay the same Parameters; each quantized layer gains a `weight_quantizer` with a
     learned `scale`, set from the weight. Make the optimizer afterwards, from `parameter_groups`. A module
     that reads a layer's weight itself gets the fake-quantized one.
@@ -46,17 +47,17 @@ def prepare(
         model: Any module, its weights loaded, in float32. To resume from a checkpoint of a prepared model,
             prepare the model in the same way, then load the state dict.
         quantizer: A method by name (ste, dsq, paretoq, stableqat), or a factory of quantizers: a class of
-            `stableqat.quantizers`, or a `functools.partial` of one. A mapping gives layers quantizers of
-            their own, by shell patterns as in `skip`: the first pattern that matches wins, None leaves the
-            layer in full precision.
-        skip: Linear layers that stay in full precision: shell patterns, or one, that match a full name or a
-            part between dots. Default: heads. Embeddings and convolutions are never quantized.
+            `stableqat.quantizers`, or a `functools.partial` of one. A mapping assigns quantizers to layers by
+            shell patterns as in `skip`: the first pattern that matches wins, and None leaves the layer in
+            full precision.
+        skip: Linear layers that stay in full precision: one shell pattern or several, each matching a full
+            name or a part between dots. Default: heads. Embeddings and convolutions are never quantized.
         example_inputs: Inputs of the model's forward: a tensor, a tuple of positional inputs or a dictionary
             of named ones. A trial forward finds weights that are used without calling their layers. None
-            takes inputs that a transformers or timm model declares, or waits for the first forward. Pass
-            them before you compile a model of another kind.
-        options: Options of the quantizer: `bits=2`, `group_size=128`, `grid="stretched"`; in a mapping, of
-            the methods that stand by name.
+            takes the inputs that a transformers or timm model declares, or waits for the first forward. For
+            any other model, pass them before you compile it.
+        options: Options of the quantizer: `bits=2`, `group_size=128`, `grid="stretched"`; in a mapping, they
+            apply to the methods given by name.
 
     Returns:
         The same model.
@@ -64,7 +65,7 @@ def prepare(
     Raises:
         UserError: If the method or an option is unknown, no layer is left to quantize, the model is already
             prepared in another way, or a weight to quantize is also used by another module, or without
-            calling its layer. The model is then as it was.
+            calling its layer. The model is then unchanged.
     """
     prepare_and_report(model, quantizer, skip, example_inputs=example_inputs, **options)
     return model
@@ -107,12 +108,12 @@ def prepare_and_report(
 
 
 def convert(model: Model) -> Model:
-    """Replace quantized layers by plain ones, in place, whose weights are the deployed values.
+    """Replace quantized layers with plain ones, in place, whose weights are the deployed values.
 
-    The model computes in evaluation what it did before, bit for bit; any library loads what it saves, and
+    In evaluation the model computes the same as before, bit for bit. Any library loads what it saves, and
     `stableqat export` packs the folder that `save_pretrained` of a Llama or Qwen3 writes, because its config
     names each layer's grid. The latent weights are lost: to continue training, convert a `copy.deepcopy`. An
-    embedding that shares the weight of a quantized head becomes plain with it.
+    embedding that shares the weight of a quantized head becomes plain too.
 
     Args:
         model: A model with quantized layers.
@@ -121,7 +122,7 @@ def convert(model: Model) -> Model:
         The same model.
 
     Raises:
-        UserError: If there is nothing to convert.
+        UserError: If the model has no quantized layer.
     """
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
     if not layers:
@@ -136,14 +137,14 @@ def convert(model: Model) -> Model:
     for name, layer in layers:
         model.set_submodule(name, plain[layer])
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Embedding) and _follows_a_head(module):
-            model.set_submodule(name, _plain_embedding(module))
+        if isinstance(module, QuantEmbedding):
+            model.set_submodule(name, module.to_embedding())
     vars(model)[_CONVERTED] = True
     return model
 
 
 def was_converted(model: nn.Module) -> bool:
-    """Whether `convert` made a model, or a part of it, plain."""
+    """Whether a model, or a part of it, went through `convert`."""
     return any(_CONVERTED in vars(module) for module in model.modules())
 
 
@@ -156,7 +157,7 @@ def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
 
 
 def refuse_another(model: nn.Module, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
-    """Refuse to keep a layer that is quantized in another way than the one that is asked for."""
+    """Refuse a model with a layer that is already quantized in another way than `quantizer` asks for."""
     choice = Choice(quantizer, skip)
     for name, layer in quantized_layers(model).items():
         if choice.left(name, quantized=False):
@@ -191,7 +192,7 @@ def _refuse_adapters(model: nn.Module, skip: Sequence[str]) -> None:
 
 
 def _record_grids(model: nn.Module) -> None:
-    """Leave the grids in the config of each model that is saved with one, by names within that model."""
+    """Record the grids in the config of each model that is saved with one, by the names of its layers."""
     recorded: list[Any] = []
     for module in model.modules():  # the outermost first: the parts of a model share its config
         config = getattr(module, "config", None)
@@ -207,25 +208,13 @@ def _record_grids(model: nn.Module) -> None:
         recorded.append(config)
 
 
-def _follows_a_head(embedding: nn.Embedding) -> bool:
-    return any(isinstance(head, QuantLinear) for head in getattr(embedding, "_head", ()))
-
-
-def _plain_embedding(embedding: nn.Embedding) -> nn.Embedding:
-    plain = nn.Embedding(
-        embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta"
-    )
-    plain.weight = embedding.weight
-    return plain.train(embedding.training)
-
-
 def _check(model: nn.Module, skip: Sequence[str]) -> None:
-    """Refuse a `skip` that leaves nothing, or names what is not there."""
+    """Refuse a `skip` that leaves no layer to quantize, or has a pattern that matches no layer."""
     linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    linears += [f"{name}.{key}" if name else key for name, _, key in fused_experts(model)]
+    linears += [name for name, _, _ in fused_experts(model)]
     if all(any(matches(name, pattern) for pattern in skip) for name in linears):
         raise UserError(
-            f"skip: {', '.join(skip)} leaves none of the model's {len(linears)} linear layers to quantize"
+            f"skip: {', '.join(skip)} leaves none of the {len(linears)} linear layers to quantize"
         )
     for pattern in skip:
         if pattern not in HEADS and not any(matches(name, pattern) for name in linears):

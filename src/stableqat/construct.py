@@ -1,22 +1,22 @@
-"""Objects from plain values of a file, by the types that their classes declare.
+"""Build objects from the plain values of a file, by the types that their classes declare.
 
-A class's arguments are checked against its annotations. Only an argument whose type is a class, or makes one,
-takes `class_path` and `init_args`, and that class must be trusted (`stableqat.trust`); in any other field a
-`class_path` is refused, whatever it names.
+A class's arguments are checked against its annotations. Only an argument whose type is a class, or a factory
+of one, takes `class_path` and `init_args`, and that class must be trusted (`stableqat.trust`). Any other
+field refuses a `class_path`, whatever it names.
 """
 
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from importlib import import_module
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stableqat.errors import UserError, did_you_mean
-from stableqat.refusals import alternatives, article, is_mapping_of_factories, refusal, untrusted
+from stableqat.refusals import alternatives, article, is_mapping_of_factories, members, refusal, untrusted
 from stableqat.trust import NAME, is_trusted, walk
 
 _PLAIN = (str, int, float, bool, NoneType)
@@ -44,7 +44,7 @@ def arguments(cls: type, values: Any, where: str) -> dict[str, Any]:
 
     Args:
         cls: The class.
-        values: Plain values by argument; a class is given as `class_path` and `init_args`.
+        values: Plain values by argument; a class is written as `class_path` and `init_args`.
         where: File and field, for the message.
 
     Raises:
@@ -92,7 +92,7 @@ def find_class(name: Any, bases: Sequence[type], where: str) -> type:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """An argument from a plain value, by its type."""
-    choices = list(_members(hint))
+    choices = members(hint)
     if value is None and (NoneType in choices or Any in choices):
         return None
     for choice in choices:
@@ -122,7 +122,7 @@ def _specified(value: Any, bases: list[type], where: str) -> tuple[type, dict[st
 
 
 def argument_types(cls: type) -> dict[str, Any]:
-    """The types of a class's arguments, with those that it passes on to its bases."""
+    """The types of a class's arguments, including those that it passes on to its bases."""
     found: dict[str, Any] = {}
     for base in cls.__mro__[:-1]:
         if "__init__" not in vars(base):
@@ -130,36 +130,25 @@ def argument_types(cls: type) -> dict[str, Any]:
         _, *parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
         try:
             hints = get_type_hints(base.__init__)  # type: ignore[misc]
-        except (NameError, TypeError, AttributeError):  # annotations for type checkers alone
+        except (NameError, TypeError, AttributeError):  # annotations only for type checkers
             hints = {}
-        kinds = [parameter.kind for parameter in parameters]
-        for parameter, kind in zip(parameters, kinds, strict=True):
-            if kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                found.setdefault(parameter.name, hints.get(parameter.name, Any))
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for each in parameters:
+            if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+                found.setdefault(each.name, hints.get(each.name, Any))
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
             break
     return found
 
 
-def _members(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) in (Union, UnionType):
-        for each in get_args(hint):
-            yield from _members(each)
-    else:
-        yield hint
-
-
 def _fits(value: Any, hint: Any) -> bool:
+    if len(choices := members(hint)) > 1:
+        return any(_fits(value, each) for each in choices)
     origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in inner)
     kind = origin or hint
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (int, float):
+        return type(value) in (int, kind)
     if kind in (Any, object) or not isinstance(kind, type):  # a type variable, for example
         return True
     if issubclass(kind, Mapping):

@@ -42,6 +42,22 @@ def check_range(
     raise UserError(f"{key}: must be at least {least}{end}{' or null' if null else ''}, not {value}")
 
 
+def check_known(key: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Args:
+        key: The setting, as the user writes it.
+        value: Its value.
+        known: The values that exist.
+
+    Raises:
+        UserError: Naming the key, the value and the known ones.
+    """
+    names = list(known)
+    if value not in names:
+        raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(names)}")
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """The remedy for an unknown name, whatever the case of its letters.
 

@@ -1,17 +1,17 @@
-"""Event files to data: the scalars and hyper-parameters that a run logged.
+"""Read event files: the scalars and hyper-parameters that a run logged.
 
-An event file is a row of records: 8 bytes of length, 4 of checksum, the message, 4 of checksum. They
-are read here directly, because TensorBoard's own readers take ten to fifty times as long over the
-many per-layer scalars of a run. A resumed run has several files that overlap: where a file begins,
-what earlier files say of the same tag from that step on is dropped, so that the last word counts. Which are
-the earlier ones, steps say before clocks do: a run resumes from a step that it has reached. A run that was
-validated again in its own folder remains the run that was trained there.
+An event file is a sequence of records: 8 bytes of length, 4 of checksum, the message, 4 of checksum. This
+module reads them itself, because TensorBoard's own readers take ten to fifty times as long for the many
+per-layer scalars of a run. A resumed run has several files that overlap: from the step where a later file
+begins, it replaces what earlier files say of a tag. Steps decide which file is the earlier one, before clocks
+do: a run resumes from a step that it has reached. If a run was validated again in its own folder, only what
+was trained there counts.
 """
 
 import contextlib
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from stableqat.terminal import plain
 
 log = logging.getLogger(__name__)
 
-# What a comparison reads. Means over the layers go by name, since the tags of the layers begin alike.
+# What a comparison reads. Means over the layers are listed by name: the tags of layers begin in the same way.
 MEANS = ("flip_rate", "oscillation", "scale_drift", "clipped", "snr_db", "grad_cosine")
-OVERLAY = "overlay"  # a run that `stableqat publish` makes for TensorBoard, of means
+OVERLAY = "overlay"  # a run of means that `stableqat publish` makes for TensorBoard
 COMPARED = ("hp/", "val/", "train/", *(f"quant/{what}" for what in MEANS))
 
 
@@ -32,9 +32,9 @@ class Run:
 
     Attributes:
         folder: Folder of the run.
-        hparams: Hyper-parameters as the HParams tab shows them; empty where none were logged.
+        hparams: Hyper-parameters as the HParams tab shows them; empty if none were logged.
         scalars: Tag to {step: value}, steps ascending.
-        problems: What could not be read, a line each.
+        problems: What could not be read, one line each.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     def last(self, tag: str) -> float | None:
-        """The value of the last step, None where the tag was never logged."""
+        """The value of the last step; None if the tag was never logged."""
         series = self.scalars.get(tag)
         return series[max(series)] if series else None
 
@@ -58,14 +58,12 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
-    """Reads all event files of a run's folder, merged.
+    """Read and merge all event files in the folder of a run.
 
     Args:
         folder: Folder that holds the event files.
         tags: Beginnings of the scalar tags to read.
     """
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -74,10 +72,7 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
     for file in _event_files(folder):
         seen: dict[str, dict[int, float]] = {}
         try:
-            for message in _records(file):
-                if not any(tag in message for tag in wanted):
-                    continue
-                event = Event.FromString(message)
+            for event in _events(file, lambda message: any(tag in message for tag in wanted)):
                 for value in event.summary.value:
                     if value.tag == SESSION_START_INFO_TAG:
                         run.hparams = _hparams(value)
@@ -85,7 +80,7 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
                         seen.setdefault(value.tag, {})[event.step] = value.simple_value
                     elif value.tag.startswith(tags) and value.HasField("tensor"):
                         seen.setdefault(value.tag, {})[event.step] = float(make_ndarray(value.tensor))
-        except (OSError, EOFError, DecodeError) as error:
+        except OSError as error:
             run.problems.append(plain(f"{file}: {error}"))
         for tag, series in seen.items():
             kept = {s: v for s, v in run.scalars.get(tag, {}).items() if s < min(series)}
@@ -94,24 +89,20 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
 
 
 def hparams_events(folder: Path) -> Iterator[Any]:
-    """The events of a run's folder that the HParams tab is made of, as far as they can be read."""
+    """The events of a run that make the HParams tab, as far as they can be read."""
     for file in _event_files(folder):
         yield from _hparams_events(file)
 
 
 def _hparams_events(file: Path) -> Iterator[Any]:
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
 
-    with contextlib.suppress(OSError, EOFError, DecodeError):
-        for message in _records(file):
-            if PLUGIN_NAME.encode() in message:
-                yield Event.FromString(message)
+    with contextlib.suppress(OSError):
+        yield from _events(file, lambda message: PLUGIN_NAME.encode() in message)
 
 
 def _event_files(folder: Path) -> list[Path]:
-    """The event files of a run in order, without later validations of what was trained there."""
+    """The event files of a run in order, without later validations of a run that was trained there."""
     from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
 
     files = sorted(folder.glob("events.out.tfevents.*"), key=_age)
@@ -126,50 +117,44 @@ def _event_files(folder: Path) -> list[Path]:
 
 
 def _in_order(files: list[Path]) -> list[Path]:
-    """Event files, sorted by their clocks, as they were begun.
+    """Event files, given by their clocks, in the order in which they were begun.
 
-    The next is the earliest by the clock that begins no later than what came before it has reached; if
-    all do, the one that begins first.
+    The next one is the first by the clock that begins at a step already reached; if none does, the one that
+    begins at the earliest step.
     """
     steps = {file: _steps(file) for file in files}
     ordered: list[Path] = []
     reached = 0
-    while len(ordered) < len(files):
-        left = [file for file in files if file not in ordered]
-        begins = {file: steps[file][0] for file in left}
-        following = next(
-            (file for file in left if begins[file] <= reached), min(left, key=begins.__getitem__)
-        )
-        ordered.append(following)
-        reached = max(reached, steps[following][1])
+    while left := [file for file in files if file not in ordered]:
+        first = min(left, key=lambda file: steps[file][0])
+        ordered.append(next((file for file in left if steps[file][0] <= reached), first))
+        reached = max(reached, steps[ordered[-1]][1])
     return ordered
 
 
 def _steps(file: Path) -> tuple[int, int]:
-    """The first and the last step of which a file says something, as far as it can be read; 0 without any."""
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
+    """The first and the last step that a file has values for, as far as it can be read; 0 without any."""
     from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
 
     steps = []
-    with contextlib.suppress(OSError, EOFError, DecodeError):
-        for message in _records(file):
-            if PLUGIN_NAME.encode() not in message and (event := Event.FromString(message)).summary.value:
+    with contextlib.suppress(OSError):
+        for event in _events(file, lambda message: PLUGIN_NAME.encode() not in message):
+            if event.summary.value:
                 steps.append((event.step, event.summary.value[0].tag.startswith("hp/")))
     begins = [step for step, record in steps if step or not record]  # a record may be opened at step 0
     return min(begins, default=0), max((step for step, _ in steps), default=0)
 
 
 def _hparams(value: Any) -> dict[str, Any]:
-    """The hyper-parameters that a summary holds as what begins a session."""
+    """The hyper-parameters in a summary that begins a session."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    info = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+    info = _parsed(HParamsPluginData, value.metadata.plugin_data.content).session_start_info
     return {plain(key): _plain(each) for key, each in sorted(info.hparams.items())}
 
 
 def _plain(value: Any) -> Any:
-    """A protobuf value as a Python one; it knows doubles only, so whole numbers become int again."""
+    """A protobuf value as a Python one; protobuf has only doubles, so whole numbers become int again."""
     found = getattr(value, str(value.WhichOneof("kind")))
     if isinstance(found, str):
         return plain(found)
@@ -177,10 +162,30 @@ def _plain(value: Any) -> Any:
 
 
 def _age(file: Path) -> tuple[int, int, str]:
-    """Event files in the order in which they were begun: their names say the second, and end in a count."""
+    """Sorts event files by the clock: their names hold the second in which they were begun, and a count."""
     parts = file.name.split(".")
     second, number = (int(part) if part.isdigit() else 0 for part in (parts[3], parts[-1]))
     return second, number, file.name
+
+
+def _events(file: Path, wanted: Callable[[bytes], bool]) -> Iterator[Any]:
+    """The events of a file whose messages are wanted.
+
+    Raises:
+        OSError: If the file cannot be read, is damaged or was cut short.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    yield from (_parsed(Event, message) for message in _records(file) if wanted(message))
+
+
+def _parsed(kind: Any, message: bytes) -> Any:
+    from google.protobuf.message import DecodeError
+
+    try:
+        return kind.FromString(message)
+    except DecodeError as error:
+        raise OSError(error) from error
 
 
 def _records(file: Path) -> Iterator[bytes]:
@@ -191,6 +196,6 @@ def _records(file: Path) -> Iterator[bytes]:
         if end <= len(data):
             end += struct.unpack_from("<Q", data, position)[0]
         if end > len(data):
-            raise EOFError(f"cut short or damaged at byte {position} of {len(data)}, the rest is not read")
+            raise OSError(f"cut short or damaged at byte {position} of {len(data)}, the rest is not read")
         yield data[position + 12 : end - 4]
         position = end

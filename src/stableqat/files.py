@@ -1,4 +1,4 @@
-"""Paths, and files and folders that appear when they are complete."""
+"""Paths, and files and folders that appear once they are complete."""
 
 import errno
 import fcntl
@@ -13,20 +13,20 @@ from stableqat.errors import UserError
 
 
 def only_local(name: str) -> bool:
-    """Whether a name of a model or of data can only be a path: nothing on the Hub has a name like it."""
+    """Whether a name of a model or data set can only be a path, because nothing on the Hub can have it."""
     suffix = Path(name).suffix in (".ckpt", ".jsonl", ".parquet")
     return (name.startswith(("/", ".", "~")) or name.count("/") > 1 or suffix) and not set(":[{") & set(name)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file beside its place and move it there at the end; after an exception nothing is left of it.
+    """Write a file next to its place and move it there at the end; an exception leaves nothing behind.
 
     Args:
-        path: The file; one that is there is replaced in one move.
+        path: The file; an existing one is replaced in one move.
 
     Yields:
-        The path to write to, this process's own.
+        The path to write to, which belongs to this process.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -37,15 +37,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def left_over(path: Path) -> bool:
-    """Whether a killed process left this while it wrote a file or folder with this module."""
+    """Whether this is what a killed process left while it wrote a file or folder with this module."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
 @contextmanager
 def hidden_folder(beside: Path, prefix: str) -> Iterator[Path]:
-    """A hidden folder to make something in before it is moved to its place; removed at the end.
+    """Make a hidden folder, in which to prepare what is then moved to its place; remove it at the end.
 
-    Those that killed processes left, on which nobody holds the lock, are removed first.
+    It first removes the folders of killed processes: those on which nobody holds the lock.
 
     Args:
         beside: The folder to make it in.
@@ -84,16 +84,16 @@ def _locked(folder: Path) -> int | None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Fill a new folder beside its place and move it there at the end; after an exception nothing is left.
+    """Fill a new folder next to its place and move it there at the end; an exception leaves nothing behind.
 
     Args:
-        folder: The folder; its parents are made.
+        folder: The folder; its parents are created.
 
     Yields:
-        The folder to write to, this process's own.
+        The folder to write to, which belongs to this process.
 
     Raises:
-        FileExistsError: If something is there already, at the end as well.
+        FileExistsError: If something exists there, now or at the end.
         OSError: If the place cannot be written.
     """
     folder = Path(os.path.abspath(folder))
@@ -108,7 +108,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             try:
                 part.rename(folder)
             except OSError:
-                _refuse_existing(folder)  # made meanwhile
+                _refuse_existing(folder)  # created meanwhile
                 raise
     finally:
         for parent in made:
@@ -132,19 +132,16 @@ def new_folder(out: str) -> Iterator[Path]:
         The folder to write to.
 
     Raises:
-        UserError: If something is there already, or the place cannot be written. Other errors of the body
-            pass, see `writing`.
+        UserError: If something exists there, or the place cannot be written. Other errors of the body pass,
+            see `writing`.
     """
     folder = Path(out).expanduser()
     with ExitStack() as stack:
-        try:
-            part = stack.enter_context(whole_folder(folder))
-        except FileExistsError as error:
-            raise UserError(f"out: {out} exists already; name a new folder") from error
-        except OSError as error:
-            raise UserError(
-                f"out: {out} cannot be written ({error.strerror}); name another folder"
-            ) from error
+        with writing(f"out: {out}", "name another folder"):
+            try:
+                part = stack.enter_context(whole_folder(folder))
+            except FileExistsError as error:
+                raise UserError(f"out: {out} exists already; name a new folder") from error
         yield part
         with writing(f"out: {out}", "nothing is left of it, name another folder"):
             stack.close()
@@ -152,10 +149,10 @@ def new_folder(out: str) -> Iterator[Path]:
 
 @contextmanager
 def writing(what: str, remedy: str) -> Iterator[None]:
-    """Say in one line that something cannot be written.
+    """Report in one line that something cannot be written.
 
     Args:
-        what: The file or folder, behind the setting that names it.
+        what: The file or folder, after the setting that names it.
         remedy: What to do.
 
     Raises:
@@ -169,7 +166,7 @@ def writing(what: str, remedy: str) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

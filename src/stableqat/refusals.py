@@ -1,4 +1,4 @@
-"""Why a value is refused: what its type accepts, and which class was probably meant."""
+"""Why a value is refused: what its type accepts, and which class the user probably meant."""
 
 import inspect
 import re
@@ -36,7 +36,12 @@ def untrusted(name: str) -> str:
 
 
 def refusal(hint: Any, message: str) -> str:
-    """Why a value is refused, by the type of its setting."""
+    """Why the type of a setting refuses a value.
+
+    Args:
+        hint: The type.
+        message: What jsonargparse says about the value.
+    """
     if denied := _DENIED.search(message):
         return untrusted(denied[1])
     types = list(dict.fromkeys(alternatives(hint)))
@@ -73,14 +78,19 @@ def _suggestion(given: str, bases: list[type]) -> str:
 
 
 def alternatives(hint: Any) -> Iterator[Any]:
-    """The types that a hint allows; for a factory, or factories by name, what they make."""
+    """The types that a hint allows; for a factory, or a mapping of factories, the types that they make."""
+    for each in members(hint):
+        if get_origin(each) is Callable or is_mapping_of_factories(each):
+            yield from alternatives(get_args(each)[-1])
+        else:
+            yield each
+
+
+def members(hint: Any) -> list[Any]:
+    """The members of a union, nested ones included; of any other type, the type alone."""
     if get_origin(hint) in (Union, UnionType):
-        for each in get_args(hint):
-            yield from alternatives(each)
-    elif get_origin(hint) is Callable or is_mapping_of_factories(hint):
-        yield from alternatives(get_args(hint)[-1])
-    else:
-        yield hint
+        return [member for each in get_args(hint) for member in members(each)]
+    return [hint]
 
 
 def is_mapping_of_factories(hint: Any) -> bool:
@@ -90,7 +100,7 @@ def is_mapping_of_factories(hint: Any) -> bool:
 
 
 def _derived(base: type) -> Iterator[type]:
-    """Subclasses that a user would mean: this suite's own, and those from the package of `base`."""
+    """Subclasses that a user may mean: this suite's own, and those from the package of `base`."""
     packages = ("stableqat", base.__module__.split(".")[0])
     below: list[type] = base.__subclasses__()
     for derived in below:

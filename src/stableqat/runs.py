@@ -1,8 +1,7 @@
-"""A run on disk: everything that evaluation, export and the next training ask of it is asked of one `Run`.
+"""A run on disk: one `Run` answers everything that evaluation, export and the next training ask of it.
 
-A run folder gives its best checkpoint, a checkpoint itself. What a checkpoint does not hold, its data and
-what it started from, comes from the `config.yaml` of the folder that it lies in. `write_run` makes such a
-folder of any model.
+A run folder stands for its best checkpoint. What a checkpoint does not hold, its data and what it started
+from, comes from the `config.yaml` of its folder. `write_run` makes such a folder from any model.
 """
 
 from collections.abc import Iterator
@@ -30,17 +29,17 @@ from stableqat.trust import read_settings
 
 
 class NoDataError(UserError):
-    """A run whose data is unknown or gone; the message is the reason alone."""
+    """The data of a run is unknown or gone; the message is only the reason."""
 
 
 def open_run(source: str) -> "Run":
-    """Find a run's best checkpoint, or the checkpoint that a path names; it is not read yet.
+    """Find a run's best checkpoint, or the checkpoint that a path names, without reading it.
 
     Args:
         source: Run folder or checkpoint.
 
     Raises:
-        UserError: If there is none, or it is sharded.
+        UserError: If there is no checkpoint, or it is sharded.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -55,14 +54,14 @@ def open_run(source: str) -> "Run":
 
 
 class Run:
-    """A checkpoint and the run that it lies in; each part is read when it is first asked for.
+    """A checkpoint and its run; each part is read when it is first asked for.
 
     Args:
-        checkpoint: The checkpoint; a sharded one has settings and a tokenizer, and is not loaded.
+        checkpoint: The checkpoint; a sharded one has settings and a tokenizer, but cannot be loaded.
 
     Attributes:
         checkpoint: The checkpoint.
-        folder: The run's folder; None for a checkpoint that lies in none.
+        folder: The run's folder; None for a checkpoint outside of any run.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -74,21 +73,21 @@ class Run:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """What is in the checkpoint, tensors mapped from the disk.
+        """The content of the checkpoint, with its tensors mapped from the disk.
 
         Raises:
-            UserError: If it is damaged, or holds something else.
+            UserError: If the file is damaged, or holds something else.
         """
         return read_checkpoint(self.checkpoint)
 
     @property
     def step(self) -> int:
-        """Optimizer steps that it was trained for."""
+        """Number of optimizer steps that the checkpoint was trained for."""
         return int(self.content["global_step"])
 
     @property
     def validated_rows(self) -> int | None:
-        """Of how many rows, the first of the validation split, the last loss is; None if nobody knows."""
+        """How many rows, from the start of the validation split, the last loss covers; None if unknown."""
         rows = self._record.get("validation_rows")
         return rows if isinstance(rows, int) and rows > 0 else None
 
@@ -116,7 +115,7 @@ class Run:
             return self._build()
 
     def load(self) -> QATModule:
-        """The trained model, verified, in evaluation mode, on the CPU; another one at each call.
+        """The trained model, verified, in evaluation mode, on the CPU; each call loads it anew.
 
         Raises:
             UserError: If the checkpoint is damaged, or of something else.
@@ -126,20 +125,22 @@ class Run:
         with self._consistent():
             with state_dict_follows():
                 module = self._build()
-            for key, tensor in module.state_dict().items():  # torch would cast without a word
-                if key in state and tensor.is_floating_point() != state[key].is_floating_point():
+            for key, tensor in module.state_dict().items():  # torch would cast silently
+                if (
+                    key in state
+                    and tensor.is_floating_point() != (held := state[key].dtype).is_floating_point
+                ):
                     raise UserError(
-                        f"{self.checkpoint}: {key} holds {state[key].dtype}, not {tensor.dtype}; "
-                        "take another one"
+                        f"{self.checkpoint}: {key} holds {held}, not {tensor.dtype}; take another"
                     )
             module.load_state_dict(state)
         return module
 
     def load_start(self, *, quantized: bool) -> QATModule:
-        """What the run started from: in full precision, or rounded to nearest.
+        """The model that the run started from: in full precision, or rounded to nearest.
 
         Args:
-            quantized: Whether the run's quantizers are set on the start's weights.
+            quantized: Whether to initialize the run's quantizers on the weights of the start.
 
         Raises:
             UserError: If the start is not found.
@@ -151,51 +152,46 @@ class Run:
         with torch.device("meta"):
             described = sum(parameter.numel() for parameter in module.build_model().parameters())
         held = sum(tensor.numel() for tensor in self.content["state_dict"].values())
-        if described > 2 * held:  # before memory is taken for it
-            raise UserError(
-                f"{self.checkpoint}: its settings describe {described:,} parameters, and it holds {held:,}; "
-                "take another one"
-            )
+        if described > 2 * held:  # before memory is allocated for it
+            numbers = f"its settings describe {described:,} parameters, and it holds {held:,}"
+            raise UserError(f"{self.checkpoint}: {numbers}; take another one")
         module.configure_model()
         return module.eval()
 
     @contextmanager
     def _consistent(self) -> Iterator[None]:
-        """Say in one line that the checkpoint is not what its settings and this version make of it."""
+        """Report in one line that the checkpoint does not match its settings or this version."""
         try:
             yield
         except UserError:
             raise
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{self.checkpoint}: damaged, or written by another version: {one_line(error)}"
-            ) from error
+            reason = f"damaged, or written by another version: {one_line(error)}"
+            raise UserError(f"{self.checkpoint}: {reason}") from error
 
-    # -- what its folder says -------------------------------------------------------------------
+    # -- what its folder holds ------------------------------------------------------------------
 
     @cached_property
     def _config(self) -> dict[str, Any]:
         return {} if self.folder is None else read_settings(self.folder / CONFIG)
 
     def settings(self, part: str) -> dict[str, Any]:
-        """A part of the run's settings: plain values, `init_args` among them; empty if nobody knows.
+        """A part of the run's settings: plain values, including `init_args`; empty if unknown.
 
         Args:
             part: model, data or trainer.
 
         Raises:
-            UserError: If the file is not a run's.
+            UserError: If the settings are not those of a run.
         """
         found = self._config.get(part) or {}
         if not (isinstance(found, dict) and isinstance(found.get("init_args") or {}, dict)):
-            raise UserError(
-                f"{self.folder}/{CONFIG}: {part}: must be a mapping of settings; take another run"
-            )
+            raise UserError(f"{self.folder}/{CONFIG}: {part}: must be a mapping; take another run")
         return found and {**found, "init_args": found.get("init_args") or {}}
 
     @property
     def start(self) -> str | None:
-        """The `init_from` that it was trained with."""
+        """The `init_from` that the run was trained with."""
         found = self.settings("model").get("init_args", {}).get("init_from")
         return None if found is None else str(found)
 
@@ -206,10 +202,10 @@ class Run:
             changes: Arguments of the data module that replace the run's.
 
         Raises:
-            NoDataError: If there is none.
+            NoDataError: If the data is unknown or gone.
         """
         if self.folder is None:
-            raise NoDataError("the checkpoint lies in no run folder")
+            raise NoDataError("the checkpoint is in no run folder")
         settings = self.settings("data")
         home, _, name = str(settings.get("class_path")).rpartition(".")
         if not (home.split(".")[0] == "stableqat" and name in data.__all__):
@@ -225,10 +221,10 @@ class Run:
 
     @property
     def tokenizer(self) -> str | None:
-        """Folder, file or hub name of its tokenizer, in the run or as it names it; None if nobody knows.
+        """Folder, file or Hub name of the tokenizer, in the run or named by its settings; None if unknown.
 
         Raises:
-            UserError: If the run has none: it was imported from files without it.
+            UserError: If the run has none, because it was imported from files without one.
         """
         if self.folder is None:
             return None
@@ -250,7 +246,7 @@ class Run:
             given: The tokenizer that the user asks for; None takes the run's.
 
         Raises:
-            UserError: If there is none, or it cannot be the model's.
+            UserError: If there is none, or it does not fit the model.
         """
         try:
             own = self._own_tokenizer()
@@ -273,14 +269,13 @@ class Run:
             if not isinstance(datamodule, data.TextDataModule):
                 raise NoDataError("its data is not text")
         except NoDataError as error:
-            raise UserError(
-                f"{self.checkpoint}: has no tokenizer ({error}); name one with --tokenizer"
-            ) from error
+            reason = f"has no tokenizer ({error})"
+            raise UserError(f"{self.checkpoint}: {reason}; name one with --tokenizer") from error
         return datamodule.tokenizer
 
     @property
     def image_arguments(self) -> dict[str, Any] | None:
-        """The arguments of its images' data module; None if it has none."""
+        """The arguments of the run's image data module; None if its data is not images."""
         settings = self.settings("data")
         if not str(settings.get("class_path")).endswith("ImageDataModule"):
             return None
@@ -288,13 +283,13 @@ class Run:
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
-        """How it resizes and normalises images; None if it has none."""
+        """How the run resizes and normalises images; None if its data is not images."""
         kept = self.image_arguments
         return None if kept is None else data.ImageDataModule.evaluation_settings(kept)
 
     @property
     def image_size(self) -> int | None:
-        """The size of its images, where its settings name it."""
+        """The size of the run's images, if its settings name it."""
         return self.settings("data").get("init_args", {}).get("image_size")
 
 
@@ -306,20 +301,20 @@ def write_run(
     tokenizer: Any = None,
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Make a run of a model, as it is before its first step: verbs and `init_from` take it like any other.
+    """Make a run from a model, as if before its first step: verbs and `init_from` take it like any other.
 
-    Resumed, it begins without optimizer states.
+    If it is resumed, it begins without optimizer states.
 
     Args:
         folder: An empty folder to write to.
         module: The configured training system.
-        place: Where the folder will lie, which its settings name.
-        tokenizer: Of a language model; kept in the run.
-        data: Settings of its data module, `class_path` and `init_args`. By default those of a text that has
-            the tokenizer, if there is one.
+        place: The final path of the folder, which its settings name.
+        tokenizer: The tokenizer of a language model, to keep in the run.
+        data: Settings of the data module, as `class_path` and `init_args`. By default, a `TextDataModule` if
+            there is a tokenizer.
 
     Raises:
-        OSError: If the disk does not take it.
+        OSError: If the folder cannot be written.
     """
     values = {**module.hparams, **module.resolved(), "init_from": None}
     checkpoint = {

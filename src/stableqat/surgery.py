@@ -328,8 +328,7 @@ def _quantizers_of_experts(
 ) -> dict[str, tuple[nn.Module, str, Quantizer]]:
     """Module, parameter's name and new quantizer of the fused experts to quantize, by full name."""
     made = {}
-    for prefix, module, key in fused_experts(model):
-        name = f"{prefix}.{key}" if prefix else key
+    for name, module, key in fused_experts(model):
         if why := choice.left(name, quantized=name in quantized_experts(model)):
             report.skipped[name] = why
         elif (factory := choice.of(name)) is None:
@@ -353,7 +352,7 @@ def _refuse_shared(model: nn.Module, layers: dict[str, nn.Linear], tied: bool) -
         if others := users.get(layer.weight, set()) - {layer}:
             other = next(n for n, m in model.named_modules() if m in others)
             raise UserError(
-                f"layer {name}: {other} has the same weight and would go on with its latent values; add "
+                f"layer {name}: {other} has the same weight and would keep using its latent values; add "
                 f"{name.split('.')[-1]} to skip"
             )
 

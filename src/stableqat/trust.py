@@ -1,9 +1,9 @@
 """Which classes a file may name.
 
-A checkpoint's hyper-parameters, a run's `config.yaml`, a study or a configuration may come from anybody.
-They may name classes of this suite, torch's optimizers and schedulers, and a few of Lightning's. Any other
-class is refused before it is imported, unless the user allows it: on the command line with `--allow
-my_methods.Mine`, or by naming it there (`--model.quantizer my_methods.Mine`); in Python by importing it.
+A checkpoint's hyper-parameters, a run's `config.yaml`, a study or a configuration may come from anybody. They
+may name classes of this suite, torch's optimizers and schedulers, and some of Lightning's. Any other class is
+refused before it is imported, unless the user allows it: on the command line with `--allow my_methods.Mine`
+or by naming it there (`--model.quantizer my_methods.Mine`), in Python by importing it.
 """
 
 import itertools
@@ -36,8 +36,8 @@ TRUSTED = (
     "lightning.pytorch.strategies",
     "lightning.fabric.plugins",
 )
-VARIABLE = "STABLEQAT_ALLOW"  # names that the user allows; inherited by the processes of a run
-STUDY = "STABLEQAT_STUDY"  # set where a study, not the user, has written the command line
+VARIABLE = "STABLEQAT_ALLOW"  # names that the user allows; the processes of a run inherit it
+STUDY = "STABLEQAT_STUDY"  # set where a study, not the user, wrote the command line
 # settings that name classes
 KEYS = ("class_path", "model", "data", "quantizer", "optimizer", "lr_scheduler")
 TRAINER_KEYS = ("accelerator", "callbacks", "logger", "plugins", "profiler", "strategy")
@@ -58,7 +58,7 @@ def is_trusted(name: str) -> bool:
 
 @contextmanager
 def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Inside, files may name what the user names on the command line; a study's command line allows nothing.
+    """Let files name what the user names on the command line; a study's command line allows nothing.
 
     Args:
         arguments: The command line.
@@ -95,7 +95,7 @@ def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
 
 
 def words(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """What the user sets on a command line: dotted keys and values, also those inside flow-style YAML."""
+    """What the user sets on a command line: dotted keys with values, also those inside flow-style YAML."""
     if STUDY in os.environ:
         return
     for flag, following in itertools.pairwise([*arguments, ""]):
@@ -112,7 +112,7 @@ def words(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def wall() -> Iterator[None]:
-    """Inside, jsonargparse imports trusted classes alone, and builds none for a setting of any type."""
+    """Make jsonargparse import trusted classes only, and build none for a setting of any type."""
     from jsonargparse import _common, set_parsing_settings
 
     names = [name for name in allowed() if name.partition(".")[0] != "jsonargparse"]  # always refused
@@ -137,14 +137,14 @@ def wall() -> Iterator[None]:
 
 
 def check_settings(values: Any, where: str) -> None:
-    """Refuse settings of a file that name an untrusted class; nothing is imported.
+    """Refuse settings of a file that name an untrusted class, without importing anything.
 
     Args:
         values: The settings, as nested blocks or under dotted keys.
-        where: File, for the message.
+        where: The file, for the message.
 
     Raises:
-        UserError: Naming the key; also if they are nested too deep.
+        UserError: If a setting names one, or the settings are nested too deep; names the key.
     """
     for key, value in walk(values, where):
         if _names_classes(key):
@@ -160,7 +160,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        UserError: Naming the file, if it does not hold settings.
+        UserError: If the file does not hold settings; names it.
     """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -176,7 +176,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """All values with their dotted keys; too many or too deep ones are refused."""
+    """All values with their dotted keys.
+
+    Raises:
+        UserError: If there are too many, or they are nested too deep.
+    """
     stack, left = [("", value, 0)], _VALUES
     while stack:
         key, item, depth = stack.pop()
@@ -192,7 +196,7 @@ def walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_imported(name: str) -> bool:
-    """Whether the program has imported a class, of a kind that settings name."""
+    """Whether the program has already imported a class, and settings may name its kind."""
     torch, (home, _, attribute) = sys.modules.get("torch"), name.rpartition(".")
     found = getattr(sys.modules.get(home), attribute, None)
     if torch is None or not isinstance(found, type):

@@ -422,7 +422,7 @@ def test_arms_of_other_learning_rates_are_told_apart_by_what_the_sweep_set(tmp_p
 
 def test_a_run_that_was_made_twice_is_no_second_seed() -> None:
     runs = [made(STE | {"lr": 1e-3}, 3.0, name) for name in ("ste-lr1e-3", "ste-lr1e-3-s0")]
-    with pytest.raises(UserError, match=r"demo/ste-lr1e-3 and demo/ste-lr1e-3-s0 share all .*: move one"):
+    with pytest.raises(UserError, match=r"demo/ste-lr1e-3 and demo/ste-lr1e-3-s0 share all .*; move one"):
         summary_of(runs)
 
 

@@ -141,6 +141,6 @@ def test_nothing_is_overwritten(study, copy):
         publish([str(study)], out=str(copy.parent))
     with pytest.raises(UserError, match="no runs of its own"):
         publish([str(study.parent)], out=str(copy.parent / "other"))
-    with pytest.raises(UserError, match="points: 1"):
+    with pytest.raises(UserError, match="points: must be at least 2"):
         publish([str(study)], points=1)
     assert sorted(path.name for path in copy.parent.iterdir()) == ["study"]

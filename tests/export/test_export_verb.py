@@ -79,7 +79,7 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
     assert {"model.safetensors", "config.json", "README.md"} <= set(report["sha256"])
     assert "weights differ by 0" in told
     assert "without a tokenizer: name one" in told
-    assert "random rows: the checkpoint lies in no run folder" in told
+    assert "random rows: the checkpoint is in no run folder" in told
     assert "2-bit integer" in (out / "README.md").read_text()
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 

@@ -316,7 +316,7 @@ def test_without_an_example_the_first_forward_tells_once(call, monkeypatch):
 
 def test_an_example_that_does_not_fit_is_refused():
     model = Net()
-    with pytest.raises(UserError, match=r"^example_inputs: the model does not take them"):
+    with pytest.raises(UserError, match=r"^example_inputs: the model refuses them"):
         stableqat.prepare(model, TWO_BITS, example_inputs=torch.randn(2, 7))
     assert not quantized_layers(model)
 

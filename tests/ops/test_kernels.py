@@ -359,9 +359,9 @@ def test_several_weights_in_one_launch(surrogate, floor):
     for count in (2, 3, len(cases)):
         joined = fused.join(weights[:count], grid)
         assert joined is not None
-        values = fused.forward_many(weights[:count], joined, BF16)
+        values = fused.split_values(fused.forward_flat(joined, BF16), weights[:count])
         upstreams = [case.upstream for case in cases[:count]]
-        gradients = fused.backward_many(upstreams, weights[:count], joined, surrogate)
+        gradients = fused.split_gradients(fused.backward_flat(upstreams, joined, surrogate), weights[:count])
         for case, value, found in zip(cases, values, gradients, strict=False):
             assert torch.equal(value, forward(case, BF16))
             for one, other in zip(found, backward(case)[:3], strict=True):

@@ -22,7 +22,7 @@ WEIGHT = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
         ({"levels": 5}, r"^levels: must be 3 or a power of two from 2 to 256, not 5"),
         ({"levels": 1}, r"^levels: "),
         ({"levels": 512}, r"^levels: "),
-        ({"levels": 3, "bits": 3}, r"^levels: 3 levels take 2 bit.* bits says 3"),
+        ({"levels": 3, "bits": 3}, r"^levels: 3 levels take 2 bit.* bits is 3"),
         ({"levels": 3, "grid": "integer"}, r"^levels: 3 levels are not the integer grid"),
         ({"levels": 4, "grid": "ternary"}, r"^levels: 4 levels are not the ternary grid"),
         ({"bits": 1, "grid": "integer"}, r"^bits: the integer grid takes 2 to 8 bits, not 1"),

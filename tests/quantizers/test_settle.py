@@ -107,7 +107,7 @@ def test_what_cannot_be_held_is_refused_and_changes_nothing():
     made = quantizer.quantize(weight)
     half = STE(weight, bits=2, grid="stretched").quantize(weight)
     refused(quantizer, weight, half, "2-bit integer grid does not hold these codes")
-    refused(quantizer, weight, STE(weight, bits=3).quantize(weight), "their grid or width is another")
+    refused(quantizer, weight, STE(weight, bits=3).quantize(weight), "use their own grid")
     refused(
         quantizer, weight, STE(weight, bits=2, group_size=8).quantize(weight), r"scales \(6, 4\) do not fit"
     )

@@ -1,10 +1,10 @@
 """The arms of a study: which runs belong together, and what they are called.
 
-An arm is all runs that differ only in learning rate and seed. If hyper-parameters don't tell the arms of a
+An arm is all runs that differ only in learning rate and seed. If hyper-parameters do not tell the arms of a
 study apart, the names of its runs do. The label of an arm is its method and the hyper-parameters in which it
-departs from most other arms, such as "StableQAT amplitude 0.1" or "STE optimizer SGD": where a study varies
-one factor at a time, a list of all settings would hide the one that matters. If no value of a
-hyper-parameter is the most common one, all arms name theirs; bits are named wherever they differ.
+differs from most other arms, such as "StableQAT amplitude 0.1" or "STE optimizer SGD": in a study that varies
+one factor at a time, a list of all settings would hide the one that matters. If no value of a hyper-parameter
+is the most common one, all arms name theirs; bits are named wherever they differ.
 """
 
 import logging
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 LOSS, TOP1 = "val/loss", "val/top1"
 COLUMNS = ("method", "bits", "grid", "mask")
 KINDS = ("fp", "ptq", "fit")
-NAMED = "named"  # the name in the study, where hyper-parameters don't tell arms apart
+NAMED = "named"  # the name in the study, if hyper-parameters do not tell arms apart
 UNSET = "unset"  # a run of an earlier version, or an argument that only some arms log
 
 
 @dataclass(frozen=True)
 class Group:
-    """Arms that can be compared: of one bit width (None is full precision) and of one family of models."""
+    """Arms that can be compared: of one bit width (None is full precision) and one family of models."""
 
     bits: int | None
     images: bool
 
     @property
     def name(self) -> str:
-        """Its name in titles and sentences."""
+        """The group's name in titles and sentences."""
         width = "full precision" if self.bits is None else f"{self.bits} bit{'s' * (self.bits != 1)}"
         return width + ", images" * self.images
 
@@ -55,7 +55,7 @@ class Result:
         hparams: Its hyper-parameters.
         scalars: Tag to {step: value}.
         last: Tag to the value of the last step.
-        diverged: Whether the run was ended as diverged, or its last loss is not finite.
+        diverged: Whether the run ended as diverged, or its last loss is not finite.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Result:
 
     @property
     def kind(self) -> str:
-        """The kind of the arms that it can belong to."""
+        """The kind of arm that the run belongs to."""
         full_precision = self.hparams.get("method") == "FP"
         if self.hparams.get("subcommand") == "validate":
             return "fp" if full_precision else "ptq"
@@ -87,7 +87,7 @@ class Result:
 
     @property
     def arm(self) -> tuple[Any, ...]:
-        """What all runs of its arm have in common, as a key."""
+        """A key that all runs of the arm share."""
         shared = sorted((key, str(value)) for key, value in self.shared.items())
         return (self.kind, self.folder.name == START, *shared)
 
@@ -98,7 +98,7 @@ class Arm:
 
     Attributes:
         kind: "fp" (measured or `start`), "ptq" (measured after rounding) or "fit".
-        hparams: What the runs share.
+        hparams: The hyper-parameters that the runs share.
         runs: The runs.
         images: Whether its models classify images.
         departures: What its label says after the method.
@@ -114,22 +114,22 @@ class Arm:
 
     @property
     def group(self) -> Group:
-        """The group that it belongs to."""
+        """The group of the arm."""
         return Group(self.hparams.get("bits"), self.images)
 
     @property
     def method(self) -> str:
-        """Name of its method."""
+        """The name of the arm's method."""
         return str(self.hparams.get("method"))
 
     @property
     def lrs(self) -> list[float]:
-        """Its learning rates."""
+        """The learning rates of the arm."""
         return sorted({run.hparams["lr"] for run in self.runs})
 
 
 def usable(result: Result) -> bool:
-    """Whether a run can be compared; logs the reason if not."""
+    """Whether a run can be compared; if not, log the reason."""
     steps, max_steps = result.last.get("hp/steps"), result.hparams.get("max_steps", -1)
     reason = None
     if not result.hparams:
@@ -154,7 +154,7 @@ def find_arms(results: Sequence[Result]) -> list[Arm]:
     """The arms of a study: full precision, PTQ and training, the plain arm of a method before its variants.
 
     Raises:
-        UserError: Two runs of one arm share the learning rate and the seed.
+        UserError: If two runs of one arm share the learning rate and the seed.
     """
     alike: dict[Any, list[Result]] = {}
     for result in _told_apart(results):
@@ -183,7 +183,7 @@ def find_arms(results: Sequence[Result]) -> list[Arm]:
 def most_common(arms: Sequence[Arm]) -> dict[str, str]:
     """The hyper-parameters that labels leave out, with the value, as text, that most arms have.
 
-    A hyper-parameter counts among the arms of the methods that know it; those of training go before PTQ's.
+    Only arms whose method knows a hyper-parameter count; arms that train override those of PTQ.
     """
     usual = {}
     for kind in ("ptq", "fit"):
@@ -198,7 +198,7 @@ def most_common(arms: Sequence[Arm]) -> dict[str, str]:
 
 
 def find_columns(arms: Sequence[Arm]) -> list[str]:
-    """Hyper-parameters worth a column: the usual ones, and those in which arms differ."""
+    """Hyper-parameters worth a column: the usual ones and those in which arms differ."""
     settings = [arm.hparams for arm in arms if arm.kind != "fp"]
     keys = dict.fromkeys(key for each in settings for key in each)
     differ = [key for key in keys if len({str(each[key]) for each in settings if key in each}) > 1]
@@ -207,9 +207,7 @@ def find_columns(arms: Sequence[Arm]) -> list[str]:
 
 def _departures(arm: Arm, arms: list[Arm], usual: dict[str, str]) -> tuple[str, ...]:
     """What sets an arm apart from most others, in words."""
-    like = [
-        a.hparams for a in arms if (a.kind, a.hparams.get("method")) == (arm.kind, arm.hparams.get("method"))
-    ]
+    like = [other.hparams for other in arms if (other.kind, other.method) == (arm.kind, arm.method)]
     keys = sorted({key for each in like for key in each} - {"method"})
     keys.sort(key=lambda key: COLUMNS.index(key) if key in COLUMNS else len(COLUMNS))
     texts = {key: _text(arm.hparams, key) for key in keys}
@@ -235,10 +233,10 @@ def _text(hparams: dict[str, Any], key: str) -> str:
 
 
 def _told_apart(results: Sequence[Result]) -> list[Result]:
-    """The runs, named where hyper-parameters don't tell the arms of a study apart.
+    """The runs, named where hyper-parameters do not tell the arms of a study apart.
 
-    That is where two runs share the learning rate and the seed as well, or where a sweep set more than these
-    differently. The name is that of the run without them: the arm in the study file, and other axes.
+    That is where two runs also share the learning rate and the seed, or where a sweep varied more than these.
+    The name is that of the run without them: the arm in the study file, and other axes.
     """
     alike: dict[Any, list[Result]] = {}
     for result in results:
@@ -250,16 +248,13 @@ def _told_apart(results: Sequence[Result]) -> list[Result]:
             for name in {run.hparams[NAMED] for run in group}:
                 if both := _twice([run for run in group if run.hparams[NAMED] == name]):
                     names = plain(f"{both[0].folder} and {both[1].folder}")
-                    raise UserError(
-                        f"{names} share all hyper-parameters and the seed, so they are neither two arms"
-                        " nor two seeds: move one of them away"
-                    )
+                    raise UserError(f"{names} share all hyper-parameters and the seed; move one of them away")
         told += group
     return told
 
 
 def _twice(runs: list[Result]) -> tuple[Result, Result] | None:
-    """Two runs of one learning rate and seed."""
+    """The first two runs that share the learning rate and the seed; None if no two do."""
     found: dict[Any, Result] = {}
     for run in runs:
         place = run.hparams.get("lr"), run.hparams.get("seed")
@@ -269,7 +264,7 @@ def _twice(runs: list[Result]) -> tuple[Result, Result] | None:
 
 
 def _settings(run: Result) -> str:
-    """What the sweep that made the run set beside learning rate and seed; empty if none did."""
+    """What a sweep set for the run besides learning rate and seed; empty if no sweep made it."""
     record = Record.read(run.folder)
     return arm_of(record.settings) if record else ""
 

@@ -1,9 +1,9 @@
 """`stableqat compare`: event files in; tables, pictures and a report out. `stableqat publish`: a small copy.
 
-A run is a folder with event files, a study the folder above it. `compare.md` is what the terminal shows,
-`compare.csv` the same unrounded, `compare.json` everything down to the runs, `compare.html` a report with
-the pictures in it that opens without a network. What the figures mean: see `arms`, `caps`, `sensitivity`,
-`differences`, `stability`.
+A run is a folder with event files, and a study is the folder above it. `compare.md` holds what the terminal
+shows, `compare.csv` the same unrounded, `compare.json` everything down to the runs, and `compare.html` a
+report with its pictures that opens without a network. `arms`, `caps`, `sensitivity`, `differences` and
+`stability` explain the figures.
 """
 
 import os
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from stableqat.analysis.comparison import read_summaries
 from stableqat.analysis.tables import as_json, comma_separated, markdown, write_page
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.files import hidden_folder, whole_folder, writing
 from stableqat.terminal import plain, terminal
 
@@ -30,13 +30,13 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     Args:
         folders: Folders of studies, such as lightning_logs/demo-llama, or one that holds studies.
         out: New folder for compare.md, .csv, .json, .html and the pictures. By default they replace those of
-            an earlier call in the study's own folder; for several folders, in the one that holds them all.
+            an earlier call in the study's own folder or, for several folders, in the one that holds them all.
 
     Returns:
-        0; a run that can't be compared is named in a warning and left out.
+        0; a run that cannot be compared is named in a warning and left out.
     """
     if out is not None and Path(out).exists():
-        raise UserError(f"out: {out} exists already; name a new folder, or leave --out away")
+        raise UserError(f"out: {out} exists already; name a new folder, or leave out --out")
     summaries = read_summaries([Path(folder) for folder in folders])
     pages = [write_page(summary) for summary in summaries]
     from stableqat.analysis import report
@@ -72,25 +72,22 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
 
     Args:
         folders: Folders of studies.
-        out: Folder that gets a folder per study; a study that is there already is refused.
-        points: Most values of a tag that are kept, first and last among them.
+        out: Folder that gets a folder per study; a study that exists there is refused.
+        points: Largest number of values to keep of a tag, the first and the last among them.
 
     Returns:
         0.
     """
     from stableqat.analysis.publish import write_copy
 
-    if points < 2:
-        raise UserError(f"points: {points} must be 2 or more")
+    check_range("points", points, 2)
     for folder in map(Path, folders):
         target = Path(out, folder.resolve().name)
         summaries = [summary for summary in read_summaries([folder]) if summary.folder == folder]
         if not summaries:
-            raise UserError(
-                f"{folder} holds studies, but no runs of its own: name the folders of the studies"
-            )
+            raise UserError(f"{folder} holds studies, but no runs of its own; name the studies' folders")
         if target.exists():
-            raise UserError(f"{target} exists already: move it away, or name another folder with --out")
+            raise UserError(f"{target} exists already; move it away, or name another folder with --out")
         with writing(str(target), "name another folder with --out"), whole_folder(target) as part:
             write_copy(summaries[0], part, points)
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
@@ -101,7 +98,7 @@ def publish(folders: list[str], *, out: str = "lightning_logs/published", points
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """A folder whose files replace those of the same names in another one, all at the end."""
+    """A folder whose files replace those of the same names in `folder`, all at the end."""
     with hidden_folder(folder, ".compare-") as part:
         yield part
         for path in part.iterdir():

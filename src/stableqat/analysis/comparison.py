@@ -1,9 +1,9 @@
-"""The comparison of a study's arms: every figure of it, computed once.
+"""The comparison of a study's arms: all its figures, computed once.
 
-`read_summaries` turns folders of event files into one `Summary` per study; tables, pictures, the report and
-what is published only render it. A loss is the validation loss at the end of a run, in nats; a diverged run
+`read_summaries` turns folders of event files into one `Summary` per study, which tables, pictures, the report
+and the published copy only render. A loss is the validation loss at the end of a run, in nats; a diverged run
 counts as the cap, see `caps`. An arm's learning rate is selected on the even batches of validation and its
-loss reported on the odd ones, because the smallest of several noisy losses flatters.
+loss is reported on the odd ones, because the smallest of several noisy losses flatters.
 """
 
 import logging
@@ -50,10 +50,10 @@ class Cell:
 
     Attributes:
         runs: The runs.
-        losses: Their losses as they ended; that of a diverged run is the cap.
-        capped: Seed to min(loss, cap); runs that don't say their seed are averaged.
-        top1: Their top-1; none if one of them diverged.
-        diverged: How many diverged.
+        losses: Their final losses; that of a diverged run is the cap.
+        capped: Seed to min(loss, cap); runs without a logged seed are averaged.
+        top1: Their top-1; empty if one of them diverged.
+        diverged: How many of them diverged.
         stability: How calm they were, see `stability`.
     """
 
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over the seeds, None for a single one or without a cap."""
+        """Sample standard deviation over the seeds; None for a single seed or without a cap."""
         known = len(self.losses) > 1 and all(map(math.isfinite, self.losses))
         return statistics.stdev(self.losses) if known else None
 
@@ -82,7 +82,7 @@ class Selected:
 
     Attributes:
         lr: The learning rate.
-        loss: Mean over the seeds of the loss reported for it.
+        loss: The loss reported for it, the mean over the seeds.
         edge: "lower" or "upper" if it is the arm's smallest or largest, so that the best may lie beyond.
     """
 
@@ -99,10 +99,10 @@ class ArmSummary(Arm):
         loss: Mean loss over all its runs; None if one diverged.
         top1: Mean top-1 over all its runs; None if one diverged.
         calm: How calm each run was, see `stability`.
-        figures: The figures of its row in the tables, by column.
+        figures: The figures in its row of the tables, by column.
         cells: For an arm that trains, learning rate to its runs.
         cap: For an arm that trains, the cap of its losses.
-        ptq: For an arm that trains, the loss after rounding as it does at its first step, if measured.
+        ptq: For an arm that trains, the loss of PTQ on its own grid and scale, if measured.
         selected: For an arm that trains, its best learning rate.
         sensitivity: For an arm that trains, how its loss depends on the learning rate.
     """
@@ -125,17 +125,17 @@ class Summary:
     Attributes:
         folder: Folder of the study.
         name: Its name.
-        plan: What the study file fixes beforehand.
-        arms: All arms; full precision and PTQ first.
+        plan: What the study file fixes in advance.
+        arms: All arms, full precision and PTQ first.
         lrs: The grid of learning rates.
         selected_on: The tag that learning rates are selected on.
         reported_on: The tag of the loss that is reported.
-        full_precision: Loss of the weights that QAT begins from, before rounding.
+        full_precision: Loss of the weights that QAT starts from, before rounding.
         caps: The cap of each group of arms.
         differences: Every quantized arm against the baseline, paired by seed.
         columns: Hyper-parameters worth a column.
         usual: Hyper-parameters that labels leave out, with the value that most arms have.
-        rows: The table: column to value for each arm, without columns that are empty in all rows.
+        rows: The table: column to value for each arm, without the columns that are empty in all rows.
     """
 
     folder: Path
@@ -159,15 +159,15 @@ class Summary:
 
     @property
     def quantized(self) -> list[ArmSummary]:
-        """Those of them that quantize."""
+        """The arms that train and quantize."""
         return [arm for arm in self.fits if arm.method != "FP"]
 
 
 def read_summaries(folders: Sequence[Path]) -> list[Summary]:
-    """Compares the runs in and under the folders, study by study.
+    """Compare the runs in and under the folders, study by study.
 
     Raises:
-        UserError: A folder without event files, or without a run that can be compared.
+        UserError: If a folder has no event files, or no run that can be compared.
     """
     summaries: dict[Path, Summary] = {}
     for folder in folders:
@@ -188,14 +188,14 @@ def read_summaries(folders: Sequence[Path]) -> list[Summary]:
 
 
 def summarize(folder: Path, results: Sequence[Result]) -> Summary:
-    """Compares the arms of one study.
+    """Compare the arms of one study.
 
     Args:
         folder: Folder of the study.
         results: Its runs that can be compared.
 
     Raises:
-        UserError: The study's plan does not fit its runs, or two runs are the same.
+        UserError: If the study's plan does not fit its runs, or two runs are the same.
     """
     arms = find_arms(results)
     columns, usual = find_columns(arms), most_common(arms)
@@ -213,18 +213,7 @@ def summarize(folder: Path, results: Sequence[Result]) -> Summary:
             references = _full_precision(arms, arm.images), ptqs[arm.label]
             measured.append(_trained(arm, lrs, caps[arm.group], tags, references))
         else:
-            figures: dict[str, Any] = {"selected lr": None, "edge": None}
-            figures |= _reported(tags, _mean(arm.runs, tags[1]), arm.runs, arm)
-            kept = (
-                "recovered",
-                "lr sensitivity",
-                "usable octaves",
-                "worst loss",
-                "diverged",
-                "divergence rate",
-            )
-            figures |= dict.fromkeys(kept) | {"runs": len(arm.runs)}
-            measured.append(_summary(arm, figures, {}))
+            measured.append(_summary(arm, _figures(tags, _mean(arm.runs, tags[1]), arm.runs, arm), {}))
     return Summary(
         folder,
         plain(folder.resolve().name),
@@ -279,14 +268,10 @@ def _trained(
     if ptq is not None and full is not None and ptq > full:
         recovered = (ptq - selected.loss) / (ptq - full)
     lost = sum(run.diverged for run in arm.runs)
-    figures: dict[str, Any] = {"selected lr": best, "edge": selected.edge}
-    figures |= _reported(tags, selected.loss, at[best], arm) | {"recovered": recovered}
-    figures |= {
-        "lr sensitivity": over_lrs.mean,
-        "usable octaves": over_lrs.band,
-        "worst loss": over_lrs.worst,
-    }
-    figures |= {"diverged": lost, "divergence rate": lost / len(arm.runs), "runs": len(arm.runs)}
+    figures = _figures(tags, selected.loss, at[best], arm)
+    figures |= {"selected lr": best, "edge": selected.edge, "recovered": recovered}
+    figures |= {"lr sensitivity": over_lrs.mean, "usable octaves": over_lrs.band}
+    figures |= {"worst loss": over_lrs.worst, "diverged": lost, "divergence rate": lost / len(arm.runs)}
     figures |= stability(arm.runs)
     others = {"cap": cap, "ptq": _mean(references[1], LOSS), "selected": selected, "sensitivity": over_lrs}
     return _summary(arm, figures, cells, **others)
@@ -307,23 +292,24 @@ def _capped(runs: Sequence[Result], tag: str, cap: float) -> dict[Any, float]:
     return {seed: statistics.fmean(repeats) for seed, repeats in values.items()}
 
 
-def _reported(
-    tags: tuple[str, str], loss: float | None, runs: list[Result], arm: Arm
-) -> dict[str, float | None]:
-    """The reported loss, the perplexity of the same batches, and top-1, which is logged of all only."""
+def _figures(tags: tuple[str, str], loss: float | None, runs: list[Result], arm: Arm) -> dict[str, Any]:
+    """The figures of an arm in the order of the columns; only an arm that trains has the empty ones.
+
+    They hold the reported loss, the perplexity of the same batches, and top-1, which is logged only of all.
+    """
     part = ODD_HALF if tags[0] != tags[1] else ""
     logged = any(PERPLEXITY in run.scalars for run in arm.runs)
     losses = _finals(runs, tags[1]) if logged else []
     perplexity = statistics.fmean(map(math.exp, losses)) if losses else None
-    return {
-        "reported loss" + part: loss,
-        "perplexity" + part: perplexity,
-        "top-1" + ALL * bool(part): _mean(runs, TOP1),
-    }
+    figures: dict[str, Any] = dict.fromkeys(("selected lr", "edge"))
+    figures |= {"reported loss" + part: loss, "perplexity" + part: perplexity}
+    figures["top-1" + ALL * bool(part)] = _mean(runs, TOP1)
+    figures |= dict.fromkeys(("recovered", "lr sensitivity", "usable octaves", "worst loss"))
+    return figures | {"diverged": None, "divergence rate": None, "runs": len(arm.runs)}
 
 
 def _finals(runs: Sequence[Result], tag: str) -> list[float]:
-    """Final values of a tag; none if one of the runs diverged: those of the survivors alone would flatter."""
+    """Final values of a tag; empty if one of the runs diverged: the survivors alone would flatter."""
     return [] if any(run.diverged for run in runs) else [run.last[tag] for run in runs if tag in run.last]
 
 
@@ -342,7 +328,7 @@ def _ptq(arm: Arm, arms: list[Arm]) -> list[Result]:
 
 
 def _full_precision(arms: list[Arm], images: bool) -> list[Result]:
-    """The runs of the weights that QAT begins from, as measured or, without that, as trained."""
+    """The runs of the weights that QAT starts from: as measured or, without that, as trained."""
     references = [arm.runs for arm in arms if arm.kind == "fp" and arm.images == images]
     return min(references, key=lambda runs: runs[0].hparams.get("subcommand") != "validate", default=[])
 

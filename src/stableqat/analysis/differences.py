@@ -2,12 +2,12 @@
 
     compare: {baseline: {method: STE, grid: integer}, margin: 0.01, cap: 4.5}    # in study.yaml
 
-Three quantities, each a family of its own for Holm's correction: the loss (all arms x learning rates of
-the study), lr sensitivity and the worst loss (all arms). Losses count up to the cap and diverged runs as
-the cap, so a collapse weighs what it costs and no pair is dropped for it; a seed that only one
-side has is left out and counted. Where every pair is the same number there is nothing to test, and nothing
-that would count in a family: either both sides compute the same, or both are at the cap. Full precision is no
-arm here: that it wins is no finding.
+There are three quantities, each a family of its own for Holm's correction: the loss (all arms x learning
+rates of the study), LR sensitivity and the worst loss (all arms). Losses count up to the cap and diverged
+runs as the cap, so a collapse weighs what it costs and no pair is dropped because of it; a seed that only one
+side has is left out and counted. If both sides of every pair are equal, there is nothing to test and nothing
+that counts in a family: either both compute the same, or both are at the cap. Full precision is not an arm
+here, because it is no finding that it wins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableqat.analysis.statistics import holm, paired, verdict
+from stableqat.analysis.statistics import Paired, holm, paired, verdict
 from stableqat.errors import UserError
 from stableqat.studies.plan import STUDY_FILE, Plan
 
@@ -25,40 +25,28 @@ if TYPE_CHECKING:
 QUANTITIES = ("loss", "lr sensitivity", "worst loss")
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, kw_only=True)
+class Difference(Paired):
     """An arm minus its baseline: below 0 the arm is better.
 
     Attributes:
         arm: Label of the arm.
         baseline: Label of the baseline.
         quantity: "loss", "lr sensitivity" or "worst loss".
-        lr: Learning rate of a loss, None for the others.
-        n: Number of pairs.
-        mean: Mean difference in nats, None without pairs or where a loss has no cap.
-        low: Lower end of the 95% t interval, None with fewer than two pairs.
-        high: Its upper end.
-        p: Two-sided p-value of the paired t test; None where nothing was tested.
-        p_holm: The same after Holm's correction within the quantity's family.
-        verdict: "lower", "higher", "equivalent" or "inconclusive" as tested; "identical" where every pair is
-            the same number, "capped" where that is the cap; "-" where there was nothing to test.
-        p_equivalence: P-value of the test that the difference lies within the margin.
+        lr: Learning rate of a loss; None for the other quantities.
+        verdict: "lower", "higher", "equivalent" or "inconclusive" as tested; "identical" if both sides of
+            every pair are equal, or "capped" if they are the cap; "-" if there was nothing to test.
         unpaired: Number of seeds that one side lacks.
+        p_holm: The p-value after Holm's correction within the quantity's family.
     """
 
     arm: str
     baseline: str
     quantity: str
     lr: float | None
-    n: int
-    mean: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
     verdict: str
-    p_equivalence: float | None = None
-    unpaired: int = 0
+    unpaired: int
+    p_holm: float | None = None
 
 
 def find_differences(
@@ -68,12 +56,12 @@ def find_differences(
 
     Args:
         folder: Folder of the study.
-        plan: What the study fixes beforehand.
+        plan: What the study fixes in advance.
         lrs: Its learning rates.
         arms: Its quantized arms.
 
     Raises:
-        UserError: The study's `compare.baseline` selects no arm, or several of one group.
+        UserError: If the study's `compare.baseline` selects no arm, or several of one group.
     """
     found: list[Difference] = []
     for baseline in _baselines(folder, plan.baseline, arms):
@@ -85,8 +73,9 @@ def find_differences(
                     if all(pair):
                         assert arm.cap is not None
                         unchanged = 0.0 if quantity == "lr sensitivity" else arm.cap.loss
-                        tested = _difference(*pair, plan.margin, unchanged)
-                        found.append(Difference(arm.label, baseline.label, quantity, lr, **tested))
+                        figures = _tested(*pair, plan.margin, unchanged)
+                        figures |= {"arm": arm.label, "baseline": baseline.label}
+                        found.append(Difference(quantity=quantity, lr=lr, **figures))
     for quantity in QUANTITIES:
         family = [i for i, each in enumerate(found) if each.quantity == quantity and each.p is not None]
         adjusted = holm([p for i in family if (p := found[i].p) is not None])
@@ -99,7 +88,7 @@ def find_differences(
 def _baselines(
     folder: Path, wanted: dict[str, Any] | None, arms: Sequence["ArmSummary"]
 ) -> list["ArmSummary"]:
-    """The arm of each group that the others are compared with."""
+    """The arm of each group that the others are compared to."""
     chosen = {"method": "STE"} if wanted is None else wanted
     found: dict[Any, ArmSummary] = {}
     for arm in arms:
@@ -112,14 +101,12 @@ def _baselines(
                 )
     if not found and wanted is not None:
         labels = ", ".join(arm.label for arm in arms)
-        raise UserError(
-            f"{folder / STUDY_FILE}: compare.baseline {wanted} selects none of the arms: {labels}"
-        )
+        raise UserError(f"{folder / STUDY_FILE}: compare.baseline {wanted} selects no arm of {labels}")
     return list(found.values())
 
 
 def _quantities(arm: "ArmSummary", lrs: Sequence[float]) -> dict[tuple[str, float | None], dict[Any, float]]:
-    """What is compared of an arm: seed to value, by quantity and learning rate."""
+    """What is compared of an arm: by quantity and learning rate, seed to value."""
     assert arm.sensitivity is not None
     found: dict[tuple[str, float | None], dict[Any, float]] = {
         ("loss", lr): arm.cells[lr].capped if lr in arm.cells else {} for lr in lrs
@@ -129,14 +116,13 @@ def _quantities(arm: "ArmSummary", lrs: Sequence[float]) -> dict[tuple[str, floa
     return found
 
 
-def _difference(
+def _tested(
     ours: Mapping[Any, float], theirs: Mapping[Any, float], margin: float, unchanged: float
 ) -> dict[str, Any]:
-    """The figures of a difference between values by seed; `unchanged` is the value of what is capped."""
+    """The figures of a difference between values by seed; `unchanged` is the value at the cap."""
     shared = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     sample, word = paired([our - their for our, their in shared], margin), "-"
     if sample.mean == 0 and sample.n > 1 and all(our == their for our, their in shared):
         sample = replace(sample, p=None, p_equivalence=None)
         word = "capped" if all(our == unchanged for our, _ in shared) else "identical"
-    unpaired = len(ours.keys() ^ theirs.keys())
-    return asdict(sample) | {"p_holm": None, "verdict": word, "unpaired": unpaired}
+    return asdict(sample) | {"verdict": word, "unpaired": len(ours.keys() ^ theirs.keys())}

@@ -1,8 +1,8 @@
 """What each picture shows of one study: panels over learning rates, over steps, and of differences.
 
-A function here returns the panels of its picture, each of which draws on axes it is given; none if nothing
-was logged. Nothing that diverged is left out: in means of losses it counts as the cap, and crosses say where
-it was. Of top-1, which has no cap, nothing is drawn there.
+Each function returns the panels of its picture, which draw on the axes they are given; none if nothing was
+logged. No run that diverged is left out: it counts as the cap in means of losses, and crosses mark it. Top-1
+has no cap, so nothing is drawn there.
 """
 
 import math
@@ -28,7 +28,7 @@ Panel = Callable[["Axes"], None]
 
 
 def losses(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
-    """Loss, and top-1 of images, at the end against learning rate."""
+    """Final loss, and top-1 of images, against learning rate."""
     edges = _edges(summary)
 
     def final(arm: ArmSummary, lr: float) -> list[float]:
@@ -57,7 +57,7 @@ def losses(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
 
 
 def flips(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
-    """Flips and oscillation, mean over a run, against learning rate."""
+    """Flips and oscillation, as means over a run, against learning rate."""
     names = {FLIP_RATE: "codes that flip per step", "quant/oscillation": "codes that flip back per step"}
     return _behaviour(summary, styles, names, lambda series: statistics.fmean(series.values()), "log")
 
@@ -101,7 +101,7 @@ def _against_lr(
     """A line per arm through the means over seeds, with a band and crosses."""
     for place, arm in enumerate(arms):
         style = styles[arm.label]
-        # side by side, so that equal points don't hide each other
+        # side by side, so that equal points do not hide each other
         dodge = 1.02 ** (place - (len(arms) - 1) / 2)
         found = {lr: seeds for lr in arm.cells if (seeds := values(arm, lr))}
         x = [lr * dodge for lr in found]
@@ -128,7 +128,7 @@ def _band(seeds: list[float]) -> tuple[float, float]:
 
 
 def _edges(summary: Summary) -> dict[Group, float]:
-    """The largest loss that is drawn of each group: as far above the cap as the cap lies above the best."""
+    """The largest loss to draw of each group: as far above the cap as the cap is above the best loss."""
     edges = {}
     for group, cap in summary.caps.items():
         cells = [cell for arm in summary.fits if arm.group == group for cell in arm.cells.values()]
@@ -138,7 +138,7 @@ def _edges(summary: Summary) -> dict[Group, float]:
 
 
 def _draw_references(axes: "Axes", summary: Summary, group: Group, tag: str, edge: float) -> None:
-    """Horizontal lines of full precision and PTQ; what lies beyond the edge is named, but off the scale."""
+    """Horizontal lines for full precision and PTQ; the legend also names those beyond the edge."""
     scale = 1 if tag == LOSS else 100
     styles = ("--", ":", "-.", (0, (1, 3)), (0, (6, 4)))
     heights = list(axes.dataLim.intervaly)
@@ -168,7 +168,7 @@ def _draw_references(axes: "Axes", summary: Summary, group: Group, tag: str, edg
 
 
 def curves(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
-    """Loss over steps: of validation if that was often enough, otherwise of training."""
+    """Loss over steps: of validation if it ran often enough, otherwise of training."""
     validated = [len(run.scalars.get(LOSS, {})) for arm in summary.fits for run in arm.runs]
     often = validated and statistics.median(validated) >= ENOUGH_FOR_A_CURVE
     tag, name = (LOSS, "validation loss (nats)") if often else (TRAIN_LOSS, "training loss (nats)")
@@ -209,13 +209,13 @@ def _over_steps(
 
 
 def _average(runs: Sequence[Result], tag: str) -> tuple[dict[int, float], dict[int, float]]:
-    """The mean of several seeds at every step that all runs which get there have logged.
+    """The mean of several seeds at every step that was logged by all runs that get there.
 
     Seeds log at the same steps, but a run that diverges ends early. A mean that silently continued with the
-    others would look better the more runs diverge, so what the survivors show is kept apart.
+    others would look better the more runs diverge, so the survivors are kept apart.
 
     Returns:
-        Step to mean while all runs train, and from the last of those steps on for the longer ones.
+        Step to mean while all runs train, and the mean of the longer runs from the last of those steps on.
     """
     series = [_finite(run, tag) for run in runs]
     together: dict[int, float] = {}

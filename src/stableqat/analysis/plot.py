@@ -1,6 +1,6 @@
 """The pictures of a comparison: losses and the quantizers' behaviour, over learning rates and over steps.
 
-An arm looks the same in every picture, see `style`. What is in the pictures: see `panels`.
+An arm looks the same in every picture, see `style`. `panels` draws what is in the pictures.
 """
 
 import math
@@ -39,7 +39,7 @@ CAPTIONS = {
 
 
 def draw_all(summaries: list[Summary], folder: Path) -> list[Path]:
-    """Writes every picture for which something was logged as PNG.
+    """Write a PNG of every picture for which something was logged.
 
     Args:
         summaries: One or more studies; a picture has a row of panels for each.
@@ -76,7 +76,7 @@ def _figure(
     columns: int,
     share: str = "",
 ) -> "Figure | None":
-    """A figure with the panels of each study below each other and the legend on top."""
+    """A figure with the panels of the studies below each other and the legend at the top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -93,9 +93,8 @@ def _figure(
     width = size[0] * max(columns, 6 / size[0])
     across = max(1, min(len(entries), int(width / (0.08 * max(map(len, labels)) + 0.95))))
     height = 0.2 * math.ceil(len(entries) / across)
-    figure = Figure(
-        figsize=(width, (size[1] + 0.1) * sum(rows) + 0.3 * len(rows) + height), layout="constrained"
-    )
+    height += (size[1] + 0.1) * sum(rows) + 0.3 * len(rows)
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False).flat
     for (summary, drawn), part, lines in zip(studies, parts, rows, strict=True):

@@ -1,13 +1,14 @@
-"""What `stableqat publish` writes: a study's event files, small enough to give away.
+"""What `stableqat publish` writes: a study's event files, small enough to share.
 
 Each run keeps one event file with its hyper-parameters (so the HParams tab works) and its scalars, thinned;
-tags of single layers and checkpoints stay behind. `stableqat compare` says the same of the copy, except for
-what counts logged steps (spikes, gradient norms, means over training) if a run logged more than are kept.
+tags of single layers and checkpoints are left out. `stableqat compare` says the same of the copy, except for
+figures over logged steps (spikes, gradient norms, means over training) if a run logged more steps than are
+kept.
 
-`overlay` holds means over the seeds and a layout of the custom-scalars tab that draws all arms of one
-learning rate in one chart. TensorBoard chooses colours and symbols itself: a colour per run, and within a run
-a symbol per series. So each method is a run of the overlay and keeps one colour in all charts; its arms
-differ by symbol. Which colour that is can't be set.
+`overlay` holds means over the seeds and a layout for the custom-scalars tab that draws all arms of one
+learning rate in one chart. TensorBoard chooses colours and symbols itself: a colour per run and, within a
+run, a symbol per series. So each method is a run of the overlay and keeps one colour in all charts, and its
+arms differ by symbol. The colour itself cannot be set.
 """
 
 import math
@@ -34,7 +35,7 @@ OVERLAID = ("train/loss", "train/grad_norm", "quant/flip_rate", "quant/oscillati
 
 
 def thinned(series: dict[int, float], points: int) -> dict[int, float]:
-    """At most `points` values, evenly over the steps, with the first, the last and what is not finite.
+    """About `points` values, evenly over the steps, with the first, the last and all that are not finite.
 
     Args:
         series: Step to value.
@@ -49,12 +50,12 @@ def thinned(series: dict[int, float], points: int) -> dict[int, float]:
 
 
 def write_copy(summary: Summary, folder: Path, points: int) -> None:
-    """Writes the copy of a study.
+    """Write the copy of a study.
 
     Args:
         summary: The study.
         folder: A new folder.
-        points: Most values of a tag that are kept, first and last among them.
+        points: Largest number of values to keep of a tag, the first and the last among them.
     """
     results = [run for arm in summary.arms for run in arm.runs]
     named = {run.folder: run.hparams.get(NAMED) for run in results}
@@ -79,7 +80,7 @@ def _write_run(source: Path, folder: Path, points: int, named: str | None) -> No
 
 
 def _write_overlay(summary: Summary, folder: Path, points: int) -> None:
-    """Writes the means, a run per method, and in the run above them the layout of their charts."""
+    """Write the means, one run per method, and in the run above them the layout of their charts."""
     from tensorboard.plugins.custom_scalar import layout_pb2
 
     charts: dict[str, dict[float, list[str]]] = {tag: {lr: [] for lr in summary.lrs} for tag in OVERLAID}
@@ -95,11 +96,8 @@ def _write_overlay(summary: Summary, folder: Path, points: int) -> None:
                         by_lr[lr] += [f"^{re.escape(name)}$"] if series else []
     layout = layout_pb2.Layout()
     for tag, by_lr in charts.items():
-        drawn = [
-            layout_pb2.Chart(title=f"lr {short(lr)}", multiline=layout_pb2.MultilineChartContent(tag=names))
-            for lr, names in by_lr.items()
-            if names
-        ]
+        lines = {lr: layout_pb2.MultilineChartContent(tag=names) for lr, names in by_lr.items() if names}
+        drawn = [layout_pb2.Chart(title=f"lr {short(lr)}", multiline=each) for lr, each in lines.items()]
         if drawn:
             layout.category.add(title=tag, chart=drawn)
     with _writer(folder) as write:
@@ -107,7 +105,7 @@ def _write_overlay(summary: Summary, folder: Path, points: int) -> None:
 
 
 def _add_name(summary: "summary_pb2.Summary", named: str) -> None:
-    """Make the name that tells an arm apart a hyper-parameter: what it was told from stays behind."""
+    """Make the name that tells an arm apart a hyper-parameter, because its origin is not copied."""
     from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_STRING
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -121,7 +119,7 @@ def _add_name(summary: "summary_pb2.Summary", named: str) -> None:
 
 
 def _layout(layout: "Layout") -> "summary_pb2.Summary":
-    """What the custom-scalars tab reads; TensorBoard's own function for it wants TensorFlow."""
+    """The summary that the custom-scalars tab reads; TensorBoard's own function for it needs TensorFlow."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
@@ -152,7 +150,7 @@ def _scalar(tag: str, value: float) -> "summary_pb2.Summary":
 
 
 def _mean(runs: Sequence[Result], tag: str) -> dict[int, float]:
-    """Mean over the seeds at the steps that all runs have logged."""
+    """Mean over the seeds at the steps that all runs logged."""
     series = [run.scalars[tag] for run in runs if tag in run.scalars]
     common = set.intersection(*map(set, series)) if series else set()
     return {step: statistics.fmean(each[step] for each in series) for step in sorted(common)}

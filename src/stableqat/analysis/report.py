@@ -1,7 +1,7 @@
-"""One HTML page of a comparison, tables, pictures and what they mean, in a file that needs nothing else.
+"""A comparison as one self-contained HTML page: its tables and pictures, and what they mean.
 
-Styles and pictures lie inside it (data URIs), there is no script, and nothing is fetched, so it opens from a
-disk, from a mail and in ten years. Every text is escaped: names of arms come from the user's files.
+Styles and pictures are inside it (as data URIs), there is no script, and nothing is fetched, so it opens from
+a disk, from a mail and in ten years. Every text is escaped: names of arms come from the user's files.
 """
 
 import base64
@@ -31,15 +31,14 @@ details { margin: 1rem 0; } summary { cursor: pointer; }
 footer { margin-top: 3rem; font-size: .85rem; border-top: 1px solid var(--line); }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: 3px; }
 """
-_VERDICTS = ("lower", "higher")
 
 
 def write(pages: list[Page], pictures: list[Path], path: Path, tensorboard: str) -> None:
-    """Writes the page.
+    """Write the page.
 
     Args:
-        pages: The studies, a section each.
-        pictures: PNG files; the name of one says its caption.
+        pages: The studies, one section each.
+        pictures: PNG files; the name of each selects its caption.
         path: File to write.
         tensorboard: The command that opens TensorBoard on the studies.
     """
@@ -71,7 +70,7 @@ def _section(page: Page) -> str:
     parts = [f"<h2>{escape(page.summary.name)}</h2>"]
     for title, lines in page.tables:
         table = _table(lines)
-        if title.startswith("Differences"):  # long, and drawn above
+        if title.startswith("Differences"):  # a long table, and also a picture
             parts.append(f"<details><summary>{escape(title)}</summary>{table}</details>")
         else:
             parts += [f"<h3>{escape(title)}</h3>" if title else "", table]
@@ -88,15 +87,12 @@ def _table(lines: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    style = f' class="{text}"' if text in _VERDICTS else ""
+    style = f' class="{text}"' if text in ("lower", "higher") else ""
     return f"<td{style}>{escape(text)}</td>"
 
 
 def _figure(picture: Path) -> str:
-    name = re.sub(r"\W+", " ", picture.stem)
+    name = escape(re.sub(r"\W+", " ", picture.stem))
     data = base64.b64encode(picture.read_bytes()).decode()
-    caption = escape(CAPTIONS[picture.stem])
-    return (
-        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(CAPTIONS[picture.stem])}</figcaption></figure>"

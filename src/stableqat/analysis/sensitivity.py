@@ -1,14 +1,14 @@
 """LR sensitivity, the worst loss and the usable learning rates: how a loss depends on the learning rate.
 
 LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) is the mean over the learning rates of
-min(loss, cap) - best, the worst loss the largest min(loss, cap). Both are computed seed by seed and averaged;
-since they depend on the grid of learning rates, only seeds count that have all of it. Where the best is the
-grid's smallest, LR sensitivity says what larger learning rates cost and nothing else.
+min(loss, cap) - best, and the worst loss is the largest min(loss, cap). Both are computed by seed and then
+averaged. They depend on the grid of learning rates, so only seeds with all of them count. If the best
+learning rate is the smallest of the grid, LR sensitivity says only what larger ones cost.
 
-The band of usable learning rates is the stretch around the best whose loss is at most 0.05 nats above it, in
-octaves (factors of 2), read off a monotone cubic (PCHIP) through the losses over log2(lr). What is at the cap
-is never usable. An arm that is merely shifted has a band as wide as before, elsewhere. A band that reaches an
-end of the grid is open there: it is at least as wide.
+The band of usable learning rates is the range around the best one with a loss at most 0.05 nats above its
+own. Its width is in octaves (factors of 2), read off a monotone cubic (PCHIP) through the losses over
+log2(lr). A loss at the cap is never usable. If an arm's curve merely shifts, its band moves and stays as
+wide. A band that reaches an end of the grid is open there: its true width is at least what is given.
 """
 
 import math
@@ -25,9 +25,9 @@ class Band:
     """A band of learning rates.
 
     Attributes:
-        low: Its smallest learning rate.
-        high: Its largest.
-        open: Whether the grid ends before it does, on either side.
+        low: The smallest learning rate of the band.
+        high: The largest one.
+        open: Whether the grid ends before the band does, on either side.
     """
 
     low: float
@@ -45,8 +45,8 @@ class Sensitivity:
     """How an arm's loss depends on the learning rate.
 
     Attributes:
-        by_seed: Seed to LR sensitivity; only seeds with all learning rates.
-        worst_by_seed: Seed to the worst loss.
+        by_seed: Seed to LR sensitivity, for seeds with all learning rates.
+        worst_by_seed: Seed to the worst loss, for the same seeds.
         band: The usable learning rates; None if a seed never gets below the cap.
     """
 
@@ -56,12 +56,12 @@ class Sensitivity:
 
     @property
     def mean(self) -> float | None:
-        """LR sensitivity, the mean over the seeds; None if no seed has all learning rates."""
+        """Mean LR sensitivity over the seeds; None if no seed has all learning rates."""
         return statistics.fmean(self.by_seed.values()) if self.by_seed else None
 
     @property
     def worst(self) -> float | None:
-        """The worst loss, the mean over the seeds; None if no seed has all learning rates."""
+        """Mean of the worst losses over the seeds; None if no seed has all learning rates."""
         return statistics.fmean(self.worst_by_seed.values()) if self.worst_by_seed else None
 
 
@@ -73,9 +73,7 @@ def sensitivity(lrs: Sequence[float], losses: Sequence[Mapping[Any, float]], cap
         losses: For each of them, seed to min(loss, cap).
         cap: The cap.
     """
-    rows = {
-        seed: [each[seed] for each in losses] for seed in losses[0] if all(seed in each for each in losses)
-    }
+    rows = {seed: [each.get(seed, math.nan) for each in losses] for seed in losses[0]}
     rows = {seed: row for seed, row in rows.items() if all(map(math.isfinite, row))}
     bands = [find_band(lrs, row, cap) for row in rows.values()] if len(lrs) > 1 else []
     return Sensitivity(
@@ -86,7 +84,7 @@ def sensitivity(lrs: Sequence[float], losses: Sequence[Mapping[Any, float]], cap
 
 
 def find_band(lrs: Sequence[float], losses: Sequence[float], cap: float) -> Band | None:
-    """The band around the smallest loss; None if that is the cap.
+    """The band around the smallest loss; None if that loss is the cap.
 
     Args:
         lrs: Two or more learning rates, ascending.
@@ -103,7 +101,10 @@ def find_band(lrs: Sequence[float], losses: Sequence[float], cap: float) -> Band
     low = next((i for i in range(best, -1, -1) if losses[i] >= limit), None)
     high = next((i for i in range(best, len(lrs)) if losses[i] >= limit), None)
     roots = PchipInterpolator(places, losses).solve(limit, extrapolate=False)
-    ends = [places[0], places[-1]]  # no root: the curve reaches the limit at a grid point, and is flat there
+    ends = [
+        places[0],
+        places[-1],
+    ]  # without a root, the curve touches the limit where it is flat, on the grid
     if low is not None:
         ends[0] = max((root for root in roots if places[low] <= root <= places[best]), default=places[low])
     if high is not None:
@@ -112,9 +113,7 @@ def find_band(lrs: Sequence[float], losses: Sequence[float], cap: float) -> Band
 
 
 def _mean(bands: Sequence[Band]) -> Band:
-    """The mean over seeds, of the ends as exponents; open where one of them is."""
-    low, high = (
-        2 ** (sum(math.log2(end) for end in ends) / len(bands))
-        for ends in zip(*((each.low, each.high) for each in bands), strict=True)
-    )
+    """The mean band over seeds, of its ends as exponents; open if one of the bands is."""
+    low = 2 ** (sum(math.log2(each.low) for each in bands) / len(bands))
+    high = 2 ** (sum(math.log2(each.high) for each in bands) / len(bands))
     return Band(low, high, any(each.open for each in bands))

@@ -1,8 +1,9 @@
-"""How a method looks: one colour and one marker, in every picture of a comparison, a benchmark or a notebook.
+"""How a method looks: one colour and one marker in every picture of a comparison, a benchmark or a notebook.
 
-The colours of the suite's methods are Okabe and Ito's, told apart by colour-blind readers. Any other method
-has a look by its name, which is the same in every picture. Several arms of one method share its look and
-differ by line style, and by the marker's filling where there are more arms than line styles.
+The colours of the suite's methods are those of Okabe and Ito, which colour-blind readers can tell apart. The
+look of any other method follows from its name, so it too is the same in every picture. Several arms of one
+method share its look and differ by line style and, if there are more arms than line styles, by the fill of
+the marker.
 """
 
 import zlib
@@ -38,7 +39,7 @@ FILLS = ("full", "none", "left", "bottom")
 
 
 def look_of(method: str) -> tuple[str, str]:
-    """Colour and marker of a method, or of a rival in a benchmark."""
+    """Colour and marker of a method, or of another library in a benchmark."""
     number = zlib.crc32(method.encode())
     other = OTHER_COLOURS[number % len(OTHER_COLOURS)], OTHER_MARKERS[number // 7 % len(OTHER_MARKERS)]
     return LOOKS.get(method, other)
@@ -50,7 +51,7 @@ def colour_of(method: str) -> str:
 
 
 def styles_of(arms: Iterable["Arm"]) -> dict[str, Style]:
-    """The line of each arm, by label, as matplotlib takes it."""
+    """The line style of each arm, by label, as arguments of matplotlib."""
     styles: dict[str, Style] = {}
     variants: Counter[str] = Counter()
     for arm in arms:
@@ -63,5 +64,5 @@ def styles_of(arms: Iterable["Arm"]) -> dict[str, Style]:
 
 
 def as_written(name: str) -> str:
-    """A name for matplotlib, which takes what stands between dollars for a formula."""
+    """A name for matplotlib, which reads text between dollars as a formula."""
     return name.replace("$", r"\$")

@@ -1,8 +1,8 @@
 """A comparison as text: Markdown to read, CSV and JSON to compute with.
 
 Markdown has up to three tables: losses, how calm training was, and the differences from the baseline; columns
-that no arm fills are left out. CSV has the first two, a row per arm, unrounded. JSON has everything down to
-the single runs; what is not finite there is null, so that any parser reads it.
+that no arm fills are left out. CSV has the first two, one row per arm, unrounded. JSON has everything down to
+the single runs, with null for values that are not finite, so that any parser reads it.
 """
 
 import csv
@@ -27,8 +27,8 @@ class Page:
 
     Attributes:
         summary: The figures.
-        tables: A title each, and lines of cells, the first of them the header.
-        notes: What has to be known to read the tables, a paragraph per subject.
+        tables: The title of each table and its lines of cells, the first of them the header.
+        notes: What a reader needs to know about the tables, one paragraph per subject.
     """
 
     summary: Summary
@@ -79,7 +79,7 @@ def markdown(page: Page) -> str:
 
 
 def comma_separated(pages: Sequence[Page]) -> str:
-    """All rows as one CSV, unrounded; a learning rate has columns for mean, std, n and diverged."""
+    """All rows as one CSV, unrounded; each learning rate has columns for mean, std, n and diverged."""
     flat = []
     for page in pages:
         for row in page.summary.rows:
@@ -97,16 +97,15 @@ def comma_separated(pages: Sequence[Page]) -> str:
                     line[key] = value
             flat.append(line)
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n"
-    )
+    keys = list(dict.fromkeys(key for row in flat for key in row))
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
 
 
 def as_json(pages: Sequence[Page]) -> str:
-    """All that is known, down to the runs: strict JSON, null for what is not finite."""
+    """Everything down to the runs, as strict JSON: null for values that are not finite."""
     studies = []
     for page in pages:
         summary = page.summary
@@ -130,9 +129,7 @@ def as_json(pages: Sequence[Page]) -> str:
 
 def _arm(arm: ArmSummary) -> dict[str, Any]:
     cells = [
-        {"lr": lr, **_cell(cell), "capped": {str(seed): loss for seed, loss in cell.capped.items()}}
-        | cell.stability
-        for lr, cell in arm.cells.items()
+        {"lr": lr, **_cell(cell), "capped": cell.capped, **cell.stability} for lr, cell in arm.cells.items()
     ]
     runs = []
     for run, calm in zip(arm.runs, arm.calm, strict=True):
@@ -169,10 +166,8 @@ def _text(key: str, row: dict[str, Any]) -> str:
     if isinstance(value, Cell):
         if value.diverged == len(value.losses):
             return "diverged"
-        text = f"{value.mean:.4f}"
-        if value.std is not None:
-            text += f" +- {value.std:.4f} ({len(value.losses)})"
-        return text + (f", {value.diverged} diverged" if value.diverged else "")
+        spread = "" if value.std is None else f" +- {value.std:.4f} ({len(value.losses)})"
+        return f"{value.mean:.4f}{spread}" + (f", {value.diverged} diverged" if value.diverged else "")
     if isinstance(value, Band):
         ends = " to ".join(short(float(f"{lr:.2g}")) for lr in (value.low, value.high))
         return f"{'>= ' * value.open}{value.octaves:.2f} ({ends})"
@@ -183,12 +178,8 @@ def _text(key: str, row: dict[str, Any]) -> str:
     if key == "lr sensitivity":
         one_sided = {"lower": " (upward)", "upper": " (downward)"}
         return f"{value:.4f}" + one_sided.get(row["edge"], "")
-    if key.startswith("top-1"):
-        return f"{value:.1%}"
-    if key in ("recovered", "divergence rate"):
-        return f"{value:.0%}"
-    if key.startswith("perplexity"):
-        return f"{value:.2f}"
-    if key.startswith(("reported loss", "worst loss")):
-        return f"{value:.4f}"
+    forms = {"top-1": ".1%", "recovered": ".0%", "divergence rate": ".0%", "perplexity": ".2f"}
+    forms |= {"reported loss": ".4f", "worst loss": ".4f"}
+    if form := forms.get(key.partition(",")[0]):  # without the half of validation
+        return format(value, form)
     return f"{value:.3g}" if isinstance(value, float) else short(value)

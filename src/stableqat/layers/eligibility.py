@@ -1,4 +1,4 @@
-"""Which linear layers can be quantized: plain ones, whose weight is a parameter and not a computation."""
+"""Which linear layers can be quantized: plain ones, whose weight is a parameter and not computed."""
 
 import logging
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def computed_from(linear: nn.Linear) -> str | None:
-    """Names of the parameters that a weight is computed from; None where it is a parameter itself."""
+    """What a weight is computed from, in words; None if it is a parameter itself."""
     if "weight" in linear._parameters:
         return None
     lists = getattr(linear, "parametrizations", {})
@@ -22,7 +22,7 @@ def computed_from(linear: nn.Linear) -> str | None:
 
 
 def is_plain(linear: nn.Linear) -> bool:
-    """Whether a layer computes what `nn.Linear` does; of a subclass a trial on a tiny weight tells."""
+    """Whether a layer computes what `nn.Linear` does; a subclass with its own forward is tried out."""
     kind = type(linear)
     if "forward" in vars(linear):
         return False
@@ -30,7 +30,7 @@ def is_plain(linear: nn.Linear) -> bool:
         return True
     alone = {*linear._parameters} <= {"weight", "bias"} and not (linear._buffers or linear._modules)
     if not alone or kind is NonDynamicallyQuantizableLinear or kind.__call__ is not nn.Linear.__call__:
-        return False  # the second is for an attention that reads its weight
+        return False  # torch's attention reads the weight of a NonDynamicallyQuantizableLinear itself
     if kind.forward is nn.Linear.forward:
         return True
     tiny = kind.__new__(kind)

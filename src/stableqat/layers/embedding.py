@@ -1,8 +1,8 @@
-"""One weight for embedding and head: where the head quantizes it, the embedding looks up the same values.
+"""One weight for embedding and head: if the head quantizes it, the embedding looks up the quantized values.
 
-Llama-3.2 and Qwen3 up to 4B share the weight of `embed_tokens` and `lm_head`. Left alone (the default
-`skip`) it stays in full precision on either side. Quantized, it is stored once, so a lookup of latent
-values would train a model that cannot be deployed.
+Llama-3.2 and Qwen3 up to 4B share one weight between `embed_tokens` and `lm_head`. The default `skip` leaves
+it in full precision. A quantized weight is deployed once, for both, so looking up latent values would train a
+model that cannot be deployed.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from stableqat.layers.linear import QuantLinear
 
 
 class QuantEmbedding(nn.Embedding):
-    """An embedding whose weight is that of a quantized head; the head keeps quantizer and scale.
+    """An embedding on the weight of a quantized head, which keeps the quantizer.
 
-    The values are those of the head in the compute type; what comes out has the latent weight's type, so
-    that the residual stream of a model keeps its precision under autocast.
+    It looks up the head's fake-quantized values in the compute type and returns them in the latent weight's
+    type, so that the residual stream of a model keeps its precision under autocast.
     """
 
     _head: tuple[QuantLinear]  # in a tuple, lest it become a submodule
@@ -33,24 +33,24 @@ class QuantEmbedding(nn.Embedding):
         Returns:
             The quantized embedding.
         """
-        made = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            _weight=embedding.weight,
-            _freeze=not embedding.weight.requires_grad,
-        )
+        made = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
         made.weight, made._head = embedding.weight, (head,)
         return made.train(embedding.training)
 
+    def to_embedding(self) -> nn.Embedding:
+        """The plain embedding on the same Parameter."""
+        plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        plain.weight = self.weight
+        return plain.train(self.training)
+
     def forward(self, input: Tensor) -> Tensor:
-        """`(...)` entries to `(..., embedding_dim)`."""
+        """Entries `(...)` to vectors `(..., embedding_dim)`."""
         value = effective_weight(self._head[0])
         return F.embedding(input, value, self.padding_idx).to(self.weight.dtype)
 
 
 def quantize_tied_embedding(model: Any) -> None:
-    """Replace the embedding of a transformers model whose quantized head has the same weight.
+    """Replace the embedding of a transformers model if its quantized head shares the weight.
 
     Args:
         model: Causal language model, after `quantize_linears`.
@@ -61,5 +61,5 @@ def quantize_tied_embedding(model: Any) -> None:
 
 
 def effective_weight(layer: nn.Linear) -> Tensor:
-    """The weight that a linear layer multiplies with: fake-quantized where the layer is."""
+    """The weight that a linear layer multiplies with: fake-quantized if the layer is quantized."""
     return layer.value() if isinstance(layer, QuantLinear) else layer.weight

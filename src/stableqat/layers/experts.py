@@ -1,8 +1,8 @@
-"""Fused experts: all experts of a mixture's layer have their matrices in one parameter of three dimensions.
+"""Fused experts: one three-dimensional parameter holds the matrices of all experts in a layer of a mixture.
 
-Mixtral, Qwen3-MoE and others are built so in transformers 5; no linear layer is there to swap. The parameter
-stays, a quantizer stands beside it (`gate_up_proj_quantizer`) with a scale for each expert and row, and while
-the module's forward runs, it reads the fake-quantized weight.
+transformers 5 builds Mixtral, Qwen3-MoE and others this way, so there is no linear layer to swap. The
+parameter stays, a quantizer beside it (`gate_up_proj_quantizer`) holds a scale for each expert and row, and
+the module reads the fake-quantized weight while its forward runs.
 """
 
 from collections.abc import Iterator
@@ -18,33 +18,33 @@ _SUFFIX = "_quantizer"
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name of a module, the module and the name of its parameter, for all matrices of fused experts.
+    """Full name, module and own name of each parameter that holds the matrices of fused experts.
 
-    transformers says of such a module whether its matrices are transposed; of another nobody knows.
+    transformers marks such a module by `is_transposed`; without the mark nobody knows how its matrices lie.
     """
     for name, module in model.named_modules():
         if isinstance(getattr(module, "is_transposed", None), bool):
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and parameter.is_floating_point():
-                    yield name, module, key
+                    yield f"{name}.{key}" if name else key, module, key
 
 
 def quantized_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str, Quantizer]]:
-    """Module, parameter's name and quantizer of experts that are quantized, by the parameter's full name."""
+    """Module, parameter's own name and quantizer of quantized experts, by the parameter's full name."""
     return {
-        f"{name}.{key}" if name else key: (module, key, quantizer)
+        name: (module, key, quantizer)
         for name, module, key in fused_experts(model)
         if isinstance(quantizer := module._modules.get(key + _SUFFIX), Quantizer)
     }
 
 
 def as_rows(module: nn.Module, weight: Tensor) -> Tensor:
-    """The matrices of all experts below each other, `(experts * out, in)`."""
+    """The matrices of all experts, stacked: `(experts * out, in)`."""
     return (weight.transpose(1, 2) if module.is_transposed else weight).flatten(0, 1)
 
 
 def from_rows(module: nn.Module, rows: Tensor, shape: torch.Size) -> Tensor:
-    """`as_rows` undone."""
+    """The inverse of `as_rows`."""
     if not module.is_transposed:
         return rows.reshape(shape)
     return rows.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
@@ -65,11 +65,11 @@ def quantize_experts(module: nn.Module, key: str, quantizer: Quantizer) -> None:
 
 @torch.no_grad()
 def make_plain(model: nn.Module, *, deploy: bool = True) -> None:
-    """Take the quantizers of fused experts away.
+    """Remove the quantizers of fused experts.
 
     Args:
         model: The model.
-        deploy: Set each weight to its deployed value.
+        deploy: Set each weight to its deployed value first.
     """
     for module, key, quantizer in quantized_experts(model).values():
         if deploy:
@@ -83,7 +83,7 @@ def make_plain(model: nn.Module, *, deploy: bool = True) -> None:
 
 
 class AroundForward:
-    """A pair of hooks around a module's forward, also after an exception."""
+    """A pair of hooks around a module's forward; the second also runs after an exception."""
 
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
@@ -91,28 +91,27 @@ class AroundForward:
     def attach(self, module: nn.Module) -> None:
         """Run around the module's forward, until `detach`."""
         self.handles += [
-            module.register_forward_pre_hook(self.before),
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, always_call=True),
         ]
 
     def detach(self) -> None:
-        """Run no more."""
+        """Stop running."""
         for handle in self.handles:
             handle.remove()
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         raise NotImplementedError
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook."""
-        raise NotImplementedError
+        """Forward hook, also after an exception; does nothing by default."""
 
 
 class _Shown(AroundForward):
     """While the module's forward runs, an attribute of the instance hides each quantized parameter."""
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: compute what the module will read."""
         for _, key, quantizer in quantized_experts(module).values():
             weight = module._parameters[key]

@@ -6,48 +6,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
 from stableqat import ops
+from stableqat.layers.experts import AroundForward
 
 if TYPE_CHECKING:
     from stableqat.layers.linear import QuantLinear
 
 MOST_IN_GROUP = ops.TOGETHER  # quantized layers of a block
-FEW_ROWS = 2048  # up to here a step on a GPU waits for launches, beyond it for arithmetic
+FEW_ROWS = 2048  # up to here launches bound a step on a GPU, beyond it arithmetic
 
 
-class LayerGroup:
+class LayerGroup(AroundForward):
     """Fake-quantizes the weights of a block in one operation, just before the block's forward.
 
-    At small batches a training step takes the time of its calls and launches, not that of its arithmetic.
-    The values are kept for the backward, so this is for where their memory is no matter: few rows, whose
-    step is bound by launches, or more activations than weights.
+    At small batches, calls and launches take more of a training step than arithmetic does. The values are
+    kept for the backward, so the group is used only where their memory does not matter: with few rows, whose
+    step is bound by launches, or where activations outweigh weights.
 
     Args:
         layers: The block's quantized layers.
     """
 
     def __init__(self, layers: "list[QuantLinear]") -> None:
+        super().__init__()
         self.layers = layers
         self.elements = sum(layer.weight.numel() for layer in layers)
         self.values: tuple[Tensor, ...] | None = None
         self.saving: Any = None
         for place, layer in enumerate(layers):
             layer._group, layer._place = self, place
-        self.hooks: tuple[RemovableHandle, ...] = ()
-
-    def attach(self, block: nn.Module) -> None:
-        """Run around the forward of a block, until `dissolve`."""
-        self.hooks = (
-            block.register_forward_pre_hook(self.before, with_kwargs=True),
-            block.register_forward_hook(self.after, always_call=True),
-        )
 
     def dissolve(self) -> None:
         """Leave each layer to itself."""
-        for hook in self.hooks:
-            hook.remove()
+        self.detach()
         for layer in self.layers:
             layer._group = None
 
@@ -55,7 +47,7 @@ class LayerGroup:
         """Forward pre-hook: compute what the layers will use."""
         self.values = None
         if "_is_replica" in vars(module):
-            return  # of DataParallel: it has weights of its own, and all replicas share this group
+            return  # DataParallel's replicas have weights of their own, and share this group
         layers, first = self.layers, self.layers[0]
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
@@ -71,11 +63,11 @@ class LayerGroup:
             self.saving = _saving()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook, also after an exception: values and their graph last no longer than the forward."""
+        """Forward hook, also after an exception: values and their graph end with the forward."""
         self.values = None
 
     def value_of(self, place: int, latent: Tensor) -> Tensor | None:
-        """The value of a layer, while the block's forward runs; None where the layer cannot use it.
+        """The value of a layer while the block's forward runs; None where the layer cannot use it.
 
         Args:
             place: The layer's number in the group.
@@ -98,9 +90,9 @@ class LayerGroup:
 
 
 def group_layers(model: nn.Module, layers: "list[QuantLinear]") -> None:
-    """Let layers that are quantized alike be fake-quantized together.
+    """Group layers that are quantized alike, so that each group is fake-quantized in one operation.
 
-    A group lies in one block, the largest module with few enough of them.
+    A group lies within one block: the largest module that holds at most `MOST_IN_GROUP` of them.
     """
     left: dict[Hashable, set[QuantLinear]] = {}
     for layer in layers:
@@ -115,5 +107,5 @@ def group_layers(model: nn.Module, layers: "list[QuantLinear]") -> None:
 
 
 def _saving() -> Any:
-    """The hooks that saved tensors go through here: a checkpoint's, for example."""
+    """The hooks that saved tensors go through here, such as those of activation checkpointing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)

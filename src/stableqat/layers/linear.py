@@ -1,10 +1,10 @@
 """`QuantLinear`: a linear layer whose weight is fake-quantized.
 
-It computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the very Parameters of the layer
-that it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds keys of its own.
+It computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on the Parameters of the layer that
+it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds keys of its own.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,21 @@ from stableqat.errors import UserError
 from stableqat.layers.group import LayerGroup
 from stableqat.quantizers import Quantizer
 
+Layer = TypeVar("Layer", bound=nn.Linear)
+
 
 class QuantLinear(nn.Linear):
     """A linear layer whose weight is fake-quantized.
 
-    The latent weight stays a full-precision Parameter under its own name. What it becomes is computed in
-    every forward, unless it is held.
+    The latent weight stays a full-precision Parameter under its own name. Every forward computes the
+    fake-quantized weight, unless it is held.
 
     Attributes:
         weight_quantizer: Quantizer of the weight.
         input_quantizer: Module applied to the activations, or None.
-        recompute: Recompute the fake-quantized weight in the backward instead of saving it (a held one is
-            there anyway). None does on a GPU, where it costs next to nothing, except where a block's
-            layers are fake-quantized together: at small batches, and where activations outweigh weights.
+        recompute: Recompute the fake-quantized weight in the backward instead of saving it; a held one is
+            never recomputed. None recomputes on a GPU, where it costs next to nothing, unless the layers of
+            a block are fake-quantized together: at small batches, and where activations outweigh weights.
     """
 
     weight_quantizer: Quantizer
@@ -34,13 +36,15 @@ class QuantLinear(nn.Linear):
     recompute: bool | None
     _group: LayerGroup | None
     _place: int  # among the layers of its group
-    _held: tuple[Tensor, list[tuple[Tensor, int]]] | None  # value, and of which parameters in which versions
+    _held: (
+        tuple[Tensor, list[tuple[Tensor, int]]] | None
+    )  # the value, and the versions of the parameters it is made of
 
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, weight_quantizer: Quantizer, input_quantizer: nn.Module | None = None
     ) -> "QuantLinear":
-        """Wrap the Parameters of `linear`, without copying them, and its forward and backward hooks.
+        """Make a quantized layer on the Parameters and hooks of `linear`, without copying them.
 
         Args:
             linear: The layer to replace.
@@ -50,20 +54,17 @@ class QuantLinear(nn.Linear):
         Returns:
             The quantized layer.
         """
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, linear.bias is not None)
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer = _rebuilt(cls, linear)
         layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
         layer.recompute = layer._group = layer._held = None
-        keep_hooks(linear, layer)
         return layer.train(linear.training)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """The plain layer on the same Parameters, the weight set to its deployed value.
+        """The plain layer on the same Parameters, with the weight set to its deployed value.
 
         Raises:
-            UserError: If activations are quantized, too, which no weight can hold.
+            UserError: If the layer also quantizes its input, which a plain layer cannot do.
         """
         if self.input_quantizer is not None:
             raise UserError("a layer that quantizes its input cannot become a plain Linear")
@@ -71,11 +72,7 @@ class QuantLinear(nn.Linear):
             self._group.dissolve()
         self.release()
         self.weight.copy_(self.weight_quantizer.quantize(self.weight).dequantize())
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        linear.weight, linear.bias = self.weight, self.bias
-        keep_hooks(self, linear)
-        return linear.train(self.training)
+        return _rebuilt(nn.Linear, self).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in) -> (..., out)`."""
@@ -85,7 +82,7 @@ class QuantLinear(nn.Linear):
         return quantizer.linear(input, self.latent, self.bias, recompute=self.recompute, value=value)
 
     def value(self) -> Tensor:
-        """The fake-quantized weight with its gradient, for whatever multiplies with it around the layer."""
+        """The fake-quantized weight with its gradient, for code that multiplies with it itself."""
         value = self.known_value()
         if value is None:
             return self.weight_quantizer(self.latent)
@@ -99,16 +96,16 @@ class QuantLinear(nn.Linear):
 
     @property
     def _quantizer(self) -> Quantizer:
-        return self._modules["weight_quantizer"]  # type: ignore[return-value]  # without a module's slow search
+        return self._modules["weight_quantizer"]  # type: ignore[return-value]  # skips nn.Module's slow lookup
 
     @property
     def latent(self) -> Tensor:
-        """The latent weight, also while a module that reads `weight` is shown the fake-quantized one."""
-        weight = self._parameters.get("weight")  # not there if it is parametrized, or a replica's
+        """The latent weight, even while `weight` shows the fake-quantized one to a module that reads it."""
+        weight = self._parameters.get("weight")  # missing if it is parametrized, or in a replica
         return self.weight if weight is None else weight
 
     def known_value(self) -> Tensor | None:
-        """The fake-quantized weight, if it is known already: made by the layer's group, or held."""
+        """The fake-quantized weight if it is already known: computed by the layer's group, or held."""
         group = self._group
         if group is not None and group.values is not None:
             value = group.value_of(self._place, self.latent)
@@ -118,28 +115,28 @@ class QuantLinear(nn.Linear):
 
     @property
     def implementation(self) -> str:
-        """What fake-quantizes the weight where it is now: triton or torch."""
+        """What fake-quantizes the weight on its present device: triton or torch."""
         return self.weight_quantizer.implementation(self.latent)
 
-    @torch.inference_mode(False)  # so that training may use it, too
+    @torch.inference_mode(False)  # so that training may use it too
     @torch.no_grad()
     def hold(self) -> None:
-        """Keep the fake-quantized weight for later forwards, until `release` or until a parameter changes.
+        """Hold the fake-quantized weight for later forwards, until `release` or until a parameter changes.
 
-        The value has the type of the autocast region of this call. A quantizer with a forward of its own,
-        which may be stochastic, is not held.
+        Its type is that of the autocast region of this call. The value of a quantizer with a forward of its
+        own is not held, because it may be stochastic.
         """
         if self.weight_quantizer.fuses and (self._held is None or self._held_value() is None):
             self._held = self.weight_quantizer(self.latent), self._versions()
 
     def release(self) -> None:
-        """Forget what `hold` kept."""
+        """Release what `hold` holds."""
         self._held = None
 
     def _held_value(self) -> Tensor | None:
         assert self._held is not None
         value, made_of = self._held
-        # a compiled graph cannot ask for versions: whoever holds releases before weights change
+        # a compiled graph cannot ask for versions: whoever holds a weight releases it before it changes
         if torch.compiler.is_compiling():
             return value
         now = self._versions()
@@ -160,11 +157,15 @@ class QuantLinear(nn.Linear):
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized layers of a model by name, each once."""
+    """The quantized layers of a model by name; a layer with several names counts once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
-def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Share the very dicts of hooks of the layer that is replaced: whoever added one can remove it."""
+def _rebuilt(kind: type[Layer], linear: nn.Linear) -> Layer:
+    """A layer of another class on the same Parameters and hooks: whoever added a hook can still remove it."""
+    with torch.device("meta"):
+        made = kind(linear.in_features, linear.out_features, linear.bias is not None)
+    made.weight, made.bias = linear.weight, linear.bias
     kept = ("_forward_", "_backward_", "_is_full_backward_")
-    vars(new).update({name: value for name, value in vars(old).items() if name.startswith(kept)})
+    vars(made).update({name: value for name, value in vars(linear).items() if name.startswith(kept)})
+    return made

@@ -1,10 +1,10 @@
-"""What is quantized is what is called: a trial forward finds weights that a model reads around their layers.
+"""A trial forward finds weights that a model reads without calling their layers: they are quantized too.
 
 Some models multiply with `layer.weight` themselves (a fused projection of query, key and value, a state-space
-block, a fused kernel), and would go on with the latent values. The trial runs the model in training and in
-evaluation mode and leaves no trace: random states, buffers, gradients, flags, attributes are as before, and
-nobody's hook runs. A module that reads a weight is shown the fake-quantized one in its forwards from then on;
-where that is not possible the model is refused.
+block, a fused kernel) and would keep using the latent values. The trial runs the model in training and in
+evaluation mode and leaves no trace: random states, buffers, gradients, flags and attributes stay as they
+were, and no hook runs. From then on, a module that reads a weight sees the fake-quantized one in its
+forwards; where that is impossible, the model is refused.
 """
 
 import copy
@@ -12,7 +12,7 @@ import logging
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.hooks import RemovableHandle
 
 from stableqat.errors import UserError, one_line
 from stableqat.layers.experts import AroundForward
@@ -41,23 +40,23 @@ class Calls:
     """How a model uses its quantized layers.
 
     Attributes:
-        reads: Layers whose weight a module multiplies with itself, by name of the module; both relative to
+        reads: Layers whose weight a module reads itself, by name of the module; both names are relative to
             the model.
-        idle: Layers that were neither called nor read.
+        idle: Layers that are neither called nor read.
     """
 
     reads: dict[str, set[str]] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
 
     def tell(self) -> None:
-        """Warn of layers that nothing uses: they are quantized, and never trained."""
+        """Warn about layers that nothing uses: they are quantized but never trained."""
         if self.idle:
             first = ", ".join(sorted(self.idle)[:3])
             logger.warning("%d quantized layers were not called in a trial: %s", len(self.idle), first)
 
 
 def try_calls(model: nn.Module, *args: Any, **kwargs: Any) -> Calls:
-    """Run a model once in training and once in evaluation mode, and see how it uses its quantized layers.
+    """Run a model once in evaluation and once in training mode to see how it uses its quantized layers.
 
     Args:
         model: A model with quantized layers, on any device, meta included.
@@ -65,36 +64,35 @@ def try_calls(model: nn.Module, *args: Any, **kwargs: Any) -> Calls:
         kwargs: Inputs of its forward by name.
 
     Raises:
-        UserError: With the layer's name, if the model uses or changes a weight and nothing makes it right.
+        UserError: If the model uses or changes a weight in a way that cannot be quantized; names the layer.
         Exception: Whatever the forward raises.
     """
     names = {layer: name for name, layer in quantized_layers(model).items()}
     calls = Calls(idle=set(names.values()))
     for training in (False, True):
-        inputs = _copied((args, kwargs))
-        with _untouched(model), _Trial(names, closely=False) as trial:
-            trial.run(model, training, inputs)
-        if trial.read or len(trial.called) < len(names):  # rare: look at every operation, too
+        for closely in (False, True):
             inputs = _copied((args, kwargs))
-            with _untouched(model), _Trial(names, closely=True) as trial:
+            with _untouched(model), _Trial(names, closely) as trial:
                 trial.run(model, training, inputs)
+            if not trial.read and len(trial.called) == len(names):
+                break  # nearly always: no need to look at every operation
         trial.refuse()
         modules = {module: name for name, module in model.named_modules()}
         for layer, reader in trial.used.values():
             calls.reads.setdefault(modules[reader], set()).add(names[layer])
-        calls.idle -= {names[layer] for layer in trial.called | {layer for layer, _ in trial.used.values()}}
+        calls.idle -= {names[layer] for layer in trial.reached}
     return calls
 
 
 def show_weights(model: nn.Module, calls: Calls) -> list[tuple[nn.Module, "_Shown"]]:
-    """Let each module that multiplies with a layer's weight itself read the fake-quantized one.
+    """Let each module that reads a layer's weight itself see the fake-quantized one.
 
     Args:
-        model: The model, or another one that is built alike.
+        model: The model, or another one of the same structure.
         calls: What `try_calls` found.
 
     Returns:
-        The modules that read weights, each with what shows them.
+        The modules that read weights, each with the hooks that show them.
     """
     made = []
     for name, layers in calls.reads.items():
@@ -106,28 +104,27 @@ def show_weights(model: nn.Module, calls: Calls) -> list[tuple[nn.Module, "_Show
 
 
 def forget_calls(model: nn.Module) -> None:
-    """Take away what `check_calls` and `show_weights` left in a model."""
+    """Remove the hooks that `check_calls` and `show_weights` left in a model."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), _Shown | _FirstForward):
-                for handle in owner.handles:
-                    handle.remove()
+                owner.detach()
 
 
 def check_calls(
     model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 ) -> Calls | None:
-    """`try_calls` and `show_weights`, on the first real input where there is no example.
+    """`try_calls` and `show_weights`; without an example they run on the first real input.
 
     Args:
         model: A model with quantized layers.
-        example: Positional and named inputs of its forward; None takes what the model itself tells of them.
+        example: Positional and named inputs of its forward; None takes those that the model declares.
 
     Returns:
-        What was found; None if the first forward will tell.
+        What was found; None if the first forward will show.
 
     Raises:
-        UserError: As `try_calls`, or if the given example is not what the model takes.
+        UserError: As in `try_calls`, or if the model does not take the given example.
     """
     calls = None
     inputs = example or example_inputs(model)
@@ -138,22 +135,20 @@ def check_calls(
             raise
         except Exception as error:
             if example is not None:
-                raise UserError(
-                    f"example_inputs: the model does not take them ({one_line(error)})"
-                ) from error
-            logger.debug("the model does not take the inputs that it names", exc_info=True)
+                raise UserError(f"example_inputs: the model refuses them ({one_line(error)})") from error
+            logger.debug("the model does not take the inputs that it declares", exc_info=True)
     if calls is None:
         _FirstForward(model).attach(model)
         return None
     show_weights(model, calls)
     where = {p.device.type for p in model.parameters()}
-    if "cuda" not in where and "meta" not in where:  # kernels of a GPU may read what a CPU calls
+    if "cuda" not in where and "meta" not in where:  # a kernel on a GPU may read what a CPU calls
         _FirstForward(model, seen=where).attach(model)
     return calls
 
 
 def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Inputs of a forward, as far as a model of transformers or timm tells of them; None otherwise."""
+    """Inputs of a forward that a model of transformers or timm declares; None for any other model."""
     first = next(model.parameters(), None)
     if first is None:
         return None
@@ -165,7 +160,7 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
         entries = getattr(config, "vocab_size", None)
         if isinstance(entries, int):
             given = {k: v if v.is_floating_point() or v.is_meta else v % entries for k, v in given.items()}
-        if first.is_meta:  # without a cache, values of the positions are looked at
+        if first.is_meta:  # without a cache, transformers reads the values of the positions
             given["use_cache"] = True
         return (), given
     if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
@@ -183,7 +178,7 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
 
 
 class _Trial(TorchDispatchMode):
-    """Layers compute with their latent weights, which is cheap, and say that they were called or read."""
+    """Lets layers compute with their latent weights, which is cheap, and notes which are called or read."""
 
     def __init__(self, names: dict[QuantLinear, str], closely: bool) -> None:
         super().__init__()
@@ -194,6 +189,11 @@ class _Trial(TorchDispatchMode):
         self.written: set[QuantLinear] = set()
         self.consumed: set[QuantLinear] = set()
         self.latents = {_storage(layer.latent): layer for layer in names}
+
+    @property
+    def reached(self) -> set[QuantLinear]:
+        """The layers that were called, or whose weight was used."""
+        return self.called | {layer for layer, _ in self.used.values()}
 
     def __enter__(self) -> "_Trial":
         for layer in self.names:
@@ -213,23 +213,21 @@ class _Trial(TorchDispatchMode):
     def run(self, model: nn.Module, training: bool, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         for module in model.modules():
             module.training = training
-        args, kwargs = inputs
         with torch.inference_mode(False), torch.set_grad_enabled(training):
-            model(*args, **kwargs)
+            model(*inputs[0], **inputs[1])
 
     def refuse(self) -> None:
-        """Refuse what showing a weight does not make right."""
-        around = self.consumed - self.called - {layer for layer, _ in self.used.values()}
-        for layers, what in ((around, "uses"), (self.written, "changes")):
+        """Refuse a use of a weight for which it is not enough to show the fake-quantized one."""
+        for layers, what in ((self.consumed - self.reached, "uses"), (self.written, "changes")):
             for layer in layers:
                 name = self.names[layer]
                 raise UserError(
-                    f"layer {name}: the model {what} its weight without calling the layer, and would go on "
-                    f"with latent values; add {name.split('.')[-1]} to skip"
+                    f"layer {name}: the model {what} its weight without calling the layer, and would keep "
+                    f"using latent values; add {name.split('.')[-1]} to skip"
                 )
 
     def give(self, layer: QuantLinear) -> Tensor:
-        """A weight that is read; that its type or shape is looked at does not make it used."""
+        """The weight for a module that reads it; to look at its type or shape alone is not a use."""
         reader = self._reader(layer)
         if reader is None:
             return layer.latent
@@ -240,7 +238,7 @@ class _Trial(TorchDispatchMode):
         return given
 
     def _reader(self, layer: QuantLinear) -> nn.Module | None:
-        """The innermost module that is being called and holds the layer."""
+        """The innermost module in the call stack that holds the layer."""
         frame = sys._getframe(2)
         while frame is not None:
             if frame.f_code is _CALL:
@@ -282,9 +280,9 @@ class _Watched(QuantLinear):
 
 
 class _Shown(AroundForward):
-    """While a module's forward runs, its layers' `weight` is the fake-quantized one.
+    """While a module's forward runs, the `weight` of its layers is the fake-quantized one.
 
-    An attribute of the instance hides the parameter, which stays where optimizers and state dicts find it.
+    An instance attribute hides the parameter, which stays where optimizers and state dicts find it.
 
     Args:
         layers: Names of the layers, relative to the module.
@@ -294,7 +292,7 @@ class _Shown(AroundForward):
         super().__init__()
         self.layers = layers
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: compute what the module will read."""
         for name in self.layers:
             layer = module.get_submodule(name)
@@ -306,22 +304,22 @@ class _Shown(AroundForward):
             vars(module.get_submodule(name)).pop("weight", None)
 
 
-class _FirstForward:
-    """Makes the check on the first input that a model, or a part of it, is called with.
+class _FirstForward(AroundForward):
+    """Runs the trial on the first input that a model, or a part of it, is called with.
 
     Args:
         model: The model.
-        seen: Types of devices that it was tried on already.
+        seen: Types of devices that it was already tried on.
     """
 
-    def __init__(self, model: nn.Module, seen: Sequence[str] | set[str] = ()) -> None:
+    def __init__(self, model: nn.Module, seen: Iterable[str] = ()) -> None:
+        super().__init__()
         self.seen = set(seen)
         self.left = set(quantized_layers(model).values())
         self.done: set[nn.Module] = set()
-        self.handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> None:
-        """Wait at every module that holds a quantized layer: what is called first holds the most."""
+        """Wait at every module that holds a quantized layer: the one that is called first holds the most."""
         for module in model.modules():
             if not isinstance(module, QuantLinear) and any(m in self.left for m in module.modules()):
                 hook = module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
@@ -339,8 +337,8 @@ class _FirstForward:
         if own & self.left and not (where <= self.seen or sharded):
             try:
                 for reader, shown in show_weights(module, try_calls(module, *args, **kwargs)):
-                    if reader is module:  # its call has begun, and asks for no more hooks
-                        shown.before(module, args)
+                    if reader is module:  # its call has begun, and looks for no more hooks
+                        shown.before(module, args, kwargs)
             except UserError:
                 raise
             except Exception:  # it cannot be run twice, or not in the other mode
@@ -348,12 +346,11 @@ class _FirstForward:
         self.left -= own
         self.done.update(module.modules())
         if not self.left:
-            for handle in self.handles:
-                handle.remove()
+            self.detach()
 
 
 def _recorded() -> bool:
-    """Whether operations of a forward go into a graph: what runs beside it would be in there."""
+    """Whether the operations of a forward are recorded in a graph, which a trial would end up in."""
     if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -361,7 +358,7 @@ def _recorded() -> bool:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves no trace in a model or in random states, and runs nobody's hooks."""
+    """Inside, nothing leaves a trace in a model or in random states, and no hook runs."""
     modules = list(model.modules())
     attributes = [(module, dict(vars(module))) for module in modules]
     contents = [(value, value.copy()) for _, each in attributes for value in each.values()
@@ -385,23 +382,19 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             vars(module).update(own)
         for value, content in contents:
             value.clear()
-            _filled(value)(content)
+            (value.extend if isinstance(value, list) else value.update)(content)
         with torch.no_grad():
             for buffer, state in buffers:
                 buffer.copy_(state)
 
 
-def _filled(container: Any) -> Callable[[Any], None]:
-    return container.extend if isinstance(container, list) else container.update
-
-
 def _copied(inputs: Any) -> Any:
-    """Inputs that a forward may change, and what it changes is not the caller's."""
+    """A copy of the inputs, which a forward may change."""
     if all(isinstance(x, Tensor | str | int | float | None) for x in tree_leaves(inputs)):
         return tree_map_only(Tensor, lambda x: x.detach().clone(), inputs)
     return copy.deepcopy(inputs)
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """Equal for tensors that share memory, also on the meta device."""
+    """The same number for tensors that share memory, also on the meta device."""
     return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None

@@ -1,8 +1,8 @@
-"""Several weights in one launch as operations of torch's own kind, opaque to a compiler.
+"""Custom torch operations that serve several weights in one launch, opaque to a compiler.
 
-By itself, a compiled graph launches one kernel per weight. At small batches a step waits for the launches
-of a hundred layers, so the weights of a block are one operation there, which does at run time what
-the eager path does. Its results are flat buffers, which the graph takes apart at no cost.
+On its own, a compiled graph launches one kernel per weight, and at small batches a step waits for the
+launches of a hundred layers. There the weights of a block are one operation, which does at run time what the
+eager path does. It returns flat buffers, which the graph splits at no cost.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from stableqat.ops import fused
 from stableqat.ops.launch import aligned, traced
@@ -20,10 +21,7 @@ _TAGS = (
     torch.Tag.needs_contiguous_strides,
 )
 _library = torch.library.Library("stableqat", "FRAGMENT")
-_library.define(
-    "values(Tensor[] tensors, str present, str spec, ScalarType dtype) -> Tensor",
-    tags=_TAGS,
-)
+_library.define("values(Tensor[] tensors, str present, str spec, ScalarType dtype) -> Tensor", tags=_TAGS)
 _library.define(
     "gradients(Tensor[] grads, Tensor[] tensors, str present, str spec, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
@@ -32,18 +30,18 @@ _library.define(
 
 
 def takes(weights: Sequence[Operands], spec: Spec) -> bool:
-    """Whether these weights become one operation: several do in a graph that is being made, if alike."""
+    """Whether these weights become one operation: several of one kind, while a graph is being made."""
     if len(weights) < 2 or not traced(weights[0].x) or to_text(spec.grid, spec.surrogate) is None:
         return False
     sizes = [size for weight in weights for tensor in weight if tensor is not None for size in tensor.shape]
     return all(type(size) is int for size in sizes) and len({_present(weight) for weight in weights}) == 1
 
 
-def values(weights: Sequence[Operands], spec: Spec) -> list[Tensor]:
+def values(weights: Sequence[Operands], spec: Spec) -> Sequence[Tensor]:
     """The values of several weights."""
     text = to_text(spec.grid, spec.surrogate)
     flat = torch.ops.stableqat.values(_tensors(weights), _present(weights[0]), text, spec.dtype)
-    return _taken_apart(flat, [weight.x for weight in weights])
+    return fused.split_values(flat, weights)
 
 
 def gradients(
@@ -51,25 +49,17 @@ def gradients(
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Gradients of several weights."""
     text = to_text(spec.grid, spec.surrogate)
-    by_weight, by_scale, by_param = torch.ops.stableqat.gradients(
+    flat = torch.ops.stableqat.gradients(
         list(grads), _tensors(weights), _present(weights[0]), text, spec.dtype
     )
-    scales = [weight.scale for weight in weights]
-    return list(
-        zip(
-            _taken_apart(by_weight, [weight.x for weight in weights]),
-            _taken_apart(by_scale, scales),
-            _taken_apart(by_param, scales) if fused.learns(spec.surrogate) else [None] * len(weights),
-            strict=True,
-        )
-    )
+    return fused.split_gradients(flat, weights)
 
 
 def _values(tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype) -> Tensor:
     grid, weights = from_text(spec, dtype).grid, _weights(tensors, present)
     if joined := fused.join(weights, grid):
         return fused.forward_flat(joined, dtype)
-    return _flat([fused.forward(operands, grid, dtype) for operands in weights])
+    return _flatten_dense_tensors([fused.forward(operands, grid, dtype) for operands in weights])
 
 
 def _gradients(
@@ -82,9 +72,8 @@ def _gradients(
     pairs = zip(grads, weights, strict=True)
     found = [fused.backward(grad, operands, grid, surrogate)[:3] for grad, operands in pairs]
     by_weight, by_scale, by_param = zip(*found, strict=True)
-    if not fused.learns(surrogate):
-        by_param = by_scale[0].new_empty(1, 0)
-    return _flat(by_weight), _flat(by_scale), _flat(by_param)
+    params = _flatten_dense_tensors(by_param) if fused.learns(surrogate) else by_scale[0].new_empty(0)
+    return _flatten_dense_tensors(by_weight), _flatten_dense_tensors(by_scale), params
 
 
 def _values_shape(tensors: list[Tensor], present: str, spec: str, dtype: torch.dtype) -> Tensor:
@@ -110,7 +99,7 @@ torch.library.register_fake("stableqat::gradients", _gradients_shape, lib=_libra
 
 
 def _present(operands: Operands) -> str:
-    """Which of a weight's tensors there are, a digit each."""
+    """Which of a weight's tensors it has, one digit each."""
     return "".join("0" if tensor is None else "1" for tensor in operands)
 
 
@@ -126,13 +115,3 @@ def _weights(tensors: list[Tensor], present: str) -> list[Operands]:
 
 def _total(like: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in like)
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _taken_apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a flat buffer, shaped like the tensors, which lie in it one after the other."""
-    parts = flat.split_with_sizes([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

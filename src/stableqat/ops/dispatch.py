@@ -1,7 +1,7 @@
 """Which implementation serves a weight: fused Triton kernels on a GPU, plain torch everywhere else.
 
-Both give the same values bit for bit and the same gradients up to rounding; `implementation` says
-which one it is.
+Both give the same values bit for bit and the same gradients up to rounding. `implementation` says which one
+serves a weight.
 """
 
 import os
@@ -23,11 +23,11 @@ except ImportError:  # torch without Triton, as on a Mac
     custom_ops = fused = launch = None  # type: ignore[assignment]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# the kernels hold instructions of NVIDIA's
+# the kernels use NVIDIA's instructions
 _WANTED = fused is not None and torch.version.hip is None and os.environ.get("STABLEQAT_KERNELS", "1") != "0"
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of a weight's `x`, `scale` and `param`, each like its own."""
+"""Gradients of a weight's `x`, `scale` and `param`, each of the shape and type of its tensor."""
 
 
 def implementation(x: Tensor, surrogate: Surrogate) -> Literal["triton", "torch"]:
@@ -43,7 +43,7 @@ def implementation(x: Tensor, surrogate: Surrogate) -> Literal["triton", "torch"
     """
     if not (_WANTED and x.is_cuda and x.dtype in _TYPES) or isinstance(x, DTensor):
         return "torch"
-    # Dynamo could not look at the device; what compiles for a GPU needs one of this kind itself
+    # Dynamo cannot ask the device; a compiler for GPUs needs one of this kind itself
     able = torch.compiler.is_compiling() or _able(x.device.index)
     return "triton" if able and surrogate.kernel is not None else "torch"
 
@@ -59,15 +59,15 @@ def value_of(operands: Operands, spec: Spec) -> Tensor:
         return fused.forward(_contiguous(operands), spec.grid, spec.dtype)
     x, scale, _ = reference.grouped(operands)
     value = reference.forward(x, scale, spec.grid).reshape(operands.x.shape)
-    # no cast where none is needed: torch 2.11 compiles an idle `.to` at the end, as it does in-place
-    # steps of a forward, into a function whose gradients are all zero
+    # cast only where needed: torch 2.11 compiles a forward that ends in an idle `.to`, or has in-place steps,
+    # into a function whose gradients are all zero
     return value if value.dtype == spec.dtype else value.to(spec.dtype)
 
 
 def gradients_of(
     grad: Tensor, operands: Operands, spec: Spec, *, with_value: bool = False
 ) -> tuple[Gradients, Tensor | None]:
-    """Gradients of a weight, and its value again if that is asked for."""
+    """Gradients of a weight, and its value again if `with_value`."""
     found: Sequence[Tensor | None]
     value: Tensor | None = None
     if implementation(operands.x, spec.surrogate) == "triton":
@@ -84,26 +84,27 @@ def gradients_of(
 
 
 def values_of(weights: Sequence[Operands], spec: Spec) -> Sequence[Tensor]:
-    """The values of several weights; in one launch, if the kernels take these together."""
+    """The values of several weights, in one launch if the kernels can take them together."""
     if implementation(weights[0].x, spec.surrogate) == "triton":
         if custom_ops.takes(weights, spec):
             return custom_ops.values(weights, spec)
         if joined := fused.join(weights, spec.grid):
-            return fused.forward_many(weights, joined, spec.dtype)
+            return fused.split_values(fused.forward_flat(joined, spec.dtype), weights)
     return [value_of(operands, spec) for operands in weights]
 
 
 def gradients_of_many(
     grads: Sequence[Tensor | None], weights: Sequence[Operands], spec: Spec
 ) -> Sequence[Gradients]:
-    """Gradients of several weights, None where no gradient comes in; in one launch, if possible."""
+    """Gradients of several weights, in one launch if possible; None where no gradient comes in."""
     given = [grad.contiguous() for grad in grads if grad is not None]
     if len(given) == len(grads) and implementation(weights[0].x, spec.surrogate) == "triton":
         if custom_ops.takes(weights, spec):
             found: Any = custom_ops.gradients(given, weights, spec)
             return [_like(each, operands) for each, operands in zip(found, weights, strict=True)]
         if launch.aligned(given) and (joined := fused.join(weights, spec.grid)):
-            return fused.backward_many(given, weights, joined, spec.surrogate)
+            flat = fused.backward_flat(given, joined, spec.surrogate)
+            return fused.split_gradients(flat, weights)
     return [
         (None, None, None) if grad is None else gradients_of(grad, operands, spec)[0]
         for grad, operands in zip(grads, weights, strict=True)
@@ -111,7 +112,7 @@ def gradients_of_many(
 
 
 def _contiguous(operands: Operands) -> Operands:
-    """Kernels read rows by their number."""
+    """Contiguous operands: kernels find a row by its number."""
     if all([tensor is None or tensor.is_contiguous() for tensor in operands]):
         return operands
     return Operands(*[None if t is None else t.contiguous() for t in operands])  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Fake quantization: round in the forward, a surrogate in the backward.
 
-`fake_quantize` is what every quantizer calls, `fake_quantize_many` the same for several weights at once;
-`ops.product` multiplies with what they compute. They save the tensors they were given and compute codes and
-surrogate anew in the backward: a pass over the weight instead of memory for its copy.
+Every quantizer calls `fake_quantize`, or `fake_quantize_many` for several weights at once; `ops.product`
+multiplies with what they compute. They save their inputs and compute codes and surrogate again in the
+backward: that costs a pass over the weight and saves the memory of a copy.
 """
 
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ def fake_quantize(
     Args:
         x: Latent weight, `(out, ...)`.
         scale: Distance between levels, see `Operands`.
-        scale_floor: The acting scale is never below it, see `Operands`.
+        scale_floor: Lower bound of the scale, see `Operands`.
         grid: Where the levels are.
         surrogate: Derivative of round, with its mask.
         surrogate_param: The surrogate's learned parameter, see `Operands`.
 
     Returns:
-        Values on the grid, shaped like `x`, in the autocast type where autocast is on and in
-        the type of `x` otherwise; the mathematics is float32 either way.
+        Values on the grid, shaped like `x`, in the autocast type if autocast is on and otherwise in the type
+        of `x`; the arithmetic is float32 either way.
     """
     operands = Operands(x, scale, scale_floor, surrogate_param)
     spec = Spec(grid, surrogate, compute_dtype(x))
@@ -56,17 +56,17 @@ def fake_quantize_many(
     surrogate: Surrogate,
     values: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """`fake_quantize` of several weights as one operation, for fewer calls and launches in either direction.
+    """`fake_quantize` of several weights in one operation, with fewer calls and launches in both directions.
 
     Args:
         weights: The weights, of one type.
         grid: Where the levels are.
         surrogate: Derivative of round, with its mask.
-        values: The results that are known already; only their gradients are left to compute. A compiled
-            graph computes them again.
+        values: Results that are already known, None for the others; of the known ones only gradients are
+            computed. A compiled graph computes them again.
 
     Returns:
-        What `fake_quantize` returns, for each weight.
+        The result of `fake_quantize` for each weight.
     """
     spec = Spec(grid, surrogate, compute_dtype(weights[0].x))
     tensors = [tensor for weight in weights for tensor in weight]
@@ -78,15 +78,15 @@ def fake_quantize_many(
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The type that autocast wants products in; None where it is off."""
+    """The type in which autocast computes products; None if it is off."""
     device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):  # meta has no autocast to ask
+    if x.is_meta or not torch.is_autocast_enabled(device):  # the meta device has no autocast
         return None
     return torch.get_autocast_dtype(device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that a fake-quantized weight has here: autocast's where it is on, the weight's otherwise."""
+    """The type of a fake-quantized weight: autocast's if it is on, otherwise the weight's."""
     return autocast_dtype(x) or x.dtype
 
 
@@ -103,8 +103,8 @@ def dequantize_codes(codes: Tensor, scale: Tensor, zero_point: float, dtype: tor
     return (grouped - zero_point).mul_(scale.to(working).unsqueeze(-1)).reshape(codes.shape).to(dtype)
 
 
-# Dynamo takes a fifth of a second to trace an autograd.Function. So a call is a node, whose inside only the
-# stages after Dynamo see; it takes tensors and plain values.
+# Dynamo takes a fifth of a second to trace an autograd.Function, so a call is a node of the graph, which only
+# the stages after Dynamo look into; it takes tensors and plain values.
 @torch.compiler.allow_in_graph
 def _many_in_graph(text: str, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return _FakeQuantizeMany.apply(from_text(text, dtype), None, *tensors)

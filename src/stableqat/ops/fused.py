@@ -1,8 +1,8 @@
 """Fake quantization by the fused kernels: tensors in, tensors out.
 
-`forward` and `backward` serve one weight. Several weights that are alike share a launch: `join` says whether
-they can, `forward_many` and `backward_many` launch. A step at small batches waits for launches, so this is
-what it pays for.
+`forward` and `backward` serve one weight. Several weights of one kind can share a launch, because a step at
+small batches waits for launches: `join` says whether they can, `forward_flat` and `backward_flat` launch into
+flat buffers, and `split_values` and `split_gradients` split these.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def backward(
 
     Returns:
         Gradients like `x` (in its type), `scale` and `param` (float32; None where nothing is learned), and
-        the value, if asked for.
+        the value if it is asked for.
     """
     x, scale, floor, param = operands
     rows, n = scale.numel(), _n(operands)
@@ -102,7 +102,8 @@ class Joined(NamedTuple):
     Attributes:
         layout: Where each lies.
         first: The first of them.
-        columns: Of `x`, `scale`, `scale_floor` and `param` what the kernel takes for each weight.
+        columns: What the kernel takes of each weight, one column for each of `x`, `scale`, `scale_floor` and
+            `param`.
     """
 
     layout: Layout
@@ -111,9 +112,9 @@ class Joined(NamedTuple):
 
 
 def join(weights: Sequence[Operands], grid: Grid) -> Joined | None:
-    """What `forward_many` and `backward_many` take; None for weights that cannot share a launch.
+    """What `forward_flat` and `backward_flat` take; None for weights that cannot share a launch.
 
-    Two to eight weights can, if they are alike in their types, contiguous and aligned, and if each of their
+    Two to eight weights can if they have the same types, are contiguous and aligned, and if each of their
     scales belongs to whole vectors.
 
     Args:
@@ -157,9 +158,9 @@ def forward_flat(joined: Joined, dtype: torch.dtype) -> Tensor:
     return values
 
 
-def forward_many(weights: Sequence[Operands], joined: Joined, dtype: torch.dtype) -> Sequence[Tensor]:
-    """`forward_flat`, taken apart: the values."""
-    return _unflatten_dense_tensors(forward_flat(joined, dtype), [each.x for each in weights])
+def split_values(flat: Tensor, weights: Sequence[Operands]) -> Sequence[Tensor]:
+    """The values of several weights, as views of a flat buffer."""
+    return _unflatten_dense_tensors(flat, [each.x for each in weights])
 
 
 def backward_flat(
@@ -187,21 +188,14 @@ def backward_flat(
     return weight_grads, scale_sums, param_sums
 
 
-def backward_many(
-    grads: Sequence[Tensor], weights: Sequence[Operands], joined: Joined, surrogate: Surrogate
+def split_gradients(
+    flat: tuple[Tensor, Tensor, Tensor], weights: Sequence[Operands]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """`backward_flat`, taken apart: gradients of weight, scale and parameter for each."""
-    by_weight, by_scale, by_param = backward_flat(grads, joined, surrogate)
-    xs, scales = [each.x for each in weights], [each.scale for each in weights]
-    params = _unflatten_dense_tensors(by_param, scales) if by_param.numel() else [None] * len(weights)
-    return list(
-        zip(
-            _unflatten_dense_tensors(by_weight, xs),
-            _unflatten_dense_tensors(by_scale, scales),
-            params,
-            strict=True,
-        )
-    )
+    """Gradients of weight, scale and parameter of each of several weights, as views of flat buffers."""
+    scales = [each.scale for each in weights]
+    by_scale = _unflatten_dense_tensors(flat[1], scales)
+    by_param = _unflatten_dense_tensors(flat[2], scales) if flat[2].numel() else [None] * len(weights)
+    return list(zip(split_values(flat[0], weights), by_scale, by_param, strict=True))
 
 
 def _n(operands: Operands) -> int:

@@ -1,11 +1,11 @@
 """Where the levels are: the four uniform grids of weight-only QAT.
 
-A grid maps `v = w / s` to a code `q = clamp(round(v + z), q_min, q_max)` and back to the
-value `s * (q - z)`. `z` is 0 for grids that hold zero (integer, ternary) and -1/2 for the
-half-integer ones (stretched, binary), which spend every code on a non-zero level.
-Integer and ternary follow LSQ (Esser et al. 2020, arXiv 1902.08153), stretched and binary
-ParetoQ (Liu et al. 2025, arXiv 2502.02631), in units of the distance between levels.
-The trade-off: at 2 bits the stretched grid is symmetric, the integer grid keeps an exact zero.
+A grid maps `v = w / s` to a code `q = clamp(round(v + z), q_min, q_max)` and back to the value `s * (q - z)`.
+`z` is 0 for grids with a level at zero (integer, ternary) and -1/2 for half-integer ones (stretched, binary),
+which spend every code on a non-zero level. Integer and ternary follow LSQ (Esser et al. 2020, arXiv
+1902.08153), stretched and binary ParetoQ (Liu et al. 2025, arXiv 2502.02631), in units of the distance
+between levels. The trade-off: at 2 bits the stretched grid is symmetric, and the integer grid keeps an exact
+zero.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from functools import cache
 from math import inf
 from typing import Literal
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_known
 
 GridName = Literal["integer", "stretched", "ternary", "binary"]
 Mask = Literal["range", "levels", "none"]
@@ -48,17 +48,17 @@ class Grid:
         return max(abs(self.levels[0]), abs(self.levels[-1]))
 
     def bounds(self, mask: Mask) -> tuple[float, float]:
-        """Interval of `v` inside which a weight receives a gradient.
+        """The interval of `v` in which a weight receives a gradient.
 
-        `range` is each published method's own rule: LSQ's `[q_min, q_max]` on the integer grid,
-        the half step beyond the outermost levels on ParetoQ's grids, except binary, which ends
-        at its levels. `levels` ends at the outermost levels on any grid; `none` masks nothing.
+        `range` is the rule that each grid was published with: LSQ's `[q_min, q_max]` on the integer grid, and
+        half a step beyond the outermost levels on ParetoQ's grids, except binary, which ends at its levels.
+        `levels` ends at the outermost levels on any grid; `none` masks nothing.
 
         Args:
-            mask: Which rule.
+            mask: The rule: range, levels or none.
 
         Returns:
-            The lower and upper end, both inside.
+            The lower and the upper end, both included.
         """
         if mask == "none":
             return -inf, inf
@@ -97,6 +97,5 @@ def make_grid(name: GridName, bits: int) -> Grid:
         half = 2 ** (bits - 1)
         return Grid(name, bits, -half, half - 1, 0 if name == "integer" else -0.5)
     widths = {"binary": "1", "ternary": "2", "integer": "2 to 8", "stretched": "2 to 8"}
-    if name not in widths:
-        raise UserError(f"grid: {name!r} is unknown; choose one of {', '.join(widths)}")
+    check_known("grid", name, widths)
     raise UserError(f"bits: the {name} grid takes {widths[name]} bits, not {bits}")

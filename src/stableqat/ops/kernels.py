@@ -1,17 +1,17 @@
-"""Triton kernels of fake quantization: what runs on a GPU.
+"""Triton kernels of fake quantization, for GPUs.
 
-A pass over a weight is bound by memory, so each kernel reads what it needs once and writes its
-results once: the forward a weight (4 bytes in float32) and the value (2 in bfloat16), the backward weight,
-incoming gradient and weight gradient (4 + 2 + 4), the sums for the scale and for the surrogate's
-parameter on the way, and, where asked, the value again. Mathematics is float32, division and
-rounding exactly as in `reference`; sums are taken in a fixed order, so that the same call on the same
-input gives the same bits.
+Memory bounds a pass over a weight, so each kernel reads its inputs once and writes its results once. The
+forward reads the weight (4 bytes in float32) and writes the value (2 in bfloat16). The backward reads the
+weight and the incoming gradient and writes the weight's gradient (4 + 2 + 4), and on the way it sums the
+gradients of the scale and of the surrogate's parameter and, if asked, writes the value again. Arithmetic is
+float32, with division and rounding exactly as in `reference`; sums run in a fixed order, so that the same
+call on the same input gives the same bits.
 
 The distance to a level is `(w - level * s) / s` with a fused multiply-add: one rounding, where
-`w / s - level` loses digits on wide grids. Sines are a polynomial and Chebyshev's recurrence.
+`w / s - level` loses digits on wide grids. Sines use a polynomial and Chebyshev's recurrence.
 
-Several weights share a launch by their addresses: each kernel for many takes a tuple of pointers per
-operand, picks the weight that a program belongs to, and goes on as the kernel for one does.
+Several weights share a launch by their addresses: each kernel for many weights takes a tuple of pointers per
+operand, picks the weight that a program belongs to, and continues like the kernel for one.
 """
 
 import triton
@@ -30,10 +30,10 @@ def _acting_scale(scale_ptr, floor_ptr, row, exists, FLOOR: tl.constexpr):
 
 @triton.jit
 def _divide(x, scale, inverse, NATIVE: tl.constexpr):
-    """Quotient x / scale, rounded as IEEE division does, from the reciprocal that a whole row shares.
+    """Quotient x / scale, rounded like IEEE division, from the reciprocal that a whole row shares.
 
-    Two corrections by an exact remainder round right (Markstein 1990), at half the cost of a division. A
-    quotient far beyond every grid stays as the plain product has it, infinite perhaps.
+    Two corrections by an exact remainder give the right rounding (Markstein 1990) at half the cost of a
+    division. A quotient far beyond every grid keeps the value of the plain product, which may be infinite.
     """
     if NATIVE:
         product = x * inverse
@@ -63,7 +63,7 @@ def _power_of_two(y, NATIVE: tl.constexpr):
 
 @triton.jit
 def _round(y):
-    """Half to even, exact below 2^22 and far outside every grid above."""
+    """Round half to even: exact below 2^22; anything above is far outside every grid."""
     return (y + 12582912.0) - 12582912.0
 
 
@@ -75,7 +75,7 @@ def _clamp(q, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
 
 @triton.jit
 def _shift(v, zero: tl.constexpr):
-    """Sum v + zero; an addition of 0 is left out, for the sake of -0."""
+    """Sum v + zero; adding 0 is skipped, because it would turn -0 into 0."""
     if zero != 0:
         return v + zero
     else:
@@ -193,7 +193,7 @@ def backward_kernel(
             grad *= _fourier(u, STRENGTH, HARMONICS, NATIVE)
         elif KIND == "tanh":
             distance = 0.5 - tl.abs(u)  # to the nearest threshold
-            # of a negative number, so that nothing cancels
+            # the exponent is negative, so nothing cancels
             e = _power_of_two(exponent * distance, NATIVE)
             r = _reciprocal(1 + e, NATIVE)
             bell = e * r * r  # sech^2 / 4
@@ -243,8 +243,8 @@ def forward_many_kernel(
 ):
     """The values of several weights, one after the other in one buffer.
 
-    For each weight there is the number of its first program, the number of its scales (ROWS_OF), how many
-    elements share one (N_OF, a multiple of 16) and where its elements begin in the buffer (START).
+    Each weight has the number of its first program (FIRST), its number of scales (ROWS_OF), how many elements
+    share one (N_OF, a multiple of 16) and where its elements begin in the buffer (START).
     """
     which = _which(FIRST, COUNT)
     forward_kernel(
@@ -268,7 +268,7 @@ def backward_many_kernel(
     LOW: tl.constexpr, HIGH: tl.constexpr, MASKED: tl.constexpr, BINARY: tl.constexpr,
     KIND: tl.constexpr, STRENGTH: tl.constexpr, HARMONICS: tl.constexpr, VALUE: tl.constexpr,
 ):
-    """Gradients of several weights, one after the other; SUMS says where a weight's sums begin in theirs."""
+    """Gradients of several weights, one after the other; a weight's sums begin at SUMS in their buffers."""
     which = _which(FIRST, COUNT)
     start = tl.multiple_of(_number(START, which, COUNT), 16)
     sums = _number(SUMS, which, COUNT)

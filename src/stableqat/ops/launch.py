@@ -1,9 +1,9 @@
-"""How the Triton kernels are launched: what each is given, at little cost for the host.
+"""How the Triton kernels are launched: the arguments of each, at little cost for the host.
 
-Triton looks at every argument of every launch, which takes longer than these kernels do on a small
-weight. Here a kernel is compiled for stand-ins of its tensors and launched with bare addresses. Which variant
-a launch needs follows from values (shapes, types, grid, surrogate), so caches go by value: no launch depends
-on where a tensor lay before.
+Triton looks at every argument of every launch, which takes longer than these kernels do on a small weight.
+Here a kernel is compiled for stand-ins of its tensors and launched with bare addresses. The variant that a
+launch needs follows from values (shapes, types, grid, surrogate), so caches are keyed by value: no launch
+depends on where a tensor lay before.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from stableqat.ops import kernels
 from stableqat.ops.grids import Grid
 from stableqat.ops.surrogates import Surrogate, of_kernel
 
-FORWARD_TILE = 2048  # elements that a program handles at a time, measured best
+FORWARD_TILE = 2048  # elements that a program handles at a time; the fastest size measured
 BACKWARD_TILE = 1024
 WARPS = 4
 SPLIT = 32 * BACKWARD_TILE  # elements of one scale after which its sum is spread over programs
@@ -32,14 +32,14 @@ SPLIT = 32 * BACKWARD_TILE  # elements of one scale after which its sum is sprea
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A kernel with all that its launch takes beside tensors.
+    """A kernel with everything that its launch takes besides tensors.
 
     Attributes:
-        kernel: Takes tensors, numbers and constants in this order.
-        programs: How many.
+        kernel: Takes tensors, numbers and constants, in this order.
+        programs: Number of programs.
         numbers: Numbers by position.
         constants: Constants by name.
-        columns: How many of the kernel's first arguments are tuples, of a tensor per weight.
+        columns: How many of the kernel's first arguments are tuples with one tensor per weight.
     """
 
     kernel: Any
@@ -57,8 +57,8 @@ class Layout:
         grid: Their grid.
         rows: Number of scales of each.
         n: Number of elements of each that share a scale.
-        starts: Where the elements of each begin in a buffer; behind the last, its length.
-        sums: Where the scales of each begin in a buffer; behind the last, its length.
+        starts: Where the elements of each begin in a buffer, followed by the length of the buffer.
+        sums: Where the scales of each begin in a buffer, followed by the length of the buffer.
     """
 
     grid: Grid
@@ -70,7 +70,7 @@ class Layout:
 
 @cache
 def layout_of(sizes: tuple[tuple[int, int], ...], grid: Grid) -> Layout | None:
-    """The layout of weights by number of elements and of scales; None if they cannot share a launch."""
+    """The layout of weights with these numbers of elements and scales; None if they cannot share a launch."""
     rows = tuple(scales for _, scales in sizes)
     n = tuple(elements // scales for elements, scales in sizes)
     if any(each % 16 or each > SPLIT for each in n):
@@ -129,7 +129,7 @@ def _places(layout: Layout, programs: Sequence[int]) -> dict[str, Any]:
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one in a graph that is being made."""
+    """Whether a tensor stands for one in a graph that is being traced."""
     return type(tensor) not in (Tensor, Parameter)
 
 
@@ -139,7 +139,7 @@ def aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def launch(call: Call, *tensors: Tensor) -> None:
-    """Run a kernel on tensors of one device, also in a graph that is being made."""
+    """Run a kernel on tensors of one device, also in a graph that is being traced."""
     first, in_graph = tensors[0], traced(tensors[0])
     if kernels.NATIVE and not in_graph and not torch.compiler.is_compiling():
         if aligned(tensors):
@@ -160,7 +160,7 @@ def run(call: Call, device: torch.device, types: tuple[torch.dtype, ...], pointe
         call: The kernel.
         device: The device that the tensors are on.
         types: Type of each argument.
-        pointers: What `pointer` makes of each, in a tuple where the kernel takes one.
+        pointers: The `pointer` of each argument, in a tuple where the kernel takes one.
     """
     if not kernels.NATIVE:
         call.kernel[(call.programs,)](*pointers, *call.numbers, **call.constants)
@@ -173,7 +173,7 @@ def run(call: Call, device: torch.device, types: tuple[torch.dtype, ...], pointe
 
 
 def pointer(tensor: Tensor) -> Any:
-    """A tensor as `run` takes it: its address, except for Triton's interpreter."""
+    """A tensor as `run` takes it: its address, or the tensor itself for Triton's interpreter."""
     return tensor.data_ptr() if kernels.NATIVE else tensor
 
 
@@ -181,7 +181,7 @@ def pointer(tensor: Tensor) -> Any:
 def _compiled(
     call: Call, device: int, types: tuple[torch.dtype, ...]
 ) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The launcher of a kernel compiled for the current device, and what it takes after the addresses."""
+    """The launcher of a kernel compiled for the current device, and its arguments after the addresses."""
     stand_ins = [
         tuple([MockTensor(dtype)] * call.constants["COUNT"]) if place < call.columns else MockTensor(dtype)
         for place, dtype in enumerate(types)
@@ -193,7 +193,7 @@ def _compiled(
 
 
 def _tile(n: int, elements: int) -> tuple[int, int]:
-    """Rows and columns of a tile; both are powers of two."""
+    """Rows and columns of a tile, both powers of two."""
     columns = min(triton.next_power_of_2(n), elements)
     return elements // columns, columns
 

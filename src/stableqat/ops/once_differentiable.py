@@ -1,4 +1,4 @@
-"""A backward that cannot be differentiated, and says so."""
+"""A backward that cannot be differentiated, and raises an error instead."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -13,10 +13,10 @@ _ERROR = b"this operation of stableqat is differentiable once: its gradient has 
 def once_differentiable(
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Let whoever differentiates what a backward returns get an error.
+    """Make it an error to differentiate what a backward returns.
 
-    Torch's own decorator does where the incoming gradient has a graph. A gradient also depends on what the
-    forward saved: without this, a Hessian-vector product would silently lose that term.
+    Torch's own decorator does this only where the incoming gradient has a graph. A gradient also depends on
+    what the forward saved: without this, a Hessian-vector product would silently lose that term.
     """
 
     @wraps(backward)

@@ -1,7 +1,7 @@
-"""What a call of fake quantization takes: its tensors, and what is constant in it.
+"""The arguments of fake quantization: its tensors, and its constants.
 
-Operations and nodes of a compiled graph take tensors and plain values only. There grid and surrogate stand
-as text that says all of them, so that a graph means the same in every process.
+Operations and nodes of a compiled graph take only tensors and plain values. There a text describes grid and
+surrogate completely, so that a graph means the same in every process.
 """
 
 from ast import literal_eval
@@ -24,9 +24,9 @@ class Operands(NamedTuple):
         x: Latent weight, `(out, ...)`.
         scale: Distance between levels, positive: `(out, 1)`, `(out, groups)` (each group is a run of
             consecutive inputs) or `(1, 1)` for the whole tensor.
-        scale_floor: Small positive floor, shaped like `scale`: the acting scale is never below it, while its
-            gradient passes to `scale` on both sides, so that it can return. NaN stays NaN.
-        param: The surrogate's learned parameter (of Tanh the logit of `a`), shaped like `scale`.
+        scale_floor: Small positive lower bound of the scale in use, shaped like `scale`. The gradient reaches
+            `scale` below it too, so that the scale can recover. NaN stays NaN.
+        param: The surrogate's learned parameter (for Tanh, the logit of `a`), shaped like `scale`.
     """
 
     x: Tensor
@@ -36,7 +36,7 @@ class Operands(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What is constant.
+    """The constants of a call.
 
     Attributes:
         grid: Where the levels are.
@@ -61,7 +61,7 @@ def to_text(grid: Grid, surrogate: Surrogate) -> str | None:
 
 @cache
 def from_text(text: str, dtype: torch.dtype) -> Spec:
-    """The spec that a text stands for, with the surrogate that its kernel computes."""
+    """The spec that a text describes, with the surrogate that its kernel computes."""
     name, kernel, mask, *texts = text.split()
     assert name in get_args(GridName)
     assert mask in get_args(Mask)

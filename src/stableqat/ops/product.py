@@ -1,10 +1,10 @@
-"""The product of a quantized layer: `input @ value.T + bias`, the value a fake-quantized weight.
+"""The product of a quantized layer: `input @ value.T + bias`, where `value` is the fake-quantized weight.
 
 Every product goes through `product`. Where autograd knows how the value was made (by a group, or by a
-quantizer with a forward of its own), that is `F.linear`. Otherwise one operation fake-quantizes and
-multiplies. It saves the latent weight, which is there anyway. For the product with the incoming gradient it
-either saves the value, as autocast saves its copy of a weight, or recomputes it in the backward's one pass
-over the weight, at a fifth more bytes there.
+quantizer with its own forward), it calls `F.linear`. Otherwise one operation fake-quantizes and multiplies.
+It saves the latent weight, which is in memory anyway. For the product with the incoming gradient, it either
+saves the value, as autocast saves its copy of a weight, or recomputes it during the backward's one pass over
+the weight, which then moves a fifth more bytes.
 """
 
 from typing import Any
@@ -35,16 +35,17 @@ def product(
 
     Args:
         input: Activations, `(..., in)`.
-        weight: The operands of a weight `(out, in)`, or its value where autograd knows what that is made of.
+        weight: The operands of a weight `(out, in)`, or its value if autograd knows how that was made.
         bias: `(out,)` or None.
-        grid: Of operands: where the levels are.
-        surrogate: Of operands: derivative of round, with its mask.
-        recompute: Recompute the value in the backward instead of saving it; None does where the kernels run.
-        value: The value of the operands, if it is known already; ignored where its type is not the one that
-            this call computes in.
+        grid: For operands: where the levels are.
+        surrogate: For operands: derivative of round, with its mask.
+        recompute: Recompute the value in the backward instead of saving it; None recomputes where the kernels
+            run.
+        value: The value of the operands, if already known; ignored if its type is not the one in which this
+            call computes.
 
     Returns:
-        `(..., out)`, in the autocast type where autocast is on.
+        `(..., out)`, in the autocast type if autocast is on.
     """
     if isinstance(weight, Tensor):
         return F.linear(input, weight, bias)
@@ -114,14 +115,14 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(input: Tensor, value: Tensor, bias: Tensor | None, *, folds: bool) -> Tensor:
-    """`F.linear`, bit for bit that of a plain layer, but no view, which nothing may change in place here.
+    """`F.linear`, bit for bit as in a plain layer, but never a view, which could not be changed in place.
 
     Args:
         input: `(..., in)`.
         value: `(out, in)`.
         bias: `(out,)` or None.
-        folds: Whether the weight learns, which the value does not tell: then `F.linear` makes one matrix of
-            rows that are not adjacent in memory.
+        folds: Whether the weight requires a gradient, which the value does not show: then `F.linear` folds
+            rows that are not adjacent in memory into one matrix.
     """
     if bias is not None and bias.dtype != value.dtype:
         bias = bias.to(value.dtype)

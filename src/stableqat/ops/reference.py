@@ -1,9 +1,8 @@
-"""Forward and backward of fake quantization in plain torch: what every kernel must reproduce.
+"""Forward and backward of fake quantization in plain torch: the reference that every kernel must reproduce.
 
-Tensors arrive grouped, as `(rows, groups, n)` with a scale of `(rows, groups, 1)`: the `n`
-weights of a group share it. Mathematics runs in float32 (float64 for float64 input)
-whatever the storage type. In-place steps of the backward keep the memory that it touches small,
-which is what a CPU pays for.
+Tensors arrive grouped, as `(rows, groups, n)` with a scale of `(rows, groups, 1)` that the `n` weights of a
+group share. Arithmetic is float32 (float64 for float64 input), whatever the storage type. The backward works
+in place where it can: on a CPU, memory traffic decides its speed.
 """
 
 from math import sqrt
@@ -17,7 +16,7 @@ from stableqat.ops.surrogates import Surrogate
 
 
 def grouped(operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands as the functions below take them: grouped `x`, acting scale and parameter."""
+    """Operands as the functions below take them: grouped `x`, scale (at least its floor) and parameter."""
     x, scale, floor, param = operands
     dtype = working_dtype(x.dtype)
     if floor is not None:
@@ -32,25 +31,20 @@ def codes(v: Tensor, grid: Grid) -> Tensor:
 
 
 def forward(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Fake-quantized value `s * (q - z)`, in the type of the mathematics."""
+    """Fake-quantized value `s * (q - z)`, in the type of the arithmetic."""
     # nothing in place: compiled by torch 2.11, the gradients would all be zero
     return (codes(x / scale, grid) - grid.zero_point) * scale
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    grid: Grid,
-    surrogate: Surrogate,
-    param: Tensor | None,
+    grad: Tensor, x: Tensor, scale: Tensor, grid: Grid, surrogate: Surrogate, param: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the weight, the scale and the surrogate's parameter.
 
-    weight: `grad * g(u) * inside`. scale (LSQ, arXiv 1902.08153 eq. 3): `(q - z) - v` inside,
-    the outermost level outside; on the binary grid `q - z` everywhere, because there the value
-    is `s/2 * sign(w)`. `g(u)` never enters the scale's gradient, so methods differ in one thing.
-    Scale and parameter are multiplied by LSQ's `1 / sqrt(n * max(q_max, 1))`.
+    Weight: `grad * g(u) * inside`. Scale (LSQ, arXiv 1902.08153 eq. 3): `(q - z) - v` inside, the outermost
+    level outside; on the binary grid `q - z` everywhere, because there the value is `s/2 * sign(w)`. `g(u)`
+    never enters the scale's gradient, so methods differ in one thing only. The gradients of scale and
+    parameter are multiplied by LSQ's `1 / sqrt(n * max(q_max, 1))`.
 
     Args:
         grad: Upstream gradient, grouped like `x`.
@@ -86,5 +80,5 @@ def backward(
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that the mathematics runs in: float64 stays, everything else is float32."""
+    """The type of the arithmetic: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,10 +1,10 @@
-"""Where the learned scale starts: at 2 bits this matters more than the surrogate.
+"""The initial value of the learned scale: at 2 bits it matters more than the surrogate.
 
-`max` covers every weight and wastes levels on outliers; `lsq` is Esser et al.'s
-`2 mean|w| / sqrt(q_max)`; `mse` minimises `||w - Q(w)||^2` for each scale by a short search
-over the clipping range and least-squares refinements `s = <w, c> / <c, c>` between.
-`absmax_as_step` reproduces the 2-bit initialisation of StableQAT's released code, which
-takes the range for the step and starts with over 90% of Gaussian weights at code 0.
+`max` covers every weight and wastes levels on outliers. `lsq` is `2 mean|w| / sqrt(q_max)` (Esser et al.
+2020, arXiv 1902.08153). `mse` minimises `||w - Q(w)||^2` for each scale by a short search over the clipping
+range, followed by least-squares refinements `s = <w, c> / <c, c>`. `absmax_as_step` reproduces the 2-bit
+initialisation of StableQAT's released code, which uses the range as the step and starts with over 90% of
+Gaussian weights at code 0.
 """
 
 from math import sqrt
@@ -20,21 +20,21 @@ ScaleInit = Literal["mse", "max", "lsq", "absmax_as_step"]
 
 _CANDIDATES = 12
 _REFINEMENTS = 4
-_CHUNK = 1 << 20  # weights a search step holds at once: stays in a CPU's cache
+_CHUNK = 1 << 20  # weights that a search step holds at once: they fit into a CPU's cache
 
 
 @torch.no_grad()
 def initial_scale(weight: Tensor, shape: tuple[int, int], grid: Grid, how: ScaleInit) -> Tensor:
-    """Compute a starting scale from the weights alone.
+    """Compute the initial scale from the weights alone.
 
     Args:
         weight: Latent weight, `(out, ...)`, finite.
         shape: Shape of the scale, `(out, 1)`, `(out, groups)` or `(1, 1)`.
         grid: The grid that the scale is for.
-        how: max, lsq, mse or absmax_as_step; on the binary grid all mean `2 mean|w|`.
+        how: max, lsq, mse or absmax_as_step; on the binary grid each of them is `2 mean|w|`.
 
     Returns:
-        Positive float32 scale of `shape`; a group of zeros takes the mean of the others.
+        Positive float32 scale of `shape`; a group of zeros gets the mean of the others.
     """
     groups = weight.detach().reshape(shape[0] * shape[1], -1).to(reference.working_dtype(weight.dtype))
     chunk = max(1, _CHUNK // groups.shape[1])
@@ -59,7 +59,7 @@ def _scale(w: Tensor, grid: Grid, how: ScaleInit) -> Tensor:
 
 
 def _reach(grid: Grid) -> float:
-    """The `v` at which `max` puts the largest weight."""
+    """The `v` to which `max` maps the largest weight."""
     if grid.name == "integer":
         return 2 if grid.bits == 2 else grid.q_max
     return grid.bounds("range")[1]
@@ -67,7 +67,7 @@ def _reach(grid: Grid) -> float:
 
 def _mse_scale(w: Tensor, largest: Tensor, grid: Grid) -> Tensor:
     rms = w.square().mean(-1).sqrt()
-    # from clipping nearly everything to clipping nothing, on the grid's shorter side too
+    # from clipping nearly everything to clipping nothing, even on the grid's shorter side
     low, high = (0.8 * rms / grid.outermost).unsqueeze(-1), (largest / grid.levels[-1]).unsqueeze(-1)
     best_scale, best_error = high, _error(w, high, grid)
     ratio = (high / low).nan_to_num(1.0, 1.0, 1.0)

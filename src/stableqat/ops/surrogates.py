@@ -1,34 +1,33 @@
-"""What the backward pass takes for the derivative of `round`, and which weights it reaches.
+"""What the backward pass uses as the derivative of `round`, and which weights it reaches.
 
-`round` has derivative 0 almost everywhere, so QAT puts a surrogate `g(u)` in its place,
-a function of `u`, the signed distance to the nearest level in [-1/2, 1/2]:
-Identity (STE, Bengio et al. 2013), Fourier (StableQAT, arXiv 2601.19320, eq. 4-10), Tanh
-(DSQ, Gong et al. 2019, arXiv 1908.05033). The factor on the upstream gradient is
-`g(u) * mask(v)`. The trade-off: a `g` that follows the staircase closely is small near
-levels, so it keeps weights still there, and shrinks the mean gradient (StableQAT at
-A = 0.21: 0.30); Constant and Permuted are the controls that separate the two effects.
+`round` has derivative 0 almost everywhere, so QAT puts a surrogate `g(u)` in its place, a function of `u`,
+the signed distance to the nearest level in [-1/2, 1/2]: Identity (STE, Bengio et al. 2013), Fourier
+(StableQAT, arXiv 2601.19320, eq. 4-10), Tanh (DSQ, Gong et al. 2019, arXiv 1908.05033). The factor on the
+upstream gradient is `g(u) * mask(v)`. The trade-off: a `g` that follows the staircase closely is small near
+levels, so it keeps weights still there, and shrinks the mean gradient (StableQAT at A = 0.21: 0.30). Constant
+and Permuted are the controls that separate the two effects.
 """
 
 from dataclasses import dataclass
 from math import cos, pi, sqrt
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_range
 from stableqat.ops.grids import Mask
 
 KernelName = Literal["identity", "constant", "fourier", "tanh"]
 
 
 class KernelForm(NamedTuple):
-    """A surrogate as the fused kernels know it: which of their formulas it is, with which numbers.
+    """A surrogate as the fused kernels know it: one of their formulas, with its numbers.
 
     Attributes:
         name: The formula, named like the surrogate below that spells it out.
-        numbers: What the formula takes: of `constant` the value, of `fourier` amplitude and harmonics.
-        learns: Whether it takes a learned parameter and computes its gradient, as `tanh` does.
+        numbers: Arguments of the formula: the value for `constant`, amplitude and harmonics for `fourier`.
+        learns: Whether the formula has a learned parameter, whose gradient the kernel computes, like `tanh`.
     """
 
     name: KernelName
@@ -40,7 +39,7 @@ class KernelForm(NamedTuple):
 class Surrogate:
     """Base of all surrogates: a subclass defines `derivative`, or `derivatives` if it learns.
 
-    It runs in plain torch, unless it declares the `kernel` that computes the same. A subclass that defines a
+    It runs in plain torch unless it declares the `kernel` that computes the same. A subclass with a
     derivative of its own does not inherit its parent's kernel.
 
     Attributes:
@@ -58,7 +57,7 @@ class Surrogate:
 
     @property
     def kernel(self) -> KernelForm | None:
-        """The form in which the fused kernels know this surrogate; None for one that they do not know."""
+        """The form in which the fused kernels know this surrogate; None if they do not."""
         return None
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor | None:
@@ -74,10 +73,7 @@ class Surrogate:
 class Identity(Surrogate):
     """Straight-through: g(u) = 1."""
 
-    @property
-    def kernel(self) -> KernelForm:
-        """See `Surrogate.kernel`."""
-        return KernelForm("identity")
+    kernel = KernelForm("identity")
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor | None:
         """See `Surrogate.derivative`."""
@@ -88,31 +84,28 @@ class Identity(Surrogate):
 class Fourier(Surrogate):
     """StableQAT's rotated, damped Fourier series of the staircase.
 
-    Rotating the staircase by 45 degrees gives a triangle wave; keeping `harmonics` of its odd
-    harmonics, damped to `amplitude`, and rotating back gives
-    `g = (1 - S) / (1 + S)`, `S = A sqrt(2) pi sum_m (-1)^m / (2m + 1) cos((2m + 1) pi u)`.
-    `1 - S` cancels near a level, so `cos` is written as `1 - 2 sin^2` of the half angle.
+    Rotating the staircase by 45 degrees gives a triangle wave. Keeping its first odd harmonics, damped to
+    `amplitude`, and rotating back gives `g = (1 - S) / (1 + S)`,
+    `S = A sqrt(2) pi sum_m (-1)^m / (2m + 1) cos((2m + 1) pi u)`. `1 - S` cancels near a level, so `cos` is
+    written as `1 - 2 sin^2` of the half angle.
 
     Attributes:
-        amplitude: A, between 0 (which is STE) and the value at which g would vanish at a level
-            (0.22508 with one harmonic, 0.239 with two).
-        harmonics: How many odd harmonics are kept, at least 1.
+        amplitude: A, between 0 (which is STE) and the value at which g would vanish at a level (0.22508 with
+            one harmonic, 0.239 with two).
+        harmonics: Number of odd harmonics to keep, at least 1.
     """
 
     amplitude: float = 0.21
     harmonics: int = 1
 
     def __post_init__(self) -> None:
-        if self.harmonics < 1:
-            raise UserError(f"harmonics: must be at least 1, not {self.harmonics}")
-        if self.amplitude < 0:
-            raise UserError(f"amplitude: must not be negative, not {self.amplitude}")
+        check_range("harmonics", self.harmonics, 1)
+        check_range("amplitude", self.amplitude, 0)
         low = min(self._closed_form(i / 4096) for i in range(2049))
         if not low > 0:
             raise UserError(
                 f"amplitude: at {self.amplitude} with {self.harmonics} harmonic(s) the surrogate falls to "
-                f"{low:.3g} inside the bin, so gradients vanish or change sign; with one harmonic stay "
-                "below 0.225 (the published value is 0.21)"
+                f"{low:.3g}, so gradients vanish or change sign; with one harmonic stay below 0.225"
             )
 
     def _closed_form(self, u: float) -> float:
@@ -145,7 +138,7 @@ class Fourier(Surrogate):
 class Tanh(Surrogate):
     """DSQ's soft staircase with a learned sharpness `a` in (0, 1); small `a` is a sharp step.
 
-    What is learned is `a`'s logit, so that `a` stays inside by construction; beyond +-10, where `a` is within
+    The logit of `a` is learned, so that `a` stays inside by construction; beyond +-10, where `a` is within
     5e-5 of an end, the logit acts as +-10.
 
     Between two levels the soft value is the midpoint plus `phi / 2`, `phi = tanh(k t) / (1 - a)`,
@@ -162,10 +155,7 @@ class Tanh(Surrogate):
         if not 0 < self.a < 1:
             raise UserError(f"a: must lie between 0 and 1, not {self.a}")
 
-    @property
-    def kernel(self) -> KernelForm:
-        """See `Surrogate.kernel`."""
-        return KernelForm("tanh", learns=True)
+    kernel = KernelForm("tanh", learns=True)
 
     def derivative(self, u: Tensor, param: Tensor | None = None) -> Tensor:
         """See `Surrogate.derivative`; `param` is the logit of `a`, broadcastable to `u`."""
@@ -188,7 +178,7 @@ class Tanh(Surrogate):
 
 @dataclass(frozen=True)
 class Constant(Surrogate):
-    """Control: g(u) = `value`, a smaller gradient without a shape.
+    """Control: g(u) = `value`, a smaller gradient of no particular shape.
 
     Attributes:
         value: The factor; 0.3025 is StableQAT's mean at A = 0.21.
@@ -227,8 +217,6 @@ def of_kernel(kernel: KernelForm, mask: Mask) -> Surrogate:
     """
     kinds = {"identity": Identity, "constant": Constant, "fourier": Fourier, "tanh": Tanh}
     if kernel.name not in kinds:
-        known = ", ".join(get_args(KernelName))
-        raise UserError(
-            f"surrogate: there is no kernel {kernel.name!r}; declare one of {known}, or None to run in torch"
-        )
+        known = ", ".join(kinds)
+        raise UserError(f"surrogate: there is no kernel {kernel.name!r}; declare one of {known}, or None")
     return kinds[kernel.name](mask, *kernel.numbers)

@@ -1,13 +1,13 @@
 """The `Quantizer` strategy: one per weight, it owns the grid, the learned scale and the surrogate.
 
-Two orthogonal choices make a method: the grid (where are the levels?) and the surrogate (what stands for the
-derivative of round?). A subclass names a pair with its defaults; both stay open, so that a comparison changes
-one thing only. `value = scale * (code - zero_point)`.
+Two orthogonal choices make a method: the grid (where are the levels?) and the surrogate (what replaces the
+derivative of round?). A subclass names a pair and its defaults; users can override both, so that a comparison
+changes one thing only. `value = scale * (code - zero_point)`.
 
 To add a method: one file with a subclass here, one import line in `__init__`, one overlay per family. A
-soft or stochastic method overrides `forward`; one that rounds another tensor than the weight overrides
-`latent` and `set_latent`; `progress`, `penalty` and `after_step` follow training. All keep `quantize`: it is
-what is deployed.
+soft or stochastic method overrides `forward`; one that rounds a tensor other than the weight overrides
+`latent` and `set_latent`; `progress`, `penalty` and `after_step` follow training. No method overrides
+`quantize`, which gives what is deployed.
 """
 
 from abc import ABC, abstractmethod
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stableqat import ops
-from stableqat.errors import UserError
-from stableqat.quantizers.options import check_known, scale_shape, special_grid, width_of
+from stableqat.errors import UserError, check_known
+from stableqat.quantizers.options import scale_shape, special_grid, width_of
 from stableqat.quantizers.position import Position
 from stableqat.quantizers.quantized_weight import QuantizedWeight
 
@@ -33,19 +33,19 @@ class Quantizer(nn.Module, ABC):
     """Base of all methods: a grid, a learned scale with its floor, a surrogate.
 
     The parameter `scale` is the distance between levels, `(out, 1)`, `(out, groups)` or `(1, 1)`. It is
-    allocated from shapes alone and set from the weight's values at once or, if the weight is on the meta
-    device, by `initialize` after loading. In the forward it never acts below `scale_floor` (1e-4 of its
-    initial value), while its gradient still flows.
+    allocated from shapes alone and set from the weight's values: at once or, if the weight is on the meta
+    device, by `initialize` after loading. The forward never uses less than `scale_floor` (1e-4 of the initial
+    scale), and the gradient still reaches the scale there.
 
     Args:
         weight: The latent weight that this quantizer is for, `(out, ...)`.
-        surrogate: Replaces the derivative of round; has the mask.
+        surrogate: Replaces the derivative of round, and holds the mask.
         bits: Storage width of a code, 1 to 8; 1 means the binary grid.
-        levels: Number of levels in place of bits; 3 is ternary.
+        levels: Number of levels, in place of bits; 3 is ternary.
         grid: integer, stretched, ternary or binary. Default: the method's own for this width.
         scale_init: mse, max, lsq or absmax_as_step, see `ops.scale_init`.
-        per_channel: One scale per row; False: one for the whole tensor.
-        group_size: One scale per run of this many inputs of a row.
+        per_channel: One scale per row, or one for the whole tensor if false.
+        group_size: One scale per run of this many inputs in a row.
 
     Raises:
         UserError: If an option is unknown, the grid does not exist at this width, or `group_size` does
@@ -55,8 +55,8 @@ class Quantizer(nn.Module, ABC):
     scale: nn.Parameter
     scale_floor: nn.Parameter
     position: Position | None = None  # where training is, once `stableqat.follow` says so
-    is_control = False  # True: a question about another method
-    trains_weight = True  # False: surgery freezes the layer's weight; the method trains parameters of its own
+    is_control = False  # True: a control for another method
+    trains_weight = True  # False: surgery freezes the layer's weight; the method trains its own parameters
 
     @abstractmethod  # a method brings its surrogate
     def __init__(
@@ -98,15 +98,15 @@ class Quantizer(nn.Module, ABC):
     def allocate(self, shape: tuple[int, int], **options: Any) -> None:
         """Create the parameters, unset (NaN); a method with more parameters extends this.
 
-        State that is shaped like the weight (`weight_shape`) is a frozen parameter, so that FSDP shards it.
-        `initialize` sets it to finite values: a run ends where a parameter is not finite.
+        Make state shaped like the weight (`weight_shape`) a frozen parameter, so that FSDP shards it, and let
+        `initialize` set it to finite values: a run ends if a parameter is not finite.
 
         Args:
             shape: Shape of the scale.
             options: `dtype` and `device` of the parameters.
         """
         self.scale = nn.Parameter(torch.full(shape, torch.nan, **options))
-        # a frozen parameter, not a buffer: FSDP shards it row by row beside its scale
+        # a frozen parameter, not a buffer: FSDP shards it row by row together with its scale
         self.scale_floor = nn.Parameter(torch.full(shape, torch.nan, **options), requires_grad=False)
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class Quantizer(nn.Module, ABC):
             weight: Latent weight with values, shaped like the one given to the constructor.
 
         Raises:
-            UserError: If the weight holds a value that is not finite.
+            UserError: If the weight holds NaN or infinity.
         """
         assert not weight.is_meta
         if not torch.isfinite(weight).all():
@@ -135,7 +135,7 @@ class Quantizer(nn.Module, ABC):
         """How an optimizer treats each parameter of this quantizer, by name.
 
         Returns:
-            "scale": the scales' learning rate, no decay; "weight": like any other weight of the model.
+            "scale" for the scales' learning rate and no decay, "weight" to train like the model's weights.
         """
         return {name: "scale" for name, _ in self.named_parameters()}
 
@@ -148,7 +148,9 @@ class Quantizer(nn.Module, ABC):
         return weight
 
     def set_latent(self, weight: Tensor, latent: Tensor) -> None:
-        """Set the weight, in place, to the one whose `latent` is given; a method overrides both or neither.
+        """Set the weight, in place, so that `latent` returns the given tensor.
+
+        A method overrides both or neither.
 
         Args:
             weight: The layer's weight.
@@ -178,16 +180,16 @@ class Quantizer(nn.Module, ABC):
     def progress(self) -> float:
         """Share of training that is done, in [0, 1]; 0 without a clock, see `stableqat.follow`.
 
-        It stays the same from one optimizer step to the next: through accumulated micro-batches, and where
-        the backward recomputes the forward.
+        It is constant between two optimizer steps: through accumulated micro-batches, and where the backward
+        recomputes the forward.
         """
         return 0.0 if self.position is None else self.position.progress
 
     def penalty(self, weight: Tensor) -> Tensor | None:
-        """What training minimises beside the loss, summed over the weight; None for nothing.
+        """A term that training minimises in addition to the loss, summed over the weight; None for none.
 
         Args:
-            weight: The layer's weight, of this process's shard, with gradients.
+            weight: This process's shard of the layer's weight, with gradients.
         """
         return None
 
@@ -195,9 +197,9 @@ class Quantizer(nn.Module, ABC):
         """Act on the weight, in place, after an optimizer step.
 
         Args:
-            weight: The layer's weight, of this process's shard.
+            weight: This process's shard of the layer's weight.
             lr: Learning rate of its step.
-            progress: Share of training that is done, this step included.
+            progress: Share of training that is done, including this step.
         """
 
     def linear(
@@ -209,14 +211,14 @@ class Quantizer(nn.Module, ABC):
         recompute: bool | None = None,
         value: Tensor | None = None,
     ) -> Tensor:
-        """`F.linear(input, self(weight), bias)`, as one operation unless a subclass has its own `forward`.
+        """`F.linear(input, self(weight), bias)`, in one operation unless a subclass has its own `forward`.
 
         Args:
             input: Activations, `(..., in)`.
             weight: Latent weight, `(out, in)`.
             bias: `(out,)` or None.
-            recompute: Recompute the fake-quantized weight in the backward instead of saving it. Default: on
-                a GPU.
+            recompute: Recompute the fake-quantized weight in the backward instead of saving it; None
+                recomputes on a GPU.
             value: The fake-quantized weight, if it is already known.
 
         Returns:
@@ -238,23 +240,23 @@ class Quantizer(nn.Module, ABC):
 
     def operands(self, weight: Tensor) -> ops.Operands:
         """A weight with this quantizer's parameters."""
-        own = self._parameters  # called for every layer in every step: without the module's search
+        own = self._parameters  # called for every layer in every step: skips nn.Module's slow lookup
         scale, floor = own.get("scale"), own.get("scale_floor")
-        scale = self.scale if scale is None else scale  # not there: parametrized, or a replica's
+        scale = self.scale if scale is None else scale  # missing if parametrized, or in a replica
         floor = self.scale_floor if floor is None else floor
         return ops.Operands(weight, scale, floor, self.surrogate_param())
 
     @property
     def kind(self) -> Hashable:
-        """Equal for quantizers whose weights `many` takes together; None for a forward of its own."""
+        """Equal for quantizers whose weights `many` can take together; None for a method's own forward."""
         return (self.grid, self.surrogate) if self.fuses else None
 
     def many(self, weights: Sequence[ops.Operands], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The forward of several quantizers of this kind, as one operation.
+        """The forward of several quantizers of this kind, in one operation.
 
         Args:
-            weights: What `operands` makes of each weight.
-            values: Fake-quantized weights that are already known.
+            weights: The `operands` of each weight.
+            values: Fake-quantized weights that are already known; None for the others.
         """
         return ops.fake_quantize_many(weights, grid=self.grid, surrogate=self.surrogate, values=values)
 
@@ -269,7 +271,7 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """The deployed form of a weight; of this process's shard, if parameters are sharded.
+        """The deployed form of a weight, or of this process's shard of it.
 
         Args:
             weight: Latent weight, `(out, ...)`.
@@ -287,21 +289,19 @@ class Quantizer(nn.Module, ABC):
     def settle(self, weight: Tensor, quantized: QuantizedWeight) -> None:
         """Set weight and parameters so that `quantize` returns these codes and scales, bit for bit.
 
-        A latent weight that has its code already stays; the others move onto their level.
+        Latent weights that already have their code stay; the others move onto their level.
 
         Args:
             weight: The layer's weight, set in place.
             quantized: Codes on this quantizer's grid, with scales shaped like its own.
 
         Raises:
-            UserError: If grid, shapes or types cannot hold them; weight and parameters are then as before.
+            UserError: If grid, shapes or types cannot hold them; weight and parameters are then unchanged.
         """
         grid, codes, scale = self.grid, quantized.codes, quantized.scale
         own = local(self.scale)
         if quantized.zero_point != grid.zero_point or ((codes < grid.q_min) | (codes > grid.q_max)).any():
-            raise UserError(
-                f"the {self.bits}-bit {grid} grid does not hold these codes: their grid or width is another"
-            )
+            raise UserError(f"the {self.bits}-bit {grid} grid does not hold these codes; use their own grid")
         if codes.shape != local(weight).shape or scale.shape != own.shape:
             raise UserError(
                 f"codes {tuple(codes.shape)} with scales {tuple(scale.shape)} do not fit a weight "
@@ -317,7 +317,7 @@ class Quantizer(nn.Module, ABC):
         latent = local(self.latent(weight))
         levels = ops.dequantize_codes(codes, own, grid.zero_point, latent.dtype)
         has_code = ops.quantize_codes(latent, own, grid=grid) == codes
-        for target in (torch.where(has_code, latent, levels), levels):  # a rotation back may undo the first
+        for target in (torch.where(has_code, latent, levels), levels):  # rotating back may spoil the first
             self.set_latent(weight, target)
             made = self.quantize(weight)
             if torch.equal(made.codes, codes) and torch.equal(made.scale.to(scale.dtype), scale):
@@ -327,21 +327,21 @@ class Quantizer(nn.Module, ABC):
         raise UserError(f"{levels.dtype} weights with {own.dtype} scales cannot hold these codes and scales")
 
     def effective_scale(self) -> Tensor:
-        """The scale of this process's shard as the forward uses it, never below its floor."""
+        """The scale that the forward uses, never below its floor; of this process's shard."""
         return torch.maximum(local(self.scale.detach()), local(self.scale_floor))
 
     def describe(self) -> dict[str, str | int | float]:
         """Flat hyper-parameters that name this quantizer in a table or in TensorBoard."""
         whole = "channel" if self.scale.shape[0] > 1 else "tensor"
-        method = {
+        return {
             "method": type(self).__name__,
             "bits": self.bits,
             "grid": self.grid.name,
             "mask": self.surrogate.mask,
             "scale_init": self.scale_init,
             "granularity": f"group {self.group_size}" if self.group_size else whole,
+            **vars(self.surrogate),
         }
-        return {**method, **{k: v for k, v in vars(self.surrogate).items() if k != "mask"}}
 
     @property
     def kind_in_words(self) -> str:
@@ -350,9 +350,8 @@ class Quantizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return (
-            f"bits={self.bits}, grid={self.grid}, mask={self.surrogate.mask}, scale={tuple(self.scale.shape)}"
-        )
+        shape = tuple(self.scale.shape)
+        return f"bits={self.bits}, grid={self.grid}, mask={self.surrogate.mask}, scale={shape}"
 
 
 QuantizerFactory = Callable[[Tensor], Quantizer]
@@ -363,5 +362,5 @@ QuantizerSpec = QuantizerFactory | dict[str, QuantizerFactory | None]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded parameter; any other tensor unchanged."""
+    """This process's shard of a sharded parameter; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,8 @@
-"""Controls for StableQAT's surrogate: what is left of its effect without its shape?
+"""Controls for StableQAT's surrogate: how much of its effect remains without its shape?
 
-Its `g(u)` is on average 0.30 and small near a level. `ScaledSTE` keeps the average only, `PermutedStableQAT`
-all values but not their link to where a weight lies in its bin. An effect that both share is that of a
-smaller or a noisier gradient. Under AdamW a constant factor changes nothing but clipping and epsilon.
+Its `g(u)` is 0.30 on average and small near a level. `ScaledSTE` keeps only the average; `PermutedStableQAT`
+keeps all values, but not their link to where a weight lies in its bin. An effect that both share comes from a
+smaller or noisier gradient. Under AdamW a constant factor changes only clipping and the effect of epsilon.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from stableqat.quantizers.base import Quantizer
 
 
 class ScaledSTE(Quantizer):
-    """STE with the weight's gradient times a constant.
+    """STE with the weight's gradient multiplied by a constant.
 
     Args:
         weight: The latent weight, `(out, ...)`.
@@ -30,7 +30,7 @@ class ScaledSTE(Quantizer):
 
 
 class PermutedStableQAT(Quantizer):
-    """StableQAT with its factors shuffled, anew each step, among the weights that share a scale.
+    """StableQAT with its factors shuffled among the weights that share a scale, differently in each step.
 
     Args:
         weight: The latent weight, `(out, ...)`.

@@ -1,9 +1,9 @@
 """DSQ: a piecewise tanh as surrogate, with a learned sharpness (Gong et al. 2019, arXiv 1908.05033).
 
-`g(u) = k sech^2(k t) / (2 (1 - a))`, `t` the distance to the nearest threshold, `k = ln(2/a - 1)`. The
-forward is `round`; the gradient goes through the soft staircase, `a` included. Mean gradient
-1 for every `a`, but its variance grows without bound as `a` falls: sharp steps make rare,
-large gradients. `a = sigmoid(a_logit)` stays inside (0, 1) by construction.
+`g(u) = k sech^2(k t) / (2 (1 - a))`, where `t` is the distance to the nearest threshold and
+`k = ln(2/a - 1)`. The forward is `round`; the gradient is that of the soft staircase, also for `a`. The mean
+gradient is 1 for every `a`, but its variance grows without bound as `a` falls: sharp steps make rare, large
+gradients. `a = sigmoid(a_logit)` stays inside (0, 1) by construction.
 """
 
 from math import log
@@ -17,11 +17,11 @@ from stableqat.quantizers.base import Quantizer
 
 
 class DSQ(Quantizer):
-    """Soft-staircase surrogate with a learned `a` for each scale; integer grid by default.
+    """Soft-staircase surrogate with a learned sharpness `a` per scale; integer grid by default.
 
     Args:
         weight: The latent weight, `(out, ...)`.
-        a: Initial sharpness in (0, 1); small is a sharp step, near 1 is STE.
+        a: Initial sharpness in (0, 1): a small one is a sharp step, one near 1 is STE.
         mask: Weights that receive a gradient: range, levels or none.
         kwargs: See `Quantizer`.
     """

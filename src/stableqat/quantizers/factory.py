@@ -1,4 +1,4 @@
-"""Methods by name, and factories with their options bound and checked."""
+"""Methods by name, and factories whose options are checked and bound."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from stableqat.errors import UserError, did_you_mean
 from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
 
 NamedSpec = str | QuantizerFactory | Mapping[str, str | QuantizerFactory | None]
-"""A `QuantizerSpec` in which a method may stand by its name."""
+"""A `QuantizerSpec` in which a method may be given by its name."""
 
 
 def methods() -> dict[str, type[Quantizer]]:
@@ -21,11 +21,11 @@ def methods() -> dict[str, type[Quantizer]]:
 
 
 def make_factory(quantizer: NamedSpec, options: dict[str, Any]) -> QuantizerSpec:
-    """What makes the quantizers of a model.
+    """The factory or factories that make the quantizers of a model.
 
     Args:
-        quantizer: A method by name or factory, or such by layer pattern.
-        options: Options of the methods; in a mapping, of those that stand by name.
+        quantizer: A method by name or a factory, or a mapping of these by layer pattern.
+        options: Options of the methods; in a mapping, of those given by name.
 
     Raises:
         UserError: If a method or an option is unknown.
@@ -33,10 +33,8 @@ def make_factory(quantizer: NamedSpec, options: dict[str, Any]) -> QuantizerSpec
     if not isinstance(quantizer, Mapping):
         return _bound(quantizer, options)
     if options and not any(isinstance(each, str) for each in quantizer.values()):
-        raise UserError(
-            f"{next(iter(options))}: no method in the mapping stands by name to take it; bind it to a "
-            "class with functools.partial"
-        )
+        option = next(iter(options))
+        raise UserError(f"{option}: the mapping names no method; bind the option with functools.partial")
     return {
         pattern: None if each is None else _bound(each, options if isinstance(each, str) else {})
         for pattern, each in quantizer.items()
@@ -51,9 +49,9 @@ def _bound(quantizer: str | QuantizerFactory, options: dict[str, Any]) -> Quanti
 
 def _named(quantizer: str | QuantizerFactory) -> QuantizerFactory:
     if isinstance(quantizer, Quantizer):
+        given = type(quantizer).__name__
         raise UserError(
-            f"quantizer: each weight gets one of its own; give the class {type(quantizer).__name__} and its "
-            "options, not an instance"
+            f"quantizer: each weight gets one of its own; give the class {given}, not an instance"
         )
     if not isinstance(quantizer, str):
         return quantizer

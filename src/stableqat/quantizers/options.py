@@ -1,4 +1,4 @@
-"""Options that all methods share: width, levels, grid and granularity, checked together."""
+"""The options that all methods share, checked together: width, levels, grid and granularity."""
 
 from torch import Tensor
 
@@ -6,14 +6,12 @@ from stableqat import ops
 from stableqat.errors import UserError
 
 
-def check_known(key: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the known ones."""
-    if value not in known:
-        raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(known)}")
-
-
 def width_of(bits: int | None, levels: int | None, grid: str | None) -> int:
-    """Storage width of a code; options that contradict each other are refused."""
+    """Storage width of a code.
+
+    Raises:
+        UserError: If an option is out of range, or two of them contradict each other.
+    """
     if levels is None and bits is None:
         fixed = {"ternary": 2, "binary": 1}
         if grid not in fixed:
@@ -28,27 +26,23 @@ def width_of(bits: int | None, levels: int | None, grid: str | None) -> int:
         raise UserError(f"levels: must be 3 or a power of two from 2 to 256, not {levels}")
     width = (levels - 1).bit_length()
     if bits is not None and bits != width:
-        raise UserError(
-            f"levels: {levels} levels take {width} bit(s), but bits says {bits}; leave one of them out"
-        )
+        raise UserError(f"levels: {levels} levels take {width} bit(s), but bits is {bits}; leave one out")
     if grid is not None and (levels == 3) != (grid == "ternary"):
         raise UserError(f"levels: {levels} levels are not the {grid} grid; leave one of them out")
     return width
 
 
 def special_grid(bits: int, levels: int | None) -> ops.GridName | None:
-    """The one grid that a width or number of levels has, if it has but one."""
+    """The grid of a width or number of levels that has only one; None if it has several."""
     if levels == 3:
         return "ternary"
     return "binary" if bits == 1 else None
 
 
 def scale_shape(weight: Tensor, per_channel: bool, group_size: int | None) -> tuple[int, int]:
-    """Rows and groups of the scale of a weight."""
+    """Rows and columns of the scale of a weight, see `Quantizer`."""
     if weight.ndim < 2:
-        raise UserError(
-            f"a quantizer takes a weight of two or more dimensions, not shape {tuple(weight.shape)}"
-        )
+        raise UserError(f"a quantizer takes a weight of two or more dimensions, not {tuple(weight.shape)}")
     rows, inputs = weight.shape[0], weight[0].numel()
     if group_size is None:
         return (rows, 1) if per_channel else (1, 1)

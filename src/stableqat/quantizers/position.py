@@ -1,4 +1,4 @@
-"""Where training is: what schedules of quantizers follow."""
+"""The position in training, which the schedules of quantizers follow."""
 
 from stableqat.errors import UserError
 
@@ -29,14 +29,14 @@ class Position:
 
     @property
     def progress(self) -> float:
-        """Share of the planned steps that is done, in [0, 1].
+        """Share of the planned steps that are done, in [0, 1].
 
         Raises:
-            UserError: If the number of planned steps is unknown, as in a run that only a time limit ends.
+            UserError: If the number of planned steps is unknown, as in a run that ends by a time limit.
         """
         if self.total_steps is None:
             raise UserError(
                 "quantizer: its schedule follows the length of the run, which is unknown; set "
-                "trainer.max_steps or trainer.max_epochs, or total_steps of stableqat.follow"
+                "trainer.max_steps, trainer.max_epochs, or total_steps of stableqat.follow"
             )
         return self._share

@@ -1,6 +1,6 @@
-"""The deployed form of a weight, `scale * (codes - zero_point)`: what analysis and every file format read.
+"""The deployed form of a weight, `scale * (codes - zero_point)`, which every file format is written from.
 
-Half-integer grids fit symmetric integer formats one bit wider: `s * (q + 1/2) = s/2 * (2q + 1)`.
+A half-integer grid fits into a symmetric integer format one bit wider: `s * (q + 1/2) = s/2 * (2q + 1)`.
 """
 
 from dataclasses import dataclass, replace
@@ -33,15 +33,15 @@ class QuantizedWeight:
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale; without groups, all inputs of a row."""
+        """Number of inputs that share a scale: without groups, all inputs of a row."""
         return self.codes.shape[1] // self.scale.shape[1]
 
     def dequantize(self) -> Tensor:
-        """`scale * (codes - zero_point)`, bit for bit the evaluation forward of the quantizer."""
+        """`scale * (codes - zero_point)`, bit for bit the quantizer's forward in evaluation."""
         return ops.dequantize_codes(self.codes, self.scale, self.zero_point, self.dtype)
 
     def by_row(self) -> "QuantizedWeight":
-        """The same values with a scale per row, where one scale served the whole tensor."""
+        """The same values with a scale per row, even if one scale serves the whole tensor."""
         return replace(self, scale=self.scale.expand(self.codes.shape[0], -1).contiguous())
 
     def integers(self) -> "QuantizedWeight":
@@ -55,7 +55,7 @@ class QuantizedWeight:
         )
 
     def scale_of_blocks(self, size: int) -> Tensor:
-        """The scale of each run of `size` inputs, `(out, ceil(in / size))`; runs do not cross groups."""
+        """The scale of each run of `size` inputs, `(out, ceil(in / size))`; no run may cross groups."""
         blocks, groups = -(-self.codes.shape[1] // size), self.scale.shape[1]
         assert groups == 1 or self.group_size % size == 0
         return self.scale.repeat_interleave(blocks // groups, dim=1)

@@ -1,8 +1,8 @@
 """StableQAT: a damped Fourier series of the staircase as surrogate (arXiv 2601.19320).
 
-`g(u) = (1 - S) / (1 + S)`, `S = A sqrt(2) pi cos(pi u)` for one harmonic (eq. 4-10): near 1 at a
-threshold, near 0 at a level, bounded, and no cost beside one sine. At A = 0.21 its mean is
-0.30, so under SGD it is also a smaller step; A = 0 is STE.
+`g(u) = (1 - S) / (1 + S)`, `S = A sqrt(2) pi cos(pi u)` for one harmonic (eq. 4-10): near 1 at a threshold,
+near 0 at a level, bounded, and at no cost but one sine. At A = 0.21 its mean is 0.30, so under SGD it also
+takes smaller steps; A = 0 is STE.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ class StableQAT(Quantizer):
 
     Args:
         weight: The latent weight, `(out, ...)`.
-        amplitude: A; 0 is STE, above 0.225 (one harmonic) the gradient would change sign.
-        harmonics: Odd harmonics that are kept.
+        amplitude: A: 0 is STE; above 0.225 (with one harmonic) the gradient would change sign.
+        harmonics: Number of odd harmonics to keep.
         mask: Weights that receive a gradient: range, levels or none.
         kwargs: See `Quantizer`.
     """

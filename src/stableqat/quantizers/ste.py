@@ -1,8 +1,8 @@
 """STE / LSQ: the straight-through estimator with a learned scale, the reference arm.
 
-`d round / dv = 1` inside the range (Bengio et al. 2013, arXiv 1308.3432), the scale learned
-by LSQ's gradient (Esser et al. 2020, arXiv 1902.08153). Unbiased about the trend, blind to
-where in the bin a weight lies: it costs nothing and oscillates around thresholds.
+`d round / dv = 1` inside the range (Bengio et al. 2013, arXiv 1308.3432); the scale learns by LSQ's gradient
+(Esser et al. 2020, arXiv 1902.08153). It is right about the trend and blind to where in its bin a weight
+lies: it costs nothing, and weights oscillate around thresholds.
 """
 
 from typing import Any
