@@ -37,7 +37,7 @@ ALLOWED = {
     "evaluate": {"checkpoints", "data", "layers", "modules", "runs"},
     "export": {"api", "data", "layers", "modules", "ops", "quantizers", "runs"},
     "importing": {"data", "layers", "modules", "ops", "quantizers", "runs"},
-    "bench": {"analysis", "construct", "export", "layers", "modules", "quantizers", "shipped"},
+    "bench": {"analysis", "construct", "evaluate", "export", "layers", "modules", "quantizers", "shipped"},
     "analysis": {"events", "studies"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines
     "cli": {

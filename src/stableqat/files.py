@@ -147,6 +147,29 @@ def new_folder(out: str) -> Iterator[Path]:
             stack.close()
 
 
+def new_results(out: str, *companions: str) -> Path:
+    """The JSON file of the setting `out`, which can be written and is not there yet; its folder is made.
+
+    Args:
+        out: The file.
+        companions: Suffixes of the files that go beside it, `.png` for example.
+
+    Raises:
+        UserError: If the file does not end in .json, it or a companion exists, or its folder cannot be
+            written.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != ".json":
+        raise UserError(f"out: {out} must end in .json")
+    for each in (path, *map(path.with_suffix, companions)):
+        if each.exists():
+            raise UserError(f"out: {each} exists already; name a new file")
+    with writing(f"out: {out}", "name another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    return path
+
+
 @contextmanager
 def writing(what: str, remedy: str) -> Iterator[None]:
     """Report in one line that something cannot be written.

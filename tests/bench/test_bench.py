@@ -79,7 +79,7 @@ def test_images(at, capsys, monkeypatch):
     assert "images/s" in out
     assert "ParetoQ is warm" in err
     assert main(shlex.split(command)) == 2  # never over an earlier result
-    assert "already exists" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_finished_mode_is_kept(at, monkeypatch):
@@ -126,8 +126,8 @@ REFUSED = {
     "an unknown width": (["--bits", "9"], "bits: must be a whole number from 1 to 8, not 9"),
     "an unknown key": (["--batchs", "1"], "batchs: unknown key; did you mean batch?"),
     "a graph on a CPU": (["--modes", "graphed", "--device", "cpu"], "modes: graphed needs a CUDA device"),
-    "an unknown device": (["--device", "gpu"], "device: must be cuda or cpu, not gpu"),
-    "a GPU that is not there": (["--device", "cuda:99"], "device: PyTorch sees no cuda:99 here"),
+    "an unknown device": (["--device", "gpu"], "device: gpu computes nothing here; take cpu, cuda or cuda:1"),
+    "a GPU that is not there": (["--device", "cuda:99"], "device: there is no cuda:99, PyTorch sees"),
     "a rival without factory": (["--rival", "rivals.py"], "rival: rivals.py: write FILE.py:FACTORY"),
     "a rival's file": (["--rival", "rival.py:rounded"], "rival: rival.py: there is no such file"),
     "a rival's name": (["--rival", "rivals.py:round"], "rivals.py has no round; did you mean rounded?"),
@@ -136,8 +136,8 @@ REFUSED = {
     "a rival's syntax": (["--rival", "syntax.py:f"], "syntax.py cannot be imported: SyntaxError"),
     "a rival twice": (["--rival", *["rivals.py:rounded"] * 3], "rivals.py:rounded is named twice"),
     "another suffix": (["--out", "x.txt"], "out: x.txt must end in .json"),
-    "a folder that is not there": (["--out", "gone/x.json"], "out: gone is not a folder"),
-    "a file that is there": (["--out", "rivals.json"], "out: rivals.md already exists"),
+    "a folder that is a file": (["--out", "rivals.py/x.json"], "out: rivals.py/x.json cannot be written"),
+    "a file that is there": (["--out", "rivals.json"], "out: rivals.md exists already; name a new file"),
 }
 
 

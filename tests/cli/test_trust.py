@@ -391,7 +391,7 @@ CHANGED = {
     "skip of text": ({"skip": "lm_head"}, "skip: must be a list"),
     "no callbacks": ({"callbacks": None}, "callbacks: must be a mapping, not None"),
     "a step in words": ({"global_step": "ten"}, "global_step: must be a whole number, not ten"),
-    "a state of words": ({"state_dict": {"a": "b"}}, "its state_dict holds more than tensors"),
+    "a state of words": ({"state_dict": {"a": "b"}}, "it has no state_dict of tensors alone"),
     "a width beyond all": ({"config.hidden_size": 10**9}, "hidden_size: must be from 1 to 131072"),
     "a width beyond the file": ({"config.hidden_size": 2**15}, "and it holds"),
     "layers beyond all": ({"config.num_hidden_layers": 10**6}, "num_hidden_layers: must be from 1 to 1024"),

@@ -190,12 +190,12 @@ def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
     assert "not a run, a checkpoint or a folder with config.json" in refused(tmp_path / "empty")
     for text in ('{"architecture": {"a": 1}}', "[1]"):
         (tmp_path / "empty" / "config.json").write_text(text)
-        assert "config.json describes no model; copy it again" in refused(tmp_path / "empty")
+        assert "config.json: does not describe a model; copy it again" in refused(tmp_path / "empty")
     assert main(["evaluate", str(run), "--device", "cuda:99"]) == 2
     assert main(["evaluate", str(run), "--device", "abacus"]) == 2
     there, known = capsys.readouterr().err.strip().splitlines()
     assert "device: there is no cuda:99, PyTorch sees" in there
-    assert "device: abacus is none that PyTorch knows" in known
+    assert "device: abacus computes nothing here" in known
     assert refused(gone := tmp_path / "nothing.ckpt").endswith(f"{gone}: there is no such run or checkpoint")
     assert refused(tmp_path / "no" / "where").endswith("/no/where: there is no such run or checkpoint")
     assert refused("nothing/there").endswith("name of a Hub model you can access")

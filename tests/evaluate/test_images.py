@@ -120,7 +120,7 @@ def test_an_image_folder(timm_folder, folders, tmp_path, capsys):
     assert told["classes"] == ["class0", "class1"]
     assert "top1/images" in capsys.readouterr().out
     assert call(place, "--data", folders, "--split", "validation") == 2
-    assert "split: the images have no validation (they have train)" in capsys.readouterr().err
+    assert "split: the data has no validation (it has train)" in capsys.readouterr().err
     other = shutil.copytree(folders, tmp_path / "other" / "images")
     assert call(place, "--data", folders, other, "--out", tmp_path / "two.json") == 0
     two = json.loads((tmp_path / "two.json").read_text())["sources"][0]["images"]
@@ -168,7 +168,7 @@ def test_splits_that_are_there(timm_folder, tmp_path, capsys):
         assert call(timm_folder[0], "--data", data, *([] if split is None else ["--split", split])) == 0
         assert told in capsys.readouterr().out
     assert call(timm_folder[0], "--data", two, "--split", "train") == 2
-    assert "split: the images have no train (they have " in capsys.readouterr().err
+    assert "split: the data has no train (it has " in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_mistakes_are_one_line(vit, folders, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     line = refused(vit, "--data", tmp_path / "empty")
     assert line.startswith(f"stableqat: no data file in {tmp_path / 'empty'}: expected")
-    assert "the images have no test (they have train, validation)" in refused(vit, "--split", "test")
+    assert "the data has no test (it has train, validation)" in refused(vit, "--split", "test")
     pytest.importorskip("lm_eval")
     (tmp_path / "one.yaml").write_text("task: one\n")
     line = refused(vit, "--tasks", "one", "--tasks_path", tmp_path)

@@ -78,7 +78,7 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     assert {"model.safetensors", "config.json", "README.md"} <= set(report["sha256"])
     assert "weights differ by 0" in told
-    assert "without a tokenizer: name one" in told
+    assert "no tokenizer, which most programs need: name one with --tokenizer" in told
     assert "random rows: the checkpoint is in no run folder" in told
     assert "2-bit integer" in (out / "README.md").read_text()
     assert [p.name for p in out.parent.iterdir()] == ["model"]
@@ -142,7 +142,7 @@ def test_a_gguf_holds_the_tokenizer(run, tmp_path):
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == ours.eos_token_id
     # rows of 64 and 96 weights in Q4_0 alone: 32 codes of 4 bits and a scale of 16, whatever the vocabulary
     assert json.loads((out / "export.json").read_text())["bits_a_weight"] == 4.5
-    assert "| bits per packed weight | 4.5 |" in (out / "README.md").read_text()
+    assert "| bits per quantized weight | 4.5 |" in (out / "README.md").read_text()
 
 
 def test_a_template_is_read_once_and_gives_the_tokenizer(run, tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_weights_that_are_no_real_numbers(dtype, trained, tmp_path, refused):
 def test_data_of_another_kind_is_not_taken(run, tmp_path, capsys):
     (run / "config.yaml").write_text("data: {class_path: stableqat.data.ImageDataModule, init_args: {}}")
     assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "model")]) == 0
-    assert "random rows: the run's data is not what its model takes" in capsys.readouterr().out
+    assert "random rows: the run's data does not fit its model" in capsys.readouterr().out
 
 
 def test_full_precision(tmp_path, refused):

@@ -184,7 +184,7 @@ KINDS = {
 def test_rows_of_256_take_the_small_ggml_types(grid, tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
     model, logits = models.packed("llama", grid, config=wide)
-    assert {gguf_blocks.encoding(weight, model.target).type for weight in model.layers.values()} == {
+    assert {gguf_blocks.encodings(weight, model.target)[0].type for weight in model.layers.values()} == {
         KINDS[grid]
     }
     assert_equal("gguf", model, logits, tmp_path)

@@ -262,7 +262,7 @@ def test_names_of_transformers_4_arrive_and_only_strange_ones_are_told(tmp_path,
     assert not caplog.records
     rewrite(path, quiet=True)
     read_config(tmp_path / "theirs")
-    assert caplog.messages[0].endswith("keys that its architecture does not have are left out: ['quiet']")
+    assert caplog.messages[0].endswith("ignores keys that its architecture does not have: ['quiet']")
 
 
 # -- refusals -----------------------------------------------------------------------------------
@@ -361,11 +361,11 @@ DAMAGE = {
     "embedding NaN": (put("model.embed_tokens.weight", with_nan), r"embed_tokens\.weight holds NaN"),
     "one clip value": (
         put(f"{LAYER}.weight_clip_val", lambda c: c[:1]),
-        r"shape \(1, 1\), not one value a row",
+        r"shape \(1, 1\), not one value per row",
     ),
     "flat clip values": (
         put(f"{LAYER}.weight_clip_val", lambda c: c[:, 0]),
-        r"not one value a row, \(32, 1\)",
+        r"not one value per row, \(32, 1\)",
     ),
     "weight of another shape": (
         edit(
@@ -378,10 +378,13 @@ DAMAGE = {
     "a file cut short": (cut, r"model\.safetensors: missing, cut short or damaged"),
     "an index cut short": (
         index('{"weight_map": {"a": "part'),
-        r"index\.json: no index of weight files; get",
+        r"index\.json: not readable as JSON; get",
     ),
-    "an index of something else": (index('{"weight_map": ["a"]}'), r"index\.json: no index of weight files"),
-    "an index of numbers": (index('{"weight_map": {"a": 1}}'), r"index\.json: no index of weight files"),
+    "an index of something else": (
+        index('{"weight_map": ["a"]}'),
+        r"index\.json: not an index of weight files",
+    ),
+    "an index of numbers": (index('{"weight_map": {"a": 1}}'), r"index\.json: not an index of weight files"),
     "an index of a missing file": (index('{"weight_map": {"a": "b.bin"}}'), r"b\.bin: missing, cut short"),
     "a pickle that runs code": (trap, r"pytorch_model\.bin: holds more than tensors"),
     **{
@@ -424,11 +427,11 @@ DAMAGE = {
     "epsilon NaN": (settings(rms_norm_eps=math.nan), "the model computes NaN or infinity; look at rms_norm"),
     "a config that is a list": (
         lambda f, s: (f / "config.json").write_text("[1]"),
-        r"json: holds no mapping",
+        r"json: does not hold a mapping",
     ),
     "a config without end": (
         lambda f, s: (f / "config.json").write_text('{"model_type":' + "[" * 100_000),
-        r"config\.json: no readable JSON",
+        r"config\.json: not readable as JSON",
     ),
     **{
         f"a weight of {dtype}": (
@@ -444,11 +447,11 @@ DAMAGE = {
     },
     "a clip value of bool": (
         put(f"{LAYER}.weight_clip_val", lambda c: c > 0),
-        r"clip_val \(bool\) is no plain",
+        r"clip_val \(bool\) is not a plain",
     ),
     "a weight that is one number": (
         put(f"{LAYER}.weight", lambda w: w[0, 0]),
-        r"k_proj\.weight is no matrix",
+        r"k_proj\.weight is not a matrix",
     ),
     "a sparse weight": (
         in_bin(lambda s: {**s, f"{LAYER}.weight": s[f"{LAYER}.weight"].to_sparse()}),
@@ -456,22 +459,25 @@ DAMAGE = {
     ),
     "a weight without values": (
         in_bin(lambda s: {k: v.to("meta") for k, v in s.items()}),
-        "is no plain tensor",
+        "is not a plain tensor",
     ),
     "a key that is a number": (
         in_bin(lambda s: {**s, 1: torch.ones(2)}),
-        r"bin: 1 \(float32\) is no plain tensor",
+        r"bin: 1 \(float32\) is not a plain tensor",
     ),
-    "an empty state dict": (in_bin(lambda s: {}), r"embed_tokens\.weight is missing or no matrix"),
-    "an index of nothing": (index('{"weight_map": {}}'), r"index\.json: no index of weight files"),
+    "an empty state dict": (in_bin(lambda s: {}), r"embed_tokens\.weight is missing or not a matrix"),
+    "an index of nothing": (index('{"weight_map": {}}'), r"index\.json: not an index of weight files"),
     "an index of a file elsewhere": (
         index('{"weight_map": {"a": "../theirs/part.safetensors"}}'),
-        r"index\.json: no index of weight files",
+        r"index\.json: not an index of weight files",
     ),
-    "an index of a folder": (index('{"weight_map": {"a": "."}}'), r"index\.json: no index of weight files"),
-    "an index without end": (index("[" * 100_000), r"index\.json: no index of weight files"),
+    "an index of a folder": (
+        index('{"weight_map": {"a": "."}}'),
+        r"index\.json: not an index of weight files",
+    ),
+    "an index without end": (index("[" * 100_000), r"index\.json: not readable as JSON"),
     "a header of another shape": (header(shape=[1, 1]), r"model\.safetensors: missing, cut short or damaged"),
-    "a header of integers": (header(dtype="I32"), r"k_proj\.weight \(int32\) is no plain"),
+    "a header of integers": (header(dtype="I32"), r"k_proj\.weight \(int32\) is not a plain"),
     "a header of no type": (header(dtype="F99"), r"model\.safetensors: missing, cut short or damaged"),
     "a header without bounds": (
         header(data_offsets=[0, 2**60]),

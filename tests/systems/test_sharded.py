@@ -180,7 +180,7 @@ def test_nothing_in_the_index_is_executed(runs, tmp_path):
     ("entries", "refusal"),
     [
         ({"state_dict": {"kept": Path("a")}}, "holds more than tensors and plain values; refused"),
-        ({"model": {"weight": torch.ones(2)}}, "not a checkpoint of this suite (it has no state_dict)"),
+        ({"model": {"weight": torch.ones(2)}}, "it has no state_dict of tensors alone"),
     ],
     ids=["a path", "no state_dict"],
 )
@@ -211,7 +211,7 @@ def test_what_cannot_be_done_is_said_in_one_line(runs, consolidated, capsys):
     sharded = str(runs.done("sharded"))
     refusals = {
         ("consolidate", str(consolidated)): "not a sharded checkpoint",
-        ("consolidate", sharded, "--out", str(consolidated)): "exists; choose another name",
+        ("consolidate", sharded, "--out", str(consolidated)): "exists already; name a new file",
         (*runs.argv("auto", "new"), "--ckpt_path", sharded): f"stableqat consolidate {sharded}",
         (*runs.argv("sharded", "new"), "--model.quantizer.bits", "3", "--ckpt_path", sharded): (
             "ckpt_path: model.quantizer.bits is 2 in the checkpoint, 3 in the configuration"

@@ -1,7 +1,7 @@
-"""Which model is measured: the architecture of a configuration file, without its training settings.
+"""Which model to measure: the architecture in a configuration file, without its training settings.
 
 A name stands for `configs/*/NAME.yaml`, in the current folder or shipped. A file that names no class is an
-overlay and is laid over the `base.yaml` beside it, setting by setting, as `stableqat fit` does.
+overlay on the `base.yaml` beside it, setting by setting, as for `stableqat fit`.
 """
 
 import glob
@@ -41,7 +41,7 @@ class Architecture:
         name: Its name in tables and files.
         source: Its configuration file.
         class_path: Import path of its module's class, or the bare name of one of this suite's.
-        init_args: Arguments of the class.
+        init_args: Arguments of the class that describe the model.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Architecture:
     init_args: dict[str, Any]
 
     def module(self, **options: Any) -> "QATModule":
-        """The training system around the model, in full precision by default.
+        """Make the training system around the model, in full precision by default.
 
         Args:
             options: Further arguments of the class, which need not be plain values.
@@ -102,7 +102,7 @@ def _find(model: str) -> Path:
             raise UserError(f"model: {model} may be {' or '.join(map(str, found))}; give the path")
         if found:
             return found[0]
-    # what both families have is no model's name
+    # a name that both families have is not a model's
     families = Counter(path.stem for root in roots[:1] for path in sorted(root.glob("*/*.yaml")))
     models = [name for name, number in families.items() if number == 1]
     raise UserError(f"model: {model} is unknown; {did_you_mean(model, models)}")

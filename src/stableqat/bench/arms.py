@@ -1,8 +1,8 @@
 """The arms of a benchmark: the untouched model, each method, and any rival's linear layer.
 
-All arms share the Parameters of one model, so weights are equal and the memory of one model is
-enough for all. A rival is a factory from `nn.Linear` to a module in the user's own file, and replaces
-exactly the layers that the surgery quantizes; torchao's takes part if torchao is installed.
+All arms share the Parameters of one model, so their weights are equal and take the memory of one model. A
+rival is a factory from `nn.Linear` to a module, in the user's own file; it replaces exactly the layers that
+the surgery quantizes. torchao's layer takes part if torchao is installed.
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stableqat.errors import UserError, did_you_mean
+from stableqat.errors import UserError, did_you_mean, one_line
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.factory import methods
@@ -37,8 +37,8 @@ class Arm:
 
     Attributes:
         name: Its row.
-        model: The model; None if a rival's layers could not be built.
-        rival: Whether it is foreign: its errors are results of its row.
+        model: The model; None if a rival's layers cannot be built.
+        rival: Whether it is a rival, whose errors are results in its row.
         failure: Why there is no model.
         path: The implementation that fake-quantizes its weights.
     """
@@ -51,10 +51,10 @@ class Arm:
 
 
 def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFactory]:
-    """The quantizers of methods by name; `all` stands for every method but the controls.
+    """Return quantizer factories by method name; `all` stands for every method but the controls.
 
     Raises:
-        UserError: If a name is unknown, or a method does not take this width.
+        UserError: If a name is unknown, or a method does not support this width.
     """
     known: dict[str, Any] = methods()
     for name in names:
@@ -64,20 +64,20 @@ def method_factories(names: Sequence[str], bits: int) -> dict[str, QuantizerFact
     chosen = dict.fromkeys(usual if "all" in names else names)
     factories: dict[str, QuantizerFactory] = {name: partial(known[name], bits=bits) for name in chosen}
     for factory in factories.values():
-        factory(torch.empty(8, 8, device="meta"))  # refuses bits that it does not support
+        factory(torch.empty(8, 8, device="meta"))  # refuses unsupported bits
     return factories
 
 
 def rival_factories(places: Sequence[str], bits: int, taken: Sequence[str]) -> dict[str, Factory]:
-    """The rivals by name, torchao first if it is installed.
+    """Return the rivals by name, torchao first if it is installed.
 
     Args:
-        places: Each FILE.py:FACTORY.
-        bits: Width for torchao; the user's factories have their own.
+        places: FILE.py:FACTORY, one per rival.
+        bits: Width for torchao; the user's factories choose their own.
         taken: Names of other arms.
 
     Raises:
-        UserError: If a file or its factory is missing, cannot be called or makes no module.
+        UserError: If a file or factory is missing, cannot be called or does not return a module.
     """
     rivals: dict[str, Factory] = {TORCHAO: partial(_torchao, bits=bits)} if find_spec("torchao") else {}
     files: dict[Path, ModuleType] = {}
@@ -87,7 +87,7 @@ def rival_factories(places: Sequence[str], bits: int, taken: Sequence[str]) -> d
             raise UserError(f"rival: {place}: write FILE.py:FACTORY")
         path = Path(file).resolve()
         if path not in files:
-            files[path] = _imported(file)
+            files[path] = _imported(file, path)
         factory = getattr(files[path], name, None)
         if factory is None:
             there = [key for key, value in vars(files[path]).items() if callable(value)]
@@ -108,7 +108,7 @@ def build_arms(
     methods: dict[str, QuantizerFactory],
     rivals: dict[str, Factory],
 ) -> list[Arm]:
-    """Make an arm of full precision, of each method and of each rival, all assembled for training.
+    """Make arms of full precision, of each method and of each rival, all assembled for training.
 
     Args:
         model: The plain model, whose Parameters all arms share.
@@ -134,7 +134,7 @@ def build_arms(
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy of a plain model on the same Parameters."""
+    """Copy a plain model on the same Parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
@@ -149,29 +149,27 @@ def _rival_arm(name: str, factory: Factory, model: nn.Module, module: "QATModule
                 raise TypeError(f"{name} returned a {type(made).__name__} for {layer}, not a module")
             replaced.set_submodule(layer, made.to(linear.weight.device).train())
         module.assemble(replaced, None)
-    except Exception as error:  # whatever a stranger's code raises
+    except Exception as error:  # whatever foreign code raises
         return Arm(name, None, rival=True, failure=reason(error))
     return Arm(name, replaced, rival=True)
 
 
 def reason(error: BaseException) -> str:
-    """An exception as the text of a row."""
+    """Put an exception in words for a row."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:157]}{'...' if len(text) > 157 else ''}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _torchao(linear: nn.Linear, *, bits: int) -> nn.Module:
-    """The weight-only QAT layer of torchao: symmetric, one scale per row from its largest weight."""
+    """Make torchao's weight-only QAT layer: symmetric, one scale per row, from its largest weight."""
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
     config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), "per_channel", is_symmetric=True)
     return FakeQuantizedLinear.from_linear(linear, weight_config=config)
 
 
-def _imported(file: str) -> ModuleType:
-    path = Path(file).resolve()
+def _imported(file: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"rival: {file}: there is no such file")
     if path.suffix != ".py":
@@ -182,19 +180,19 @@ def _imported(file: str) -> ModuleType:
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and torch.compile look up a function's module
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # so that it can import files beside it
+        sys.path.append(str(path.parent))  # lets it import files beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a stranger's code raises
+    except Exception as error:  # whatever foreign code raises
         raise UserError(f"rival: {file} cannot be imported: {reason(error)}") from error
     return module
 
 
 def _check_returns_module(place: str, factory: Factory) -> None:
-    """Refuse a factory that forgets to return; one that fails on real layers is a row."""
+    """Refuse a factory that forgets to return; what fails on real layers is a result in its row."""
     try:
         made = factory(nn.Linear(64, 64))
-    except Exception:  # its row will say so, should the real layers fail too
+    except Exception:  # its row says so if the real layers fail too
         return
     if not isinstance(made, nn.Module):
         raise UserError(f"rival: {place} returns a {type(made).__name__}; it must return a module")

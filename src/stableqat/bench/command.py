@@ -1,24 +1,25 @@
 """`stableqat bench`: time and memory of each method's step, beside the untouched model's.
 
-All arms run in one process on the same weights and inputs, taking turns pass by pass; a ratio compares passes
-within seconds of each other. Results go to a JSON file after every mode, and at the end to a table and a
-picture made from it.
+All arms run in one process on the same weights and inputs and take turns pass by pass, so a ratio compares
+passes within seconds of each other. Results go to a JSON file after every mode, and at the end to a table and
+a picture made from it.
 """
 
 import datetime
 import inspect
 import json
-import os
+import platform
 import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError, check_range
-from stableqat.files import whole_file
+from stableqat.files import new_results, whole_file
 from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
@@ -58,39 +59,49 @@ def bench(
     """Measures time and memory of quantization-aware training beside the same model in full precision.
 
     Args:
-        model: Name of a model, such as llama-3.2-1b or deit-small, or its YAML file. Weights are
-            random.
+        model: Name of a model, such as llama-3.2-1b or deit-small, or its YAML file. Weights are random.
         batch: Rows or images per step.
-        tokens: Tokens per row, default 2048; language models only.
+        tokens: Tokens per row, for language models only. Default: 2048.
         methods: Methods by name, or all.
         bits: Width of the methods, and of torchao's layer, which is measured if torchao is installed.
-        rival: FILE.py:FACTORY, a function in a file of yours that takes an nn.Linear and returns the module
-            to put in its place; each is an arm.
+        rival: FILE.py:FACTORY, your own function that takes an nn.Linear and returns the module to replace
+            it; each is an arm.
         modes: eager; compiled, the whole model by torch.compile; graphed, forward and backward as one CUDA
             graph. Full precision runs in the same modes.
-        precision: As Lightning's Trainer names it; default bf16-mixed on a GPU and 32-true on a CPU.
-        rounds: Timed passes of each arm.
+        precision: As for Lightning's Trainer. Default: bf16-mixed on a GPU, 32-true on a CPU.
+        rounds: Timed passes per arm.
         seeds: Number of different inputs, used in turn.
-        device: cuda or cpu; default a GPU if there is one.
+        device: cuda or cpu. Default: a GPU if there is one.
         kernels: On a GPU, also measure fake quantization alone as a share of a copy's bandwidth.
-        decode: Measure decoding at these bits instead, one stream (batch 1) after a prompt of `tokens`
+        decode: Measure decoding at these bits instead: one stream (batch 1) after a prompt of `tokens`
             (default 128), with the low-bit engines that are installed, beside bfloat16.
-        grid: Grid of the decoded weights, with `decode`: half-integers (stretched) may cost an engine more.
+        grid: With `decode`, the grid of the weights; some engines take longer for half-integers (stretched).
         out: New JSON file; table (.md) and picture (.png) go beside it. Default: a file in the folder bench,
             named after the model, shape, precision and device.
 
     Returns:
         0, also if a rival fails or an arm does not fit into memory: its row says so.
     """
-    given = dict(locals())
-    command = _command(given)
+    changed = _changed(dict(locals()))
+    command = _command(changed)
     for key, number in {"batch": batch, "rounds": rounds, "seeds": seeds}.items():
         check_range(key, number, 1)
     from stableqat.bench.architecture import read_architecture
 
     architecture = read_architecture(model)
     if decode:
-        _refuse_training_options(given)
+        if batch != 1:
+            raise UserError(f"batch: must be 1 with --decode, which measures one stream, not {batch}")
+        if training := changed.keys() & {
+            "methods",
+            "bits",
+            "rival",
+            "modes",
+            "precision",
+            "seeds",
+            "kernels",
+        }:
+            raise UserError(f"{min(training)}: applies to training steps only; remove it with --decode")
         return _bench_decode(command, architecture, decode, grid, tokens, rounds, _device(device), out)
     if grid != "integer":
         raise UserError("grid: applies to decoding only; remove it, or add --decode")
@@ -143,7 +154,12 @@ def bench(
         tell("kernels alone")
         result["kernels"] = measure_kernels(factories, where)
         _write_json(target, result)
-    _publish(target, result)
+    from stableqat.bench import report
+    from stableqat.bench.plot import draw
+
+    with whole_file(target.with_suffix(".png")) as part:
+        draw(result, part)
+    _publish(target, report.markdown(result), list(report.terminal(result)), ".md", ".png")
     return 0
 
 
@@ -167,22 +183,8 @@ def _bench_decode(
     result = {**_circumstances(command, where), **measured}
     _write_json(target, result)
     text = markdown(result)
-    with whole_file(target.with_suffix(".md")) as part:
-        part.write_text(text)
-    console = terminal()
-    console.print(text)
-    console.print(f"written: {target}, {target.with_suffix('.md').name}")
+    _publish(target, text, [text], ".md")
     return 0
-
-
-def _refuse_training_options(given: dict[str, Any]) -> None:
-    if given["batch"] != 1:
-        raise UserError(f"batch: must be 1 with --decode, which measures one stream, not {given['batch']}")
-    defaults = inspect.signature(bench).parameters
-    for key in ("methods", "bits", "rival", "modes", "precision", "seeds", "kernels"):
-        value, default = given[key], defaults[key].default
-        if (tuple(value) if isinstance(value, list) else value) != default:
-            raise UserError(f"{key}: applies to training steps only; remove it with --decode")
 
 
 def _circumstances(command: str, where: Any) -> dict[str, Any]:
@@ -204,59 +206,44 @@ def _device_name(where: Any) -> str:
     return torch.cuda.get_device_name(where) if where.type == "cuda" else _processor()
 
 
-def _publish(target: Path, result: dict[str, Any]) -> None:
-    """Table and picture, to files and to the terminal."""
-    from stableqat.bench import report
-    from stableqat.bench.plot import draw
-
-    text = report.markdown(result)
+def _publish(target: Path, text: str, pieces: Sequence[Any], *companions: str) -> None:
+    """Write the table and show it; a terminal shows the pieces in its place."""
     with whole_file(target.with_suffix(".md")) as part:
         part.write_text(text)
-    with whole_file(target.with_suffix(".png")) as part:
-        draw(result, part)
     console = terminal()
-    if console.is_terminal:
-        for piece in report.terminal(result):
-            console.print(piece, soft_wrap=isinstance(piece, str))
-    else:
-        console.print(text)
-    console.print(f"written: {target}, {target.with_suffix('.md').name}, {target.with_suffix('.png').name}")
+    for piece in pieces if console.is_terminal else [text]:
+        console.print(piece, soft_wrap=isinstance(piece, str))
+    console.print(f"written: {', '.join([str(target), *(target.with_suffix(s).name for s in companions)])}")
 
 
-def _command(arguments: dict[str, Any]) -> str:
-    """The command line of these arguments, without defaults."""
+def _changed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that differ from their defaults."""
+    defaults = inspect.signature(bench).parameters
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    return {key: value for key, value in plain.items() if value != defaults[key].default}
+
+
+def _command(changed: dict[str, Any]) -> str:
+    """The command line that sets these arguments."""
     words = ["stableqat", "bench"]
-    for name, parameter in inspect.signature(bench).parameters.items():
-        value = arguments[name]
-        listed = not isinstance(value, str) and isinstance(value, Sequence)
-        if (tuple(value) if listed else value) != parameter.default:
-            values = value if listed else [str(value).lower() if isinstance(value, bool) else value]
-            words += [f"--{name}", *map(str, values)]
+    for name, value in changed.items():
+        values = (
+            value if isinstance(value, tuple) else [str(value).lower() if isinstance(value, bool) else value]
+        )
+        words += [f"--{name}", *map(str, values)]
     return shlex.join(words)
 
 
 def _device(name: str | None) -> Any:
-    import torch
+    from stableqat.evaluate.processes import choose_device
 
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
+    device = choose_device(name)
+    if device.type not in ("cuda", "cpu"):
         raise UserError(f"device: must be cuda or cpu, not {name}")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device: PyTorch sees no {name} here; take cpu, or remove it")
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
     return device
 
 
 def _processor() -> str:
-    import platform
-
     try:
         described = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -265,35 +252,16 @@ def _processor() -> str:
 
 
 def _versions(cuda: str | None) -> dict[str, str]:
-    import platform
-
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions | ({"cuda": cuda} if cuda else {})
 
 
 def _target(out: str | None, name: str) -> Path:
-    """The JSON file to write; it and its companions do not exist, and its folder is writable."""
-    target = Path(out) if out else Path("bench", re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
-    if target.suffix != ".json":
-        raise UserError(f"out: {out} must end in .json; the table (.md) and the picture (.png) go beside it")
-    for path in (target, target.with_suffix(".md"), target.with_suffix(".png")):
-        if path.exists():
-            raise UserError(f"out: {path} already exists; move it, or name another file")
-    try:
-        if out is None:
-            target.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {target.parent} cannot be created ({error.strerror}); name a file") from error
-    if not target.parent.is_dir():
-        raise UserError(f"out: {target.parent} is not a folder; create it, or name another")
-    if not os.access(target.parent, os.W_OK):
-        raise UserError(f"out: {target.parent} is not writable; name another folder")
-    return target
+    out = out or f"bench/{re.sub('[^a-z0-9.]+', '-', name.lower())}.json"
+    return new_results(out, ".md", ".png")
 
 
 def _teller() -> Callable[[str], None]:

@@ -1,9 +1,9 @@
 """Latency and memory of one stream of decoded tokens, at low bits beside bfloat16.
 
-Weights are random: codes of one grid with one scale per row, the same for every engine. Each engine's
-logits are compared with those of the dequantized model, computed in float32 without a cache; one that is
-off is not timed. Each engine takes turns with bfloat16 and is then dropped: two models at a time are in
-memory. Embedding and head stay as they are, and so does what else the surgery skips.
+Weights are random: codes of one grid with one scale per row, the same for every engine. Each engine's logits
+are compared with those of the dequantized model, computed in float32 without a cache; an engine that is off
+is not timed. Each engine takes turns with bfloat16 and is then dropped, so two models at a time are in
+memory. Embedding, head and whatever else the surgery skips stay in full precision.
 """
 
 import gc
@@ -38,9 +38,9 @@ NOTES = (
     " difference to the dequantized model in float32 over the largest logit. MB = 10^6 bytes."
 )
 _PROMPT = 128
-_CHECKED = 8  # tokens that logits are compared after
+_CHECKED = 8  # tokens after which logits are compared
 _INSTALL = {"onnxruntime": "stableqat[export]", "gemlite": "gemlite"}
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.2}  # by what is multiplied with the weights
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.2}  # by the type of the activations
 Tell = Callable[[str], None]
 
 
@@ -50,10 +50,10 @@ class Arm:
 
     Attributes:
         name: Its row.
-        engine: Who multiplies.
+        engine: The engine that multiplies.
         bits: Width of the weights; None if they are not quantized.
-        activations: Type of what is multiplied with them.
-        build: Makes it of a model in float32, its packed weights and the cache's length.
+        activations: Type of the activations.
+        build: Makes the runner from a float32 model, its packed weights and the cache's length.
     """
 
     name: str
@@ -72,19 +72,19 @@ def measure_decode(
     device: torch.device,
     tell: Tell,
 ) -> dict[str, Any]:
-    """Build, check and time every engine of this machine at every width that it has.
+    """Build, check and time every engine of this machine at every width that it supports.
 
     Args:
         architecture: A language model.
         widths: Bits of the quantized weights.
         grid: Their grid.
-        prompt: Tokens before the first that is timed; None takes 128.
+        prompt: Tokens before the first timed one; None takes 128.
         rounds: Timed rounds.
         device: CPU or GPU.
         tell: Reports progress.
 
     Returns:
-        `settings`, `decode` (results by arm) and `left_out` (a line for each thing no engine can do).
+        `settings`, `decode` (results by arm) and `left_out` (a line per thing that no engine can do).
 
     Raises:
         UserError: If no engine here supports a width, or the model is not a language model.
@@ -96,8 +96,8 @@ def measure_decode(
     prompt = min(_PROMPT, limit) if prompt is None else prompt
     if not _CHECKED <= prompt <= limit:
         raise UserError(
-            f"tokens: {architecture.name} takes a prompt of {_CHECKED} to {limit} tokens, as {NEW_TOKENS} "
-            f"are decoded after it; not {prompt}"
+            f"tokens: {architecture.name} takes a prompt of {_CHECKED} to {limit} tokens, which {NEW_TOKENS} "
+            f"more follow, not {prompt}"
         )
     arms, left_out = _arms(widths, device)
     for line in [*left_out, f"{len(arms)} arms: {'; '.join(arm.name for arm in arms)}"]:
@@ -118,13 +118,13 @@ def measure_decode(
                 runner = _warm(arm, packed, tokens, want, device, record)
                 baseline = baseline or runner
                 record |= _take_turns(runner, baseline, rounds)
-            except Exception as error:  # whatever an engine raises is its row's result
+            except Exception as error:  # whatever an engine raises is a result in its row
                 if baseline is None:
                     raise
                 record["failed"] = reason(error)
             finally:
                 runner = None  # before the next model is built
-            tell(f"{arm.name}: {record.get('failed') or _spread(record['ms'], 3) + ' ms a token'}")
+            tell(f"{arm.name}: {record.get('failed') or _spread(record['ms'], 3) + ' ms per token'}")
         del packed
     settings = {
         "model": architecture.name,
@@ -137,7 +137,7 @@ def measure_decode(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result in Markdown, from the JSON alone."""
+    """Write the result in Markdown, from the JSON alone."""
     settings, arms = result["settings"], result["decode"]
     lines = [
         f"# {settings['model']}, decoding of one stream, {settings['grid']} grid",
@@ -145,7 +145,7 @@ def markdown(result: dict[str, Any]) -> str:
         *(f"- {line}" for line in header(result)),
         "",
     ]
-    columns = ["arm", "ms a token", "ratio to bf16", "ratio to unquantized, same engine", "tokens/s"]
+    columns = ["arm", "ms per token", "ratio to bf16", "ratio to unquantized, same engine", "tokens/s"]
     columns += ["weights MB", "GPU MB held", "logits off"]
     lines += [f"| {' | '.join(columns)} |", "|" + " --- |" + " ---: |" * (len(columns) - 1)]
     lines += [f"| {' | '.join(_cells(name, arms))} |" for name in arms]
@@ -181,7 +181,7 @@ def _spread(values: list[float] | None, digits: int) -> str:
 
 
 def _arms(widths: Sequence[int], device: torch.device) -> tuple[list[Arm], list[str]]:
-    """What can run here, and a line for each thing that cannot."""
+    """Return what can run here, and a line per thing that cannot."""
     names = ("tinygemm", "gemlite") if device.type == "cuda" else ("onnxruntime", "tinygemm")
     if impossible := [width for width in widths if not any(width in BITS[name] for name in names)]:
         have = "; ".join(f"{name} {', '.join(map(str, BITS[name]))}" for name in names)
@@ -218,18 +218,14 @@ def _torch(
 def _onnx(
     model: Any, packed: dict[str, QuantizedWeight], length: int, *, int8_activations: bool = False
 ) -> Runner:
-    level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        return OnnxRunner(model, length, packed, int8_activations=int8_activations)
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+    return OnnxRunner(model, length, packed, int8_activations=int8_activations)
 
 
 def _packed(
     architecture: Architecture, bits: int | None, grid: Literal["integer", "stretched"]
 ) -> PackedModel:
-    """The random model, packed at a width; with nothing packed if it has none."""
+    """Make the random model, packed at a width; nothing is packed without one."""
     extra = {} if bits is None else {"quantizer": partial(STE, bits=bits, grid=grid)}
     module = architecture.module(**extra)
     torch.manual_seed(0)
@@ -252,14 +248,17 @@ def _warm(
     device: torch.device,
     record: dict[str, Any],
 ) -> Runner:
-    """Build and check an engine; of one that fails nothing stays to count as the next one's memory."""
+    """Build and check an engine; one that fails leaves nothing that would count as the next one's memory."""
     before = _held(device)
     with device:
         model = packed.plain()
     runner = arm.build(model, packed.layers, len(tokens) + NEW_TOKENS)
     del model
     record |= {"weight_bytes": runner.weight_bytes, "gpu_bytes": None}
-    _check(arm, runner.prompt(tokens[:_CHECKED]), want, record)
+    logits = runner.prompt(tokens[:_CHECKED])
+    record["difference"] = ((logits - want).abs().max() / want.abs().max()).item()
+    if not record["difference"] <= _TOLERANCE[arm.activations]:  # NaN is wrong, too
+        raise WrongResultError(f"logits are off by {record['difference']:.1e} of the largest")
     runner.prompt(tokens)
     runner.decode(NEW_TOKENS)
     if device.type == "cuda":
@@ -268,7 +267,7 @@ def _warm(
 
 
 def _take_turns(runner: Runner, baseline: Runner, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a token of both; every second round the other one begins."""
+    """Time both in milliseconds per token; they take turns in going first."""
     times: dict[str, list[float]] = {"ms": [], "bf16_ms": []}
     turns = [("ms", runner), ("bf16_ms", baseline)]
     for _ in range(rounds):
@@ -279,13 +278,6 @@ def _take_turns(runner: Runner, baseline: Runner, rounds: int) -> dict[str, list
 
 
 def _held(device: torch.device) -> int:
-    """Bytes on a GPU that something still refers to."""
+    """Return the bytes on a GPU that something still refers to."""
     gc.collect()
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _check(arm: Arm, logits: Tensor, want: Tensor, record: dict[str, Any]) -> None:
-    difference = ((logits - want).abs().max() / want.abs().max()).item()
-    record["difference"] = difference
-    if not difference <= _TOLERANCE[arm.activations]:  # NaN is wrong, too
-        raise WrongResultError(f"logits are off by {difference:.1e} of the largest")

@@ -1,9 +1,9 @@
 """Engines that decode one token at a time: torch, tinygemm, GemLite, onnxruntime.
 
-All of them run one `Step`: a token, its position and a cache of fixed length go in, logits come out. A
-low-bit engine holds the codes of a `QuantizedWeight` as they are, so its layers must compute what the
-dequantized weight does; one that does not raises and is not timed. tinygemm is the int4 kernel of
-torchao, which torch itself ships; it has a CPU twin.
+All run one `Step`: a token, its position and a cache of fixed length go in, logits come out. A low-bit engine
+holds the codes of a `QuantizedWeight` unchanged, so its layers must compute what the dequantized weight
+computes; an engine that does not raises an error and is not timed. tinygemm is torchao's int4 kernel, which
+ships with torch and has a CPU twin.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stableqat.export.onnx import MatMulNBits
+from stableqat.export.onnx import place_operators
 from stableqat.quantizers import QuantizedWeight
 
 BITS = {"onnxruntime": (2, 4, 8), "tinygemm": (4,), "gemlite": (2, 4, 8)}  # codes stored at that width
@@ -26,7 +26,7 @@ _LAYER_TOLERANCE = 0.02  # of the largest output: bfloat16 keeps 8 bits
 
 
 class WrongResultError(Exception):
-    """An engine computes something else than the weight that it was given."""
+    """An engine computes something else than its weight says."""
 
 
 class Runner(Protocol):
@@ -35,10 +35,10 @@ class Runner(Protocol):
     weight_bytes: int
 
     def prompt(self, tokens: Sequence[int]) -> Tensor:
-        """Fill the cache token by token; the last logits in float32."""
+        """Fill the cache token by token; return the last logits in float32."""
 
     def decode(self, tokens: int) -> float:
-        """Milliseconds a token, greedily on from the prompt."""
+        """Decode greedily from the prompt; return milliseconds per token."""
 
 
 class Step(nn.Module):
@@ -46,7 +46,7 @@ class Step(nn.Module):
 
     Args:
         model: A transformers model for causal language modelling.
-        in_place: Write into the given cache; otherwise into a new one.
+        in_place: Whether to write into the given cache or into a new one.
     """
 
     def __init__(self, model: nn.Module, *, in_place: bool) -> None:
@@ -56,7 +56,7 @@ class Step(nn.Module):
         self.keyword = "cache" if "cache" in taken else "past_key_values"  # as earlier releases say
 
     def forward(self, token: Tensor, position: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        """Logits `(1, vocabulary)` and the cache: keys and values, layer by layer."""
+        """Return logits `(1, vocabulary)` and the cache: keys and values, layer by layer."""
         past = _Cache(list(cache), position, self.in_place)
         seen = torch.arange(cache[0].shape[2], device=token.device) <= position
         output = self.model(
@@ -70,14 +70,14 @@ class Step(nn.Module):
 
 
 class _Cache:
-    """What an attention layer asks of a cache, on plain tensors that a graph can take."""
+    """What an attention layer needs of a cache, on plain tensors that a graph can take."""
 
     def __init__(self, entries: list[Tensor], position: Tensor, in_place: bool) -> None:
         self.entries, self.position = entries, position
         self.write = Tensor.index_copy_ if in_place else Tensor.index_copy
 
     def get_seq_length(self) -> int:
-        """What earlier releases of transformers derive positions from; `Step` gives them itself."""
+        """Satisfy earlier releases of transformers, which derive positions from it; `Step` passes them."""
         return 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> list[Tensor]:
@@ -95,7 +95,8 @@ class TorchRunner:
     """
 
     def __init__(self, model: Any, length: int) -> None:
-        self.weight_bytes = _bytes(model)
+        tensors = [*model.parameters(), *model.buffers()]  # a tied weight comes once
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
         self.step: Callable[..., tuple[Tensor, ...]] = Step(model, in_place=True).eval()
         self.device = next(model.parameters()).device
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -159,12 +160,12 @@ class TorchRunner:
 
 
 class OnnxRunner:
-    """A model in onnxruntime on the CPU, float32 between the layers, as many threads as torch has.
+    """A model in onnxruntime on the CPU, float32 between the layers, with as many threads as torch has.
 
     Args:
         model: A float32 model, which is used up.
         length: Tokens that the cache holds.
-        packed: Weights that the operator MatMulNBits multiplies with, by layer name.
+        packed: Weights for the operator MatMulNBits, by layer name.
         int8_activations: See `MatMulNBits`.
     """
 
@@ -178,9 +179,7 @@ class OnnxRunner:
     ) -> None:
         import onnxruntime
 
-        for name, weight in (packed or {}).items():
-            bias = model.get_submodule(name).bias
-            model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=int8_activations))
+        place_operators(model, packed or {}, int8_activations=int8_activations)
         self.cache = [_value(tensor) for tensor in _empty_cache(model, length)]
         example = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         program: Any = torch.onnx.export(
@@ -203,7 +202,7 @@ class OnnxRunner:
             file = Path(folder, "step.onnx")
             program.save(file, external_data=True)  # protobuf ends at two gigabytes
             self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        for each in held:  # the exporter keeps hold of its last graph
+        for each in held:  # the exporter keeps its last graph alive
             each.const_value = None
         self.names = [each.name for each in self.session.get_inputs()]
         self.outputs = [each.name for each in self.session.get_outputs()]
@@ -237,7 +236,7 @@ class TinyGemm(nn.Module):
 
     Args:
         weight: A 4-bit weight.
-        bias: Added afterwards.
+        bias: Added to the product.
         device: Where it runs; the kernels of CPU and GPU pack differently.
     """
 
@@ -273,16 +272,16 @@ class TinyGemm(nn.Module):
 
 
 def gemlite_linear(weight: QuantizedWeight, bias: Tensor | None, device: torch.device) -> nn.Module:
-    """A linear layer on GemLite's Triton kernels, `(code - zero) * scale` with a scale a row or a group.
+    """Make a linear layer on GemLite's Triton kernels, `(code - zero) * scale`, one scale per row or group.
 
     Args:
         weight: A weight of 2, 4 or 8 bits.
-        bias: Added afterwards.
+        bias: Added to the product.
         device: A GPU.
     """
     import gemlite
 
-    # partial sums in float32: added up in bfloat16 they are off by up to 3% of the largest output
+    # partial sums in float32: bfloat16 ones are off by up to 3% of the largest output
     gemlite.set_native_atomic_bfp16(False)
     rows, inputs = weight.codes.shape
     lowest = -(2 ** (weight.bits - 1))
@@ -295,7 +294,7 @@ def gemlite_linear(weight: QuantizedWeight, bias: Tensor | None, device: torch.d
         in_features=inputs,
         out_features=rows,
         input_dtype=bfloat16,
-        output_dtype=bfloat16,  # another one would mislead torch.compile: the operator promises the input's
+        output_dtype=bfloat16,  # torch.compile relies on it: the operator promises the input's type
     )
     zero = weight.zero_point - lowest
     zero = int(zero) if zero == int(zero) else torch.full_like(scale, zero)
@@ -310,12 +309,12 @@ def swap_layers(
     make: Callable[[QuantizedWeight, Tensor | None, torch.device], nn.Module],
     device: torch.device,
 ) -> Any:
-    """Put an engine's layers into a bfloat16 model, each checked against its dequantized weight.
+    """Put an engine's layers into a bfloat16 model, and check each against its dequantized weight.
 
     Args:
         model: Changed in place and moved to the device.
         packed: Weights by layer name.
-        make: Builds the engine's layer from weight, bias and device.
+        make: Makes the engine's layer from weight, bias and device.
         device: Where it runs.
 
     Raises:
@@ -338,17 +337,8 @@ def swap_layers(
 
 def _empty_cache(model: Any, length: int) -> list[Tensor]:
     config, like = model.config, next(model.parameters())
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, heads, length, width)
-    return [
-        torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2 * len(model.model.layers))
-    ]
-
-
-def _bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]  # what is tied comes once
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    shape = (1, config.num_key_value_heads, length, config.head_dim)
+    return [like.new_zeros(shape) for _ in range(2 * config.num_hidden_layers)]
 
 
 def _value(tensor: Tensor) -> Any:

@@ -1,8 +1,8 @@
-"""Fake quantization alone, beside a copy: what share of the memory's bandwidth its kernels reach.
+"""Fake quantization alone, beside a copy: the share of the memory's bandwidth that its kernels reach.
 
-A perfect kernel reads each input once and writes each output once, so a plain copy bounds it. Every
-repetition of forward, backward and copy takes another buffer, larger than the caches, inside one
-CUDA graph: Python and launches do not count.
+A perfect kernel reads each input once and writes each output once, so a plain copy bounds it. Each repetition
+of forward, backward and copy uses another buffer, larger than the caches, inside one CUDA graph, so Python
+and launches do not count.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableqat.bench.measure import timed
 from stableqat.quantizers import QuantizerFactory
 
 SHAPE = (8192, 8192)
@@ -23,15 +24,15 @@ Work = Callable[[int], object]
 
 
 def measure_kernels(methods: dict[str, QuantizerFactory], device: torch.device) -> dict[str, Any]:
-    """Time each method's forward and backward from float32 weights to bfloat16, with a scale a row.
+    """Time each method's forward and backward from float32 weights to bfloat16, with one scale per row.
 
     Args:
         methods: Quantizers by name.
         device: A CUDA device.
 
     Returns:
-        `shape`, `copy`, and by method `forward` and `backward`: each the `bytes` that have to move and `ms`
-        by round.
+        `shape`, `copy`, and by method `forward` and `backward`: each with the `bytes` that have to move and
+        the `ms` of each round.
     """
     generator = torch.Generator(device).manual_seed(0)
     weights = [_random(generator).mul_(0.02) for _ in range(_BUFFERS)]
@@ -53,7 +54,7 @@ def measure_kernels(methods: dict[str, QuantizerFactory], device: torch.device) 
     for number in range(_ROUNDS):
         turn = number % len(keys)
         for key in [*keys[turn:], *keys[:turn]]:
-            times[key].append(_milliseconds(graphs[key], device) / _REPETITIONS)
+            times[key] += [ms / _REPETITIONS for ms in timed(device, graphs[key].replay)]
 
     moved = {"copy": 2 * full, "forward": full + compute, "backward": full + compute + full}
     result: dict[str, Any] = {"shape": list(SHAPE), "forward": {}, "backward": {}}
@@ -71,7 +72,7 @@ def _random(generator: torch.Generator) -> Tensor:
 
 
 class _Kernel:
-    """A method's quantizer on several weights, its forward and its backward apart."""
+    """A method's quantizer on several weights, forward and backward apart."""
 
     def __init__(
         self, factory: QuantizerFactory, weights: Sequence[Tensor], upstream: Sequence[Tensor]
@@ -106,17 +107,7 @@ def _captured(work: Work, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CU
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
-        kept: list[object] = [None] * _BUFFERS  # as many outputs as inputs, in turn
+        kept: list[object] = [None] * _BUFFERS  # as many outputs as inputs, used in turn
         for number in range(_REPETITIONS):
             kept[number % _BUFFERS] = work(number % _BUFFERS)
     return graph
-
-
-def _milliseconds(graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end)

@@ -1,9 +1,9 @@
-"""Time and memory of all arms in one run, taking turns pass by pass: a drift of the machine affects all.
+"""Time and memory of all arms in one run, in turn pass by pass, so a drift of the machine affects all alike.
 
-Between passes gradients are dropped and every weight is overwritten with its own value: as after an
-optimizer's step, nothing computed from it can be reused. Modes: `eager`; `compiled`, the whole model by
-`torch.compile`; `graphed`, forward and backward as one CUDA graph on a static input, which tells
-launches from work. Arms share weights, optimizer states and, when graphed, the graphs' memory.
+Between passes gradients are dropped and every weight is overwritten with its own value, so that nothing
+computed from it can be reused, as after an optimizer's step. Modes: `eager`; `compiled`, the whole model by
+`torch.compile`; `graphed`, forward and backward as one CUDA graph on a static input, which tells launches
+from work. Arms share weights, optimizer states and, when graphed, the graphs' memory.
 """
 
 import gc
@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from stableqat.bench.arms import Arm, reason
@@ -35,59 +35,49 @@ _LEARNING_RATE = 1e-5
 def measure(
     mode: Mode, arms: Sequence[Arm], workload: Workload, inputs: Sequence[Batch], rounds: int, tell: Tell
 ) -> dict[str, dict[str, Any]]:
-    """Run every arm once a round, the order turned by one each round.
+    """Run every arm once per round; each round starts with the next arm.
 
     Args:
         mode: How the arms run.
         arms: The arms; the untouched model first.
         workload: Their loss.
         inputs: Batches, used in turn over the rounds.
-        rounds: Timed passes an arm.
+        rounds: Timed passes per arm.
         tell: Reports progress.
 
     Returns:
-        By arm: milliseconds by round (null where the mode cannot tell them), `peak_bytes` (null on a CPU), or
+        By arm: milliseconds by round (null if the mode cannot tell them), `peak_bytes` (null on a CPU), or
         `failed` with the reason.
     """
     results: dict[str, dict[str, Any]] = {}
+    runners: dict[str, Stepped | Graphed] = {}
     for arm in arms:
         results[arm.name] = {"path": arm.path} | ({"failed": arm.failure} if arm.failure else {})
+    arms = [arm for arm in arms if not arm.failure]
     with _executor(mode, workload, inputs) as runner_of:
-        _run(mode, [arm for arm in arms if not arm.failure], results, runner_of, inputs, rounds, tell)
+        for arm in arms:
+            began = time.monotonic()
+            with _surviving(arm, runners, results[arm.name]):
+                runners[arm.name] = runner_of(arm)
+            failure = results[arm.name].get("failed")
+            tell(f"{mode}: {arm.name} {failure or f'is warm after {time.monotonic() - began:.1f} s'}")
+        passes: dict[str, list[dict[str, float]]] = defaultdict(list)
+        graphs = _graphs()
+        for number in range(rounds):
+            turn = number % len(arms)
+            for arm in [*arms[turn:], *arms[:turn]]:
+                if arm.name in runners:
+                    with _surviving(arm, runners, results[arm.name]):
+                        passes[arm.name].append(runners[arm.name].time(inputs[number % len(inputs)]))
+        if _graphs() != graphs:
+            tell(f"{mode}: something was recompiled during the rounds; check the spread")
+        for name in runners:
+            times = {key: [done[key] for done in passes[name]] for key in passes[name][0]}
+            results[name] |= dict.fromkeys(KEYS) | times | {"peak_bytes": runners[name].peak_bytes}
+        runners.clear()  # and with them their memory
     _collect(workload.device)
     tell(f"{mode}: {rounds} rounds done")
     return results
-
-
-def _run(
-    mode: Mode,
-    arms: Sequence[Arm],
-    results: dict[str, dict[str, Any]],
-    runner_of: Callable[[Arm], "Stepped | Graphed"],
-    inputs: Sequence[Batch],
-    rounds: int,
-    tell: Tell,
-) -> None:
-    runners: dict[str, Stepped | Graphed] = {}
-    for arm in arms:
-        began = time.monotonic()
-        with _surviving(arm, runners, results[arm.name]):
-            runners[arm.name] = runner_of(arm)
-        failure = results[arm.name].get("failed")
-        tell(f"{mode}: {arm.name} {failure or f'is warm after {time.monotonic() - began:.1f} s'}")
-    passes: dict[str, list[dict[str, float]]] = defaultdict(list)
-    graphs = _graphs()
-    for number in range(rounds):
-        turn = number % len(arms)
-        for arm in [*arms[turn:], *arms[:turn]]:
-            if arm.name in runners:
-                with _surviving(arm, runners, results[arm.name]):
-                    passes[arm.name].append(runners[arm.name].time(inputs[number % len(inputs)]))
-    if _graphs() != graphs:
-        tell(f"{mode}: something was recompiled during the rounds; check the spread")
-    for name, runner in runners.items():
-        times = {key: [done[key] for done in passes[name]] for key in passes[name][0]}
-        results[name] |= dict.fromkeys(KEYS) | times | {"peak_bytes": runner.peak_bytes}
 
 
 class Stepped:
@@ -98,7 +88,10 @@ class Stepped:
         workload: Its loss.
         inputs: Batches to warm up with.
         states: Optimizer states by Parameter, which the arms share.
-        compiled: Compile the model.
+        compiled: Whether to compile the model.
+
+    Attributes:
+        peak_bytes: Peak memory of a pass, with the arm's own parameters and without optimizer states.
     """
 
     def __init__(
@@ -109,31 +102,24 @@ class Stepped:
         self.model = _compiled(arm.model, arm.name) if compiled else arm.model
         self.parameters = [p for p in arm.model.parameters() if p.requires_grad]
         self._warm_up(inputs[0])
-        with _peak(workload, arm.model) as self._peak:
+        with _peak(workload, arm.model) as peak:
             self._pass(inputs[0])
+        self.peak_bytes = peak[0]
         fused = True if workload.device.type == "cuda" else None
         self.optimizer = torch.optim.AdamW(self.parameters, lr=_LEARNING_RATE, fused=fused)
         self.optimizer.state = states  # type: ignore[assignment]
         self.time(inputs[0])
 
-    @property
-    def peak_bytes(self) -> int | None:
-        """Memory of a pass at its peak, with the arm's own parameters and without optimizer states."""
-        return self._peak[0]
-
     def time(self, batch: Batch) -> dict[str, float]:
         """Time one training step."""
-        device = self.workload.device
+        losses: list[Tensor] = []
+
+        def compute() -> None:
+            losses.append(self.workload.loss(self.model, batch))
+
         _renew(self.parameters)
-        _synchronize(device)
-        marks = [_mark(device)]
-        loss = self.workload.loss(self.model, batch)
-        marks.append(_mark(device))
-        loss.backward()
-        marks.append(_mark(device))
-        self.optimizer.step()
-        marks.append(_mark(device))
-        forward, backward, step = _milliseconds(marks, device)
+        work = (compute, lambda: losses.pop().backward(), self.optimizer.step)
+        forward, backward, step = timed(self.workload.device, *work)
         _drop_gradients(self.parameters)
         values = (forward, backward, forward + backward, forward + backward + step)
         return dict(zip(KEYS, values, strict=True))
@@ -144,7 +130,7 @@ class Stepped:
         _drop_gradients(self.parameters)
 
     def _warm_up(self, batch: Batch) -> None:
-        """Run until nothing more is compiled."""
+        """Run until nothing is compiled any more."""
         steady, graphs = 0, -1
         for _ in range(_MOST_WARM_UP):
             self._pass(batch)
@@ -155,14 +141,17 @@ class Stepped:
 
 
 class Graphed:
-    """Forward and backward of an arm as one CUDA graph; nothing of it is launched from Python.
+    """Forward and backward of an arm as one CUDA graph, without launches from Python.
 
     Args:
         arm: The arm.
         workload: Its loss.
-        static: Input that the graph reads; every arm's graph reads the same.
-        pool: Memory of the graphs. They share it, because they run one after another and nothing that they
-            leave there is read.
+        static: Input that the graphs of all arms read.
+        pool: Memory of the graphs. They share it, because they run one after another and nothing reads what
+            they leave there.
+
+    Attributes:
+        peak_bytes: As for `Stepped`.
     """
 
     def __init__(self, arm: Arm, workload: Workload, static: Batch, pool: Any) -> None:
@@ -179,32 +168,23 @@ class Graphed:
             _renew(parameters)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with _peak(workload, arm.model) as self._peak, torch.cuda.graph(self.graph, pool=pool):
+        with _peak(workload, arm.model) as peak, torch.cuda.graph(self.graph, pool=pool):
             workload.loss(arm.model, static).backward()
+        self.peak_bytes = peak[0]
         _drop_gradients(parameters)
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """As of `Stepped`."""
-        return self._peak[0]
 
     def time(self, batch: Batch) -> dict[str, float]:
         """Time one replay."""
-        device = self.workload.device
         for key, value in batch.items():
             self.static[key].copy_(value)
-        _synchronize(device)
-        marks = [_mark(device)]
-        self.graph.replay()
-        marks.append(_mark(device))
-        return {"forward_backward_ms": _milliseconds(marks, device)[0]}
+        return {"forward_backward_ms": timed(self.workload.device, self.graph.replay)[0]}
 
 
 @contextmanager
 def _executor(
     mode: Mode, workload: Workload, inputs: Sequence[Batch]
 ) -> Iterator[Callable[[Arm], Stepped | Graphed]]:
-    """What makes an arm run in this mode."""
+    """Yield what makes an arm run in this mode."""
     if mode == "graphed":
         static = {key: value.clone() for key, value in inputs[0].items()}
         pools = [torch.cuda.graph_pool_handle()]
@@ -213,7 +193,7 @@ def _executor(
             try:
                 return Graphed(arm, workload, static, pools[-1])
             except Exception:
-                pools.append(torch.cuda.graph_pool_handle())  # a capture that failed may leave its pool open
+                pools.append(torch.cuda.graph_pool_handle())  # a failed capture may leave its pool open
                 raise
 
         yield capture
@@ -225,10 +205,10 @@ def _executor(
 
 
 def _compiled(model: nn.Module, name: str) -> nn.Module:
-    """The model compiled behind code of its own.
+    """Compile a model behind its own code object.
 
-    Dynamo keeps what it compiled, and what it gave up on, with the code object that a call enters. All arms
-    would enter the same method of the same class, and a rival that breaks its graph would break everyone's.
+    Dynamo keeps what it compiles, and what it gives up on, with the code object that a call enters. All arms
+    would enter the same method of the same class, and a rival that breaks its graph would break all graphs.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -244,7 +224,7 @@ def _compiled(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def _surviving(arm: Arm, runners: dict[str, Any], result: dict[str, Any]) -> Iterator[None]:
-    """Too little memory, or a rival's error, ends the arm; any other error ends the run."""
+    """End an arm on too little memory or a rival's error; any other error ends the run."""
     try:
         yield
         return
@@ -261,7 +241,7 @@ def _surviving(arm: Arm, runners: dict[str, Any], result: dict[str, Any]) -> Ite
 
 @contextmanager
 def _peak(workload: Workload, model: nn.Module) -> Iterator[list[int | None]]:
-    """Fills in the peak of what is allocated inside, with the model's own parameters and buffers.
+    """Yield a list that holds, afterwards, the peak of what is allocated inside plus the tensors of `model`.
 
     What other arms keep on the device does not count.
     """
@@ -304,21 +284,19 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _graphs() -> int:
-    """Graphs that have been compiled so far."""
+    """Count the graphs compiled so far."""
     return counters["stats"]["unique_graphs"]
 
 
-def _mark(device: torch.device) -> Any:
-    """A point in time, of the device's own clock if it has one."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _milliseconds(marks: Sequence[Any], device: torch.device) -> list[float]:
-    if device.type != "cuda":
-        return [1e3 * (end - start) for start, end in pairwise(marks)]
+def timed(device: torch.device, *work: Callable[[], Any]) -> list[float]:
+    """Run work in turn; return the milliseconds of each piece, by the device's own clock if it has one."""
+    on_gpu = device.type == "cuda"
+    marks: list[Any] = []
     _synchronize(device)
-    return [start.elapsed_time(end) for start, end in pairwise(marks)]
+    for each in (lambda: None, *work):
+        each()
+        marks.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
+        if on_gpu:
+            marks[-1].record()
+    _synchronize(device)
+    return [start.elapsed_time(end) if on_gpu else 1e3 * (end - start) for start, end in pairwise(marks)]

@@ -1,6 +1,6 @@
-"""The picture of a benchmark, from its JSON: a panel a question, a row an arm.
+"""The picture of a benchmark, from its JSON: one panel per question, one row per arm.
 
-Dots are medians of the ratios to full precision, thick bars their quartiles, thin ones smallest and
+Dots are medians of the ratios to full precision, thick bars their quartiles, thin bars their smallest and
 largest; the vertical line is full precision itself, or a plain copy for the kernels.
 """
 
@@ -26,7 +26,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         result: What the benchmark's JSON holds.
         path: File to write, whatever its name ends in.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     modes, kernels = result["modes"], result["kernels"]
@@ -38,7 +37,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(
         figsize=(1.2 + 3.6 * columns, 0.4 + rows * (1.1 + 0.36 * len(arms))), layout="constrained"
     )
-    FigureCanvasAgg(figure)
     heading = fill(f"{title(result)}; {result['device']}", int(13 * figure.get_figwidth()))
     figure.suptitle(as_written(heading), fontsize=10)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
@@ -67,10 +65,8 @@ def _draw_times(axes: "Axes", mode: dict[str, Any], arms: list[str]) -> None:
         if values := ratios(mode, arm, _FORWARD_BACKWARD):
             _draw_spread(axes, values, place, arm)
         else:
-            across = axes.get_yaxis_transform()
-            axes.text(
-                0.5, place, "failed", transform=across, color="grey", fontsize=8, ha="center", va="center"
-            )
+            look: dict[str, Any] = {"color": "grey", "fontsize": 8, "ha": "center", "va": "center"}
+            axes.text(0.5, place, "failed", transform=axes.get_yaxis_transform(), **look)
 
 
 def _draw_memory(axes: "Axes", modes: dict[str, Any], arms: list[str]) -> None:
@@ -109,5 +105,5 @@ def _draw_spread(axes: "Axes", values: list[float], height: float, arm: str, fil
 
 
 def _offsets(number: int) -> list[float]:
-    """Heights around a row's own, so that equal values do not hide each other."""
+    """Return heights around a row's own, so that equal values do not hide each other."""
     return [0.22 * (place - (number - 1) / 2) for place in range(number)]

@@ -1,7 +1,7 @@
-"""A benchmark's result as tables, from the JSON alone, so that it can be told again later.
+"""A benchmark's result as tables, from the JSON alone, so that they can be made again later.
 
-Times are medians over rounds. A ratio is taken to full precision within each round, then its median is given
-with smallest and largest; what was compared ran within seconds of each other.
+Times are medians over rounds. Ratios to full precision are taken within a round, between passes a few seconds
+apart, and given as median, smallest and largest.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ NOTES = (
     " A step is forward, backward and AdamW. Peak: of forward and backward, with the model's own parameters"
     " and without optimizer states; GB = 10^9 bytes."
 )
-Row = dict[str, str]  # columns to text; blanks at the end tell equal titles apart
+Row = dict[str, str]  # text by column; trailing blanks tell equal titles apart
 _TITLES = {
     "eager": "Eager",
     "compiled": "Compiled (torch.compile of the whole model)",
@@ -26,7 +26,7 @@ _TITLES = {
 
 
 def ratios(mode: dict[str, Any], arm: str, key: str) -> list[float]:
-    """An arm's times over full precision's, round by round; empty where either was not measured.
+    """Divide an arm's times by full precision's, round by round; empty if either was not measured.
 
     Args:
         mode: A mode's results by arm.
@@ -38,13 +38,13 @@ def ratios(mode: dict[str, Any], arm: str, key: str) -> list[float]:
 
 
 def memory_ratio(mode: dict[str, Any], arm: str) -> float | None:
-    """An arm's peak memory over full precision's."""
+    """Divide an arm's peak memory by full precision's; None if either was not measured."""
     mine, base = (mode.get(name, {}).get("peak_bytes") for name in (arm, FULL_PRECISION))
     return mine / base if mine and base else None
 
 
 def copy_shares(kernels: dict[str, Any], what: str, method: str) -> list[float]:
-    """Bandwidth of a method's `forward` or `backward` as a share of the copy's, round by round."""
+    """Return a method's bandwidth in `forward` or `backward` as a share of the copy's, round by round."""
     record, copy = kernels[what][method], kernels["copy"]
     return [
         (record["bytes"] / mine) / (copy["bytes"] / base)
@@ -53,7 +53,7 @@ def copy_shares(kernels: dict[str, Any], what: str, method: str) -> list[float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result in Markdown."""
+    """Write the result in Markdown."""
     blocks = [f"# {title(result)}", "\n".join(f"- {line}" for line in header(result))]
     for name, rows, remarks in _tables(result):
         blocks.append(f"## {name}\n\n{_grid(rows)}")
@@ -62,7 +62,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def terminal(result: dict[str, Any]) -> Iterator[Table | str]:
-    """The result for a terminal: lines and tables in their order."""
+    """Yield the result for a terminal: lines and tables in order."""
     yield "\n".join([title(result), *header(result), ""])
     for name, rows, remarks in _tables(result):
         table = Table(title=name, box=SIMPLE_HEAD, padding=(0, 1), title_justify="left")
@@ -76,31 +76,27 @@ def terminal(result: dict[str, Any]) -> Iterator[Table | str]:
 
 
 def title(result: dict[str, Any]) -> str:
-    """Model, shape, precision and width in a line."""
+    """Return model, shape, precision and width in a line."""
     settings = result["settings"]
-    shape = (
-        f"{settings['batch']} x {settings['tokens']} tokens"
-        if settings["tokens"]
-        else f"{settings['batch']} images"
-    )
-    loss = f", {settings['loss']} loss" if settings.get("loss") else ""  # files from before do not tell
-    return f"{settings['model']}, {shape}, {settings['precision']}, {settings['bits']} bits{loss}"
+    unit = f"x {settings['tokens']} tokens" if settings["tokens"] else "images"
+    loss = f", {settings['loss']} loss" if settings.get("loss") else ""  # older files do not have it
+    shape = f"{settings['batch']} {unit}, {settings['precision']}, {settings['bits']} bits"
+    return f"{settings['model']}, {shape}{loss}"
 
 
 def header(result: dict[str, Any]) -> list[str]:
-    """What has to be known to repeat the run."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    """Return what one has to know to repeat the run."""
     seeds = ", ".join(map(str, result["seeds"]))
     return [
         f"`{result['command']}`",
         f"{result['device']}, {result['date']}",
-        versions,
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         f"{result['settings']['rounds']} rounds in turn; inputs of seeds {seeds}; random weights",
     ]
 
 
 def _tables(result: dict[str, Any]) -> Iterator[tuple[str, list[Row], list[str]]]:
-    """Title, rows and remarks of each table."""
+    """Yield title, rows and remarks of each table."""
     settings = result["settings"]
     for name, mode in result["modes"].items():
         rows = [_row(mode, arm, settings) for arm in mode]

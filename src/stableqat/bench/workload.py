@@ -1,8 +1,8 @@
 """What every arm computes: one model's training loss on random batches, at one precision.
 
-The loss is the module's own, of the model as it trains (`QATModule.assemble`), under autocast where
-Lightning's `bf16-mixed` has it. Inputs are random tokens or images of the model's size: content does not
-change the cost, but each seed is another batch all the same.
+The loss is the module's own, of the model as it trains (`QATModule.assemble`), under autocast as with
+Lightning's `bf16-mixed`. Inputs are random tokens or images of the model's size, another batch for each seed,
+although their content does not change the cost.
 """
 
 from contextlib import AbstractContextManager
@@ -28,8 +28,8 @@ class Workload:
         architecture: The model.
         batch: Rows or images per step.
         tokens: Tokens per row; None takes 2048 for a language model.
-        precision: As Lightning's Trainer names it.
-        device: Where it runs.
+        precision: As for Lightning's Trainer.
+        device: Where the model runs.
         seeds: Number of different batches.
 
     Raises:
@@ -81,25 +81,25 @@ class Workload:
         return self.batch * (self.tokens or 1)
 
     def build_model(self) -> nn.Module:
-        """The untouched model with random weights, the same in every run."""
+        """Make the untouched model with random weights, the same in every run."""
         torch.manual_seed(0)
         with self.device:
             model = self.module.build_model()
         return model.to(torch.bfloat16) if self.precision == "bf16-true" else model
 
     def batches(self) -> list[Batch]:
-        """The inputs, one per seed, on the device."""
+        """Make the inputs, one batch per seed, on the device."""
         made = (self.module.example_batch(self.batch, tokens=self.tokens or 0, seed=n) for n in self.seeds)
         return [{key: self._placed(value) for key, value in batch.items()} for batch in made]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The training loss of an assembled model."""
+        """Compute the training loss of an assembled model."""
         self.module.model = model
         with self.autocast():
             return self.module.loss(batch)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Autocast as the precision has it."""
+        """Return the autocast region of the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
     def _placed(self, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`stableqat consolidate`: one file from a sharded checkpoint, as the run could have written it.
+"""`stableqat consolidate`: merges a sharded checkpoint into one file, as the run could have written it.
 
 It needs one process, no GPU, and memory for one copy of what the checkpoint holds, optimizer included.
 """
@@ -12,33 +12,32 @@ from stableqat.terminal import terminal
 
 
 def consolidate(checkpoint: str, *, out: str | None = None) -> int:
-    """Make one file of a sharded checkpoint, which any strategy resumes and `init_from` takes.
+    """Merges a sharded checkpoint into one file, which any strategy resumes and `init_from` takes.
 
     Args:
         checkpoint: The folder, such as lightning_logs/llama/version_0/checkpoints/last.ckpt.
-        out: The file; by default beside the folder, NAME.consolidated.ckpt.
+        out: The file. Default: NAME.consolidated.ckpt beside the folder.
 
     Returns:
         0.
 
     Raises:
-        UserError: If the folder is no sharded checkpoint or damaged, or the file exists or cannot be written.
+        UserError: If the folder is not a sharded checkpoint or is damaged, or the file exists or cannot be
+            written.
     """
-    if not Path(checkpoint).exists():
-        raise UserError(f"{checkpoint}: there is no such checkpoint; name a folder that fsdp2 saved")
-    from stableqat.checkpoints.read import check_sums, read_consolidated
-    from stableqat.checkpoints.write import StreamedCheckpointIO
-
     folder = Path(checkpoint)
     if not is_sharded(folder):
         raise UserError(
             f"{folder}: not a sharded checkpoint; name a folder that --trainer.strategy fsdp2 saved"
         )
+    from stableqat.checkpoints.read import check_sums, read_checkpoint
+    from stableqat.checkpoints.write import StreamedCheckpointIO
+
     target = Path(out) if out is not None else folder.with_name(f"{folder.stem}.consolidated.ckpt")
     if target.exists():
-        raise UserError(f"out: {target} exists; choose another name, or remove it")
+        raise UserError(f"out: {target} exists already; name a new file")
     check_sums(folder)
-    merged = read_consolidated(folder)
+    merged = read_checkpoint(folder, optimizers=True)
     with writing(f"out: {target}", "make room, or name another place"), whole_file(target) as part:
         StreamedCheckpointIO().save_checkpoint(merged, part)
     terminal().print(f"{target}: {target.stat().st_size / 1e9:.2f} GB")

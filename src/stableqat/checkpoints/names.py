@@ -1,9 +1,9 @@
-"""The names of a run's files, and how its checkpoints are found; knows neither torch nor Lightning.
+"""The names of a run's files, and how to find its checkpoints; imports neither torch nor Lightning.
 
     config.yaml                   the run's settings, with which it resumes
     tokenizer/                    of a language model
     checkpoints/last.ckpt         what the run resumes from: a file, or a folder of shards
-    checkpoints/previous.ckpt     the one before it
+    checkpoints/previous.ckpt     the one before last
     checkpoints/best.ckpt         the one with the lowest validation loss
 
 A checkpoint is written as NAME.ckpt.partial and moved; a folder that it replaces is NAME.ckpt.old meanwhile.
@@ -34,7 +34,7 @@ def last_checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(source: str) -> Path | None:
-    """The checkpoint, a file or a folder of shards, behind a run folder or path; None if it is not ours.
+    """The checkpoint, a file or a folder of shards, that a run folder or path names; None for anything else.
 
     Args:
         source: Run folder, of which the last checkpoint is taken, or checkpoint.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stableqat.checkpoints.names import REST, is_sharded
-from stableqat.checkpoints.sharded import damaged_parts, read_whole
+from stableqat.checkpoints.sharded import damaged_files, read_whole
 from stableqat.errors import UserError
 from stableqat.trust import check_settings
 
@@ -23,26 +23,35 @@ _REST = {"hyper_parameters": dict, "callbacks": dict, "global_step": int}
 _KINDS = {dict: "a mapping", int: "a whole number"}
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this suite, tensors and plain values only; of a sharded one not the optimizer.
+def read_checkpoint(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of this suite: tensors and plain values only.
+
+    Args:
+        path: A file, or a folder of shards, of which the tensors are put together.
+        optimizers: Also read the optimizers of a sharded checkpoint; a file always brings them.
 
     Raises:
-        UserError: If the file is cut short, or holds something else.
+        UserError: If the checkpoint is cut short, or holds something else.
     """
     if is_sharded(path):
         checkpoint = read_rest(path)
         with _reading(path):
-            checkpoint.update(read_whole(path, only="state_dict"))
+            whole = read_whole(path, only="" if optimizers else "state_dict")
+        checkpoint["state_dict"] = whole.pop("state_dict", None)
+        if optimizers:
+            checkpoint["optimizer_states"] = [{"state": {}, **whole[key]} for key in sorted(whole)]
     else:
         with _reading(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         _check_rest(path, checkpoint)
-    _check_weights(path, checkpoint)
+    state = checkpoint.get("state_dict")
+    if not (isinstance(state, dict) and all(isinstance(each, Tensor) for each in state.values())):
+        raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict of tensors alone)")
     return checkpoint
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """What a sharded checkpoint holds beside weights and optimizers.
+    """Read what a sharded checkpoint holds besides weights and optimizers.
 
     Raises:
         UserError: As `read_checkpoint`.
@@ -53,53 +62,26 @@ def read_rest(folder: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_consolidated(folder: Path) -> dict[str, Any]:
-    """A sharded checkpoint as the one file would have it.
-
-    Raises:
-        UserError: As `read_checkpoint`.
-    """
-    checkpoint = read_rest(folder)
-    with _reading(folder):
-        whole = read_whole(folder)
-    _check_weights(folder, whole)
-    checkpoint["state_dict"] = whole.pop("state_dict")
-    checkpoint["optimizer_states"] = [{"state": {}, **whole[key]} for key in sorted(whole)]
-    return checkpoint
-
-
 def check_sums(path: Path) -> None:
-    """Compare a checkpoint with the checksums in it, which torch does not: it reads all, a second a gigabyte.
+    """Compare a checkpoint with its own checksums, which torch ignores; reads a gigabyte per second.
 
     Raises:
         UserError: If they differ.
     """
     with _reading(path):
         if is_sharded(path):
-            bad = next(damaged_parts(path), REST if _first_bad(path / REST) else None)
+            bad = next(iter(damaged_files(path)), None)
         else:
-            bad = _first_bad(path)
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
     if bad is not None:
         raise UserError(f"{path}: damaged ({bad} is not what was written); take another one")
 
 
-def _first_bad(path: Path) -> str | None:
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
-
-
-def _check_weights(path: Path, checkpoint: object) -> None:
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of this suite (it has no state_dict)")
-    state = checkpoint["state_dict"]
-    if not (isinstance(state, dict) and all(isinstance(each, Tensor) for each in state.values())):
-        raise UserError(f"{path}: not a checkpoint of this suite (its state_dict holds more than tensors)")
-
-
 def _check_rest(path: Path, checkpoint: object) -> None:
-    """What Lightning and this suite take for granted, in a file that anybody may have written."""
+    """Check what Lightning and this suite take for granted, in a file that anybody may have written."""
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: not a checkpoint of this suite (it holds no mapping)")
+        raise UserError(f"{path}: not a checkpoint of this suite (it is not a mapping)")
     for key, kind in _REST.items():
         value = checkpoint.setdefault(key, kind())
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -113,7 +95,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:
         cause: BaseException = error
-        if isinstance(error, CheckpointException):  # no Exception itself; it holds one a process
+        if isinstance(error, CheckpointException):  # not an Exception; it holds one per process
             cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, RuntimeError | EOFError | zipfile.BadZipFile | OSError | ValueError | KeyError):
             raise UserError(

@@ -8,7 +8,7 @@ values by unpickling whatever they say; here only the index's own classes, tenso
 import io
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import metadata as index_classes
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -29,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from stableqat.checkpoints.names import INDEX
+from stableqat.checkpoints.names import INDEX, REST
 
 _NAMES = {
     index_classes.__name__: {
@@ -66,19 +68,16 @@ class _Reader(dcp.FileSystemReader):
         return read_index(self._folder)
 
 
-class _PlainValues(DefaultLoadPlanner):
-    """Keeps values that are no tensors by their name in the index."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, Any] = {}
+class _Planner(DefaultLoadPlanner):
+    """torch's own, except that it unpickles nothing but tensors and plain values."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.values[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        path = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
 
 
 def read_index(folder: Path) -> Metadata:
-    """Which tensors there are, and where.
+    """Read which tensors there are, and where they lie.
 
     Raises:
         UnpicklingError: If the index is damaged, or names anything that an index has no use for.
@@ -86,7 +85,7 @@ def read_index(folder: Path) -> Metadata:
     with open(folder / INDEX, "rb") as file:
         index = _IndexUnpickler(file).load()
     if not isinstance(index, Metadata):
-        raise UnpicklingError(f"{INDEX} is no index")
+        raise UnpicklingError(f"{INDEX} is not an index")
     index.storage_meta = index.storage_meta or StorageMeta()
     return index
 
@@ -110,70 +109,39 @@ def read_whole(folder: Path, only: str = "") -> dict[str, Any]:
         else None
         for key, value in wanted.items()
     }
-    planner = _PlainValues()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
-        dcp.load(flat, storage_reader=_Reader(folder), planner=planner, no_dist=True)
-    flat.update(planner.values)
-    whole: dict[str, Any] = {}
-    for key, value in flat.items():
-        _put(whole, index.planner_data[key], value)
-    return whole
+        dcp.load(flat, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    return unflatten_state_dict(flat, index.planner_data)
 
 
 def load_shards(folder: Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     """Load a folder into a sharded model and its optimizers, on any number of processes."""
-    state = get_model_state_dict(model)
-    _load({"state_dict": state}, folder)
-    set_model_state_dict(model, state)
+    state: dict[str, Any] = {"state_dict": get_model_state_dict(model)}
+    dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
+    set_model_state_dict(model, state["state_dict"])
     for number, optimizer in enumerate(optimizers):
         key = f"optimizer_{number}"
-        loaded = _load({key: get_optimizer_state_dict(model, optimizer)}, folder)
-        set_optimizer_state_dict(model, optimizer, loaded[key])
+        state = {key: get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
+        set_optimizer_state_dict(model, optimizer, state[key])
 
 
-def damaged_parts(folder: Path) -> Iterator[str]:
-    """Names of files that are missing, cut short, or differ from their checksums."""
-    index = read_index(folder)
-    for path in sorted({each.relative_path for each in index.storage_data.values()}):
-        parts = [each for each in index.storage_data.values() if each.relative_path == path]
-        if not (folder / path).is_file():
-            yield path
-            continue
-        with open(folder / path, "rb") as file:
-            if not all(_is_whole(file, part) for part in parts):
-                yield path
+def damaged_files(folder: Path) -> list[str]:
+    """Names of the files that are missing, cut short, or differ from their checksums."""
+    parts = {
+        (each.relative_path, each.offset, each.length) for each in read_index(folder).storage_data.values()
+    }
+    return sorted({file for file, *part in [*parts, (REST, 0, -1)] if not _is_whole(folder / file, *part)})
 
 
-def _is_whole(file: io.BufferedReader, part: _StorageInfo) -> bool:
-    file.seek(part.offset)
-    content = file.read(part.length)
-    if len(content) < part.length:
-        return False
+def _is_whole(file: Path, offset: int, length: int) -> bool:
+    """Whether a zip archive inside a file is there and agrees with its checksums."""
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            content = io.BytesIO(opened.read(length))
+        with zipfile.ZipFile(content) as archive:
             return archive.testzip() is None
-    except zipfile.BadZipFile:
+    except (FileNotFoundError, zipfile.BadZipFile):
         return False
-
-
-def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    planner = _PlainValues()
-    dcp.load(state, storage_reader=_Reader(folder), planner=planner)
-    for key, value in planner.values.items():
-        _put(state, planner.mappings[key], value)
-    return state
-
-
-def _put(tree: Any, path: tuple[str | int, ...], value: Any) -> None:
-    """Set `tree[path[0]][path[1]]...`; lists and dicts on the way are made, in any order of arrival."""
-    for key, following in zip(path, [*path[1:], None], strict=True):
-        branch = value if following is None else [] if isinstance(following, int) else {}
-        if isinstance(tree, list):
-            assert isinstance(key, int)
-            tree.extend([None] * (key + 1 - len(tree)))
-            if following is None or tree[key] is None:
-                tree[key] = branch
-        elif following is None or key not in tree:
-            tree[key] = branch
-        tree = tree[key]

@@ -1,20 +1,18 @@
-"""`stableqat evaluate`: how good is a model before quantization, after it, and as exported?
+"""`stableqat evaluate`: how good a model is before quantization, after it, and as exported.
 
-Perplexity on any text, tasks of lm-evaluation-harness, top-1, top-5 and confusion on any images. One table
-compares all sources; `--baselines true` adds the full-precision start of a run and its rounding to nearest.
-torchrun divides the work over processes: `torchrun --nproc-per-node 4 --no-python stableqat evaluate ...`.
+It measures perplexity on any text, tasks of lm-evaluation-harness, and top-1, top-5 and confusion on any
+images. One table compares all sources; `--baselines true` adds what a run started from, in full precision and
+rounded to nearest. torchrun divides the work: `torchrun --nproc-per-node 4 --no-python stableqat evaluate
+...`.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from stableqat.errors import UserError, check_range
-from stableqat.files import only_local, writing
-
-if TYPE_CHECKING:
-    from stableqat.evaluate.figures import Plan
+from stableqat.files import new_results, only_local
 
 
 def evaluate(
@@ -41,33 +39,32 @@ def evaluate(
     """Evaluates models: one column of the table per source.
 
     Args:
-        sources: Run folders (their best checkpoints), checkpoints, exported or other transformers or timm
-            folders, or names of language models on the Hub.
+        sources: Run folders (their best checkpoints), checkpoints, transformers or timm folders (exported
+            ones too), or names of language models on the Hub.
         data: Texts or images to evaluate on: files, folders, tokenized sets, names on the Hub, or runs, which
             stand for their validation data. Default: the validation data of the first run among the sources;
             with tasks, models that it does not fit are evaluated on the tasks alone.
         data_name: Configuration of a data set on the Hub.
-        text_column: Column of data that holds the text.
-        split: Split of data. Default: test, or validation; all of data that has neither. Of a run, the
-            validation rows that it validated on itself (trainer.limit_val_batches); a named split is
-            evaluated in full.
-        documents: How a text's documents are joined: each ends with EOS, as in training, or blank lines
-            separate them and all are encoded as one text, as in published WikiText figures.
+        text_column: Column that holds the text.
+        split: Split to evaluate, in full. Default: test, else validation, else everything; of a run, the
+            validation rows that it validated on (trainer.limit_val_batches).
+        documents: How to join a text's documents: eos ends each with EOS, as in training; blank-line
+            separates them by blank lines and encodes all as one text, as published WikiText figures do.
         block_size: Tokens per block. Default: that of the run's rows, or 2048, at most what the model takes.
-        stride: Move a window of block_size tokens by this many, and score each token once, with what is
-            before it. Default: blocks do not overlap.
-        tasks: Tasks of lm-evaluation-harness, for example piqa,boolq; default stands for piqa, winogrande,
+        stride: Tokens by which a window of block_size tokens moves; each token is scored once, given what
+            precedes it. Default: blocks do not overlap.
+        tasks: Tasks of lm-evaluation-harness, such as piqa,boolq; default stands for piqa, winogrande,
             arc_challenge, hellaswag, arc_easy, sciq, openbookqa and boolq.
-        tasks_path: Folder with your own task files (YAML). Python that they name is run.
+        tasks_path: Folder with your own task files (YAML). Python code that they name is run.
         num_fewshot: Examples before each question. Default: each task's own number.
-        limit: Number of documents per task, the first ones, for a quick look.
+        limit: Use only this many documents per task, the first ones, for a quick look.
         baselines: Also evaluate what a quantized run started from, in full precision and rounded to nearest.
-        tokenizer: Tokenizer. Default: the run's or the folder's.
-        batch_size: Blocks, requests or images per forward and process.
+        tokenizer: Folder, file or Hub name of a tokenizer. Default: the run's or the folder's.
+        batch_size: Blocks, requests or images per forward pass and process.
         dtype: fp32, or bf16 for autocast over float32 weights.
         device: cpu, cuda or cuda:1. Default: a GPU if there is one.
-        out: New JSON file for the results, rewritten after each model; confusion matrices are drawn beside it
-            (.png).
+        out: New JSON file for the results, rewritten after each model; a picture of the confusion matrices
+            (.png) goes beside it.
 
     Returns:
         0.
@@ -78,22 +75,21 @@ def evaluate(
             check_range(key, number, least)
     if tasks is None and (tasks_path or num_fewshot is not None or limit is not None):
         raise UserError("tasks: missing; name the tasks that tasks_path, num_fewshot and limit are for")
-    file = None if out is None else _new(out)
-    for source in sources:  # of other names the hub may know more
+    file = None if out is None else new_results(out, ".png")
+    for source in sources:  # other names may be on the Hub
         if only_local(source) and not Path(source).expanduser().exists():
             raise UserError(f"{source}: there is no such run or checkpoint")
-    from stableqat.evaluate.tasks import task_names
+    from stableqat.evaluate.tasks import SEEDS, check_documents, load_tasks, task_names
 
     names = [] if tasks is None else task_names(tasks)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # torch is heavy; help does without it
+    # torch is slow to import; mistakes above are refused without it
     from stableqat.evaluate import report
-    from stableqat.evaluate.figures import Plan, measure
+    from stableqat.evaluate.figures import UNRECORDED, Plan, measure
     from stableqat.evaluate.model import find, is_run, labels
     from stableqat.evaluate.processes import processes
-    from stableqat.evaluate.tasks import check_documents, load_tasks
     from stableqat.runs import open_run
 
     home = next((source for source in sources if is_run(source)), None)
@@ -127,8 +123,11 @@ def evaluate(
             batch_size=batch_size,
             bf16=dtype == "bf16",
         )
-        settings = {
-            **_settings(plan, names),
+        settings = {key: value for key, value in vars(plan).items() if key not in UNRECORDED} | {
+            "data": list(plan.data),
+            "tasks": names,
+            "seeds": SEEDS,
+            "dtype": dtype,
             "tokenizer": tokenizer,
             "device": str(place),
             "processes": share.count,
@@ -139,29 +138,7 @@ def evaluate(
                 records.append(measure(load(), plan, share, place))
                 if share.rank == 0:
                     report.keep(records, settings, file)
-        finally:  # a later model may be damaged, or too large
+        finally:  # also if a later model is damaged or too large
             if share.rank == 0 and records:
                 report.show(records, file)
     return 0
-
-
-def _new(out: str) -> Path:
-    path = Path(out).expanduser()
-    if path.suffix != ".json":
-        raise UserError(f"out: {out} must end in .json")
-    for each in (path, path.with_suffix(".png")):
-        if each.exists():
-            raise UserError(f"out: {each} exists already; name a new file")
-    with writing(f"out: {out}", "name another file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _settings(plan: "Plan", names: list[str]) -> dict[str, Any]:
-    from stableqat.evaluate.tasks import SEEDS
-
-    settings = {
-        key: value for key, value in vars(plan).items() if key not in ("home", "runs", "implied", "bf16")
-    }
-    dtype = "bf16" if plan.bf16 else "fp32"
-    return {**settings, "data": list(plan.data), "tasks": names, "seeds": SEEDS, "dtype": dtype}

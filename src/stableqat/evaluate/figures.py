@@ -1,4 +1,4 @@
-"""The figures of one model, on its device, its quantized weights computed once for all of them."""
+"""Measures one model on its device, computing its quantized weights only once."""
 
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,24 +18,25 @@ from stableqat.evaluate.processes import Share
 from stableqat.evaluate.tasks import run_tasks, scores
 from stableqat.runs import NoDataError, Run
 
-MOST_TOKENS = 2048  # of a block, if neither the user nor a run says
+MOST_TOKENS = 2048  # per block, unless the user or a run says otherwise
+UNRECORDED = ("home", "runs", "implied", "bf16")  # fields of `Plan` that results do not list
 
 
 class MisfitError(UserError):
-    """Data of a run that cannot be read, or on which the model cannot be measured."""
+    """A run's data cannot be read, or does not fit the model."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each model is measured on; see `stableqat.evaluate.command.evaluate`.
+    """What to measure each model on; the other fields are those of `stableqat.evaluate.command.evaluate`.
 
     Attributes:
         data: Sources of text or images, and their names in the results.
-        runs: Those of them that are runs.
-        implied: Nobody asked for this data; a model that it does not fit does without.
+        runs: Those sources that are runs.
+        implied: Whether `data` is the default; a model that it does not fit then does without it.
         home: The run whose data settings are the defaults.
         tasks: Tasks as the harness loaded them.
-        bf16: Compute under autocast.
+        bf16: Whether to compute under autocast.
     """
 
     data: dict[str, str]
@@ -65,8 +66,8 @@ def measure(model: Model, plan: Plan, share: Share, device: torch.device) -> dic
         device: Where to compute.
 
     Returns:
-        What it is, and its figures: `perplexity` by text, `tasks`, or `images` by source; `left_out` says why
-        implied data is missing.
+        What the model is, and its figures: `perplexity` by text, `tasks`, or `images` by source; `left_out`
+        says why it has no figure on implied data.
 
     Raises:
         UserError: If data, tokenizer and model do not fit.
@@ -138,12 +139,12 @@ def _text(source: str, model: Model, plan: Plan) -> tuple[text.Text, Windows]:
         datamodule = _data(source, run, TextDataModule, block_size=block_size)
         if tokenizer_hash(datamodule.tokenizer) != tokenizer_hash(model.tokenizer):
             raise MisfitError(
-                f"data: {source} has another tokenizer than {model.source}, whose perplexity would mean "
-                "nothing; name a text with --data"
+                f"data: {source} has another tokenizer than {model.source}, so perplexity means nothing; "
+                "name a text with --data"
             )
         read = text.run_text(datamodule, plan.split)
         if plan.stride is None and block_size == _data(source, run, TextDataModule).block_size:
-            count, there = _count(run, plan), len(read.rows)
+            count, there = None if plan.split else run.validated_rows, len(read.rows)
             read = replace(read, split=part_of(read.split, min(count or there, there), there))
             return read, blocks(read.rows, block_size, count)
     else:
@@ -161,17 +162,12 @@ def _text(source: str, model: Model, plan: Plan) -> tuple[text.Text, Windows]:
     return read, strided(read.rows, block_size, plan.stride)
 
 
-def _count(run: Run, plan: Plan) -> int | None:
-    """The number of rows that a run validated on; None is all, as for a named split."""
-    return None if plan.split is not None else run.validated_rows
-
-
 def _of_images(model: Model, plan: Plan, share: Share, device: torch.device) -> dict[str, Any]:
     datamodules, own = {}, {"augment": False, **model.images}
     for source in plan.data:
         if (run := plan.runs.get(source)) is not None:
             datamodule = _data(source, run, ImageDataModule)
-            if datamodule.source is not None:  # the digits are as they are
+            if datamodule.source is not None:  # the built-in digits have one form
                 datamodule = _data(source, run, ImageDataModule, **own)
         else:
             home = None if plan.home is None else plan.home.image_arguments
@@ -182,12 +178,12 @@ def _of_images(model: Model, plan: Plan, share: Share, device: torch.device) -> 
         datamodules[source] = datamodule
     found: dict[str, Any] = {}
     for source, datamodule in datamodules.items():
-        run = plan.runs.get(source)
+        run = None if plan.split else plan.runs.get(source)
         found[plan.data[source]] = classify(
             model.network,
             datamodule,
-            split="validation" if plan.split is None and run is not None else plan.split,
-            rows=None if run is None else _count(run, plan),
+            split=plan.split if run is None else "validation",
+            rows=None if run is None else run.validated_rows,
             batch_size=plan.batch_size,
             device=device,
             share=share,

@@ -1,7 +1,7 @@
 """Top-1, top-5 and the confusion matrix of a vision transformer on any image source.
 
-Images go through evaluation's resize and centre crop. A source without validation and test splits is taken
-whole; of a run's own images, the share of each class that it held out.
+Images are resized and centre-cropped as in validation. A source without validation and test splits is used in
+full; of a run's own images, the share of each class that the run held out.
 """
 
 from typing import Any
@@ -15,12 +15,13 @@ from stableqat.data import ImageDataModule
 from stableqat.data.order import EvaluationOrder
 from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
+from stableqat.evaluate.text import pick_split
 from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.vit import image_size
 
 
 class EvaluationImages(ImageDataModule):
-    """Images of which none are trained on: each split as it is there."""
+    """Images that are not trained on: splits stay as they are."""
 
     training = False
 
@@ -41,24 +42,22 @@ def classify(
     Args:
         model: Vision transformer of timm, in evaluation mode.
         datamodule: Its images.
-        split: Split to take; None takes test or validation, or all of a source that has neither.
-        rows: Take the first so many of its images; None takes all.
-        batch_size: Images a forward.
+        split: Split to use; None takes test, else validation, else everything.
+        rows: Number of images, the first ones; None takes all.
+        batch_size: Images per forward pass.
         device: Where the model is.
         share: This process's share of the images.
 
     Returns:
-        `top1`, `top5`, `loss` in nats, number of `images`, the `split`, names of `classes`, and `confusion`:
-        a row a true class, a column a predicted one.
+        `top1`, `top5`, `loss` in nats, number of `images`, the `split`, names of `classes`, and `confusion`,
+        with one row per true class and one column per predicted class.
 
     Raises:
         UserError: If images or classes do not fit the model, or there is no such split.
     """
     _check(model, datamodule)
     splits = datamodule.splits
-    found = split or next(each for each in ("test", "validation", "train") if each in splits)
-    if found not in splits:
-        raise UserError(f"split: the images have no {found} (they have {', '.join(splits)})")
+    found = pick_split("the data", split, splits)
     images, classes = splits[found], datamodule.num_classes
     count = len(images) if rows is None else min(rows, len(images))
     metrics = {
@@ -90,7 +89,7 @@ def classify(
 
 
 def part_of(split: str, rows: int, there: int) -> str:
-    """A split in words, and how much of it."""
+    """A split in words, with how much of it."""
     return split if rows == there else f"{split} (the first {rows} of {there} rows, as in training)"
 
 
@@ -104,4 +103,4 @@ def _check(model: Any, datamodule: ImageDataModule) -> None:
             f"{taken[1]}"
         )
     if datamodule.num_classes != model.num_classes:
-        raise UserError(f"data: {datamodule.num_classes} classes, the model has {model.num_classes}")
+        raise UserError(f"data: has {datamodule.num_classes} classes, the model {model.num_classes}")

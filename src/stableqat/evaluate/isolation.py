@@ -1,17 +1,16 @@
-"""Evaluate in the middle of something else without leaving a trace.
+"""Evaluates in the middle of something else without leaving a trace.
 
 The harness seeds every generator and leaves the model in evaluation mode; a training that continues
-afterwards must not be able to tell.
+afterwards must not notice.
 """
 
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 
-import numpy as np
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -20,15 +19,14 @@ from stableqat.layers.hold import hold_weights, release_weights
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, quantized weights computed once; outside modes and generators as they were.
+    """Switch to evaluation mode and compute quantized weights once; restore modes and generators at the end.
 
     Args:
-        model: Enter in the autocast region that its forwards run in.
+        model: The model; enter inside the autocast region that its forward passes run in.
     """
     modes = {module: module.training for module in model.modules()}
-    # Lightning's isolate_rng would not put them back after an exception
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    # Lightning's isolate_rng does not restore them after an exception
+    states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
     model.eval()
     release_weights(model)
     hold_weights(model)
@@ -40,11 +38,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
             module.training = training
         if isinstance(model, FSDPModule):
             model.reshard()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        _set_rng_states(states)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The models that are evaluated: of a run or checkpoint, of an exported folder, or of the Hub.
+"""The models to evaluate: of a run or checkpoint, of an exported folder, or of the Hub.
 
-Each becomes a plain transformers or timm model that computes in float32, as it was trained or written; of a
-run, with its quantized weights, not the latent ones.
+Each becomes a plain transformers or timm model that computes in float32, as it was trained or written; a
+run's model computes with its quantized weights, not the latent ones.
 """
 
 import json
@@ -29,20 +29,32 @@ from stableqat.runs import Run, open_run
 
 logger = logging.getLogger(__name__)
 
+# what timm and transformers raise over files that they cannot load
+UNLOADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
+
 
 @dataclass(frozen=True)
 class Model:
-    """A model to evaluate and what belongs to it.
+    """A model to evaluate, with what belongs to it.
 
     Attributes:
-        source: As the user named it.
+        source: The source, as the user names it.
         network: Causal language model of transformers or vision transformer of timm, in evaluation mode.
         about: What it is, in words.
         tokenizer: Tokenizer of a language model; None for a vision transformer.
-        run: The run that it is of; None for a folder or a model of the Hub.
-        trained: Whether it is the run's trained model, and not what the run started from.
-        images: How a vision transformer wants images resized and normalised, as arguments of
-            `ImageDataModule`; empty if unknown.
+        run: The run that it belongs to; None for a folder or a model of the Hub.
+        trained: Whether it is the run's trained model, not what the run started from.
+        images: How to resize and normalise a vision transformer's images, as arguments of `ImageDataModule`;
+            empty if unknown.
     """
 
     source: str
@@ -55,18 +67,18 @@ class Model:
 
     @property
     def family(self) -> Literal["text", "images"]:
-        """What it reads."""
+        """What the model reads."""
         return "images" if self.tokenizer is None else "text"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Models that are found, but not yet loaded.
+    """Models that are found but not yet loaded.
 
     Attributes:
-        name: As the user named it.
+        name: The source, as the user names it.
         family: What its models read.
-        loaders: Each loads a model when it is called: the source's own, then its baselines.
+        loaders: Functions that load one model each: the source's own, then its baselines.
     """
 
     name: str
@@ -75,10 +87,10 @@ class Source:
 
 
 def is_run(source: str) -> bool:
-    """Whether a source looks like a run or checkpoint of this suite; `open_run` reads it."""
+    """Whether a source looks like a run or checkpoint of this suite, which `open_run` reads."""
     try:
         return find_checkpoint(str(Path(source).expanduser())) is not None
-    except UserError:  # no last.ckpt in a run, which may have its best one, or no such .ckpt
+    except UserError:  # a run without last.ckpt, which may have a best one, or no such .ckpt
         return True
 
 
@@ -87,10 +99,10 @@ def labels(sources: Iterable[str], of_run: str | None = None) -> dict[str, str]:
 
     Args:
         sources: Paths and names on the Hub.
-        of_run: What is meant of a run if not the run itself, its validation data for example.
+        of_run: What a run stands for, such as its validation data; None means the run itself.
 
     Returns:
-        By source: its name, its parent and name, or all of it.
+        By source: its name, its parent and name, or its full path.
     """
     ladders = {}
     for source in sources:
@@ -106,12 +118,12 @@ def labels(sources: Iterable[str], of_run: str | None = None) -> dict[str, str]:
 
 
 def find(source: str, *, tokenizer: str | None = None, baselines: bool = False) -> Source:
-    """Find a source and what belongs to it, so that a mistake shows before anything is measured.
+    """Find a source and what belongs to it, so that mistakes show before anything is measured.
 
     Args:
         source: Run folder, checkpoint, exported folder, or name on the Hub.
-        tokenizer: Tokenizer to use in place of the run's or the folder's.
-        baselines: Also the full-precision start of a quantized run, as it is and rounded to nearest.
+        tokenizer: Tokenizer to use instead of the run's or the folder's.
+        baselines: Whether to add what a quantized run started from, in full precision and rounded to nearest.
 
     Raises:
         UserError: If there is nothing to evaluate, or the tokenizer or the start is not found.
@@ -126,9 +138,10 @@ def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Source:
         with quiet():
             own = run.load_tokenizer(module, tokenizer)
     loaders: list[Callable[[], Model]] = [partial(_of_run, source, run, own)]
-    if baselines and module.quantizer is not None and run.start is None:
-        logger.warning("%s: started from random weights, so there is no baseline", source)
-    elif baselines and module.quantizer is not None:
+    baselines = baselines and module.quantizer is not None
+    if baselines and run.start is None:
+        logger.warning("%s: started from random weights, so it has no baselines", source)
+    elif baselines:
         try:
             check_start(module, str(run.start))
         except UserError as error:
@@ -141,7 +154,7 @@ def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Source:
 
 
 def _of_run(source: str, run: Run, tokenizer: Any, start: str | None = None) -> Model:
-    """A run's trained model, or its start in full precision or quantized."""
+    """Load a run's trained model, or its start in full precision or quantized."""
     module = run.load() if start is None else run.load_start(quantized=start == "quantized")
     settings = module.describe()
     about = "full precision"
@@ -160,9 +173,9 @@ def _find_folder(source: str, tokenizer: str | None) -> Source:
     try:
         keys = json.loads(config.read_text()) if config.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{config} is not JSON ({error}); copy it again") from error
+        raise UserError(f"{config}: not readable as JSON ({error}); copy it again") from error
     if not isinstance(keys, dict) or not isinstance(keys.get("architecture", ""), str):
-        raise UserError(f"{config} describes no model; copy it again")
+        raise UserError(f"{config}: does not describe a model; copy it again")
     if "architecture" in keys:  # timm's
         return Source(source, "images", [partial(_timm, source, config.parent)])
     if Path(source).expanduser().exists() and not keys:
@@ -184,7 +197,7 @@ def _timm(source: str, folder: Path) -> Model:
 
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+    except UNLOADABLE as error:
         raise UserError(f"{source}: timm cannot load it: {first_line(error)}") from error
     own = timm.data.resolve_data_config(model=model)
     images = {key: own[key] for key in PREPROCESSING} | {"image_size": own["input_size"][-1]}
@@ -201,17 +214,9 @@ def _transformers(source: str, tokenizer: Any, about: str) -> Model:
                 dtype=torch.float32,
                 output_loading_info=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",  # the folder's own may name a kernel of the Hub
+                attn_implementation="sdpa",  # the folder may name a kernel on the Hub
             )
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except UNLOADABLE as error:
         raise UserError(f"{source}: transformers cannot load it: {first_line(error)}") from error
     model, info = loaded
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:

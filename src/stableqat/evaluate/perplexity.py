@@ -1,10 +1,10 @@
 """Perplexity of a text: exp of the summed negative log-likelihood over the number of scored tokens.
 
-Blocks, as in GPTQ's figures for WikiText: the tokens are cut into non-overlapping blocks, each is scored
-without what came before, all its tokens but the first; the tail that fills no block is left out. Strided: a
-window of the same length moves by `stride` tokens and scores those that no earlier window has, so that each
-has at least block_size - stride tokens before it (the first window apart); all tokens of the text but the
-first are scored, once. Losses of tokens are computed in float32 and summed in float64.
+Blocks, as in GPTQ's figures for WikiText: the tokens are cut into non-overlapping blocks. Each block is
+scored by itself, all its tokens but the first; a tail that does not fill a block is left out. Strided: a
+window of the same length moves by `stride` tokens and scores those that no earlier window has scored, so each
+(except in the first window) has at least block_size - stride tokens before it; every token of the text but
+the first is scored once. Token losses are computed in float32 and summed in float64.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,11 +24,11 @@ from stableqat.evaluate.processes import Share
 
 @dataclass(frozen=True)
 class Windows:
-    """What is scored, a window after the other.
+    """What to score, window by window.
 
     Attributes:
         count: Number of windows.
-        window: Tokens of a window, and from which of them on they are scored.
+        window: Returns the tokens of a window and the index of the first one to score.
         how: The definition in words.
     """
 
@@ -38,27 +38,27 @@ class Windows:
 
 
 def blocks(rows: TokenRows, block_size: int, count: int | None = None) -> Windows:
-    """Non-overlapping blocks.
+    """Make a window of each row.
 
     Args:
         rows: Rows of `block_size` tokens.
-        block_size: Their length, for the record.
-        count: Take the first so many; None takes all.
+        block_size: Tokens per row, for the record.
+        count: Number of rows, the first ones; None takes all.
     """
     how = f"non-overlapping blocks of {block_size} tokens, all but the first of each"
     return Windows(min(count or len(rows), len(rows)), lambda index: (rows.row(index), 1), how)
 
 
 def strided(rows: TokenRows, block_size: int, stride: int) -> Windows:
-    """Overlapping windows.
+    """Make windows that overlap.
 
     Args:
-        rows: Rows over one run of tokens.
-        block_size: Tokens of a window.
-        stride: Tokens by which it moves.
+        rows: Rows of one sequence of tokens.
+        block_size: Tokens per window.
+        stride: Tokens by which the window moves.
 
     Raises:
-        UserError: If tokens would be left out, or the rows are those of several sources.
+        UserError: If `stride` would leave tokens out, or the rows are a mixture of sources.
     """
     if not 0 < stride < block_size:
         raise UserError(f"stride: must be from 1 to block_size - 1 ({block_size - 1}), not {stride}")
@@ -84,7 +84,7 @@ def perplexity(
     Args:
         model: Model of transformers, in evaluation mode.
         windows: What to score.
-        batch_size: Windows a forward.
+        batch_size: Windows per forward pass.
         device: Where the model is.
         share: This process's share of the windows.
 
@@ -96,9 +96,8 @@ def perplexity(
     for batch, first in _batches(windows, mine, batch_size):
         tokens = torch.from_numpy(batch.astype(np.int64)).to(device)
         logits = model(input_ids=tokens, use_cache=False).logits
-        for row, target, start in zip(
-            logits, tokens, first, strict=True
-        ):  # one at a time: float32 logits are large
+        # one at a time, because float32 logits are large
+        for row, target, start in zip(logits, tokens, first, strict=True):
             losses = F.cross_entropy(row[start - 1 : -1].float(), target[start:], reduction="none")
             sums += torch.stack((losses.double().sum(), sums.new_tensor(len(losses))))
     nll, count = share.total(sums).tolist()
@@ -113,7 +112,7 @@ def perplexity(
 
 
 def _batches(windows: Windows, indices: range, batch_size: int) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Windows of equal length in batches; only the last of a text is shorter."""
+    """Batch windows of equal length; only the last of a text is shorter."""
     read = (windows.window(index) for index in indices)
     for _, alike in groupby(read, key=lambda window: len(window[0])):
         while chunk := list(islice(alike, batch_size)):

@@ -1,7 +1,7 @@
 """Evaluation on several devices: each process takes every n-th window, image or request.
 
-Started by torchrun, a process finds its place in the environment; inside a training it is the trainer's. A
-model that is sharded over the processes is no matter for it: they evaluate the same together.
+A process that torchrun starts finds its rank in the environment; in training it has the trainer's. Processes
+that share a sharded model do not divide the work: they evaluate the same together.
 """
 
 import os
@@ -16,25 +16,25 @@ from torch import distributed as dist
 
 from stableqat.errors import UserError
 
-# the others wait while the first process downloads tasks or encodes texts; NCCL's own 10 minutes end that
+# the others wait while the first process downloads tasks or encodes texts, longer than NCCL's 10 minutes
 PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class Share:
-    """A process's place among those that divide the work."""
+    """A process's rank among the processes that divide the work."""
 
     rank: int = 0
     count: int = 1
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum of a tensor over the processes."""
+        """Sum a tensor over the processes, in place."""
         if self.count > 1:
             dist.all_reduce(value)
         return value
 
     def gather(self, value: Tensor) -> list[Tensor]:
-        """The tensors of all processes."""
+        """Collect a tensor from each process."""
         gathered = [torch.empty_like(value) for _ in range(self.count)]
         dist.all_gather(gathered, value)
         return gathered
@@ -46,7 +46,7 @@ class Share:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process goes ahead, to fill caches that the others find."""
+        """Let the first process go ahead and fill caches for the others."""
         if self.rank:
             self.barrier()
         try:
@@ -58,10 +58,10 @@ class Share:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[tuple[Share, torch.device]]:
-    """Join the processes that torchrun started, if it did, each on a device of its own.
+    """Join the processes that torchrun started, if it did, each on its own device.
 
     Args:
-        device: Device, such as cpu or cuda:1; None takes a GPU where there is one.
+        device: Device, such as cpu or cuda:1; None takes a GPU if there is one.
 
     Yields:
         The process's share of the work, and its device.
@@ -70,9 +70,7 @@ def processes(device: str | None) -> Iterator[tuple[Share, torch.device]]:
         UserError: If there is no such device.
     """
     local, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = _device(device, local)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    chosen = choose_device(device, local)
     if count == 1:
         yield Share(), chosen
         return
@@ -83,21 +81,28 @@ def processes(device: str | None) -> Iterator[tuple[Share, torch.device]]:
         dist.destroy_process_group()
 
 
-def _device(asked: str | None, local: int) -> torch.device:
+def choose_device(asked: str | None, local: int = 0) -> torch.device:
+    """Find a device that computes; a GPU becomes the current one.
+
+    Args:
+        asked: Device, such as cpu or cuda:1; None takes a GPU if there is one.
+        local: This process's number on its machine, for a GPU without a number.
+
+    Raises:
+        UserError: If there is no such device.
+    """
     gpus = torch.cuda.device_count()
     try:
         chosen = torch.device(asked or ("cuda" if gpus else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"device: {asked} is none that PyTorch knows; take cpu, cuda or cuda:1") from error
-    if chosen.type not in ("cpu", "cuda"):
-        try:
+        if chosen.type != "cuda":
             torch.zeros(1, device=chosen).item()
-        except (RuntimeError, ImportError, NotImplementedError) as error:
-            raise UserError(f"device: {asked} computes nothing here; take cpu, cuda or cuda:1") from error
+    except (RuntimeError, ImportError, NotImplementedError) as error:
+        raise UserError(f"device: {asked} computes nothing here; take cpu, cuda or cuda:1") from error
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
         if chosen.index >= gpus:
             raise UserError(
                 f"device: there is no {chosen}, PyTorch sees {gpus} GPUs here; take another or cpu"
             )
+        torch.cuda.set_device(chosen)
     return chosen

@@ -1,7 +1,7 @@
 """Results for people and programs: a table, a JSON file, TensorBoard scalars in the runs' own folders.
 
-A run's folder gets an event file of its own for each evaluation, its other files stay as they are; of a
-figure that was taken twice at the same step, readers show the last.
+Each evaluation adds an event file to the run's folder and changes no other file; of a figure measured twice
+at the same step, readers show the last.
 """
 
 import io
@@ -12,6 +12,7 @@ import socket
 import textwrap
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ from stableqat.files import whole_file, writing
 
 logger = logging.getLogger(__name__)
 
-_TITLE = 38  # letters that a panel's width holds
+_TITLE = 38  # letters that fit the width of a panel
 LIBRARIES = ("stableqat", "torch", "transformers", "timm", "torchmetrics")
 
 
 def keep(records: list[dict[str, Any]], settings: dict[str, Any], file: Path | None) -> None:
-    """Write the last model's scalars, and the file anew.
+    """Log the last model's scalars, and rewrite the file.
 
     Args:
-        records: What `measure` returned for each model so far.
-        settings: How it was measured.
-        file: JSON file, None for none.
+        records: What `measure` has returned for each model so far.
+        settings: How they were measured.
+        file: JSON file; None writes none.
 
     Raises:
         UserError: If the file cannot be written.
@@ -51,30 +52,29 @@ def keep(records: list[dict[str, Any]], settings: dict[str, Any], file: Path | N
 
 
 def show(records: list[dict[str, Any]], file: Path | None) -> None:
-    """Print the table, what its texts are, and the file's name if it is there."""
+    """Print the table, what its data is, and the file's name if it exists."""
     from rich.console import Console
 
-    # a table in a file or a pipe keeps its width
+    # rich would narrow a table in a file or a pipe
     console = Console(markup=False, highlight=False, width=None if os.isatty(1) else 200)
     console.print(table(records))
-    texts = {data: told for each in reversed(records) for data, told in each.get("perplexity", {}).items()}
-    for data, told in texts.items():
-        what = f"{told['split']}, documents {told['documents']}; {told['tokens']} tokens scored"
-        console.print(f"{data}: {what}, {told['how']}", soft_wrap=True)
-    pictures = {data: told for each in reversed(records) for data, told in each.get("images", {}).items()}
-    for data, told in pictures.items():
-        console.print(f"{data}: {told['split']}; {told['images']} images", soft_wrap=True)
-    for record in records:
-        if "left_out" in record:
-            console.print(f"no perplexity of {record['source']}: {record['left_out']}", soft_wrap=True)
-    if file is not None and file.exists():
-        console.print(f"{file}", soft_wrap=True)
+    lines = {}
+    for record in reversed(records):
+        for data, told in record.get("perplexity", {}).items():
+            what = f"{told['split']}, documents {told['documents']}; {told['tokens']} tokens scored"
+            lines[data] = f"{data}: {what}, {told['how']}"
+        for data, told in record.get("images", {}).items():
+            lines[data] = f"{data}: {told['split']}; {told['images']} images"
+    left_out = [f"no perplexity of {r['source']}: {r['left_out']}" for r in records if "left_out" in r]
+    written = [str(file)] if file is not None and file.exists() else []
+    for line in [*lines.values(), *left_out, *written]:
+        console.print(line, soft_wrap=True)
 
 
 def figures(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """A model's figures: name, value, and standard error where there is one.
+    """Yield a model's figures: name, value, and standard error where there is one.
 
-    `mean/acc` is that of tasks and groups, without the tasks that a group sums up already.
+    `mean/acc` averages tasks and groups, without the tasks that a group already sums up.
     """
     for data, told in record.get("perplexity", {}).items():
         yield f"perplexity/{data}", told["perplexity"], None
@@ -93,7 +93,7 @@ def figures(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]
 
 
 def table(records: list[dict[str, Any]]) -> Any:
-    """A row a figure, a column a model."""
+    """Make a table with one row per figure and one column per model."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -116,7 +116,7 @@ def _cell(figure: tuple[float, float | None] | None) -> str:
 
 
 def _draw(records: list[dict[str, Any]], file: Path) -> None:
-    """Confusion matrices, each row as shares of its class."""
+    """Draw confusion matrices, each row as shares of its class."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -141,27 +141,22 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
 
 
 def _log(run: Path, record: dict[str, Any]) -> None:
-    """Write an event file at once; TensorBoard's own writer does so in a thread, whose errors nobody gets."""
+    """Write an event file in one go; TensorBoard's writer does it in a thread, whose errors go unseen."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
     from torch.utils.tensorboard.summary import scalar
 
     stamp, content = time.time_ns(), io.BytesIO()
-    now = stamp / 1e9
-    writer = RecordWriter(content)
-    events = [Event(wall_time=now, file_version="brain.Event:2")]
-    events += [
-        Event(wall_time=now, step=record["step"], summary=scalar(f"eval/{name}", value))
-        for name, value, _ in figures(record)
-    ]
-    for event in events:
-        writer.write(event.SerializeToString())
     second, rest = divmod(stamp, 10**9)
+    writer, event = RecordWriter(content), partial(Event, wall_time=stamp / 1e9)
+    writer.write(event(file_version="brain.Event:2").SerializeToString())
+    for name, value, _ in figures(record):
+        summary = scalar(f"eval/{name}", value)
+        writer.write(event(step=record["step"], summary=summary).SerializeToString())
     name = f"events.out.tfevents.{second}.{socket.gethostname()}.{os.getpid()}.{rest}.evaluate"
     try:
         with whole_file(run / name) as part:
             part.write_bytes(content.getvalue())
     except OSError as error:
-        logger.warning(
-            "%s: takes no event file (%s); the figures are not logged", run, error.strerror or error
-        )
+        reason = error.strerror or error
+        logger.warning("%s: takes no event file (%s); the figures are not logged", run, reason)

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, through the installed `lm_eval`.
 
-Tasks are loaded once for all models. A folder of task files (YAML with local JSON data, for example) works
-without a network; if only its tasks are asked for, the thousands of the harness are not searched.
+Tasks are loaded once for all models. A folder of task files (for example YAML with local JSON data) works
+without a network; if it has all the tasks asked for, the harness's thousands are not searched.
 """
 
 import copy
@@ -24,14 +24,12 @@ SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harn
 
 
 def task_names(tasks: str) -> list[str]:
-    """The names in a comma-separated list; `default` stands for the eight of `DEFAULT`.
+    """Split a comma-separated list of names; `default` stands for the eight of `DEFAULT`.
 
     Raises:
         UserError: If a name is empty or `lm_eval` is not installed.
     """
-    names = [
-        each for name in tasks.split(",") for each in (DEFAULT if name == "default" else (name.strip(),))
-    ]
+    names = [each for name in tasks.split(",") for each in (DEFAULT if name == "default" else [name.strip()])]
     if not all(names):
         raise UserError(f"tasks: {tasks} contains an empty name; write --tasks piqa,boolq")
     if missing := [name for name in ("lm_eval", "accelerate") if find_spec(name) is None]:
@@ -50,11 +48,11 @@ def load_tasks(names: list[str], tasks_path: str | None) -> dict[str, Any]:
         Tasks and groups as the harness evaluates them.
 
     Raises:
-        UserError: If a task is unknown, or its data is not found.
+        UserError: If a task is unknown or cannot be loaded.
     """
     if tasks_path is not None and not Path(tasks_path).is_dir():
         raise UserError(f"tasks_path: {tasks_path} is not a folder; name one with task files")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its news
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with quiet():
         from lm_eval.tasks import TaskManager
 
@@ -71,20 +69,20 @@ def _load(manager: Any, name: str) -> list[Any]:
         )
     try:
         loaded = manager.load([name])
-    except Exception as error:  # of the data's library, the hub's client, the parsers of YAML and templates
+    except Exception as error:  # from datasets, the Hub client, the parsers of YAML and templates
         raise UserError(
-            f"tasks: {name} cannot be loaded: {first_line(error)}; load it once with a network, after which "
-            "its data is cached (HF_HUB_OFFLINE=1), or name local tasks with --tasks_path"
+            f"tasks: {name} cannot be loaded: {first_line(error)}; load it once with a network, which caches "
+            "its data (HF_HUB_OFFLINE=1), or name local tasks with --tasks_path"
         ) from error
     return [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
 
 
 def check_documents(tasks: dict[str, Any], limit: int | None, share: Share) -> None:
-    """Refuse a task that leaves a process without a document: it would fail, and the others would wait.
+    """Refuse a task that leaves a process without documents: it would fail while the others wait.
 
     Args:
-        tasks: What `load_tasks` returned.
-        limit: Number of first documents per task; None takes all.
+        tasks: What `load_tasks` returns.
+        limit: Number of documents per task, the first ones; None takes all.
         share: This process's share of the requests.
 
     Raises:
@@ -97,7 +95,7 @@ def check_documents(tasks: dict[str, Any], limit: int | None, share: Share) -> N
             more = "" if documents == there else f" (limit; it has {there})"
             raise UserError(
                 f"tasks: {name} has {documents} documents{more} for {share.count} processes, and each needs "
-                "one; start fewer processes or take more documents"
+                "one; start fewer processes or use more documents"
             )
 
 
@@ -111,18 +109,19 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any] | None:
-    """Evaluate a live model; seeds every generator, see `isolated`.
+    """Evaluate a model in memory. Seeds every generator; enter `isolated` first.
 
-    The harness's `simple_evaluate` would also ask pip and the driver about the machine, for ten seconds.
+    The harness's `simple_evaluate` would also spend ten seconds asking pip and the driver about the machine.
 
     Args:
-        model: Causal language model of transformers, in evaluation mode, where it is to run.
+        model: Causal language model of transformers, in evaluation mode, on its device.
         tokenizer: Its tokenizer.
-        tasks: What `load_tasks` returned.
-        batch_size: Requests per forward.
+        tasks: What `load_tasks` returns.
+        batch_size: Requests per forward pass.
         share: This process's share of the requests.
-        limit: Number of first documents per task; None takes all.
-        num_fewshot: Examples before each question, for tasks that take any; None takes each task's own.
+        limit: Number of documents per task, the first ones; None takes all.
+        num_fewshot: Examples before each question, for tasks that take any; None takes each task's own
+            number.
 
     Returns:
         The harness's results, with `samples`; None on all processes but the first.
@@ -142,27 +141,27 @@ def run_tasks(
 
 
 def _harness_model(model: Any, tokenizer: Any, batch_size: int, share: Share) -> Any:
-    """The harness's transformers model around a live one, over any number of processes.
+    """Wrap a model in memory for the harness, on any number of processes.
 
-    The harness takes a live model for a single process; what it needs of others are three exchanges.
+    The harness assumes a single process for such a model; these three exchanges are all it needs of others.
     """
     from lm_eval.models.huggingface import HFLM
 
     class LiveModel(HFLM):
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-            """One entry per process, on every process."""
+            """Return one entry per process, on every process."""
             return torch.stack(share.gather(tensor)) if share.count > 1 else tensor
 
         def barrier(self) -> None:
             """Wait for the other processes."""
             share.barrier()
 
-    # the harness opens an autocast region of its own; it takes the caller's type
+    # the harness opens an autocast region of its own, which takes the caller's type
     kind = model.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     live = LiveModel(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # the harness adds a token for padding
+        tokenizer=copy.deepcopy(tokenizer),  # the harness adds a padding token
         batch_size=batch_size,
         mixed_precision_dtype=dtype,
         softmax_dtype=torch.float32,
@@ -172,7 +171,7 @@ def _harness_model(model: Any, tokenizer: Any, batch_size: int, share: Share) ->
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task or group: each metric with its standard error, number of documents, examples and version.
+    """Return, by task or group, each metric with its standard error, the documents, examples and version.
 
     `group` names the group that sums up a task or subgroup, if there is one.
     """
@@ -194,7 +193,7 @@ def scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
     children = results.get("group_subtasks", {})
     for group in children:
-        if told[group]["metrics"]:  # other groups only name their members
+        if told[group]["metrics"]:  # other groups only list their members
             for member in _members(group, children):
                 told[member]["group"] = group
     return told

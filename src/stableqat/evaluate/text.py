@@ -1,10 +1,11 @@
-"""Texts to score: the validation data of a run, or any source that the text data module takes.
+"""Texts to score: a run's validation data, or any source that the text data module takes.
 
-Documents follow one another in one run of tokens. As in training each is encoded by itself and ended by EOS;
-published WikiText-2 figures join its rows by blank lines and encode the whole as one text.
+Documents follow one another in one sequence of tokens. By default each is encoded by itself and ends with
+EOS, as in training; published WikiText-2 figures join its rows by blank lines and encode the whole as one
+text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Join = Literal["eos", "blank-line"]
 Split = Literal["train", "validation", "test"]
-DOCUMENTS = 4096  # encoded at once: all tokens of a text as Python's integers would take ten times the memory
+DOCUMENTS = 4096  # per batch: a whole text's tokens as Python integers would take ten times the memory
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Text:
 
     Attributes:
         rows: Non-overlapping rows.
-        split: Split of the source; all where it has none.
-        documents: How documents follow one another.
+        split: Split of the source; all if it has none.
+        documents: How documents are joined, in words.
     """
 
     rows: TokenRows
@@ -43,15 +44,13 @@ class Text:
 
 
 def run_text(datamodule: TextDataModule, split: Split | None) -> Text:
-    """The rows that a run validates on.
+    """Return the rows of a run's split, by default those that it validates on.
 
     Raises:
         UserError: If the run's data has no such split.
     """
-    found = split or "validation"
     splits = datamodule.splits
-    if found not in splits:
-        raise UserError(f"split: the run's data has no {found} (it has {', '.join(splits)})")
+    found = pick_split("the run's data", split or "validation", splits)
     rows = splits[found]
     assert isinstance(rows, TokenRows)
     return Text(rows, found, "each ended by EOS")
@@ -70,16 +69,16 @@ def read_text(
     """Read a source and encode it.
 
     Args:
-        source: File, folder, tokenized set or hub name.
-        tokenizer: Encodes it; must be that of a tokenized set.
-        block_size: Tokens a row.
-        name: Configuration of a hub data set.
+        source: File, folder, tokenized set or Hub name.
+        tokenizer: The model's tokenizer; a tokenized set must have been made with it.
+        block_size: Tokens per row.
+        name: Configuration of a data set on the Hub.
         text_column: Column that holds the text.
-        split: Split to take; None takes test or validation, or all of a source that has neither.
-        documents: How documents are joined.
+        split: Split to use; None takes test, else validation, else everything.
+        documents: How to join documents.
 
     Raises:
-        UserError: If there is no such source, split or column, or the text fills no row.
+        UserError: If there is no such source, split or column, or the text does not fill a row.
     """
     check_content(source)
     if manifest := prepared_manifest(source):
@@ -88,9 +87,9 @@ def read_text(
                 f"data: {source} was made with another tokenizer than the model's; tokenize it again"
             )
         if documents != "eos":
-            raise UserError(f"documents: {source} is tokenized already; give its text for {documents}")
+            raise UserError(f"documents: {source} is tokenized already; name its text for {documents}")
         splits = prepared_splits(source, manifest)
-        found = _pick(source, split, list(splits))
+        found = pick_split(source, split, splits)
         tokens, how = splits[found], "each ended by EOS"
     else:
         texts = Documents(
@@ -101,7 +100,7 @@ def read_text(
             cache_dir=None,
             training=False,
         ).splits
-        found = _pick(source, split, list(texts))
+        found = pick_split(source, split, texts)
         column = (text or "" for batch in texts[found].iter(1000) for text in batch[text_column])
         if documents == "eos":
             tokens, how = _documents(column, tokenizer), "each ended by EOS"
@@ -118,7 +117,17 @@ def read_text(
     return Text(rows, found, how)
 
 
-def _pick(source: str, split: Split | None, splits: list[str]) -> str:
+def pick_split(source: str, split: str | None, splits: Collection[str]) -> str:
+    """The split to evaluate: the one asked for, or the first of test, validation and train.
+
+    Args:
+        source: The data, for the message.
+        split: The user's choice.
+        splits: The splits that the data has.
+
+    Raises:
+        UserError: If the data has no such split.
+    """
     if split is None:
         return next(each for each in ("test", "validation", "train") if each in splits)
     if split not in splits:

@@ -1,8 +1,8 @@
-"""`stableqat export`: packed weights of a run for another runtime, proven equal to the trained model.
+"""`stableqat export`: a run's quantized weights for another runtime, proven equal to the trained model.
 
 Scales are rounded to the file's type inside the model, which is evaluated again. The file is written under a
-temporary name and read back with the format's own reader. It gets its name only if every packed weight equals
-the model's, bit for bit, and the reader's logits are the model's.
+temporary name and read back with the format's own reader. It gets its name only if every quantized weight
+equals the model's, bit for bit, and the reader's logits are the model's.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 REPORT = "export.json"
 LOGITS_DIFFER = 1e-3  # of the largest: the order of sums makes 1e-6, a lost bias far more
-LIBRARIES = {  # that a format needs, all in the extra `export`
+LIBRARIES = {  # what a format needs, all in the extra `export`
+    "": ["stableqat", "torch", "transformers", "timm"],  # every format
     "hf": [],
     "compressed-tensors": ["compressed-tensors"],
     "gguf": ["gguf"],
@@ -50,7 +51,7 @@ def export(
     target: Literal["cpu", "gpu"] = "cpu",
     int8_activations: bool = False,
 ) -> int:
-    """Writes the packed weights of a trained model and proves them equal to it.
+    """Writes the quantized weights of a trained model and proves them equal to it.
 
     Args:
         source: Run folder (its best checkpoint), checkpoint, or folder of a Llama or Qwen3 that
@@ -58,26 +59,27 @@ def export(
         format: hf (plain safetensors for transformers or timm), compressed-tensors (transformers, vLLM), gguf
             (llama.cpp), onnx (onnxruntime) or torchao.
         out: New folder for the files.
-        dtype: Type of what is not quantized: norms, biases and, unless embedding_bits is given, embeddings.
-            Default: fp16 for compressed-tensors, because vLLM computes in the type of the file and rounds
-            a float32 file to bfloat16; fp32 for all others.
-        scale_dtype: Type that scales are rounded to, in the model, before it is evaluated and written.
+        dtype: Type of what is not quantized: norms, biases and, without embedding_bits, embeddings. Default:
+            fp16 for compressed-tensors, because vLLM computes in the type of the file and rounds a float32
+            file to bfloat16; fp32 for all other formats.
+        scale_dtype: Type to which scales are rounded, in the model, before it is evaluated and written.
         storage_bits: For compressed-tensors, store narrower codes in 4 or 8 bits, which every GPU kernel of
             vLLM and SGLang reads; the values stay the same.
         embedding_bits: Also round token embedding and head to this many bits; the report says what it costs.
-        tokenizer: Tokenizer to put beside a language model. Default: the run's.
-        template: For gguf, a file that llama.cpp's converter made from the hf export: its tokenizer is kept,
+        tokenizer: Tokenizer to put beside a language model. Default: the run's or the folder's.
+        template: For gguf, a file that llama.cpp's converter made from the hf export; its tokenizer is kept,
             its tensors are replaced. For tokenizers that this package cannot describe to llama.cpp.
         target: For gguf, where llama.cpp runs. 2-bit integers and ternary become TQ2_0 for cpu, the smallest
             type, and Q2_K for gpu, which has kernels there.
         int8_activations: For onnx, let onnxruntime round activations to int8. The file is then not exactly
-            the model; the report says how far off its logits are. Large language models become faster, small
-            models may become slower: time both.
+            the model; the report says by how much its logits differ. Large language models become faster,
+            small models may become slower: time both.
 
     Returns:
-        0 when the files are written and equal the model.
+        0 if the files are written and equal the model.
     """
-    _check_libraries(format)
+    if missing := [name for name in LIBRARIES[format] if find_spec(name.replace("-", "_")) is None]:
+        raise UserError(f"format: {format} needs {', '.join(missing)}; pip install 'stableqat[export]'")
     for key, used, only in (
         ("template", template is not None, "gguf"),
         ("storage_bits", storage_bits is not None, "compressed-tensors"),
@@ -88,7 +90,7 @@ def export(
             raise UserError(f"{key}: is for {only}, not for {format}; leave it out")
     if not Path(source).expanduser().exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
-    # torch is imported late, so that help comes at once
+    # torch is slow to import; mistakes above are refused without it
     from stableqat.export import gguf_template
     from stableqat.export.packed import DTYPES, PackedModel, evaluate, pack, quantize_embeddings
     from stableqat.export.source import load_source
@@ -112,7 +114,7 @@ def export(
             tokenizer=found.tokenizer,
         )
         writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
-        writer.check(packed)  # what needs no layers, before anything is computed
+        writer.check(packed)  # what does not depend on layers, before anything is computed
         _, trained = evaluate(found.module, found.batch)
         losses = {"trained": trained}
         if embedding_bits is not None:
@@ -135,8 +137,8 @@ def export(
                 **differences,
                 "batch": found.batch_of,
                 "loss": losses,
-                "notes": _notes(writer, packed),
-                "versions": _versions(format),
+                "notes": [*writer.notes(packed), *_missing(packed)],
+                "versions": {name: version(name) for name in (*LIBRARIES[""], *LIBRARIES[format])},
             }
             _describe(found, packed, report, part)
             report["sha256"] = {}
@@ -171,7 +173,7 @@ def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> N
 def _compare(
     format: str, read: tuple[dict[str, "Tensor"], "Tensor"], packed: "PackedModel", logits: "Tensor"
 ) -> dict[str, float]:
-    """Packed weights must be equal; logits may differ by the order of sums."""
+    """Compare file and model: weights must be equal, logits may differ by the order of sums."""
     import torch
 
     weights, theirs = read
@@ -186,7 +188,7 @@ def _compare(
                 "discarded; use another format"
             )
     difference, largest = (theirs.float() - logits).abs().max().item(), logits.abs().max().item()
-    # int8 activations change them, as the report says
+    # int8 activations change logits, as the report says
     if not (packed.int8_activations or difference <= LOGITS_DIFFER * largest):
         raise UserError(
             f"{format}: logits of the file differ from the model's by up to {difference:.1e} (the largest is "
@@ -200,7 +202,7 @@ def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
     scales = sum(weight.scale.numel() for weight in packed.layers.values())
     rest = packed.rest()
     left = sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
-    # without tokenizer and configurations, which every format has
+    # not the tokenizer and configurations, which every format has
     holding = (".safetensors", ".gguf", ".onnx", ".data")
     written = sum(p.stat().st_size for p in _files(part) if p.suffix in holding)
     weights = writer.bytes_packed(packed) if hasattr(writer, "bytes_packed") else written - left
@@ -217,11 +219,15 @@ def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
     }
 
 
-def _notes(writer: Any, packed: "PackedModel") -> list[str]:
-    notes = writer.notes(packed)
-    if packed.family == "vit" and packed.images is None:
-        notes.append("mean, std and crop are timm's for this architecture: no run records its own")
-    return notes
+def _missing(packed: "PackedModel") -> list[str]:
+    """What the export lacks, because the source does not have it."""
+    if packed.family == "vit":
+        return (
+            [] if packed.images else ["mean, std and crop are timm's for this architecture: the run has none"]
+        )
+    template = packed.template
+    found = packed.tokenizer if template is None else template.get("tokenizer.ggml.tokens")
+    return [] if found else ["no tokenizer, which most programs need: name one with --tokenizer"]
 
 
 def _grid(weight: "QuantizedWeight") -> str:
@@ -239,7 +245,7 @@ def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], pa
         "steps": found.step,
         "validation loss of the run": found.val_loss,
         "loss on the comparison batch": f"{report['loss']['file']:.4f} ({found.batch_of})",
-        "bits per packed weight": report["bits_a_weight"],
+        "bits per quantized weight": report["bits_a_weight"],
     }
     lines = [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     library = "timm" if packed.family == "vit" else "transformers"
@@ -249,32 +255,23 @@ def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], pa
     (part / "README.md").write_text("\n".join([*head, *title, *table]))
 
 
-def _versions(format: str) -> dict[str, str]:
-    names = ("stableqat", "torch", "transformers", "timm", *LIBRARIES[format])
-    return {name: version(name) for name in names}
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
     left = ", ".join(report["layers_left"]) or "none"
-    share, say = report["bytes"] / report["bytes_bf16"], terminal().print
+    whole, bits = report["bytes_bf16"], f"{report['bits_a_weight']} bits per quantized weight"
+    size = f"{report['bytes']:,} bytes, {report['bytes'] / whole:.2f} of bfloat16's {whole:,}"
     step = "" if found.step is None else f" (step {found.step})"
-    say(f"{folder}: {report['format']} of {found.checkpoint}{step}")
-    say(
-        f"  {report['bytes']:,} bytes, {share:.2f} of bfloat16's {report['bytes_bf16']:,}; "
-        f"{report['bits_a_weight']} bits per packed weight"
-    )
-    say(f"  {report['layers_packed']} layers packed ({'; '.join(report['grids'])}); left: {left}")
-    for line in report["notes"]:
-        say(f"  {line}")
-    say(
-        f"  read back: weights differ by {report['max_weight_difference']:g}, logits by "
-        f"{report['max_logit_difference']:.1e}"
-    )
-    told = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
-    say(f"  loss on {report['batch']}: {told}")
-    if found.tokenizer is None and found.module.family == "text":
-        say("  without a tokenizer: name one with --tokenizer")
+    losses = ", ".join(f"{key.replace('_', ' ')} {value:.5f}" for key, value in report["loss"].items())
+    weights, logits = report["max_weight_difference"], report["max_logit_difference"]
+    lines = [
+        f"{folder}: {report['format']} of {found.checkpoint}{step}",
+        f"{size}; {bits}",
+        f"{report['layers_packed']} layers quantized ({'; '.join(report['grids'])}); left: {left}",
+        *report["notes"],
+        f"read back: weights differ by {weights:g}, logits by {logits:.1e}",
+        f"loss on {report['batch']}: {losses}",
+    ]
+    terminal().print("\n  ".join(lines))

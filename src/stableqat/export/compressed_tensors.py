@@ -1,9 +1,10 @@
-"""compressed-tensors `pack-quantized`: what transformers decompresses and vLLM multiplies with.
+"""compressed-tensors `pack-quantized`: what transformers decompresses and vLLM multiplies by.
 
 Codes of b bits lie densely in 32-bit words, row by row, beside `weight_scale` and `weight_shape`. The
 format's symmetric integers are the integer grid itself; half-integer grids take one more bit, as odd
-integers. There is one scale per row or per group; a group costs 16 bits. Codes of 4 and 8 bits run on every
-kernel of vLLM and SGLang, others on a single one of vLLM; so narrower codes can be stored in 4 or 8 bits.
+integers. There is one scale per row or per group; each group costs 16 bits. Codes of 4 and 8 bits run on
+every kernel of vLLM and SGLang, others on a single one of vLLM, so narrower codes can be stored in 4 or 8
+bits.
 """
 
 from collections import Counter
@@ -59,9 +60,8 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the packed layers' weights and the batch's logits, as transformers decompresses them."""
-    model, logits = hf.load_language_model(packed, folder)
-    return {name: model.get_submodule(name).weight.detach() for name in packed.layers}, logits
+    """Return the quantized layers' weights and the batch's logits, as transformers decompresses them."""
+    return hf.read(packed, folder)
 
 
 def notes(packed: PackedModel) -> list[str]:
@@ -101,11 +101,10 @@ def _quantization(packed: PackedModel, stored: dict[str, QuantizedWeight]) -> di
         }
         # vLLM finds fused layers by class, not by name
         groups[f"group_{number}"] = {"targets": ["Linear"] if names is inner else names, "weights": weights}
-    linears = [n for n, m in packed.model.named_modules() if isinstance(m, torch.nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in linears if name not in stored],
+        "ignore": packed.plain_linears(),
     }

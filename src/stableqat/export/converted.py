@@ -1,13 +1,14 @@
-"""A folder that `convert(model).save_pretrained(...)` made: plain weights, and the grids that they lie on.
+"""A folder that `convert(model).save_pretrained(...)` wrote: plain weights, and the grids that they lie on.
 
-The folder's `config.json` says which layers lie on which grid; their scales are found again from the values.
-Any scale and codes that give each weight bit for bit are as good as those of the training, and weights that
-were changed or rounded since have none.
+The folder's `config.json` says which layers lie on which grid; their scales are recovered from the values.
+Any scale and codes that give each weight bit for bit are as good as those of training; weights that were
+changed or rounded since have none.
 """
 
 import json
 from itertools import product
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,19 +23,19 @@ from stableqat.quantizers import STE, Quantizer
 
 
 def is_model_folder(source: str) -> bool:
-    """Whether a source is a folder as transformers or timm save it, and not a run."""
+    """Whether a source is a folder as transformers or timm save it, not a run."""
     folder = Path(source).expanduser()
     return (folder / "config.json").is_file() and not (folder / "config.yaml").exists()
 
 
 def open_converted(source: str) -> LlamaModule:
-    """The model of a converted folder, its layers quantized again, in evaluation mode.
+    """Load the model of a converted folder with its layers quantized again, in evaluation mode.
 
     Args:
         source: Model folder.
 
     Raises:
-        UserError: If the folder says nothing of grids, or its weights do not lie on them.
+        UserError: If the folder names no grids, or its weights do not lie on them.
     """
     folder = Path(source).expanduser()
     record = _record(folder / "config.json")
@@ -46,8 +47,8 @@ def open_converted(source: str) -> LlamaModule:
         for name in kind.pop("layers"):
             if name not in layers:
                 raise UserError(
-                    f"{folder}/config.json: {GRIDS}: {name} is no linear layer of the model, or named twice; "
-                    "save what `convert` returns again"
+                    f"{folder}/config.json: {GRIDS}: {name} is not a linear layer of the model, or is named "
+                    "twice; save what `convert` returns again"
                 )
             model.set_submodule(name, _quantized(name, layers.pop(name), kind))
     module.adapt(model)
@@ -58,27 +59,27 @@ def _record(file: Path) -> list[dict[str, Any]]:
     try:
         record = json.loads(file.read_text()).get(GRIDS)
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: no configuration of a model; copy the folder again") from error
+        raise UserError(f"{file}: not the configuration of a model; copy the folder again") from error
     if record is None:
         raise UserError(
             f"{file.parent}: a model folder that names no quantized layers; export the run or checkpoint "
             "that it came from, or save what stableqat.convert(model) returns with save_pretrained"
         )
-    keys: dict[str, Any] = {
-        "grid": str,
-        "bits": int,
-        "group_size": int | None,
-        "per_channel": bool,
-        "layers": list,
+    types = {
+        "grid": (str,),
+        "bits": (int,),
+        "group_size": (int, NoneType),
+        "per_channel": (bool,),
+        "layers": (list,),
     }
-    for kind in record if isinstance(record, list) else [record]:
-        if not isinstance(kind, dict) or kind.keys() != keys.keys():
-            raise UserError(f"{file}: {GRIDS}: must list mappings of {', '.join(keys)}; save the model again")
-        for key, wanted in keys.items():
-            if not isinstance(kind[key], wanted) or (wanted is not bool and isinstance(kind[key], bool)):
-                raise UserError(f"{file}: {GRIDS}.{key}: {kind[key]!r:.60} is no such value; save it again")
-    if not isinstance(record, list) or not record:
-        raise UserError(f"{file}: {GRIDS}: must list the grids of the layers; save the model again")
+    for kind in record if isinstance(record, list) and record else [None]:
+        if not isinstance(kind, dict) or kind.keys() != types.keys():
+            raise UserError(
+                f"{file}: {GRIDS}: must list mappings of {', '.join(types)}; save the model again"
+            )
+        if wrong := [key for key in types if type(kind[key]) not in types[key]]:
+            value = f"{wrong[0]}: {kind[wrong[0]]!r:.60}"
+            raise UserError(f"{file}: {GRIDS}.{value} is of another type; save the model again")
     return record
 
 
@@ -100,7 +101,7 @@ def _quantized(name: str, linear: nn.Linear, kind: dict[str, Any]) -> QuantLinea
 
 
 def find_scale(weight: Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor | None:
-    """Scales with which each weight is exactly a level, by trying every level for the largest weight.
+    """Find scales with which each weight is exactly a level, by trying every level for the largest weight.
 
     Args:
         weight: float32, `(out, in)`.
@@ -108,14 +109,12 @@ def find_scale(weight: Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor | N
         grid: The levels.
 
     Returns:
-        Scales of that shape; None if there are none.
+        Scales of that shape, or None.
     """
     rows = weight.reshape(shape[0] * shape[1], -1)
     peak = rows.abs().amax(1, keepdim=True)
-    # of zeros alone any scale is right, where zero is a level
-    found = (
-        torch.where(peak == 0, 1.0, torch.nan) if grid.zero_point == 0 else torch.full_like(peak, torch.nan)
-    )
+    # zeros alone fit any scale, if zero is a level
+    found = torch.where((peak == 0) & (grid.zero_point == 0), 1.0, torch.nan)
     levels = sorted({abs(level) for level in grid.levels} - {0}, reverse=True)
     for level, ulp in product(levels, (0, -1, 1)):  # the peak is rounded: the scale is one unit off at most
         left = found.isnan().flatten().nonzero().flatten()

@@ -1,8 +1,9 @@
 """GGUF for llama.cpp: one file with the architecture, the weights and, if llama.cpp knows it, the tokenizer.
 
-Names and the order of Llama's query and key rows are ggml's (pairs of a rotary embedding lie side by side).
-A tokenizer is written if llama.cpp knows its splitter; for any other, llama.cpp's converter makes a file from
-`--format hf`, of which `--template` takes the tokenizer and everything else outside the architecture.
+Names and the order of Llama's query and key rows are ggml's (pairs of a rotary embedding lie side by side). A
+tokenizer is written if llama.cpp knows its splitter; for any other, llama.cpp's converter makes a file from
+`--format hf`, and `--template` takes the tokenizer and everything else outside the architecture from that
+file.
 """
 
 from collections import Counter
@@ -35,7 +36,7 @@ def check(packed: PackedModel) -> None:
             "compressed-tensors"
         )
     for name, weight in packed.layers.items():
-        if gguf_blocks.encoding(weight, packed.target) is None:
+        if not gguf_blocks.encodings(weight, packed.target):
             run = "row" if weight.scale.shape[1] == 1 else "group"
             reason = f"its {run}s of {weight.group_size} weights are not a multiple of 32"
             if weight.zero_point and weight.bits > 7:
@@ -63,7 +64,11 @@ def write(packed: PackedModel, folder: Path) -> None:
                 writer.add_key_value(key, field.value, gguf.GGUFValueType(field.type), sub_type=inner)
         else:
             writer.add_name(f"{packed.family} of stableqat")
-            _add_tokenizer(writer, packed)
+            tokenizer = {"ggml.model": "none"}
+            if packed.tokenizer is not None:
+                tokenizer = gguf_tokenizer.fields(packed.tokenizer, packed.model.config.vocab_size)
+            for key, value in tokenizer.items():
+                _add_value(writer, f"tokenizer.{key}", value)
         if factors is not None:
             writer.add_tensor(llama_cpp.ROPE_FACTORS, factors.numpy())
         for name, tensor in packed.rest().items():
@@ -88,22 +93,18 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def bytes_packed(packed: PackedModel) -> int:
-    """Return the bytes of the packed weights, without the file's header."""
+    """Return the bytes of the quantized weights, without the file's header."""
     return sum(gguf_blocks.size(weight, packed.target) for weight in packed.layers.values())
 
 
 def notes(packed: PackedModel) -> list[str]:
-    """Return which ggml types the file has, why a wider one, and what llama.cpp leaves out."""
-    taken: Counter[tuple[str, int, str]] = Counter()
-    for weight in packed.layers.values():
-        encoding = gguf_blocks.encoding(weight, packed.target)
-        assert encoding is not None, "checked"
-        taken[encoding.type, weight.bits, weight.grid] += 1
-    lines = [
-        f"{count} tensors of the {bits}-bit {grid} grid as {kind}"
-        for (kind, bits, grid), count in taken.items()
-    ]
-    kinds = {kind for kind, _, _ in taken}
+    """Return which ggml types the file has, why larger ones, and what llama.cpp leaves out."""
+    kinds = [gguf_blocks.encodings(weight, packed.target)[0].type for weight in packed.layers.values()]
+    taken = Counter(
+        f"{weight.bits}-bit {weight.grid} grid as {kind}"
+        for weight, kind in zip(packed.layers.values(), kinds, strict=True)
+    )
+    lines = [f"{count} tensors of the {what}" for what, count in taken.items()]
     if "TQ2_0" in kinds:
         lines.append(
             "llama.cpp has no CUDA kernel for TQ2_0: for a GPU take --target gpu (Q2_K, a quarter larger)"
@@ -112,12 +113,9 @@ def notes(packed: PackedModel) -> list[str]:
         lines.append("Q1_0 is new: an older llama.cpp refuses the file")
     if any(w.group_size % 256 for w in packed.layers.values() if w.bits > 1):
         lines.append(
-            "rows or groups that are not a multiple of 256 weights take larger blocks, of 32 weights"
+            "rows or groups that are not a multiple of 256 weights take larger types, in blocks of 32"
         )
-    template = packed.template
-    if packed.tokenizer is None if template is None else template.get("tokenizer.ggml.tokens") is None:
-        lines.append("the file has no tokenizer: llama.cpp's library takes token ids, its programs stop")
-    elif template is None:
+    if packed.template is None and packed.tokenizer is not None:
         lines += gguf_tokenizer.notes(packed.tokenizer)
     return lines
 
@@ -125,7 +123,7 @@ def notes(packed: PackedModel) -> list[str]:
 def _ggml_name(packed: PackedModel, name: str) -> str:
     import gguf
 
-    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}[packed.family]
+    arch = gguf.MODEL_ARCH[packed.family.upper()]
     names = gguf.get_tensor_name_map(arch, packed.model.config.num_hidden_layers)
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     assert found is not None, f"{name} has no name in ggml"
@@ -152,8 +150,7 @@ def _row_order(packed: PackedModel, name: str) -> np.ndarray | None:
 def _add_packed(writer: Any, packed: PackedModel, name: str, weight: QuantizedWeight) -> None:
     import gguf
 
-    encoding = gguf_blocks.encoding(weight, packed.target)
-    assert encoding is not None, "checked"
+    encoding = gguf_blocks.encodings(weight, packed.target)[0]
     rows, order = encoding.pack(weight), _row_order(packed, name)
     kind = gguf.GGMLQuantizationType[encoding.type]
     name = _ggml_name(packed, f"{name}.weight")
@@ -176,18 +173,9 @@ def _add_left(writer: Any, packed: PackedModel, name: str, tensor: Tensor) -> No
 
 
 def _read_tensor(file: Header, packed: PackedModel, name: str) -> Tensor:
-    theirs = _ggml_name(packed, name)
-    values = torch.from_numpy(gguf_blocks.dequantize(file.bytes_of(theirs), file.tensors[theirs].type))
+    values = torch.from_numpy(gguf_blocks.dequantize(file, _ggml_name(packed, name)))
     order = _row_order(packed, name.rpartition(".")[0])
     return values if order is None else values[torch.from_numpy(np.argsort(order))]
-
-
-def _add_tokenizer(writer: Any, packed: PackedModel) -> None:
-    if packed.tokenizer is None:
-        writer.add_tokenizer_model("none")
-        return
-    for key, value in gguf_tokenizer.fields(packed.tokenizer, packed.model.config.vocab_size).items():
-        _add_value(writer, f"tokenizer.{key}", value)
 
 
 def _add_value(writer: Any, key: str, value: Any) -> None:

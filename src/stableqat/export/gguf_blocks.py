@@ -1,6 +1,6 @@
 """Blocks of ggml's tensor types that hold a quantizer's codes exactly.
 
-A block is a run of 32, 128 or 256 weights with its own fp16 scale `d`; each repeats the scale of its row or
+A block is a run of 32, 128 or 256 weights with its own fp16 scale `d`, which repeats the scale of its row or
 group. ggml's own quantizers would fit new scales and change most values; here codes go where ggml's
 dequantizers find them. K-types also have small integer scales per 16 or 32 weights: these are 1, and their
 minimum, in units of half a scale, places the half-integer grids.
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from stableqat.export.gguf_header import Header
 from stableqat.quantizers import QuantizedWeight
 
 Array = np.ndarray
@@ -24,10 +25,11 @@ class Encoding:
 
     Attributes:
         type: Name of the ggml type.
-        block: Weights that share `d`; divides rows and groups.
+        block: Weights that share `d`; must divide rows and groups.
         fits: Whether it holds a weight's grid.
-        blocks: Bytes of each block, `(blocks, bytes)`, from codes `(blocks, block)` and scales `(blocks, 1)`.
-        integers: Whether it holds half-integer grids, as odd integers.
+        blocks: Makes the bytes of blocks, `(blocks, bytes)`, from codes `(blocks, block)` and scales
+            `(blocks, 1)`.
+        integers: Whether it holds half-integer grids as odd integers.
         gpu: Whether llama.cpp has kernels for it on every kind of GPU.
     """
 
@@ -39,7 +41,7 @@ class Encoding:
     gpu: bool = True
 
     def holds(self, weight: QuantizedWeight) -> bool:
-        """Whether a weight fits: its grid, and its rows and groups in whole blocks."""
+        """Whether it holds a weight's grid, and its rows and groups in whole blocks."""
         return self.fits(weight) and weight.group_size % self.block == 0
 
     def pack(self, weight: QuantizedWeight) -> Array:
@@ -52,35 +54,30 @@ class Encoding:
         return np.ascontiguousarray(self.blocks(codes, scales).reshape(rows, -1))
 
 
-def encoding(weight: QuantizedWeight, target: Target) -> Encoding | None:
-    """Return the smallest type for a target that holds a weight exactly; None if no type does."""
-    on = (each for each in ENCODINGS if each.gpu or target == "cpu")
-    return next((each for each in on if each.holds(weight)), None)
+def encodings(weight: QuantizedWeight, target: Target) -> list[Encoding]:
+    """Return the types for a target that hold a weight exactly, the smallest first."""
+    return [each for each in ENCODINGS if (each.gpu or target == "cpu") and each.holds(weight)]
 
 
 def size(weight: QuantizedWeight, target: Target) -> int:
     """Return the bytes that a weight takes."""
     import gguf
 
-    kind = encoding(weight, target)
-    assert kind is not None, "checked"
-    block, taken = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.type]]
+    kind = gguf.GGMLQuantizationType[encodings(weight, target)[0].type]
+    block, taken = gguf.GGML_QUANT_SIZES[kind]
     return weight.codes.numel() // block * taken
 
 
-def dequantize(data: Array, type: int) -> Array:
-    """Return the values of a tensor of a file.
+def dequantize(file: Header, name: str) -> Array:
+    """Return the values of a tensor of a file in float32, `(..., weights per row)`.
 
     Args:
-        data: Its bytes, `(..., bytes per row)`.
-        type: ggml's number of its type.
-
-    Returns:
-        The values in float32, `(..., weights per row)`.
+        file: The file's header.
+        name: The tensor's name.
     """
     import gguf
 
-    kind = gguf.GGMLQuantizationType(type)
+    data, kind = file.bytes_of(name), gguf.GGMLQuantizationType(file.tensors[name].type)
     if kind.name != "Q1_0":
         return np.array(gguf.dequantize(data, kind))
     blocks = np.array(data).reshape(-1, 18)  # gguf has no reader for this type
@@ -93,7 +90,7 @@ def _half(scale: Array) -> Array:
 
 
 def _fields(values: Array, bits: int, run: int) -> Array:
-    """Pack unsigned values into bytes; each next `run` of them goes into the next higher bits."""
+    """Pack unsigned values into bytes, each further `run` of values into the next higher bits."""
     parts = values.astype(np.uint8).reshape(len(values), -1, 8 // bits, run)
     shifts = (np.arange(8 // bits, dtype=np.uint8) * bits).reshape(1, 1, -1, 1)
     return np.bitwise_or.reduce(parts << shifts, axis=2).reshape(len(values), -1)

@@ -1,7 +1,7 @@
 """SentencePiece's BPE, as in Llama 2: llama.cpp merges any pair that forms a token, the best score first.
 
-transformers stores such a tokenizer as a list of merges, in the order of the scores. Both make the same
-tokens if the list has every split of each token, and all splits of one token before those of the next.
+transformers stores such a tokenizer as a list of merges in the order of the scores. Both make the same tokens
+if the list has every split of each token, and all splits of one token before those of the next.
 """
 
 from itertools import pairwise
@@ -32,11 +32,8 @@ def scores(described: dict[str, Any], texts: dict[int, str]) -> dict[int, float]
     made = ["".join(merge) for merge in merges]
     order = [text for text, after in pairwise([*made, ""]) if text != after]
     bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
-    plain = (
-        {text for text in vocabulary if len(text) > 1}
-        - bytes_
-        - {a["content"] for a in described["added_tokens"]}
-    )
+    added = {each["content"] for each in described["added_tokens"]}
+    plain = {text for text in vocabulary if len(text) > 1} - bytes_ - added
     splits = {(t[:i], t[i:]) for t in plain for i in range(1, len(t)) if {t[:i], t[i:]} <= vocabulary.keys()}
     if not (
         space_in_front(described) is not None
@@ -51,11 +48,9 @@ def scores(described: dict[str, Any], texts: dict[int, str]) -> dict[int, float]
 
 def types(described: dict[str, Any]) -> dict[int, int]:
     """Return the types of the tokens that are not text, by number."""
-    model = described["model"]
-    found = {
-        number: BYTE for text, number in model["vocab"].items() if text.startswith("<0x") and len(text) == 6
-    }
-    return found | ({} if model.get("unk_token") is None else {model["vocab"][model["unk_token"]]: UNKNOWN})
+    vocabulary, unknown = described["model"]["vocab"], described["model"].get("unk_token")
+    found = {number: BYTE for text, number in vocabulary.items() if text.startswith("<0x") and len(text) == 6}
+    return found | ({} if unknown is None else {vocabulary[unknown]: UNKNOWN})
 
 
 def space_in_front(described: dict[str, Any]) -> bool | None:
@@ -63,12 +58,10 @@ def space_in_front(described: dict[str, Any]) -> bool | None:
     if _prepends(described):
         return True
     splitter = described.get("pre_tokenizer") or {}
-    if described.get("normalizer") is not None or (splitter.get("type"), splitter.get("split")) != (
-        "Metaspace",
-        False,
-    ):
+    kind = splitter.get("type"), splitter.get("split"), splitter.get("replacement")
+    if described.get("normalizer") is not None or kind != ("Metaspace", False, SPACE):
         return None
-    return splitter["prepend_scheme"] != "never" if splitter["replacement"] == SPACE else None
+    return splitter["prepend_scheme"] != "never"
 
 
 def is_exact(described: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """A GGUF of llama.cpp's converter as the source of a tokenizer, checked to be of the exported model.
 
-What it says of the architecture is compared, not copied: every reader would accept a file of another model,
-and compute something else.
+What it says about the architecture is compared, not copied: a reader would accept another model's file, and
+compute something else.
 """
 
 import math
@@ -46,12 +46,10 @@ def check(template: Header, model: Any, tokenizer: Any, shapes: dict[str, tuple[
         UserError: Naming what differs.
     """
     family = model.config.model_type
-    if (found := template.get("general.architecture")) != family:
-        raise UserError(
-            f"template: {template.path} is of the architecture {found}, not {family}; make the template from "
-            "this model's hf export"
-        )
-    for key, theirs, own in _differences(template, model, shapes):
+    differences = _differences(template, model, shapes)
+    if (architecture := template.get("general.architecture")) != family:
+        differences = iter([("general.architecture", architecture, family)])
+    for key, theirs, own in differences:
         raise UserError(
             f"template: {key} is {theirs} in {template.path}, {own} in the model; make the template from "
             "this model's hf export"
@@ -78,20 +76,14 @@ def _differences(
             yield name, there.get(name, "missing"), shapes.get(name, "missing")
     family = model.config.model_type
     expected = llama_cpp.metadata(model.config)
-    said = {
-        key.removeprefix(f"{family}."): field.value
-        for key, field in template.fields.items()
-        if key.startswith(f"{family}.")
-    }
+    ours = [each for each in template.fields.items() if each[0].startswith(f"{family}.")]
+    said = {key.removeprefix(f"{family}."): field.value for key, field in ours}
     for key, value in said.items():
         own = expected.get(key, _USUAL.get(key, "missing"))
         if key in _UNUSED or (key.startswith("rope.") and key not in expected | _USUAL):
             continue  # the rotary embedding is compared by its result
-        if (
-            isinstance(own, str)
-            or isinstance(value, str | list)
-            or not math.isclose(value, own, rel_tol=1e-6)
-        ):
+        texts = isinstance(own, str) or isinstance(value, str | list)
+        if texts or not math.isclose(value, own, rel_tol=1e-6):
             yield f"{family}.{key}", value, own
     try:
         same = llama_cpp.same_rope(model, said, llama_cpp.factors(template))

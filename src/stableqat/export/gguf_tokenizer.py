@@ -2,7 +2,7 @@
 
 llama.cpp has SentencePiece's BPE and byte-level BPE; for the latter it knows the splitters of some tokenizers
 by name, and a file holds the name, not the pattern. Any other tokenizer needs llama.cpp's own converter,
-whose file `--template` takes.
+whose file goes to `--template`.
 """
 
 import json
@@ -30,13 +30,13 @@ def fields(tokenizer: Any, size: int) -> dict[str, Any]:
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        size: Entries of the model's vocabulary; those without a token get a name that no text has.
+        size: Entries of the model's vocabulary; those without a token get a name that no text contains.
 
     Returns:
         Texts, numbers, booleans and lists.
 
     Raises:
-        UserError: If llama.cpp would make other tokens of a text; says what it lacks.
+        UserError: If llama.cpp would make other tokens of a text; says why.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary, types = _vocabulary(described)
@@ -65,7 +65,7 @@ def fields(tokenizer: Any, size: int) -> dict[str, Any]:
 
 
 def notes(tokenizer: Any) -> list[str]:
-    """Return what llama.cpp leaves out, though it makes the same tokens of nearly any text."""
+    """Return what llama.cpp leaves out, although it makes the same tokens of nearly any text."""
     described, lines = json.loads(tokenizer.backend_tokenizer.to_str()), []
     if (described.get("normalizer") or {}).get("type") == "NFC":
         lines.append(
@@ -185,7 +185,7 @@ def _ends(tokenizer: Any) -> tuple[int | None, int | None]:
     before, after = ([], []) if at is None else (whole[:at], whole[at + len(bare) :])
     if at is None or len(before) > 1 or len(after) > 1:
         raise UserError(
-            f"gguf: llama.cpp puts one token before and after a text, the tokenizer more; {_REMEDY}"
+            f"gguf: llama.cpp adds one token before and after a text, the tokenizer more; {_REMEDY}"
         )
     return next(iter(before), None), next(iter(after), None)
 

@@ -1,7 +1,7 @@
-"""Baked weights in safetensors that plain transformers or timm load: no packing, but they run everywhere.
+"""Plain weights in safetensors for plain transformers or timm: not packed, but they run everywhere.
 
-Quantized weights are stored as the values that they stand for. `--dtype bf16` halves the file where those
-values fit the eight bits of precision of bfloat16, which few do; what it would round is refused.
+Quantized weights are stored as the values that they stand for. `--dtype bf16` halves the file if those values
+fit bfloat16's eight bits of precision, which few do; values that it would round are refused.
 """
 
 import json
@@ -41,7 +41,7 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the packed layers' weights and the batch's logits, as transformers or timm load them."""
+    """Return the quantized layers' weights and the batch's logits, as transformers or timm load them."""
     if packed.family == "vit":
         import timm
 
@@ -103,7 +103,7 @@ def save_config(packed: PackedModel, folder: Path, quantization: dict[str, Any] 
 
 
 def load_language_model(packed: PackedModel, folder: Path, **options: Any) -> tuple[Any, Tensor]:
-    """Return the model that plain `from_pretrained` loads from a folder, in float32, and its logits."""
+    """Return the model that plain `from_pretrained` loads from a folder in float32, and its logits."""
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()):  # progress bars of two libraries

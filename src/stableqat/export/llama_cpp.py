@@ -1,8 +1,8 @@
 """What llama.cpp computes for a Llama or Qwen3 model, and so which models it runs as they were trained.
 
 Shapes, the epsilon of the norms and the rotary embedding come from a file's metadata. Everything else is part
-of its code for an architecture: the activation, the attention mask, which layers have biases. llama.cpp would
-silently ignore a configuration value that is in neither, so it is refused here.
+of llama.cpp's code for an architecture: the activation, the attention mask, which layers have biases. It
+would silently ignore a configuration value that is in neither, so such a value is refused here.
 """
 
 import math
@@ -51,7 +51,7 @@ def check(model: Any) -> None:
     config = model.config
     general = PreTrainedConfig().to_dict()
     usual = {key: value for key, value in type(config)().to_dict().items() if key not in general}
-    usual |= {"is_causal": True}  # transformers looks for it in any configuration
+    usual |= {"is_causal": True}  # transformers reads it from any configuration
     for key in usual.keys() - _INERT:
         value = getattr(config, key, usual[key])
         if not _honoured(config.model_type, key, value, usual[key]):
@@ -85,7 +85,7 @@ def metadata(config: Any) -> dict[str, Any]:
 
 
 def rope(model: Any) -> tuple[dict[str, Any], Tensor | None]:
-    """Return metadata of the rotary embedding, and divisors of its frequencies where it needs them.
+    """Return metadata of the rotary embedding, and divisors of its frequencies if it needs them.
 
     Raises:
         UserError: If llama.cpp does not know the rotary embedding.
@@ -151,9 +151,7 @@ def factors(file: Header) -> Tensor | None:
     """Return the divisors of a file's frequencies."""
     if ROPE_FACTORS not in file.tensors:
         return None
-    return torch.from_numpy(
-        gguf_blocks.dequantize(file.bytes_of(ROPE_FACTORS), file.tensors[ROPE_FACTORS].type)
-    )
+    return torch.from_numpy(gguf_blocks.dequantize(file, ROPE_FACTORS))
 
 
 def same_rope(model: Any, metadata: dict[str, Any], factors: Tensor | None) -> bool:
@@ -161,23 +159,18 @@ def same_rope(model: Any, metadata: dict[str, Any], factors: Tensor | None) -> b
     if metadata.get("rope.scaling.type", "linear") not in ("none", "linear", "yarn"):
         return False
     rotary = model.model.rotary_emb
-    own, (theirs, magnitude) = (
-        rotary.inv_freq.float().cpu(),
-        frequencies(metadata, factors, model.config.head_dim),
-    )
-    return (
-        own.shape == theirs.shape
-        and torch.allclose(own, theirs, rtol=1e-4, atol=0)
-        and math.isclose(rotary.attention_scaling, magnitude, rel_tol=1e-4)
-    )
+    own = rotary.inv_freq.float().cpu()
+    theirs, magnitude = frequencies(metadata, factors, model.config.head_dim)
+    same = own.shape == theirs.shape and torch.allclose(own, theirs, rtol=1e-4, atol=0)
+    return same and math.isclose(rotary.attention_scaling, magnitude, rel_tol=1e-4)
 
 
 def load(file: Header, state: dict[str, Tensor]) -> Any:
     """Return the transformers model that llama.cpp makes of a file.
 
     Args:
-        file: Its header, the source of all settings; others have the default of the architecture.
-        state: Its tensors, by the names of transformers.
+        file: The file's header, the source of all settings; the rest are defaults of the architecture.
+        state: The file's tensors, by the names of transformers.
 
     Returns:
         The model, in evaluation mode.

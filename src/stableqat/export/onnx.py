@@ -1,11 +1,12 @@
 """ONNX with MatMulNBits: onnxruntime multiplies with 2, 4 and 8-bit codes as they are.
 
 The operator computes `scale * (code - zero_point)` with codes that start at 0 and one scale per block of
-inputs. The form decides which kernel of onnxruntime runs, and they differ by up to 40 times
+inputs. The form decides which kernel of onnxruntime runs, and kernels differ in speed by up to 40 times
 (`docs/benchmarks.md`):
 
-- Half-integer grids become odd integers where these fit the same width (3 bits take 4 anyway); otherwise
-  their zero point, `2^(b-1) - 1/2`, is a float.
+- Half-integer grids become odd integers if these fit the same width (3 bits take 4 anyway); otherwise their
+zero
+  point, `2^(b-1) - 1/2`, is a float.
 - At 2 bits integer grids get a float zero point as well: without one the kernel is 8 times slower.
 - With int8 activations only integers in short blocks have a fast kernel, so all grids become those.
 
@@ -17,6 +18,7 @@ say: that, or a vision transformer's preprocessing and classes.
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, one_line
 from stableqat.export import hf
 from stableqat.export.packed import PackedModel
 from stableqat.quantizers import QuantizedWeight
 
 FILE = "model.onnx"
 LARGEST = 1 << 30  # bytes of constants in the file itself; protobuf stops at two gigabytes
-BLOCKS = (256, 128, 64, 32, 16)  # inputs that may share a scale
-_INT8_BLOCK = 128  # the longest with an int8 kernel for 2 bits
+BLOCKS = (256, 128, 64, 32, 16)  # numbers of inputs that may share a scale
+_INT8_BLOCK = 128  # the longest block with an int8 kernel for 2 bits
 _WHOLE_ROWS = "no key-value cache and no attention mask: a call computes all its tokens; pad on the right"
 
 
@@ -81,16 +83,14 @@ def notes(packed: PackedModel) -> list[str]:
 
 
 def write(packed: PackedModel, folder: Path) -> None:
-    """Trace the model with an operator for each packed layer.
+    """Trace the model with an operator for each quantized layer.
 
     Raises:
         UserError: If torch cannot export the model.
     """
     model: Any = packed.plain()
     _check_calls(model, packed)
-    for name, weight in packed.layers.items():
-        bias = model.get_submodule(name).bias
-        model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=packed.int8_activations))
+    place_operators(model, packed.layers, int8_activations=packed.int8_activations)
     is_text = packed.module.family == "text"
     batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = {0: batch, 1: length} if is_text else {0: batch}
@@ -105,11 +105,11 @@ def write(packed: PackedModel, folder: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # any kind: the model's own code raises it
+    except Exception as error:  # whatever the model's own code raises
         raise UserError(f"onnx: torch cannot export this model ({_cause(error)}); take hf") from error
     program.model.metadata_props.update(_metadata(packed))
     graph = program.model.graph
-    for node in graph:  # its place in the source would fill most of a small file
+    for node in graph:  # where it is in the source would fill most of a small file
         node.metadata_props.clear()
         node.doc_string = None
     held = sum(each.const_value.nbytes for each in graph.initializers.values())
@@ -136,16 +136,13 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 def _check_calls(model: nn.Module, packed: PackedModel) -> None:
     """Refuse layers whose weight the model reads itself: an operator replaces a call."""
-    called: set[str] = set()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name in packed.layers
-    ]
-    with torch.no_grad():
+    unused = list(packed.layers)
+    with ExitStack() as hooks, torch.no_grad():
+        for name in packed.layers:
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, name=name: unused.remove(name)))
         model(packed.input[:1])
-    for hook in hooks:
-        hook.remove()
-    if unused := [name for name in packed.layers if name not in called]:
+    if unused:
         raise UserError(
             f"onnx: {unused[0]} is not called: the model reads its weight itself, or does not use it; take hf"
         )
@@ -155,7 +152,7 @@ def _cause(error: BaseException) -> str:
     """Return the message of the first exception of a chain, in one line."""
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _metadata(packed: PackedModel) -> Mapping[str, str]:
@@ -175,9 +172,9 @@ class MatMulNBits(nn.Module):
     """A linear layer that exports as the operator; it computes nothing in torch.
 
     Args:
-        weight: The packed weight.
+        weight: The quantized weight.
         bias: Added to the product.
-        int8_activations: Let the operator round its input to int8, per block; no longer exact.
+        int8_activations: Whether the operator may round its input to int8, per block, which is not exact.
     """
 
     def __init__(
@@ -207,16 +204,11 @@ class MatMulNBits(nn.Module):
         """`(..., in) -> (..., out)`."""
         buffers: list[Any] = [x for x in (self.codes, self.scale, self.zero_point) if x is not None]
         rows, inputs = self.shape
+        attributes: Any = {"K": inputs, "N": rows, "bits": self.bits, "block_size": self.block}
         product = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (input, *buffers),
-            {
-                "K": inputs,
-                "N": rows,
-                "bits": self.bits,
-                "block_size": self.block,
-                "accuracy_level": self.accuracy_level,
-            },
+            attributes | {"accuracy_level": self.accuracy_level},
             dtype=input.dtype,
             shape=(*input.shape[:-1], rows),
             version=1,
@@ -224,20 +216,35 @@ class MatMulNBits(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+def place_operators(
+    model: nn.Module, layers: Mapping[str, QuantizedWeight], *, int8_activations: bool = False
+) -> None:
+    """Replace linear layers by operators.
+
+    Args:
+        model: A plain model, changed in place.
+        layers: Weights by layer name.
+        int8_activations: See `MatMulNBits`.
+    """
+    for name, weight in layers.items():
+        bias: Any = model.get_submodule(name).bias
+        model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=int8_activations))
+
+
 def _width(bits: int) -> int:
-    """Return the operator's width for codes of so many bits."""
+    """Return the operator's width for codes of this many bits."""
     return next((width for width in (2, 4) if bits <= width), 8)
 
 
 def _block(weight: QuantizedWeight, longest: int) -> int:
-    """Return the inputs per scale: at most a group, and for one scale per row not mostly padding."""
+    """Return the inputs per scale: at most a group; with one scale per row, not mostly padding."""
     inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
     fits = [b for b in BLOCKS if (b < 2 * inputs if groups == 1 else weight.group_size % b == 0)]
     return next((b for b in fits if b <= longest), BLOCKS[-1])
 
 
 def _is_short(scale: Tensor) -> bool:
-    """Whether three times a scale is exact; then so is scale times code minus scale times zero point."""
+    """Whether three times a scale is exact; then scale times code minus scale times zero point is, too."""
     return torch.equal((3 * scale).double(), 3 * scale.double())
 
 

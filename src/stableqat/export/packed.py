@@ -1,9 +1,9 @@
 """The one form between a trained model and every file format: codes, scales, zero point, bits.
 
-A file keeps scales in a shorter type than training does. Rounding them after the last evaluation would ship
-a model that nobody measured, so `pack` rounds them inside the model, whose forward then is what the file
-must equal. The codes stay those of training: QAT leaves many weights so near a threshold that a scale
-rounded by 0.05% would send them to another level.
+A file stores scales in a shorter type than training does. Rounding them after the last evaluation would ship
+a model that nobody measured, so `pack` rounds them inside the model, whose forward is then what the file must
+equal. The codes stay those of training: QAT leaves many weights so close to a threshold that rounding a scale
+by 0.05% would move them to another level.
 """
 
 from collections.abc import Mapping
@@ -29,18 +29,18 @@ class PackedModel:
     """What a format writes.
 
     Attributes:
-        module: The trained model, with the file's scales in its forward.
-        layers: Packed weights by layer name; the embedding's stands under the embedding, tied or not.
-        dtype: Type of the parameters that are not packed.
+        module: The trained model, whose forward uses the file's scales.
+        layers: Quantized weights by layer name; an embedding's is under the embedding, tied or not.
+        dtype: Type of the parameters that are not quantized.
         scale_dtype: Type of the scales.
         batch: Inputs on which the file is compared with the model.
-        template: A GGUF of upstream's converter whose metadata is kept, as its header, or None.
-        int8_activations: Whether an ONNX file has the runtime round activations to int8.
-        storage_bits: Bits that compressed-tensors stores a code in; None takes the fewest.
+        template: Header of a GGUF of llama.cpp's converter, whose metadata is kept; or None.
+        int8_activations: Whether an ONNX file lets the runtime round activations to int8.
+        storage_bits: Bits in which compressed-tensors stores a code; None takes the fewest.
         images: How images are resized and normalised, as timm's `pretrained_cfg`; None takes timm's own.
         classes: Names of a vision transformer's classes, by label; None if unknown.
-        tokenizer: A language model's, or None.
-        target: Whether a GGUF is for llama.cpp on a CPU or on a GPU.
+        tokenizer: A language model's tokenizer, or None.
+        target: Where llama.cpp runs a GGUF.
     """
 
     module: QATModule
@@ -78,9 +78,8 @@ class PackedModel:
         return self.batch[self.module.input_key]
 
     def rest(self) -> dict[str, Tensor]:
-        """Parameters and buffers that are not packed, in their type, a tied head left out."""
-        state = self.model.state_dict()
-        left = {k: v for k, v in state.items() if ".weight_quantizer." not in k}
+        """Parameters and buffers that are not quantized, in their type, without a tied head."""
+        left = {k: v for k, v in self.model.state_dict().items() if ".weight_quantizer." not in k}
         left = {k: v for k, v in left.items() if k.removesuffix(".weight") not in self.layers}
         if self.tied:
             left.pop("lm_head.weight")
@@ -92,26 +91,29 @@ class PackedModel:
         return {k: v.float() if v.is_floating_point() else v for k, v in self.rest().items()} | packed
 
     def plain(self) -> nn.Module:
-        """A model of its own with the baked weights: plain layers, no quantizers, no hooks."""
+        """A new model with these weights: plain layers, no quantizers, no hooks."""
         with torch.random.fork_rng([]):
             model = self.module.build_model().eval()
         state = model.state_dict()  # a tied head comes with the embedding
-        for name, tensor in self.rest().items():
+        for name, tensor in self.baked().items():
             state[name].copy_(tensor)
-        for name, weight in self.layers.items():
-            state[f"{name}.weight"].copy_(weight.dequantize())
         return model
+
+    def plain_linears(self) -> list[str]:
+        """Names of the linear layers that are not quantized."""
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        return [name for name in linears if name not in self.layers]
 
 
 def quantize_embeddings(module: QATModule, bits: int) -> None:
-    """Quantize embedding and head by rounding, each row with the scale of least squared error.
+    """Round embedding and head to nearest, each row with the scale of least squared error.
 
     Args:
         module: A language model whose head and embedding are not quantized.
         bits: Width, 4 or 8.
 
     Raises:
-        UserError: If the model has no embedding, or trained it quantized.
+        UserError: If the model has no embedding, or trained its head quantized.
     """
     model: Any = module.model
     if module.family == "images":
@@ -122,22 +124,22 @@ def quantize_embeddings(module: QATModule, bits: int) -> None:
     tied = head.weight is embedding.weight
     head = QuantLinear.from_linear(head, STE(head.weight, bits=bits))
     model.set_output_embeddings(head)
-    # an untied embedding gets a quantizer of its own, in a layer that is only looked up
+    # an untied embedding gets its own quantizer, in a layer that is only looked up
     own = head if tied else QuantLinear.from_linear(_as_linear(embedding), STE(embedding.weight, bits=bits))
     quantized = QuantEmbedding.from_embedding(embedding, own)
     model.set_input_embeddings(quantized)
 
 
 def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, QuantizedWeight]:
-    """Round scales and left parameters to a file's types inside a model, and read its codes.
+    """Round scales and all other parameters to a file's types inside a model, and read its codes.
 
     Args:
-        module: Changed in place.
-        dtype: Type of the parameters that are not packed.
+        module: The trained model, changed in place.
+        dtype: Type of the parameters that are not quantized.
         scale_dtype: Type of the scales.
 
     Returns:
-        Packed weights by layer name.
+        Quantized weights by layer name.
 
     Raises:
         UserError: If nothing is quantized, or a weight or scale is not finite or outside the type's range.
@@ -166,19 +168,16 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
 
 @torch.no_grad()
 def evaluate(module: QATModule, batch: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-    """Logits of a batch and its mean loss in nats."""
-    module.eval()
-    labels = batch["labels"]
-    logits = module(batch[module.input_key]).float()
+    """Return the logits of a batch, in float32, and its mean loss in nats."""
+    logits = module.eval()(batch[module.input_key]).float()
+    scored, labels = logits, batch["labels"]
     if module.family == "text":
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    else:
-        loss = F.cross_entropy(logits, labels, ignore_index=-100)
-    return logits, loss.item()
+        scored, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return logits, F.cross_entropy(scored, labels, ignore_index=-100).item()
 
 
 def _layers(model: Any) -> dict[str, QuantLinear]:
-    """Quantized layers by the name that a file has for their weight."""
+    """Return quantized layers by the name that a file has for their weight."""
     layers = quantized_layers(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantEmbedding):
@@ -195,19 +194,18 @@ def _snap(name: str, layer: QuantLinear, dtype: torch.dtype) -> None:
     if not (torch.isfinite(scale).all() and torch.isfinite(layer.weight).all()):
         raise UserError(f"layer {name} holds NaN or infinity: the run diverged; take an earlier checkpoint")
     halves = 1 if quantizer.grid.zero_point == 0 else 2  # s/2 must be in the file, too
-    lowest, highest = torch.finfo(dtype).smallest_normal * halves, torch.finfo(dtype).max
-    if scale.min() < lowest or scale.max() > highest:
-        wrong = scale.min() if scale.min() < lowest else scale.max()
-        remedy = "take --scale_dtype bf16, in a format other than gguf"
-        if (
-            not torch.finfo(torch.bfloat16).smallest_normal * halves
-            <= wrong
-            <= torch.finfo(torch.bfloat16).max
-        ):
-            remedy = "the run collapsed or diverged: take an earlier checkpoint"
+    ranges = {
+        each: (torch.finfo(each).smallest_normal * halves, torch.finfo(each).max) for each in DTYPES.values()
+    }
+    low, high = ranges[dtype]
+    if scale.min() < low or scale.max() > high:
+        wrong = scale.min() if scale.min() < low else scale.max()
+        remedy = "the run collapsed or diverged: take an earlier checkpoint"
+        if ranges[torch.bfloat16][0] <= wrong <= ranges[torch.bfloat16][1]:
+            remedy = "take --scale_dtype bf16, in a format other than gguf"
         raise UserError(
             f"layer {name}: a scale of {wrong:.2e} lies outside {_short(dtype)}'s normal range "
-            f"({lowest:.1e} to {highest:.1e}); {remedy}"
+            f"({low:.1e} to {high:.1e}); {remedy}"
         )
     try:
         quantizer.settle(layer.weight, replace(trained, scale=scale.to(dtype).float()))

@@ -1,8 +1,8 @@
-"""What is exported: a run folder, a checkpoint or a converted folder, its validation data, its tokenizer.
+"""What to export: the model of a run, a checkpoint or a converted folder, with validation data and tokenizer.
 
-A run gives its best checkpoint, a checkpoint itself. The data and the tokenizer come from the run's
-`config.yaml`; without it, or where that data is gone, the comparison uses a fixed random batch, and says so.
-A folder that `convert(model).save_pretrained` made brings its tokenizer, if it has one.
+A run stands for its best checkpoint. Data and tokenizer come from the run's `config.yaml`; without it, or if
+that data is gone, file and model are compared on a fixed random batch, and the report says so. A folder that
+`convert(model).save_pretrained` wrote brings its tokenizer, if one was saved with it.
 """
 
 from contextlib import nullcontext, suppress
@@ -10,32 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from stableqat.data.order import EvaluationOrder
 from stableqat.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.export.converted import is_model_folder, open_converted
 from stableqat.modules import QATModule
 from stableqat.runs import NoDataError, Run, open_run
 
-ROWS = 16  # of the batch on which file and model are compared
-LOGITS = 2**28  # that it may have: a gigabyte, of which there are a few copies
+ROWS = 16  # in the batch on which file and model are compared
+LOGITS = 2**28  # at most, for that batch: a gigabyte, of which there are a few copies
 
 
 @dataclass(frozen=True)
 class Source:
-    """A trained model and what belongs to it.
+    """A trained model, with what belongs to it.
 
     Attributes:
-        module: In evaluation mode, on the CPU.
-        checkpoint: File or folder that it came from.
-        settings: How it was trained, for its model card.
+        module: The model, in evaluation mode, on the CPU.
+        checkpoint: File or folder that it comes from.
+        settings: How it was trained, for the model card.
         step: Optimizer steps that it was trained for; None if unknown.
         batch: Rows of its validation data, or random ones.
         batch_of: Where the batch comes from, in words.
-        tokenizer: Of a language model, if it is to be had.
-        val_loss: The run's last validation loss, None if it had none.
+        tokenizer: A language model's tokenizer; None if it is not found.
+        val_loss: The run's last validation loss; None if it has none.
         images: How the run resizes and normalises images, as timm's `pretrained_cfg`; None if unknown.
         classes: Names of the classes of images, by label; None if unknown.
     """
@@ -53,14 +53,14 @@ class Source:
 
 
 def load_source(source: str, tokenizer: str | None) -> Source:
-    """Load what is to be exported.
+    """Load what to export.
 
     Args:
         source: Run folder, checkpoint or converted folder.
-        tokenizer: Tokenizer to go with it; None takes the run's or the folder's.
+        tokenizer: Tokenizer to put beside it; None takes the run's or the folder's.
 
     Raises:
-        UserError: If there is no such run, or its checkpoint is damaged or of something else.
+        UserError: If there is no such run, or its checkpoint is damaged or holds something else.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer)
@@ -90,7 +90,7 @@ def load_source(source: str, tokenizer: str | None) -> Source:
 
 
 def _rows(run: Run, module: QATModule) -> tuple[dict[str, Tensor], str, list[str] | None]:
-    """Rows on which file and model are compared, in words where they come from, and the names of classes."""
+    """Return rows on which to compare file and model, where they come from in words, and names of classes."""
     try:
         datamodule = run.data()
     except NoDataError as error:
@@ -101,7 +101,7 @@ def _rows(run: Run, module: QATModule) -> tuple[dict[str, Tensor], str, list[str
         classes = getattr(datamodule, "class_names", None)
         if _suits(batch, module):
             return (batch := _bounded(batch, module)), _part(batch, validated), classes
-        reason = "the run's data is not what its model takes"
+        reason = "the run's data does not fit its model"
     except (UserError, OSError) as error:
         reason = f"the run's data cannot be read ({error})"
     return _random_rows(module), f"random rows: {reason}", classes
@@ -123,7 +123,7 @@ def _converted(source: str, tokenizer: str | None) -> Source:
 
 
 def _bounded(batch: dict[str, Tensor], module: QATModule) -> dict[str, Tensor]:
-    """As many rows as have no more logits than `LOGITS`; of one that has more, its first tokens."""
+    """Keep as many rows as have no more logits than `LOGITS`; of a single row with more, its first tokens."""
     if "input_ids" not in batch:
         return batch
     model: Any = module.model
@@ -133,20 +133,13 @@ def _bounded(batch: dict[str, Tensor], module: QATModule) -> dict[str, Tensor]:
 
 
 def _validation_rows(datamodule: Any, validated: int | None) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """The first rows of those that the run validated on, and the shape of all of these."""
+    """Return the first rows that the run validated on, and the shape of all of them."""
     datamodule.prepare_data()
     datamodule.setup("validate")
-    there = len(datamodule.splits["validation"])
-    there = there if validated is None else min(validated, there)
-    rows: dict[str, list[Tensor]] = {}
-    count = 0
-    for batch in datamodule.val_dataloader():
-        for key, value in batch.items():
-            rows.setdefault(key, []).append(value)
-        count += len(batch["labels"])
-        if count >= ROWS:
-            break
-    taken = {key: torch.cat(values)[: min(ROWS, there)] for key, values in rows.items()}
+    rows = datamodule.splits["validation"]
+    there = min(validated or len(rows), len(rows))
+    (keys,) = EvaluationOrder(min(ROWS, there), ROWS)
+    taken = rows[keys]
     return taken, (there, *taken["labels"].shape[1:])
 
 
@@ -159,7 +152,7 @@ def _part(batch: dict[str, Tensor], validated: tuple[int, ...]) -> str:
 
 
 def _suits(batch: dict[str, Tensor], module: QATModule) -> bool:
-    """Whether a batch is of the kind that a model takes, its tokens in the vocabulary."""
+    """Whether a batch fits a model: of its kind, with tokens of its vocabulary."""
     if module.input_key not in batch or module.family == "images":
         return module.input_key in batch
     model: Any = module.model

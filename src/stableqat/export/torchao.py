@@ -1,7 +1,8 @@
 """torchao's Intx weights in safetensors: any grid natively, half-integer zero points included.
 
-torchao's tensor takes one byte per code of any width, so that the file is no smaller than int8; its use is
-torch's own: `torch.export`, ExecuTorch, `from_pretrained`. Scale and zero point are per row or per group.
+torchao's tensor takes one byte per code of any width, so the file is no smaller than int8; it is for torch's
+own tools: `torch.export`, ExecuTorch, `from_pretrained`. There is one scale and zero point per row or per
+group.
 """
 
 import json
@@ -54,7 +55,7 @@ def notes(packed: PackedModel) -> list[str]:
 def _tensor(weight: QuantizedWeight) -> Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    scale = weight.scale  # torchao computes values in its type: float32 rounds nothing
+    scale = weight.scale  # torchao computes values in the type of the scale; float32 rounds nothing
     return IntxUnpackedToInt8Tensor(
         qdata=weight.codes,
         scale=scale,
@@ -75,10 +76,9 @@ def _quantization(packed: PackedModel) -> dict[str, Any]:
     granularity = PerAxis(0) if weight.scale.shape[1] == 1 else PerGroup(weight.group_size)
     scheme = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{weight.bits}"), granularity=granularity)
     embeddings = any(name.endswith("embed_tokens") for name in packed.layers)
-    linears = [n for n, m in packed.model.named_modules() if isinstance(m, torch.nn.Linear)]
     config = TorchAoConfig(
         quant_type=scheme,
-        modules_to_not_convert=[n for n in linears if n not in packed.layers],
+        modules_to_not_convert=packed.plain_linears(),
         include_input_output_embeddings=embeddings,
     )
     return json.loads(config.to_json_string(use_diff=False))

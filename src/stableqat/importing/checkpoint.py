@@ -1,4 +1,4 @@
-"""A model folder as transformers writes it, read file by file: tensors and plain values, nothing executed."""
+"""Reads a model folder as transformers writes it: tensors and plain values, of which nothing is executed."""
 
 import json
 import logging
@@ -25,34 +25,35 @@ _RENAMED = ("rope_scaling", "rope_theta", "torch_dtype")  # by transformers 5, w
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The architecture of a folder, and what the released codes add to its config.json.
+    """Read the architecture of a folder, and what the released codes add to its config.json.
 
     Args:
-        folder: Model folder.
+        folder: Model folder, with a config.json.
+
+    Returns:
+        The keys of the architecture, and those of the released codes.
 
     Raises:
-        UserError: If it is none.
+        UserError: If the file does not describe a language model of this suite.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"checkpoint: {folder} has no config.json; name the folder that the code saved")
     named = _mapping(folder / "config.json")
     try:
         config = pretrained_config("checkpoint", str(folder))
         known = type(config)().to_dict()
         keys = {k: v for k, v in config.to_dict().items() if k in known}
-        resolve_config(keys, None)  # refuses what is no language model of ours
+        resolve_config(keys, None)  # refuses any other model
     except UserError as error:
         said = str(error).removeprefix("checkpoint: ").removeprefix(f"{folder}: ")
         raise UserError(f"{folder}/config.json: {said.removeprefix('model.config.')}") from error
     except Exception as error:  # transformers checks keys with several types of its own
-        raise UserError(f"{folder}/config.json: no configuration of a model: {one_line(error)}") from error
+        raise UserError(f"{folder}/config.json: does not describe a model: {one_line(error)}") from error
     if strange := sorted(named.keys() - known.keys() - {*_EXTRAS, *_RENAMED, *config.attribute_map}):
-        logger.warning("%s: keys that its architecture does not have are left out: %s", folder, strange)
+        logger.warning("%s: ignores keys that its architecture does not have: %s", folder, strange)
     return keys, {k: named[k] for k in _EXTRAS if k in named}
 
 
 def check_sizes(config: dict[str, Any], state: dict[str, Tensor], source: str) -> None:
-    """Compare the sizes that config.json names with the tensors, before anything of these sizes is made.
+    """Compare the sizes in config.json with the tensors, before anything of these sizes is allocated.
 
     Args:
         config: Architecture.
@@ -67,7 +68,7 @@ def check_sizes(config: dict[str, Any], state: dict[str, Tensor], source: str) -
     for name in names:
         key = f"model.{name}.weight"
         if key not in state or state[key].ndim != 2:
-            raise UserError(f"{source}: {key} is missing or no matrix; get the checkpoint again")
+            raise UserError(f"{source}: {key} is missing or not a matrix; get the checkpoint again")
         shapes.append(tuple(state[key].shape))
     (vocabulary, hidden), (intermediate, _), (queries, _), (keys, _) = shapes
     layers = {match[1] for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name))}
@@ -87,10 +88,10 @@ def check_sizes(config: dict[str, Any], state: dict[str, Tensor], source: str) -
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model folder.
+    """Read the tensors of a model folder.
 
     Args:
-        folder: Model folder; its weights may be in one file or in several with an index.
+        folder: Model folder, with its weights in one file or in several with an index.
 
     Raises:
         UserError: If a file is missing, damaged, or holds more than tensors.
@@ -110,21 +111,18 @@ def _mapping(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: no readable JSON; get the file again") from error
+        raise UserError(f"{file}: not readable as JSON; get the file again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{file}: holds no mapping; get the file again")
+        raise UserError(f"{file}: does not hold a mapping; get the file again")
     return found
 
 
 def _parts(index: Path) -> list[Path]:
-    try:
-        weight_map = _mapping(index).get("weight_map")
-    except UserError:
-        weight_map = None
+    weight_map = _mapping(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    # each a file beside it, not one elsewhere
+    # files beside it, not elsewhere
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{index}: no index of weight files; get the file again")
+        raise UserError(f"{index}: not an index of weight files; get the file again")
     return [index.parent / name for name in sorted(set(names))]
 
 
@@ -145,7 +143,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not plain or x.dtype not in _TYPES:
             kind = str(x.dtype if plain else x.layout).removeprefix("torch.")
             raise UserError(
-                f"{path}: {key} ({kind}) is no plain tensor of float32, bfloat16 or float16, in which the "
+                f"{path}: {key} ({kind}) is not a plain tensor of float32, bfloat16 or float16, as the "
                 "released codes save; get the checkpoint again"
             )
     return state

@@ -1,8 +1,8 @@
-"""`stableqat import`: a checkpoint of the released StableQAT or ParetoQ code becomes a run of this suite.
+"""`stableqat import`: turns a checkpoint of the released StableQAT or ParetoQ code into a run of this suite.
 
-Both keep latent weights and beside them, a row each, `weight_clip_val`. The run deploys what the released
-layer computes, weight by weight, in the arithmetic of the checkpoint's type, and goes wherever a run goes: to
-`validate`, to `--model.init_from`, to every exact format.
+Both codes save latent weights and, one per row, `weight_clip_val`. The run deploys what the released layer
+computes, weight by weight, in the arithmetic of the checkpoint's type. Like any run, it works with
+`validate`, `--model.init_from` and every exact format.
 """
 
 import logging
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, one_line
 from stableqat.files import new_folder, writing
 from stableqat.terminal import terminal
 
@@ -20,27 +20,26 @@ logger = logging.getLogger(__name__)
 def import_(
     checkpoint: str, *, from_: Literal["stableqat", "paretoq"], out: str, bits: int | None = None
 ) -> int:
-    """Makes a run of a checkpoint that the released StableQAT or ParetoQ code has written.
+    """Makes a run from a checkpoint that the released StableQAT or ParetoQ code wrote.
 
     Args:
         checkpoint: Its folder: config.json beside safetensors or pytorch_model.bin files, sharded or not.
         from_: The code that wrote it: stableqat (its Fourier surrogate, LSQ or DSQ) or paretoq.
         out: New run folder, such as lightning_logs/imported/llama-2bit.
-        bits: Bits as the released codes count them, 0 for ternary; not needed where config.json names them
-            (w_bits).
+        bits: Bits as the released codes count them, 0 for ternary. Default: w_bits in config.json.
 
     Returns:
         0.
     """
-    if not (Path(checkpoint).expanduser() / "config.json").is_file():
+    source, run = Path(checkpoint).expanduser(), Path(out).expanduser()
+    if not (source / "config.json").is_file():
         raise UserError(f"checkpoint: {checkpoint} has no config.json; name the folder that the code saved")
-    # torch is heavy; a misspelt name does without it
+    # torch is slow to import; a misspelt name is refused without it
     from stableqat.importing.checkpoint import check_sizes, read_config, read_state
     from stableqat.importing.released import SHARPNESS, ReleasedLayer, check_computes, transfer
     from stableqat.modules.start import state_dict_follows
     from stableqat.runs import write_run
 
-    source, run = Path(checkpoint).expanduser(), Path(out).expanduser()
     with new_folder(out) as part:
         config, extras = read_config(source)
         state = read_state(source)
@@ -55,9 +54,7 @@ def import_(
         check_computes(module.eval(), str(source))
         with writing(f"out: {out}", "nothing is left of it, name another folder"):
             write_run(part, module, place=run, tokenizer=_tokenizer(source))
-    say = terminal().print
-    say(f"{run}: {moved}")
-    say(f"stableqat validate -c {run}/config.yaml --ckpt_path last")
+    terminal().print(f"{run}: {moved}\nstableqat validate -c {run}/config.yaml --ckpt_path last")
     return 0
 
 
@@ -68,13 +65,13 @@ def _module(config: dict[str, Any], released: Any, source: Path) -> Any:
         return LlamaModule(config=config, quantizer=partial(released.method, **released.options))
     except UserError:
         raise
-    except Exception as error:  # transformers fails in many ways over values that it has not checked
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    except Exception as error:  # transformers fails in many ways on values that it does not check
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{source}/config.json: transformers cannot build this model ({reason})") from error
 
 
 def _tokenizer(source: Path) -> Any:
-    """The tokenizer of a folder; None without one, or with one that cannot be read."""
+    """Load a folder's tokenizer; None if it has none, or one that cannot be read."""
     if not (source / "tokenizer.json").exists():
         return None
     from stableqat.data.tokenizer import load_tokenizer
@@ -82,5 +79,5 @@ def _tokenizer(source: Path) -> Any:
     try:
         return load_tokenizer(str(source))
     except UserError as error:
-        logger.warning("the run has no tokenizer: %s", error)
+        logger.warning("the run gets no tokenizer: %s", error)
         return None

@@ -1,11 +1,11 @@
-"""What the layers of the released StableQAT and ParetoQ codes compute, and how ours come to deploy the same.
+"""What the layers of the released StableQAT and ParetoQ codes compute, and how ours deploy the same.
 
-`weight_clip_val` acts at 1e-5 at least. It is the step of the integer grid (all widths of StableQAT's code, 3
-and 4 bits of ParetoQ's); the level of the binary grid; on ParetoQ's stretched and ternary grids the range, of
-which 2^(bits-1) steps, or 1.5, make one side. The released layers divide and round in the type of the
-weights, and in bfloat16 that decides the level of up to 0.7% of them: such a weight is put on the
-level that the released layer gives it, so that values agree bit for bit, but for this rounding: ours
-are scale times level in float32, theirs that product in the type of the checkpoint.
+`weight_clip_val`, which the codes clamp to at least 1e-5, is the step of the integer grid (all widths of
+StableQAT's code, 3 and 4 bits of ParetoQ's), the level of the binary grid, and the range of ParetoQ's
+stretched and ternary grids, whose sides have 2^(bits-1) and 1.5 steps. The released layers divide and round
+in the type of the weights; in bfloat16 that decides the level of up to 0.7% of them. The import moves such a
+weight to the level that the released layer gives it, so the values agree bit for bit up to one rounding: ours
+are scale times level in float32, theirs are that product in the type of the checkpoint.
 """
 
 from dataclasses import dataclass, field, replace
@@ -32,9 +32,9 @@ class ReleasedLayer:
     Attributes:
         code: stableqat or paretoq.
         bits: As the code counts them, 0 for ternary.
-        method: The method here that trains alike.
+        method: The method of this suite that trains the same way.
         options: Its options.
-        by_reciprocal: Multiplies with 1 / clip value instead of dividing.
+        by_reciprocal: Whether the layer multiplies by 1 / clip value instead of dividing.
     """
 
     code: str
@@ -47,17 +47,17 @@ class ReleasedLayer:
     def read(
         cls, code: str, bits: int | None, config: dict[str, Any], extras: dict[str, Any], dsq: bool
     ) -> "ReleasedLayer":
-        """Tell the layer from what its code saved.
+        """Derive the layer from what its code saved.
 
         Args:
             code: stableqat or paretoq.
-            bits: As the user names them.
-            config: Architecture.
-            extras: What the code added to config.json.
+            bits: As the user gives them; None takes those of config.json.
+            config: Keys of the architecture.
+            extras: Keys that the code adds to config.json.
             dsq: Whether the layers have a sharpness.
 
         Raises:
-            UserError: If the bits are unknown, or the layers were quantized in several ways.
+            UserError: If the bits are unknown, or differ between layers.
         """
         width = _bits(bits, extras.get("w_bits"))
         options: dict[str, Any] = {"levels": 3} if width == 0 else {"bits": width}
@@ -68,14 +68,14 @@ class ReleasedLayer:
         efficient = extras.get("efficient")
         if not (efficient is None or isinstance(efficient, bool)):
             raise UserError(f"config.json: efficient: must be true or false, not {efficient!r:.60}")
-        reciprocal = bool(efficient) and config["model_type"] == "llama"  # Qwen3 never took it
+        reciprocal = bool(efficient) and config["model_type"] == "llama"  # Qwen3's layers ignore it
         amplitude = _amplitude(extras.get("sine_soft_q"))
         if amplitude is None:
             return cls(code, width, STE, options, reciprocal)
         return cls(code, width, StableQAT, {**options, "amplitude": amplitude}, reciprocal)
 
     def values(self, weight: Tensor, clip: Tensor, sharpness: Tensor | None) -> Tensor:
-        """What the layer multiplies with.
+        """Return what the layer multiplies by, `(out, in)`.
 
         Args:
             weight: Latent weight, `(out, in)`.
@@ -95,14 +95,14 @@ class ReleasedLayer:
         return (code * alpha).to(weight.dtype)
 
     def step(self, clip: Tensor) -> Tensor:
-        """The distance between levels, `(out, 1)`, in float32.
+        """Return the distance between levels, `(out, 1)`, in float32.
 
         Args:
             clip: `weight_clip_val`, `(out, 1)`.
         """
         alpha = clip.clamp(min=LEAST)
         if self._takes_a_range:
-            # the level itself where there is but one; else a power of two, exact
+            # ternary: the one level itself; otherwise division by a power of two is exact
             return (torch.ones_like(alpha) / 1.5 * alpha if self.bits == 0 else alpha / 2).float()
         return alpha.float() * (2 if self.bits == 1 else 1)
 
@@ -112,7 +112,7 @@ class ReleasedLayer:
 
 
 def _soft_code(v: Tensor, low: int, high: int, sharpness: Tensor) -> Tensor:
-    """The released DSQ's: the level below, and the next where the tanh, over its range, is positive."""
+    """Round like the released DSQ: down, or up where the tanh over its range is positive."""
     below = (v - low).floor() + low
     a = sharpness.float().clamp(max=2)  # and so all that follows
     phi = ((v - (below + 0.5)) * (2 / a - 1).log()).tanh() * (1 / (1 - a))
@@ -121,14 +121,15 @@ def _soft_code(v: Tensor, low: int, high: int, sharpness: Tensor) -> Tensor:
 
 @dataclass
 class Transfer:
-    """What became of a checkpoint's weights; `str` says it.
+    """What became of a checkpoint's weights; `str` puts it in words.
 
     Attributes:
-        layers: Quantized layers.
-        weights: Their weights.
-        moved: Weights put on the level that the released layer gives them.
-        off_grid: Weights whose released value is no level, the 0 of a binary layer's sign; they take the
-            nearest.
+        what: The method and its grid.
+        layers: Number of quantized layers.
+        weights: Number of their weights.
+        moved: Number of weights moved to the level that the released layer gives them.
+        off_grid: Number of weights whose released value is not a level (sign(0) of a binary layer); they move
+            to the nearest.
     """
 
     what: str
@@ -138,10 +139,8 @@ class Transfer:
     off_grid: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.what}, {self.layers} layers; "
-        text += (
-            f"{self.moved} of {self.weights} weights moved to the level that the released layer gives them"
-        )
+        text = f"{self.what}, {self.layers} layers; {self.moved} of {self.weights} weights "
+        text += "moved to the level that the released layer gives them"
         if self.off_grid:
             text += f"; {self.off_grid} on none of its levels (a sign of 0) moved to the nearest"
         return text
@@ -163,8 +162,7 @@ def transfer(state: dict[str, Tensor], model: nn.Module, released: ReleasedLayer
     layers = quantized_layers(model)
     if not any(name.endswith(f".{CLIP}") for name in state):
         raise UserError(
-            f"{source}: there is no {CLIP} in it, so its layers are not quantized; start from it with "
-            "model.init_from"
+            f"{source}: has no {CLIP}, so its layers are not quantized; start from it with model.init_from"
         )
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)  # the embedding's, saved twice
@@ -205,14 +203,14 @@ def transfer(state: dict[str, Tensor], model: nn.Module, released: ReleasedLayer
 
 @torch.no_grad()
 def check_computes(module: nn.Module, source: str) -> None:
-    """Refuse a model that computes NaN, for a constant of its config.json or for its size of weights.
+    """Refuse a model that computes NaN, because of a constant in its config.json or the size of its weights.
 
     Args:
         module: The language model.
         source: The checkpoint, for messages.
 
     Raises:
-        UserError: If logits of a few tokens are not finite.
+        UserError: If the logits of a few tokens are not finite.
     """
     if not torch.isfinite(module(torch.arange(4)[None])).all():
         raise UserError(
@@ -224,22 +222,22 @@ def check_computes(module: nn.Module, source: str) -> None:
 def _check(name: str, keys: tuple[str, ...], state: dict[str, Tensor], source: str) -> None:
     if missing := [key for key in keys if f"{name}.{key}" not in state]:
         raise UserError(
-            f"{source}: {name}.{missing[0]} is missing; only checkpoints with every linear layer but lm_head "
-            "quantized can be imported"
+            f"{source}: {name}.{missing[0]} is missing; import takes checkpoints that quantize every "
+            "linear layer but lm_head"
         )
     if state[f"{name}.weight"].ndim != 2:
-        raise UserError(f"{source}: {name}.weight is no matrix; get the checkpoint again")
+        raise UserError(f"{source}: {name}.weight is not a matrix; get the checkpoint again")
     clip, rows = state[f"{name}.{CLIP}"], len(state[f"{name}.weight"])
     if tuple(clip.shape) != (rows, 1):
         raise UserError(
-            f"{source}: {name}.{CLIP} has shape {tuple(clip.shape)}, not one value a row, ({rows}, 1)"
+            f"{source}: {name}.{CLIP} has shape {tuple(clip.shape)}, not one value per row, ({rows}, 1)"
         )
 
 
 def _amplitude(saved: Any) -> float | None:
-    """The amplitude of the Fourier surrogate, None where it is off.
+    """Return the amplitude of the Fourier surrogate; None if it is off.
 
-    The released code gives each of several amplitudes a harmonic of its own, which ours does not.
+    The released code gives each of several amplitudes its own harmonic; ours has one amplitude.
     """
     saved = {"enable": True} if saved is None else saved
     key = "config.json: sine_soft_q"
