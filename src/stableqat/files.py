@@ -18,6 +18,11 @@ def only_local(name: str) -> bool:
     return (name.startswith(("/", ".", "~")) or name.count("/") > 1 or suffix) and not set(":[{") & set(name)
 
 
+def as_it_stands(path: str) -> str:
+    """What a message adds to a path that does not exist: that a glob is taken for a name."""
+    return " (globs are not expanded)" if set("*?") & set(path) else ""
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Write a file next to its place and move it there at the end; an exception leaves nothing behind.

@@ -34,6 +34,11 @@ def find_config(name: str) -> Path:
     for path in (Path(name).expanduser(), Path(f"{name}.yaml").expanduser()):
         if path.is_file():
             return path
+        if path.exists() and not path.is_dir():
+            raise UserError(
+                f"{name}: a pipe, which can be read only once, and settings are read more often; write them "
+                "to a file"
+            )
     if shipped := shipped_config(name):
         return shipped
     names = shipped_names()

@@ -21,6 +21,7 @@ from stableqat.layers.experts import as_rows, fused_experts, make_plain, quantiz
 from stableqat.layers.group import group_layers
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
+from stableqat.quantizers.factory import check_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class SurgeryReport:
             heads that stay as they are do not count.
         others: Names of modules whose matrices are not quantized and are in no linear layer, each with its
             share of `matrix_weights`.
-        patterns: For a mapping, the pattern that chose each quantizer, by layer.
+        patterns: For a mapping, the pattern that chose, by layer, in the order of the mapping; also where it
+            chose full precision.
         kinds: For a mapping, a word on each quantizer, by layer.
     """
 
@@ -190,7 +192,7 @@ def quantize_linears(
             try:
                 made = _make_quantizer(linear.weight, factories[name], initialize)
             except UserError as error:
-                raise UserError(f"layer {name}: {error}") from error
+                raise UserError(f"layer {choice.named(name)}: {error}") from error
             of_input = None if input_quantizer is None else input_quantizer(name, linear)
             replacements[linear] = QuantLinear.from_linear(linear, made, of_input)
             replacements[linear].recompute = recompute
@@ -206,7 +208,7 @@ def quantize_linears(
     if isinstance(quantizer, Mapping):
         made_by_name = {name: replacements[linear].weight_quantizer for name, linear in chosen.items()}
         made_by_name |= {name: quantizer for name, (_, _, quantizer) in experts.items()}
-        report.patterns = {name: choice.pattern(name) for name in report.swapped}
+        report.patterns = {name: p for p in quantizer for name, own in choice.chosen.items() if own == p}
         report.kinds = {name: made.kind_in_words for name, made in made_by_name.items()}
     group_layers(model, list(replacements.values()))
     report.unmatched = [pattern for pattern in skip if pattern not in choice.skipping]
@@ -215,39 +217,6 @@ def quantize_linears(
     report.count(model, of_experts | {layer.latent for layer in quantized_layers(model).values()})
     logger.info("%s", report)
     return report
-
-
-def describe(model: nn.Module, report: SurgeryReport | None = None) -> dict[str, str | int | float]:
-    """Flat hyper-parameters that name a model's quantizers in a table or in TensorBoard.
-
-    Where layers differ a value is "mixed", `bits` is the mean over weights, and `quantizers` names all kinds.
-
-    Args:
-        model: The model.
-        report: Of its surgery, for the patterns that chose the quantizers.
-    """
-    made = [(n, layer.weight_quantizer, layer.latent) for n, layer in quantized_layers(model).items()]
-    made += [(n, q, m.get_parameter(key)) for n, (m, key, q) in quantized_experts(model).items()]
-    described = [(name, quantizer, quantizer.describe(), weight.numel()) for name, quantizer, weight in made]
-    if not described:
-        return {"method": "FP"}
-    distinct = list({tuple(each.items()): each for _, _, each, _ in described}.values())
-    first, *others = distinct
-    if not others:
-        return first
-    varying = {key for each in distinct for key in each if any(each[key] != o.get(key) for o in distinct)}
-    mixed = {key: "mixed" if key in varying else first[key] for key in first if all(key in o for o in others)}
-    kinds: dict[str, int] = {}
-    for name, quantizer, each, _ in described:
-        own = [f"{key} {each[key]}" for key in each if key in varying - {"method", "bits", "grid"}]
-        kind = ", ".join([quantizer.kind_in_words, *own])
-        pattern = None if report is None else report.patterns.get(name)
-        kind = kind if pattern is None else f"{pattern}: {kind}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    words = [kind if ": " in kind else f"{count} layers: {kind}" for kind, count in kinds.items()]
-    weights = sum(count for *_, count in described)
-    bits = round(sum(quantizer.bits * count for _, quantizer, _, count in described) / weights, 4)
-    return {**mixed, "bits": bits, "quantizers": "; ".join(words)}
 
 
 def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
@@ -282,6 +251,9 @@ class Choice:
     """
 
     def __init__(self, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
+        self.mapped = isinstance(quantizer, Mapping)
+        if isinstance(quantizer, Mapping):
+            check_mapping(quantizer)
         self.factories = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
         self.skip = skip
         self.skipping: set[str] = set()  # patterns of `skip` that match a layer
@@ -309,6 +281,10 @@ class Choice:
                 )
             self.chosen[name] = found
         return self.chosen[name]
+
+    def named(self, name: str) -> str:
+        """A layer for a message, with its pattern if there is a mapping."""
+        return f"{name} (pattern {self.pattern(name)})" if self.mapped else name
 
     def of(self, name: str) -> QuantizerFactory | None:
         """The factory of a layer, None for full precision."""
@@ -338,7 +314,7 @@ def _quantizers_of_experts(
             try:
                 made[name] = module, key, _make_quantizer(rows, factory, initialize)
             except UserError as error:
-                raise UserError(f"layer {name}: {error}") from error
+                raise UserError(f"layer {choice.named(name)}: {error}") from error
     return made
 
 

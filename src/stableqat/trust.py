@@ -95,9 +95,13 @@ def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
 
 
 def words(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """What the user sets on a command line: dotted keys with values, also those inside flow-style YAML."""
-    if STUDY in os.environ:
-        return
+    """What the user, not a study, sets on a command line: see `flags`."""
+    if STUDY not in os.environ:
+        yield from flags(arguments)
+
+
+def flags(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """What a command line sets: dotted keys with values, also those inside flow-style YAML."""
     for flag, following in itertools.pairwise([*arguments, ""]):
         key, equals, joined = flag.partition("=")
         value: Any = joined if equals else following

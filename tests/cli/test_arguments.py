@@ -1,6 +1,7 @@
 """What is misspelt is refused before the libraries are imported, and nothing else is refused there."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -39,11 +40,16 @@ MISSPELT = [
     ([*FIT, "--data.sorce", "x"], "data.sorce: unknown key; did you mean data.source?"),
     ([*FIT, "--model.init_from", "/not/there"], "model.init_from: /not/there does not exist; name a run"),
     ([*FIT, "--data.source=not/there/at.all"], "data.source: not/there/at.all does not exist; name a file"),
+    (
+        [*FIT, "--data.source", "text/*.jsonl"],
+        "data.source: text/*.jsonl does not exist (globs are not expanded); name a file, a folder",
+    ),
     ([*FIT, "--data.tokenizer", "./tokenizer"], "data.tokenizer: ./tokenizer does not exist"),
     (
         [*FIT, "--ckpt_path", "none.ckpt"],
         "ckpt_path: none.ckpt does not exist; name a checkpoint, or leave it",
     ),
+    (["fit", "-c", "pipe"], "pipe: a pipe, which can be read only once, and settings are read more often"),
     (["evaluate", "none.ckpt"], "none.ckpt: there is no such run or checkpoint"),
     (["export", "none", "--format", "hf", "--out", "out"], "none: there is no such run or checkpoint"),
     (["export", "none", "--fromat", "hf"], "fromat: unknown key; did you mean format?"),
@@ -60,7 +66,7 @@ FREE = {
     "a start that a later file may replace": [*FIT, "--model.init_from=/not/there", "-c", "llama/debug"],
     "a start that a later flag replaces": [*FIT, "--model.init_from=/not/there", "--model.init_from=null"],
     "options of classes inside": [*FIT, "--model.optimizer.fused=true", "--trainer.strategy.x=1"],
-    "a quantizer for each pattern": [*FIT, "--model.quantizer", "{'*.mlp.*': {class_path: STE}}"],
+    "a quantizer for each pattern": [*FIT[:3], "--model.quantizer", "{'*.mlp.*': {class_path: STE}}"],
     "keys of an architecture": [*FIT, "--model.config.anything=1"],
     "what only parsers know": [*FIT, "--print_config=skip_null", "--model.help=A", "--trainer.callbacks+=X"],
     "settings as YAML": ["fit", "--config", "trainer: {max_stepz: 3}"],
@@ -78,6 +84,7 @@ FREE = {
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("trainer: {max_stepz: 3}")
+    os.mkfifo(tmp_path / "pipe")
 
 
 def test_torch_is_not_imported_for_what_is_misspelt(elsewhere):

@@ -75,6 +75,7 @@ def zst(text):
         ({"source": "/nowhere/at/all.jsonl"}, "no such data file or folder: /nowhere/at/all.jsonl"),
         ({"source": "missing.parquet"}, "no such data file or folder: missing.parquet"),
         ({"source": "./missing"}, "no such data file or folder: ./missing"),
+        ({"source": "text/*.jsonl"}, r"text/\*.jsonl \(globs are not expanded\)"),
         ({"source": "too/many/parts"}, "no such data file or folder: too/many/parts"),
     ],
 )

@@ -41,7 +41,7 @@ EVEN, ODD = "val/loss_even", "val/loss_odd"
 PERPLEXITY = "val/perplexity"
 ODD_HALF, ALL = ", odd batches", ", all batches"
 # Rounding to nearest is the same for two arms that share these.
-FORWARD = ("bits", "grid", "scale_init", "granularity")
+FORWARD = ("bits", "grid", "scale_init", "granularity", "quantizers")
 
 
 @dataclass(frozen=True)

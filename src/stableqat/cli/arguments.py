@@ -7,9 +7,7 @@ decides.
 """
 
 import ast
-import filecmp
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -17,12 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from stableqat.cli.layers import QUANTIZER, read_layers, settle_quantizer
 from stableqat.errors import LISTED, UserError, nearest
-from stableqat.files import only_local
-from stableqat.shipped import find_config, shipped_config
-from stableqat.trust import walk, words
+from stableqat.files import as_it_stands, only_local
 
 # configurable callbacks, each under a key of its own
 CALLBACKS = {
@@ -35,7 +30,7 @@ CALLBACKS = {
     "last": "LastCheckpoint",
 }
 
-_ROOMS = {"model": "modules", "data": "data", "model.quantizer": "quantizers"}
+_ROOMS = {"model": "modules", "data": "data", QUANTIZER: "quantizers"}
 _OF_THE_PARSER = ("config", "help", "print_config", "seed_everything", "trainer", "model", "data")
 _START = "a run, a checkpoint, a model folder or a name on the Hub"
 _PATHS = {
@@ -56,45 +51,23 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
         arguments: The verb and its flags.
 
     Returns:
-        The arguments with files in place of the names of shipped configurations.
+        The arguments with files in place of the names of shipped configurations, and made so that a later
+        quantizer replaces a mapping of them.
 
     Raises:
         UserError: If a configuration or a path does not exist, or a key is unknown.
     """
-    named, files, inline = _find_configs(arguments)
+    named, layers = read_layers(arguments)
     _check_paths(named)
-    settings: list[Setting] = [("", key, value) for key, value in words(named)]
-    left: list[Setting] = []  # to the parser, but the classes that they name count
-    # what cannot be read is left to the parser as well
-    unreadable = (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError)
-    for file in files:
-        with suppress(*unreadable):
-            content = yaml.safe_load(file.read_text())
-            settings += [(f"{file}: ", key, value) for key, value in walk(content, str(file))]
-    for text in inline:
-        with suppress(*unreadable):
-            left += [("", key, value) for key, value in walk(yaml.safe_load(text), text)]
-    _check_keys(arguments[0], list(_shortened(settings)), list(_shortened(left)))
-    return named
-
-
-def _find_configs(arguments: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
-    """The arguments with files in place of names, these files, and settings given as YAML in their place."""
-    named, files, inline = list(arguments), [], []
-    for at, (flag, value) in enumerate(pairwise(["", *arguments])):
-        start = "--config=" if value.startswith("--config=") else ""
-        name = value.removeprefix(start)
-        if not (start or flag in ("-c", "--config")) or name.startswith("-"):
-            continue
-        if re.search(r"[:{\n]", name):
-            inline.append(name)
-            continue
-        path = find_config(name)
-        if (other := shipped_config(name)) and not filecmp.cmp(path, other, shallow=False):
-            print(f"stableqat: {path}: the file here, not the shipped configuration", file=sys.stderr)
-        named[at] = f"{start}{path}"
-        files.append(path)
-    return named, files, inline
+    settings: list[Setting] = [
+        (each.where, *one) for each in layers if not each.inline for one in each.settings
+    ]
+    # left to the parser, but the classes that they name count
+    left: list[Setting] = [(each.where, *one) for each in layers if each.inline for one in each.settings]
+    _check_keys(arguments[0], settings, left)
+    classes = _classes((Path(__file__).parents[1] / _ROOMS[QUANTIZER]).glob("*.py"))
+    options = set().union(*(_parameters(classes, name) or () for name in classes))
+    return settle_quantizer(named, layers, options)
 
 
 def _check_paths(arguments: Sequence[str]) -> None:
@@ -110,14 +83,7 @@ def _check_paths(arguments: Sequence[str]) -> None:
         path = given[key]
         local = only_local(path) or (key == "ckpt_path" and not re.match(r"(last|best|null)$|-", path))
         if local and not Path(path).expanduser().exists():
-            raise UserError(f"{key}: {path} does not exist; name {_PATHS[key]}")
-
-
-def _shortened(settings: Iterable[Setting]) -> Iterator[Setting]:
-    for where, key, value in settings:
-        parts = key.strip(".+").split(".")
-        if parts[-1] != "init_args":  # its arguments follow, each by itself
-            yield where, ".".join(part for part in parts if part != "init_args"), value
+            raise UserError(f"{key}: {path} does not exist{as_it_stands(path)}; name {_PATHS[key]}")
 
 
 def _check_keys(verb: str, settings: Sequence[Setting], left: Sequence[Setting]) -> None:
@@ -136,7 +102,7 @@ def _check_keys(verb: str, settings: Sequence[Setting], left: Sequence[Setting])
         classes = _classes((ours / room).glob("*.py"))
         every = [_arguments_of(classes, name) for name in _named_classes([*settings, *left], block)]
         known[block] = set().union(*filter(None, every)) if every and None not in every else None
-    known["model.quantizer"] = (known["model.quantizer"] or set()) - {"weight"}  # the layer's
+    known[QUANTIZER] = (known[QUANTIZER] or set()) - {"weight"}  # the layer's
     for where, key, value in settings:
         parts = key.split(".")
         if isinstance(value, dict) or {"class_path", "dict_kwargs", "help"} & set(parts):

@@ -75,9 +75,9 @@ class Parser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
         return super().parse_path(path, *args, **kwargs)
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
-        """Write settings; jsonargparse alone would take a mapping of factories for one factory."""
+        """Write settings; jsonargparse alone takes a mapping of factories, and null in it, for a factory."""
         with warnings.catch_warnings():  # so that its union takes the next type
-            warnings.filterwarnings("error", message=r"\s*Unable to serialize instance \{")
+            warnings.filterwarnings("error", message=r"\s*Unable to serialize instance (\{|None)")
             return super().dump(*args, **kwargs)
 
 
@@ -142,8 +142,10 @@ class QATCommand(LightningCLI):
         configured, path = settings.model, settings.ckpt_path
         if (spec := saved_model(Path(path), configured)) is None:
             return
+        replaced = self.config.clone()
+        replaced.pop(f"{self._verb}.model.init_args.quantizer")  # the parser would mix a class and a mapping
         try:
-            self.config = self.parser.parse_object({self._verb: {"model": spec}}, self.config)
+            self.config = self.parser.parse_object({self._verb: {"model": spec}}, replaced)
         except UserError as error:
             raise UserError(f"ckpt_path: {path} is of another model: {error}") from error
         for key, mine, saved in differences(configured, self.config[self._verb].model):

@@ -26,7 +26,8 @@ _UNKNOWN = re.compile(
     r"(?:Group '([^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption '([^']+)'"
 )
 _INSIDE = re.compile(r"given class_path '[^']+':\n\s+([\w.]+): (.+)")
-_OF_PATTERN = re.compile(r"expects a function or a callable class: ([\w.]+): (.+?)\. Got value: ")
+_ENTRY = re.compile(r"\n {4,}Given value: (?P<value>.+)\n(.*\n)*? {2}Given value: (?P<mapping>\{.+\})$")
+_OF_FACTORY = re.compile(r"expects a function or a callable class: ([\w.]+): (.+?)\. Got value: ")
 _CLASSLESS = re.compile(r"Given value: NestedArg\(key='([^']+)'")
 
 
@@ -35,17 +36,21 @@ class Fault(argparse.ArgumentError):
 
     Args:
         key: The key, as the user wrote it.
-        problem: What is wrong, and the remedy if `near` is None.
-        near: A key that may have been meant.
+        problem: What is wrong, and the remedy if `named` is None.
+        named: The key that the remedy names.
+        remedy: What to do, with braces in place of that key.
     """
 
-    def __init__(self, key: str, problem: str, near: str | None = None) -> None:
-        self.key, self.problem, self.near = key, problem, near
-        super().__init__(None, f"{key}: {problem}" + (f"; did you mean {near}?" if near else ""))
+    def __init__(
+        self, key: str, problem: str, named: str | None = None, remedy: str = "did you mean {}?"
+    ) -> None:
+        self.key, self.problem, self.named, self.remedy = key, problem, named, remedy
+        super().__init__(None, f"{key}: {problem}" + (f"; {remedy.format(named)}" if named else ""))
 
     def within(self, parent: str) -> "Fault":
         """The same fault, seen from outside of `parent`."""
-        return Fault(f"{parent}.{self.key}", self.problem, self.near and f"{parent}.{self.near}")
+        named = self.named and f"{parent}.{self.named}"
+        return Fault(f"{parent}.{self.key}", self.problem, named, self.remedy)
 
 
 class OneLineErrors:
@@ -120,15 +125,24 @@ def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError
         return _unknown(getattr(ex, "subcommand_parser", parser), group + match[2])
     if match := _INSIDE.search(message):  # a fault inside one of several types that the key may have
         return Fault(match[1], match[2]).within(key)
-    if match := _OF_PATTERN.search(message):  # a fault in a mapping of factories
+    action = next((action for action in parser._actions if action.dest == key), None)
+    if match := _ENTRY.search(message):  # a fault in an entry of a mapping
+        entry, told = _name_of(match["value"], match["mapping"]), message[: match.end("value")]
+        key, message = f"{key}.{entry}", told[told.rindex("Does not validate") :]
+    if match := _OF_FACTORY.search(message):
         return Fault(match[1], match[2]).within(key)
     if match := _CLASSLESS.search(message):
-        problem = f"comes before the class of {key}; name that first, with -c or --{key} CLASS"
-        return Fault(f"{key}.{match[1]}", problem)
+        remedy = "name that first, with -c or --{} CLASS"
+        return Fault(f"{key}.{match[1]}", f"comes before the class of {key}", key, remedy)
     if not key:
         return UserError(" ".join(message.split()))
-    action = next((action for action in parser._actions if action.dest == key), None)
     return Fault(key, refusal(getattr(action, "_typehint", None), message))
+
+
+def _name_of(value: str, mapping: str) -> str:
+    """The name of an entry in the text of a mapping, by the text of its value."""
+    name = re.search(rf"('[^']*'|\w+): ({re.escape(value)}|{re.escape(repr(value))})", mapping)
+    return name[1].strip("'") if name else ""
 
 
 def _unknown(parser: Any, key: str) -> Fault:

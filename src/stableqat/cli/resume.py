@@ -19,6 +19,8 @@ from stableqat.modules.hyperparameters import saved_arguments
 
 logger = logging.getLogger(__name__)
 
+_QUANTIZER = "init_args.quantizer"
+
 
 def find_resumed(settings: Namespace) -> str | None:
     """The checkpoint that `ckpt_path` names; `last` and `best` are in the run's folder.
@@ -101,7 +103,9 @@ def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any,
     A checkpoint holds the whole architecture, such as all keys of a transformers config. Only keys that the
     configuration names are compared, and none if a model folder or `init_from` brought the architecture.
     """
-    mine, other = dict(vars(configured.as_flat())), dict(vars(saved.as_flat()))
+    mine, other = (_flat(each) for each in (configured, saved))
+    if mine.get(_QUANTIZER) != other.get(_QUANTIZER):  # then their settings have nothing in common
+        mine, other = ({k: v for k, v in f.items() if f"{_QUANTIZER}." not in k} for f in (mine, other))
     start = mine.pop("init_args.init_from", None)
     other.pop("init_args.init_from", None)
     if (teacher := "init_args.teacher.source") in mine and mine[teacher] is None:
@@ -120,6 +124,19 @@ def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any,
         for key, (a, b) in pairs.items()
         if as_saved(a) != as_saved(b)
     ]
+
+
+def _flat(model: Namespace) -> dict[str, Any]:
+    """Settings by dotted key; of a mapping of quantizers its patterns in their order, and those of each."""
+    flat, key = dict(vars(model.as_flat())), _QUANTIZER
+    if isinstance(mapping := flat.get(key), dict):
+        flat[key] = f"a mapping of {', '.join(map(str, mapping))}"
+        for pattern, made in mapping.items():
+            inside = vars(made.as_flat()) if isinstance(made, Namespace) else {"class_path": made}
+            flat |= {f"{key}.{pattern}.{name}": value for name, value in inside.items()}
+    elif named := flat.pop(f"{key}.class_path", None):
+        flat[key] = named
+    return flat
 
 
 def _run_folder(settings: Namespace) -> Path:

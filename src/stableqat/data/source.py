@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stableqat.data.damage import check, file_format, find_crash, find_damage
 from stableqat.errors import LISTED, UserError, first_line
+from stableqat.files import as_it_stands
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,7 +97,7 @@ def local_files(
     elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and file_format(path) not in formats:
         return None
     else:
-        raise UserError(f"no such data file or folder: {source}")
+        raise UserError(f"no such data file or folder: {source}{as_it_stands(source)}")
 
     files = [file for some in splits.values() for file in some]
     for file in files:

@@ -133,6 +133,7 @@ def export(
                 "val_loss": found.val_loss,
                 "dtype": dtype,
                 "scale_dtype": scale_dtype,
+                "quantizers": found.quantizers,
                 **_sizes(writer, packed, part),
                 **differences,
                 "batch": found.batch_of,
@@ -252,7 +253,20 @@ def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], pa
     head = ["---", f"library_name: {library}", "tags: [quantization-aware-training]", "---", ""]
     title = [f"# {packed.family}, {'; '.join(report['grids'])}", "", f"Format: {report['format']}.", ""]
     table = ["| | |", "| --- | --- |", *lines, ""]
+    if len(found.quantizers) > 1:
+        table += _layers(found.quantizers)
     (part / "README.md").write_text("\n".join([*head, *title, *table]))
+
+
+def _layers(kinds: list[dict[str, Any]]) -> list[str]:
+    """A table of the quantizers of a model that has several kinds."""
+    keys = list(dict.fromkeys(key for kind in kinds for key in kind))
+    rows = [
+        [str(kind.get(key, "")).replace("|", "\\|").replace("*", "\\*") for key in keys] for kind in kinds
+    ]
+    lines = [keys, ["---"] * len(keys), *rows]
+    told = "Quantizers by layer; of several patterns that match a name, the first chose:"
+    return [told, "", *("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from stableqat.data.order import EvaluationOrder
 from stableqat.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.export.converted import is_model_folder, open_converted
+from stableqat.kinds import kinds
 from stableqat.modules import QATModule
 from stableqat.runs import NoDataError, Run, open_run
 
@@ -31,6 +32,7 @@ class Source:
         module: The model, in evaluation mode, on the CPU.
         checkpoint: File or folder that it comes from.
         settings: How it was trained, for the model card.
+        quantizers: The kinds of its quantizers, see `stableqat.kinds`.
         step: Optimizer steps that it was trained for; None if unknown.
         batch: Rows of its validation data, or random ones.
         batch_of: Where the batch comes from, in words.
@@ -43,6 +45,7 @@ class Source:
     module: QATModule
     checkpoint: Path
     settings: dict[str, Any]
+    quantizers: list[dict[str, Any]]
     step: int | None
     batch: dict[str, Tensor]
     batch_of: str
@@ -79,6 +82,7 @@ def load_source(source: str, tokenizer: str | None) -> Source:
         module,
         run.checkpoint,
         module.describe(),
+        _kinds(module, "method"),
         run.step,
         batch,
         batch_of,
@@ -117,9 +121,14 @@ def _converted(source: str, tokenizer: str | None) -> Source:
         found = load_tokenizer(tokenizer)
         check_vocabulary(found, module.config.vocab_size, tokenizer)
     batch = _random_rows(module)
-    return Source(
-        module, folder, {}, None, batch, "random rows: a model folder names no data", found, None, None
-    )
+    told = "random rows: a model folder names no data"
+    return Source(module, folder, {}, _kinds(module), None, batch, told, found, None, None)
+
+
+def _kinds(module: QATModule, *more: str) -> list[dict[str, Any]]:
+    assert module.model is not None
+    keys = ("pattern", "layers", *more, "bits", "grid", "granularity")
+    return [{k: kind[k] for k in keys if k in kind} for kind in kinds(module.model, module.surgery)]
 
 
 def _bounded(batch: dict[str, Tensor], module: QATModule) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from stableqat.callbacks.position import StepPosition
 from stableqat.callbacks.refused import check_trainer, left_out
 from stableqat.checkpoints.read import read_checkpoint
 from stableqat.errors import UserError, check_range
+from stableqat.kinds import describe
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.clipping import clip_gradients
@@ -35,7 +36,7 @@ from stableqat.modules.start import load_start, state_dict_follows, will_be_load
 from stableqat.modules.start_quantizers import take_quantizers
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerSpec
-from stableqat.surgery import SurgeryReport, describe, quantize_linears
+from stableqat.surgery import SurgeryReport, quantize_linears
 
 logger = logging.getLogger(__name__)
 

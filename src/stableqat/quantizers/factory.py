@@ -32,13 +32,38 @@ def make_factory(quantizer: NamedSpec, options: dict[str, Any]) -> QuantizerSpec
     """
     if not isinstance(quantizer, Mapping):
         return _bound(quantizer, options)
+    check_mapping(quantizer)
     if options and not any(isinstance(each, str) for each in quantizer.values()):
         option = next(iter(options))
         raise UserError(f"{option}: the mapping names no method; bind the option with functools.partial")
-    return {
-        pattern: None if each is None else _bound(each, options if isinstance(each, str) else {})
-        for pattern, each in quantizer.items()
-    }
+    made: dict[str, QuantizerFactory | None] = {}
+    for pattern, each in quantizer.items():
+        try:
+            made[pattern] = None if each is None else _bound(each, options if isinstance(each, str) else {})
+        except UserError as error:
+            problem = str(error).removeprefix("quantizer: ")
+            raise UserError(f"quantizer: pattern {pattern}: {problem}") from error
+    return made
+
+
+def check_mapping(quantizer: Mapping[Any, Any]) -> None:
+    """Refuse a mapping that quantizes nothing, or whose patterns are not text.
+
+    Args:
+        quantizer: Factories or names of methods by layer pattern.
+
+    Raises:
+        UserError: Naming the pattern.
+    """
+    if not quantizer:
+        raise UserError("quantizer: the mapping is empty; give it a pattern, such as '*', with a quantizer")
+    for pattern in quantizer:
+        if not isinstance(pattern, str):
+            raise UserError(f"quantizer: pattern {pattern!r} is not text; put it in quotes")
+    if all(each is None for each in quantizer.values()):
+        raise UserError(
+            "quantizer: every pattern of the mapping leaves its layers as they are; give one a quantizer"
+        )
 
 
 def _bound(quantizer: str | QuantizerFactory, options: dict[str, Any]) -> QuantizerFactory:
@@ -53,8 +78,10 @@ def _named(quantizer: str | QuantizerFactory) -> QuantizerFactory:
         raise UserError(
             f"quantizer: each weight gets one of its own; give the class {given}, not an instance"
         )
-    if not isinstance(quantizer, str):
+    if callable(quantizer):
         return quantizer
+    if not isinstance(quantizer, str):
+        raise UserError(f"quantizer: {quantizer!r} makes no quantizers; give a method's name, or its class")
     known = {name.lower(): cls for name, cls in methods().items()}
     if quantizer.lower() not in known:
         raise UserError(f"quantizer: {quantizer} is unknown; {did_you_mean(quantizer, known)}")

@@ -20,8 +20,8 @@ SHORT_AXES = {"bits": "model.quantizer.bits", "lr": "model.optimizer.lr", "seed"
 QUANTIZER = "model.quantizer"
 # What runs log of themselves, beside the settings of their surrogates.
 LOGGED = (
-    *("method", "bits", "grid", "mask", "scale_init", "granularity", "quantized_share"),
-    *("a", "amplitude", "harmonics", "value"),
+    *("method", "bits", "grid", "mask", "scale_init", "granularity", "quantizers"),
+    *("quantized_share", "a", "amplitude", "harmonics", "value"),
     *("scale_lr_multiplier", "weight_lr_multiplier", "optimizer", "weight_decay", "warmup_steps"),
     *("gradient_clip_val", "max_steps", "batch_size", "tokens_per_step", "training_tokens", "named"),
 )

@@ -1,0 +1,153 @@
+"""The layers of a run's settings in the order of the command line: what each `-c` and each flag sets."""
+
+import filecmp
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from typing import Any, Literal
+
+import yaml
+
+from stableqat.errors import UserError
+from stableqat.shipped import find_config, shipped_config
+from stableqat.trust import flags, walk
+
+QUANTIZER = "model.quantizer"
+_SPEC = {"class_path", "init_args", "dict_kwargs"}
+_UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError)  # the parser says so
+
+Kind = Literal["class", "mapping", "null"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one `-c` or one flag sets.
+
+    Attributes:
+        at: Its place among the arguments.
+        where: The start of a message about it: its file, if it is one.
+        settings: Values by dotted key, without `init_args`.
+        inline: Whether it is YAML in place of a file.
+    """
+
+    at: int
+    where: str = ""
+    settings: list[tuple[str, Any]] = field(default_factory=list)
+    inline: bool = False
+
+
+def read_layers(arguments: Sequence[str]) -> tuple[list[str], list[Layer]]:
+    """Read what a command line sets.
+
+    Args:
+        arguments: The verb and its flags.
+
+    Returns:
+        The arguments with files in place of the names of shipped configurations, and the layers.
+
+    Raises:
+        UserError: If a configuration does not exist.
+    """
+    named, layers = list(arguments), []
+    for at, (flag, value) in enumerate(pairwise(["", *arguments])):
+        start = "--config=" if value.startswith("--config=") else ""
+        name = value.removeprefix(start)
+        if not (start or flag in ("-c", "--config")) or name.startswith("-"):
+            if value.startswith("--"):
+                layers.append(Layer(at, "", list(_shortened(flags(arguments[at : at + 2])))))
+            continue
+        first = at if start else at - 1
+        if re.search(r"[:{\n]", name):
+            layers.append(Layer(first, "", _read(name, name), inline=True))
+            continue
+        path = find_config(name)
+        if (other := shipped_config(name)) and not filecmp.cmp(path, other, shallow=False):
+            print(f"stableqat: {path}: the file here, not the shipped configuration", file=sys.stderr)
+        named[at] = f"{start}{path}"
+        text = ""
+        with suppress(*_UNREADABLE):
+            text = path.read_text()
+        layers.append(Layer(first, f"{path}: ", _read(text, str(path))))
+    return named, layers
+
+
+def settle_quantizer(
+    arguments: Sequence[str], layers: Sequence[Layer], options: Collection[str]
+) -> list[str]:
+    """Let a class or a mapping replace a mapping of quantizers, where the parser would mix the two.
+
+    Args:
+        arguments: The verb and its flags.
+        layers: What they set.
+        options: Settings of quantizers.
+
+    Returns:
+        The arguments, with the quantizer set to null before each layer that replaces it whole.
+
+    Raises:
+        UserError: If a setting of one quantizer is laid over a mapping, or a mapping cannot be meant.
+    """
+    settled, kind = list(arguments), None
+    replaced = []
+    for layer in layers:
+        given = _kind(layer, options)
+        if given and kind and "null" not in (given, kind) and "mapping" in (given, kind):
+            replaced.append(layer.at)
+        elif given is None and kind == "mapping":
+            for key, _ in layer.settings:
+                option = key.removeprefix(f"{QUANTIZER}.")
+                if option != key and option in options:
+                    raise UserError(
+                        f"{layer.where}{key}: a mapping takes no {option} of its own; set it in the entries "
+                        f"of the mapping, or name one class first, as --{QUANTIZER} STE"
+                    )
+        if given == "mapping":
+            _check_order(layer)
+        kind = given or kind
+    for at in reversed(replaced):
+        settled.insert(at, f"--{QUANTIZER}=null")
+    return settled
+
+
+def _check_order(layer: Layer) -> None:
+    """Refuse `*` before `*.mlp`: the first match wins, and the parser would take the latter for a setting."""
+    patterns = [str(pattern) for key, value in layer.settings if key == QUANTIZER for pattern in value]
+    for first, later in combinations(patterns, 2):
+        if later.startswith(f"{first}."):
+            raise UserError(
+                f"{layer.where}{QUANTIZER}: {first} comes before {later}, and the first match wins; put "
+                f"{later} first, or leave one of them out"
+            )
+
+
+def _kind(layer: Layer, options: Collection[str]) -> Kind | None:
+    """What a layer makes of the quantizer; None if it says nothing, or only settings of one."""
+    kind: Kind | None = None
+    for key, value in layer.settings:
+        if key == f"{QUANTIZER}.class_path" and isinstance(value, str):
+            kind = "class"
+        elif key != QUANTIZER:
+            continue
+        elif value in (None, "null"):
+            kind = "null"
+        elif isinstance(value, str) or (isinstance(value, dict) and "class_path" in value):
+            kind = "class"
+        elif isinstance(value, dict) and not (value and value.keys() <= {*_SPEC, *options}):
+            kind = "mapping"
+    return kind
+
+
+def _read(text: str, where: str) -> list[tuple[str, Any]]:
+    with suppress(*_UNREADABLE):
+        return list(_shortened(walk(yaml.safe_load(text), where)))
+    return []
+
+
+def _shortened(settings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for key, value in settings:
+        parts = key.strip(".+").split(".")
+        if parts[-1] != "init_args":  # its arguments follow, each by itself
+            yield ".".join(part for part in parts if part != "init_args"), value

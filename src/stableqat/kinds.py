@@ -1,0 +1,68 @@
+"""The kinds of quantizers that a model has, for tables, TensorBoard and reports."""
+
+from typing import Any
+
+from torch import nn
+
+from stableqat.layers.experts import quantized_experts
+from stableqat.layers.linear import quantized_layers
+from stableqat.surgery import SurgeryReport
+
+_PLACE = ("pattern", "layers", "weights")  # of a kind, beside what its quantizers are
+
+
+def kinds(model: nn.Module, report: SurgeryReport | None = None) -> list[dict[str, Any]]:
+    """The kinds of quantizers that a model has, in the order of a mapping's patterns, or else of its layers.
+
+    Args:
+        model: The model.
+        report: Of its surgery, for the patterns of a mapping.
+
+    Returns:
+        For each kind its pattern, if a mapping chose it, the number of its layers and of their weights, and
+        the hyper-parameters of its quantizers. A pattern of layers in full precision has the method FP.
+    """
+    patterns = {} if report is None else report.patterns
+    made = {n: (layer.weight_quantizer, layer.latent) for n, layer in quantized_layers(model).items()}
+    made |= {n: (q, m.get_parameter(key)) for n, (m, key, q) in quantized_experts(model).items()}
+    found: dict[tuple[object, ...], dict[str, Any]] = {}
+    for name in dict.fromkeys([*patterns, *made]):
+        chosen = {"pattern": patterns[name]} if name in patterns else {}
+        own = made[name][0].describe() if name in made else {"method": "FP"}
+        kind = found.setdefault(
+            tuple({**chosen, **own}.items()), {**chosen, "layers": 0, "weights": 0, **own}
+        )
+        kind["layers"] += 1
+        kind["weights"] += made[name][1].numel() if name in made else 0
+    return list(found.values())
+
+
+def describe(model: nn.Module, report: SurgeryReport | None = None) -> dict[str, str | int | float]:
+    """Flat hyper-parameters that name a model's quantizers in a table or in TensorBoard.
+
+    Where layers differ a value is "mixed", `bits` is the mean over weights, and `quantizers` names all kinds.
+
+    Args:
+        model: The model.
+        report: Of its surgery, for the patterns that chose the quantizers.
+    """
+    found = kinds(model, report)
+    own = [{k: v for k, v in kind.items() if k not in _PLACE} for kind in found if kind["method"] != "FP"]
+    if not own:
+        return {"method": "FP"}
+    first = own[0]
+    if len(own) == len(found) and all(each == first for each in own):
+        return first
+    shared = {key for key in first if all(key in each for each in own)}
+    varying = {key for each in own for key in each if any(each[key] != o.get(key) for o in own)}
+    mixed = {key: "mixed" if key in varying else first[key] for key in first if key in shared}
+    if "bits" in varying:
+        total = sum(kind.get("bits", 0) * kind["weights"] for kind in found)
+        mixed["bits"] = round(total / sum(kind["weights"] for kind in found), 4)
+    words = []
+    for kind in found:
+        others = [f"{key} {kind[key]}" for key in kind if key in varying - {"method", "bits", "grid"}]
+        what = "FP" if kind["method"] == "FP" else "{method} {bits}-bit {grid}".format(**kind)
+        where = kind.get("pattern", f"{kind['layers']} layers")
+        words.append(f"{where}: {', '.join([what, *others])}")
+    return {**mixed, "quantizers": "; ".join(words)}
