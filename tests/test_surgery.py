@@ -414,10 +414,19 @@ def test_the_report_reads_well_and_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="stableqat.surgery"):
         report = quantize_linears(net, TWO_BITS, ["head"])
     assert str(report) == (
-        "1 linear layers quantized, 100.0% of the matrix weights outside embeddings and heads; "
+        "1 linear layer quantized, 100.0% of the matrix weights outside embeddings and heads; "
         "1 left alone: head (skip: head)"
     )
-    assert str(report) in caplog.messages
+    assert caplog.messages == [str(report)]
+    assert "\nquantized:\n  body: STE 2-bit integer\n" in report.lines()
+
+
+def test_a_model_that_is_only_looked_at_is_not_reported(caplog):
+    with torch.device("meta"):
+        net = nn.ModuleDict({"head": nn.Linear(4, 4), "body": nn.Linear(4, 4)})
+    with caplog.at_level(logging.INFO, logger="stableqat.surgery"):
+        assert quantize_linears(net, TWO_BITS).swapped == ["head", "body"]
+    assert not caplog.messages
 
 
 def test_a_module_under_two_names_stays_one():

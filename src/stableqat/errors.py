@@ -58,6 +58,11 @@ def check_known(key: str, value: str, known: Iterable[str]) -> None:
         raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(names)}")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 layer, 2 layers."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """The remedy for an unknown name, whatever the case of its letters.
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -59,6 +60,14 @@ def refusal(hint: Any, message: str) -> str:
     return " ".join(message.split())
 
 
+def _import_path(cls: type) -> str:
+    """The shortest path that a class is imported by."""
+    parts = cls.__module__.split(".")
+    homes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    found = (home for home in homes if getattr(sys.modules.get(home), cls.__name__, None) is cls)
+    return f"{next(found, cls.__module__)}.{cls.__qualname__}"
+
+
 def article(base: type) -> str:
     """The name of a class with its article."""
     return f"{'an' if base.__name__[0] in 'AEIO' else 'a'} {base.__name__}"
@@ -68,10 +77,10 @@ def _suggestion(given: str, bases: list[type]) -> str:
     known = {derived.__name__.lower(): derived for base in bases for derived in _derived(base)}
     leaves = {name: derived.__name__ for name, derived in known.items() if not any(_derived(derived))}
     name = given.split(".")[-1].lower()
-    if name in known:  # in another case, or one of several of this name
+    if name in known:  # in another case, at another place, or one of several of this name
         match = known[name]
-        whole = f"{match.__module__}.{match.__qualname__}" if match.__name__ == given else match.__name__
-        return f"; did you mean {whole}?"
+        placed = match.__name__ == given.rpartition(".")[2]
+        return f"; did you mean {_import_path(match) if placed else match.__name__}?"
     if near := nearest(name, leaves, cutoff=0.7):
         return f"; did you mean {leaves[near]}?"
     return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= LISTED else ""

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, counted
 from stableqat.layers.eligibility import computed_from, is_plain
 from stableqat.layers.experts import as_rows, fused_experts, make_plain, quantize_experts, quantized_experts
 from stableqat.layers.group import group_layers
@@ -48,7 +48,7 @@ class SurgeryReport:
             share of `matrix_weights`.
         patterns: For a mapping, the pattern that chose, by layer, in the order of the mapping; also where it
             chose full precision.
-        kinds: For a mapping, a word on each quantizer, by layer.
+        kinds: Method, width and grid of each quantizer, by layer.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -83,21 +83,21 @@ class SurgeryReport:
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
-        quantized, left = len(self.swapped) - self.fused, len(self.skipped)
-        fused = f" and {self.fused} parameters of fused experts" if self.fused else ""
+        quantized, left = counted(len(self.swapped) - self.fused, "linear layer"), len(self.skipped)
+        fused = f" and {counted(self.fused, 'parameter')} of fused experts" if self.fused else ""
         largest = sorted(self.others, key=self.others.__getitem__, reverse=True)
         others = "".join(f"; {name} ({self.others[name]:.1%} of the weights)" for name in largest[:3])
         more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
         return (
-            f"{quantized} linear layers{fused} quantized, {self.quantized_share:.1%} of the matrix weights "
-            f"outside embeddings and heads; {left} left alone: {reasons or 'none'}{others}{more}"
+            f"{quantized}{fused} quantized, {self.quantized_share:.1%} of the matrix "
+            f"weights outside embeddings and heads; {left} left alone: {reasons or 'none'}{others}{more}"
         )
 
     def lines(self) -> str:
         """The whole report, one line per layer."""
         left = {**self.skipped, **{name: f"{part:.2%} of the weights" for name, part in self.others.items()}}
-        kinds = {name: f": {kind} ({self.patterns[name]})" for name, kind in self.kinds.items()}
-        chosen = [f"  {name}{kinds.get(name, '')}" for name in self.swapped]
+        by = {name: f" ({pattern})" for name, pattern in self.patterns.items()}
+        chosen = [f"  {name}: {self.kinds[name]}{by.get(name, '')}" for name in self.swapped]
         parts = [str(self).partition(";")[0], "", "quantized:", *chosen]
         return "\n".join([*parts, "", "left alone:", *[f"  {k}: {why}" for k, why in left.items()], ""])
 
@@ -205,17 +205,18 @@ def quantize_linears(
         quantize_experts(module, key, quantizer)
         _freeze(module.get_parameter(key), quantizer)
     report.swapped, report.fused = [*chosen, *experts], len(experts)
+    made_by_name = {name: replacements[linear].weight_quantizer for name, linear in chosen.items()}
+    made_by_name |= {name: of_experts for name, (_, _, of_experts) in experts.items()}
+    report.kinds = {name: made.kind_in_words for name, made in made_by_name.items()}
     if isinstance(quantizer, Mapping):
-        made_by_name = {name: replacements[linear].weight_quantizer for name, linear in chosen.items()}
-        made_by_name |= {name: quantizer for name, (_, _, quantizer) in experts.items()}
         report.patterns = {name: p for p in quantizer for name, own in choice.chosen.items() if own == p}
-        report.kinds = {name: made.kind_in_words for name, made in made_by_name.items()}
     group_layers(model, list(replacements.values()))
     report.unmatched = [pattern for pattern in skip if pattern not in choice.skipping]
     _leave_fast_path(model)
     of_experts = {cast(Tensor, m._parameters[key]) for m, key, _ in quantized_experts(model).values()}
     report.count(model, of_experts | {layer.latent for layer in quantized_layers(model).values()})
-    logger.info("%s", report)
+    if not any(parameter.is_meta for parameter in model.parameters()):  # or the model is only looked at
+        logger.info("%s", report)
     return report
 
 

@@ -345,9 +345,21 @@ def test_shards_are_refused():
         GradientMismatch(every_n_steps=1).setup(trainer, None, "fit")
 
 
-def test_a_module_without_a_loss_is_refused():
-    with pytest.raises(UserError, match=r"^mismatch\.every_n_steps: .* no loss\(batch\)"):
-        GradientMismatch(every_n_steps=1).setup(tiny.trainer(), L.LightningModule(), "fit")
+class Criterion(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.loss = nn.MSELoss()
+
+
+class OfOutputs(L.LightningModule):
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().mean()
+
+
+@pytest.mark.parametrize("module", [L.LightningModule, Criterion, OfOutputs])
+def test_a_module_without_a_loss_of_a_batch_is_refused(module):
+    with pytest.raises(UserError, match=r"^mismatch\.every_n_steps: \w+ has no method loss\(batch\)"):
+        GradientMismatch(every_n_steps=1).setup(tiny.trainer(), module(), "fit")
 
 
 def test_the_command_line(tmp_path, monkeypatch, request):

@@ -64,7 +64,7 @@ def test_a_run_keeps_which_share_of_its_weights_is_quantized(runs):
             continue
         assert share == {"llama": 1, "vit": 0.9948}[family]
         layer = {"llama": "model.layers.0.mlp.up_proj", "vit": "blocks.0.mlp.fc1"}[family]
-        assert f"\n  {layer}\n" in kept.read_text()
+        assert f"\n  {layer}: {run.hparams['method']} 2-bit {run.hparams['grid']}\n" in kept.read_text()
         assert f"{share:.1%} of the matrix weights" in kept.read_text()
 
 

@@ -450,6 +450,10 @@ def test_a_config_file_is_refused_by_name(case, refuse, at):
 
 # what is found only once all files are read together, and so without a file's name
 WHOLES = {
+    "a strategy's place in earlier versions": (
+        "trainer: {strategy: {class_path: stableqat.modules.strategy.FSDP2Strategy}}",
+        ["trainer.strategy: stableqat.modules.strategy.F", "did you mean stableqat.modules.FSDP2Strategy?"],
+    ),
     "an unknown group": ("trainr: {max_steps: 1}", ["trainr.max_steps", "did you mean trainer.max_steps?"]),
     "an unknown key of a callback": (
         "guard: {patienc: 1}",

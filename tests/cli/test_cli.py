@@ -38,6 +38,16 @@ def test_news_begin_with_the_run(run, at, capsys):  # one before has made the to
     assert "litlogger" not in err
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_progress_bar_names_no_epoch_that_is_none(own, at, capsys):
+    flags = ["--trainer.enable_progress_bar", "true", "--trainer.max_epochs", "-1"]
+    flags += ["--trainer.callbacks+=TQDMProgressBar"] if own else []
+    assert main(llama("fit", f"bar-{own}", *flags)) == 0
+    out, err = capsys.readouterr()
+    assert "Epoch 0" in out + err
+    assert "Epoch 0/" not in out + err
+
+
 def test_a_start_is_evaluated(run, at, capsys):
     assert main(llama("test", "test", "--model.init_from", run)) == 0
     assert "loss" in capsys.readouterr().out

@@ -159,8 +159,11 @@ def test_a_source_alone_is_as_it_was_before_there_were_mixtures():
 def test_another_mixture_budget_or_seed_does_not_resume(mixture, seed, says):
     saved = TrainingLoader([], TrainingOrder(Mixture([8, 9], [1, 1], 12), 2, seed=3)).state_dict()
     TrainingLoader([], TrainingOrder(Mixture([8, 9], [0.5, 0.5], 12), 4, seed=3)).load_state_dict(saved)
-    with pytest.raises(UserError, match=f"^cannot resume: the checkpoint's {says}: resume with the same .*"):
+    with pytest.raises(
+        UserError, match=f"^cannot resume: the checkpoint's {says} .*model.init_from RUN"
+    ) as refused:
         TrainingLoader([], TrainingOrder(mixture, 2, seed=seed)).load_state_dict(saved)
+    assert ("earlier stableqat held out other samples" in str(refused.value)) == ("number of" in says)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 from stableqat.modules.config import resolve_config
 from stableqat.modules.hyperparameters import rebuild
-from stableqat.modules.start import check_start
+from stableqat.modules.start import Start, check_start
 
 BASE = {
     "model_type": "llama",
@@ -116,6 +116,6 @@ def test_an_architecture_laid_over_a_folder_is_refused(key, tmp_path):
     module = LlamaModule(config=BASE | {"num_hidden_layers": 2, "head_dim": 8, key: other}, init_from=source)
     words = rf"model\.config\.{key}: is {other}, but .*model in init_from has .*; take .*--model\.config null"
     with pytest.raises(UserError, match=words):
-        check_start(module, source)
+        check_start(module, Start(source))
     with pytest.raises(UserError, match=words):
         module.configure_model()

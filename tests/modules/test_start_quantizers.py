@@ -14,6 +14,7 @@ import tiny
 from stableqat.cli.main import main
 from stableqat.errors import UserError
 from stableqat.layers.linear import quantized_layers
+from stableqat.modules import start
 from stableqat.quantizers import DSQ, STE
 
 FAMILIES = ["llama", "vit"]
@@ -58,10 +59,14 @@ def sharded(path: Path, folder: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("kind", ["file", "sharded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_grid_takes_all_parameters_bit_for_bit(family, kind, starts, tmp_path, caplog):
+def test_the_same_grid_takes_all_parameters_bit_for_bit(family, kind, starts, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     source = starts[family] if kind == "file" else sharded(starts[family], tmp_path / "last.ckpt")
+    read, paths = start.read_checkpoint, []
+    monkeypatch.setattr(start, "read_checkpoint", lambda path: paths.append(path) or read(path))
     module = begun(family, source, partial(DSQ, bits=4))
+    assert paths == [source]  # once
+    assert caplog.text.count("linear layers quantized") == 1
     expected = torch.load(starts[family], weights_only=True)["state_dict"]
     state = module.state_dict()
     assert state.keys() == expected.keys()
@@ -115,7 +120,7 @@ def test_a_classifier_of_other_classes_is_set_from_its_own_weights(starts, caplo
     module = begun("vit", path, whole, skip=[], num_classes=7)
     head = quantized_layers(module.model)["head"]
     assert torch.equal(head.weight_quantizer.scale, whole(head.weight).scale)
-    assert "1 layers with new weights" in caplog.text
+    assert "1 layer with new weights" in caplog.text
 
 
 def refused(pattern, family="llama", **options):

@@ -390,10 +390,12 @@ def test_folders_of_others_are_left_alone() -> None:
 
 
 def test_a_sweep_killed_while_it_made_its_first_record_goes_on() -> None:
-    """Nothing but a part of the record lies in the point's folder."""
+    """Nothing but a part of the record, or of a folder, lies in the point's folder."""
     for point, name in (("a", ".sweep.json.1.part"), ("b", ".sweep.json.23.part")):
         (FOLDER / point).mkdir(parents=True)
         (FOLDER / point / name).write_text("{")
+    (FOLDER / "a" / ".tokenizer.x.part").mkdir()
+    (FOLDER / "a" / ".tokenizer.x.part" / "tokenizer.json").touch()
     assert run(write({"a": "finish", "b": "finish"})) == 0
     assert statuses() == {"a": "done", "b": "done"}
     assert not [file for file in FOLDER.rglob("*.part")]

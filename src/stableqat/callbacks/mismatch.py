@@ -10,6 +10,7 @@ evenly): compare methods by it, at one sigma. A small sigma asks for the stairca
 surrogate that is constant would do.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the 
 class GradientMismatch(L.Callback):
     """Log `quant/grad_cosine` and its standard error, `quant/grad_cosine_se`, without effect on the training.
 
+    A module of your own needs a method `loss(batch)` that returns the training loss and logs nothing.
     Measured before a step, on its batch, from one gradient and 4 losses per direction; takes the memory of
     two copies of the quantized weights.
 
@@ -60,10 +62,10 @@ class GradientMismatch(L.Callback):
                 "mismatch.every_n_steps: gradient mismatch cannot be measured on sharded weights; "
                 "set it to 0, or take --trainer.strategy ddp"
             )
-        if self.every_n_steps and not callable(getattr(pl_module, "loss", None)):
+        if self.every_n_steps and not _takes_a_batch(getattr(type(pl_module), "loss", None)):
             raise UserError(
-                "mismatch.every_n_steps: the module has no loss(batch) to measure; define it, and call it in "
-                "training_step"
+                f"mismatch.every_n_steps: {type(pl_module).__name__} has no method loss(batch) to measure; "
+                "define one that returns the training loss, and call it in training_step"
             )
 
     def on_train_batch_start(
@@ -84,6 +86,15 @@ class GradientMismatch(L.Callback):
             metrics = {"quant/grad_cosine": cosine.item(), "quant/grad_cosine_se": error.item()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
+
+
+def _takes_a_batch(loss: Any) -> bool:
+    """Whether this is a method of one argument, unlike a criterion that a module calls its loss."""
+    try:
+        inspect.signature(loss).bind("self", "batch")
+    except TypeError:
+        return False
+    return True
 
 
 class _Probe:

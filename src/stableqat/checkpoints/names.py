@@ -33,26 +33,27 @@ def last_checkpoints(run: Path) -> list[Path]:
     return [path for name in (LAST, PREVIOUS) if (path := run / CHECKPOINTS / name).exists()]
 
 
-def find_checkpoint(source: str) -> Path | None:
+def find_checkpoint(source: str, key: str | None = None) -> Path | None:
     """The checkpoint, a file or a folder of shards, that a run folder or path names; None for anything else.
 
     Args:
         source: Run folder, of which the last checkpoint is taken, or checkpoint.
+        key: The setting that names it, for messages.
 
     Raises:
         UserError: If a run folder has no checkpoint, or there is no file of this name.
     """
-    path = Path(source)
+    path, where = Path(source), "" if key is None else f"{key}: "
     if (path.is_file() and path.suffix == SUFFIX) or is_sharded(path):
         return path
     if path.is_dir() and ((path / CONFIG).is_file() or (path / CHECKPOINTS).is_dir()):
         if found := last_checkpoints(path):
             return found[0]
         if (path / CHECKPOINTS / BEST).exists():
-            raise UserError(f"{source}: the run holds no {CHECKPOINTS}/{LAST}; name its {BEST} itself")
-        raise UserError(f"{source}: the run holds no {CHECKPOINTS}/{LAST} or {BEST}; let it train first")
-    if path.suffix == SUFFIX:
+            raise UserError(f"{where}{source}: the run holds no {CHECKPOINTS}/{LAST}; name its {BEST} itself")
         raise UserError(
-            f"init_from: there is no checkpoint {source}; name a run folder, a checkpoint or a model"
+            f"{where}{source}: the run holds no {CHECKPOINTS}/{LAST} or {BEST}; let it train first"
         )
+    if path.suffix == SUFFIX:
+        raise UserError(f"{where}there is no checkpoint {source}; name a run folder, a checkpoint or a model")
     return None

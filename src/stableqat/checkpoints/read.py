@@ -50,15 +50,17 @@ def read_checkpoint(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def read_rest(folder: Path) -> dict[str, Any]:
-    """Read what a sharded checkpoint holds besides weights and optimizers.
+def read_rest(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint holds besides weights and optimizers, whose shards are left alone.
 
     Raises:
         UserError: As `read_checkpoint`.
     """
-    with _reading(folder):
-        checkpoint = torch.load(folder / REST, map_location="cpu", weights_only=True)
-    _check_rest(folder, checkpoint)
+    if not is_sharded(path):
+        return read_checkpoint(path)  # which maps tensors from the disk
+    with _reading(path):
+        checkpoint = torch.load(path / REST, map_location="cpu", weights_only=True)
+    _check_rest(path, checkpoint)
     return checkpoint
 
 

@@ -58,11 +58,11 @@ def _starts(settings: Namespace) -> Iterator[tuple[str, str]]:
 
 
 def _take_tokenizer(arguments: Namespace, key: str, source: str, asked: bool) -> list[str]:
-    named = arguments.tokenizer
+    named, checkpoint = arguments.tokenizer, find_checkpoint(source, key)
     if named is None:
         named = next((f"{each}/tokenizer" for each in _sources(arguments) if prepared_manifest(each)), None)
     try:
-        own = _tokenizer_of(source)
+        own = _tokenizer_of(source, checkpoint)
     except UserError as error:
         if named is None:
             raise UserError(f"{key}: {error}; name it with --data.tokenizer") from error
@@ -70,7 +70,7 @@ def _take_tokenizer(arguments: Namespace, key: str, source: str, asked: bool) ->
     if named is None and own is not None:
         arguments.tokenizer = own
         return [f"data.tokenizer: {own}, which {key} brings"]
-    if named is None and (key != "model.init_from" or find_checkpoint(source) is not None):
+    if named is None and (key != "model.init_from" or checkpoint is not None):
         return [f"{key}: {source} has no tokenizer; the data's own, or --data.tokenizer, is used"]
     if named in (None, own) or own is None:
         return []
@@ -80,7 +80,7 @@ def _take_tokenizer(arguments: Namespace, key: str, source: str, asked: bool) ->
 def _take_preprocessing(
     arguments: Namespace, model: Namespace, key: str | None, source: str | None
 ) -> list[str]:
-    checkpoint = None if source is None else find_checkpoint(source)
+    checkpoint = None if source is None else find_checkpoint(source, key)
     brought = None
     run = None if checkpoint is None else Run(checkpoint)
     if run is not None and (own := run.preprocessing) is not None:
@@ -133,13 +133,12 @@ def _sources(arguments: Namespace) -> list[str]:
     return [source] if isinstance(source, str) else list(source or [])
 
 
-def _tokenizer_of(source: str) -> str | None:
+def _tokenizer_of(source: str, checkpoint: Path | None) -> str | None:
     """Where a model's tokenizer is; None if that is unknown.
 
     Raises:
         UserError: If its run has none.
     """
-    checkpoint = find_checkpoint(source)
     if checkpoint is not None:
         return Run(checkpoint).tokenizer
     try:

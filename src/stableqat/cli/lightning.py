@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -37,7 +38,7 @@ from stableqat.errors import UserError, first_line
 from stableqat.files import whole_file, writing
 from stableqat.modules import QATModule
 from stableqat.modules.parallel import register_strategies
-from stableqat.modules.start import check_start, state_dict_follows
+from stableqat.modules.start import Start, check_start, state_dict_follows
 from stableqat.modules.start_quantizers import check_quantizers
 from stableqat.trust import check_settings, wall
 
@@ -104,7 +105,6 @@ class QATCommand(LightningCLI):
                         LearningRateMonitor("step"),
                         callbacks.RunRecord(),
                         callbacks.Interruption(),
-                        *_progress_bar(),
                     ],
                     "logger": {
                         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -183,6 +183,12 @@ class QATCommand(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer; whatever it refuses is a setting."""
+        settings = self._get(self.config_init, "trainer")
+        given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
+        if settings["enable_progress_bar"] in (None, True) and not any(
+            isinstance(callback, AnyProgressBar) for callback in given
+        ):
+            self.trainer_defaults["callbacks"].append(ProgressBar())
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
@@ -195,10 +201,12 @@ class QATCommand(LightningCLI):
             check_run_folder(self.trainer.log_dir, ckpt_path)
         if self._verb == "fit":
             checks.check_optimizer(self.model, self.trainer)
-        if self.model.init_from is not None and ckpt_path is None:
-            check_start(self.model, self.model.init_from)
-        if self.model.init_quantizers == "start" and ckpt_path is None:
-            check_quantizers(self.model)
+        if ckpt_path is None:
+            start = None if self.model.init_from is None else Start(self.model.init_from)
+            if start is not None:
+                check_start(self.model, start)
+            if self.model.init_quantizers == "start":
+                check_quantizers(self.model, start)
         check_trainer(self.trainer)
         self.model.check_data(self.datamodule)
 
@@ -304,5 +312,11 @@ def _set_level(level: int) -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def _progress_bar() -> list[L.Callback]:
-    return [RichProgressBar()] if sys.stdout.isatty() else []
+class ProgressBar(RichProgressBar):
+    """Lightning's bar; it names no last epoch where the steps alone end the run."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        described = super()._get_train_description(current_epoch)
+        if self.trainer.max_epochs == -1:
+            described = described.replace("/-2", "  ")
+        return described

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from stableqat.checkpoints.names import BEST, CHECKPOINTS, LAST, is_sharded, last_checkpoints
-from stableqat.checkpoints.read import check_sums, read_checkpoint, read_rest
+from stableqat.checkpoints.read import check_sums, read_rest
 from stableqat.construct import arguments, find_class
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
@@ -62,7 +62,7 @@ def _check_resumed(path: Path, strategy: str | Namespace) -> None:
         raise UserError(f"ckpt_path: {path} is not a checkpoint; name one, or write last")
     try:
         check_sums(path)
-        checkpoint = read_rest(path) if path.is_dir() else read_checkpoint(path)
+        checkpoint = read_rest(path)
     except UserError as error:
         raise _DamagedError(f"ckpt_path: {error}") from error
     if "pytorch-lightning_version" not in checkpoint:
@@ -87,7 +87,7 @@ def saved_model(path: Path, configured: Namespace) -> dict[str, Any] | None:
     Raises:
         UserError: If they are not settings of a model.
     """
-    saved = read_rest(path) if is_sharded(path) else read_checkpoint(path)
+    saved = read_rest(path)
     if not saved["hyper_parameters"]:
         return None
     cls, values = saved_arguments(QATModule, path, saved)

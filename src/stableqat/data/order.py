@@ -193,8 +193,12 @@ class TrainingLoader(Loader):
         for key, own in self._origin().items():
             if (saved := state.get(key, own)) != own:  # stableqat 0.1 saved seed and size alone
                 was, now = (":".join(map(str, v)) if isinstance(v, list) else v for v in (saved, own))
+                causes = "data settings differ"
+                if key in ("size", "rows"):
+                    causes = f"{causes}, the data changed, or an earlier stableqat held out other samples"
                 raise UserError(
-                    f"cannot resume: the checkpoint's {_ORIGIN[key]} is {was}, this run's is {now}: resume "
-                    "with the same data settings, or start a new run from its weights with init_from"
+                    f"cannot resume: the checkpoint's {_ORIGIN[key]} is {was}, this run's is {now} ({causes})"
+                    "; resume with the same settings and data, or start a new run from its weights: "
+                    "model.init_from RUN"
                 )
         self.order.position = self._previous = (state["epoch"], state["consumed"])

@@ -23,7 +23,7 @@ from stableqat.data.tokenizer import check_vocabulary, load_tokenizer
 from stableqat.errors import UserError, first_line
 from stableqat.evaluate.isolation import quiet
 from stableqat.modules.config import pretrained_config
-from stableqat.modules.start import check_start
+from stableqat.modules.start import Start, check_start
 from stableqat.modules.vit import image_size
 from stableqat.runs import Run, open_run
 
@@ -143,7 +143,7 @@ def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Source:
         logger.warning("%s: started from random weights, so it has no baselines", source)
     elif baselines:
         try:
-            check_start(module, str(run.start))
+            check_start(module, Start(str(run.start)))
         except UserError as error:
             raise UserError(
                 f"baselines: the start of {source} cannot be loaded "

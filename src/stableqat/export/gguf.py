@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stableqat.errors import UserError
+from stableqat.errors import UserError, counted
 from stableqat.export import gguf_blocks, gguf_header, gguf_template, gguf_tokenizer, hf, llama_cpp
 from stableqat.export.gguf_header import Header
 from stableqat.export.packed import PackedModel
@@ -104,7 +104,7 @@ def notes(packed: PackedModel) -> list[str]:
         f"{weight.bits}-bit {weight.grid} grid as {kind}"
         for weight, kind in zip(packed.layers.values(), kinds, strict=True)
     )
-    lines = [f"{count} tensors of the {what}" for what, count in taken.items()]
+    lines = [f"{counted(count, 'tensor')} of the {what}" for what, count in taken.items()]
     if "TQ2_0" in kinds:
         lines.append(
             "llama.cpp has no CUDA kernel for TQ2_0: for a GPU take --target gpu (Q2_K, a quarter larger)"

@@ -32,7 +32,7 @@ from stableqat.modules.hyperparameters import rebuild, save_plain_hyperparameter
 from stableqat.modules.metrics import Evaluation
 from stableqat.modules.parallel import checkpoint_activations, shard, states_by_name
 from stableqat.modules.schedule import end_with_run, place
-from stableqat.modules.start import load_start, state_dict_follows, will_be_loaded
+from stableqat.modules.start import Start, load_start, state_dict_follows, will_be_loaded
 from stableqat.modules.start_quantizers import take_quantizers
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerSpec
@@ -190,12 +190,12 @@ class QATModule(Evaluation, ABC):
         if self.model is not None:
             return
         follows = will_be_loaded()
-        fresh = follows or self.init_from is None
-        model = self.build_model() if fresh else load_start(self, self.init_from)  # type: ignore[arg-type]
+        start = None if follows or self.init_from is None else Start(self.init_from)
+        model = self.build_model() if start is None else load_start(self, start)
         takes = self.init_quantizers == "start" and not follows
         self.surgery = self.assemble(model, self.quantizer, initialize=not (follows or takes))
         if takes:
-            take_quantizers(self, model)
+            take_quantizers(model, start)
         if self.device_mesh is not None:
             shard(model, self.blocks(model), self.device_mesh)
         self.model = model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stableqat.checkpoints.names import find_checkpoint
-from stableqat.checkpoints.read import read_checkpoint
+from stableqat.checkpoints.read import read_rest
 from stableqat.construct import check_plain
 from stableqat.errors import UserError, did_you_mean, first_line
 
@@ -55,10 +55,8 @@ def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -
             raise UserError(
                 "model.config: missing; give an architecture, or set model.init_from to take its own"
             )
-        checkpoint = find_checkpoint(init_from)
-        config = (
-            init_from if checkpoint is None else read_checkpoint(checkpoint)["hyper_parameters"].get("config")
-        )
+        checkpoint = find_checkpoint(init_from, key)
+        config = init_from if checkpoint is None else read_rest(checkpoint)["hyper_parameters"].get("config")
         if config is None:
             raise UserError(f"init_from: {init_from} is not a language model; give model.config")
     if isinstance(config, str):

@@ -151,9 +151,10 @@ class LlamaModule(QATModule):
                 "shorten the rows or raise the limit in model.config"
             )
         own_tokens = getattr(datamodule, "tokenizer_source", "") is None
-        if own_tokens and self.init_from is not None and find_checkpoint(self.init_from) is None:
+        start = self.init_from
+        if own_tokens and start is not None and find_checkpoint(start, "init_from") is None:
             raise UserError(
-                f"data.tokenizer: missing; {self.init_from} was trained with a tokenizer but does not "
+                f"data.tokenizer: missing; {start} was trained with a tokenizer but does not "
                 "include it; name it"
             )
         size = getattr(datamodule, "vocab_size", 0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
+from stableqat import ops
 from stableqat.layers.embedding import effective_weight
 from stableqat.layers.linear import QuantLinear
 from stableqat.ops.once_differentiable import once_differentiable
@@ -57,7 +58,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
         `(...)`, float32.
     """
     rows, row_loss = hidden.flatten(0, -2), _cross_entropy(labels.flatten())
-    dtype = compute_dtype(hidden)
+    dtype = ops.compute_dtype(hidden)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     losses = [
         row_loss(F.linear(rows[part].to(dtype), weight, bias).float(), part)
@@ -125,12 +126,6 @@ def next_tokens(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type in which products are computed: autocast's, or the tensor's own."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
-
-
 class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -141,7 +136,7 @@ class _RowLosses(torch.autograd.Function):
         row_loss: RowLoss,
         differentiate: bool,
     ) -> Tensor:
-        dtype = compute_dtype(hidden)
+        dtype = ops.compute_dtype(hidden)
         # once, not in every chunk
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)

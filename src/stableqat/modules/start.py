@@ -9,7 +9,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,24 +42,52 @@ def will_be_loaded() -> bool:
     return _STATE_DICT_FOLLOWS.get()
 
 
-def load_start(module: "QATModule", source: str) -> nn.Module:
-    """Build a module's architecture with the weights of `source`.
+class Start:
+    """What a model starts from; if it is a checkpoint of this suite, it is read once.
+
+    Args:
+        source: Run folder, checkpoint, local model folder or file, or hub name.
+
+    Attributes:
+        checkpoint: The checkpoint; None for what a family reads itself.
+
+    Raises:
+        UserError: If the source is a checkpoint or a run's folder, and there is no checkpoint.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.checkpoint = find_checkpoint(source, "init_from")
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What is in the checkpoint.
+
+        Raises:
+            UserError: If it is damaged, or holds something else.
+        """
+        assert self.checkpoint is not None
+        return read_checkpoint(self.checkpoint)
+
+
+def load_start(module: "QATModule", start: Start) -> nn.Module:
+    """Build a module's architecture with the weights of its start.
 
     Args:
         module: The training system; it knows how to build its architecture and its family's formats.
-        source: Run folder, checkpoint, local model folder or file, or hub name.
+        start: What it starts from.
 
     Returns:
         The model in float32, not yet quantized.
 
     Raises:
-        UserError: If the source is missing, damaged or of another architecture.
+        UserError: If the start is missing, damaged or of another architecture.
     """
-    checkpoint = find_checkpoint(source)
-    if checkpoint is None:
+    source = start.source
+    if start.checkpoint is None:
         return module.load_pretrained(source)
     model = module.build_model()
-    state = read_checkpoint(checkpoint)["state_dict"]
+    state = start.content["state_dict"]
     weights = _latent(state)
     if len(weights) < len(state) and module.init_quantizers == "weights":
         logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
@@ -66,20 +95,20 @@ def load_start(module: "QATModule", source: str) -> nn.Module:
     return model
 
 
-def check_start(module: "QATModule", source: str) -> None:
-    """Refuse a source that `load_start` would refuse, by names and shapes alone.
+def check_start(module: "QATModule", start: Start) -> None:
+    """Refuse a start that `load_start` would refuse, by names and shapes alone.
 
     Raises:
         UserError: As `load_start`.
     """
-    checkpoint = find_checkpoint(source)
-    if checkpoint is None:
+    source = start.source
+    if start.checkpoint is None:
         module.check_pretrained(source)
         return
     with torch.device("meta"):
         model = module.build_model()
-    check_sums(checkpoint)
-    state = _latent(read_checkpoint(checkpoint)["state_dict"])
+    check_sums(start.checkpoint)
+    state = _latent(start.content["state_dict"])
     compare_weights(model, module.fit_state(model, state, source), source)
 
 

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stableqat.checkpoints.names import find_checkpoint
-from stableqat.checkpoints.read import read_checkpoint
-from stableqat.errors import UserError
+from stableqat.errors import UserError, counted
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
-from stableqat.modules.start import state_dict_follows
+from stableqat.modules.start import Start, state_dict_follows
 from stableqat.quantizers import Quantizer
 from stableqat.surgery import quantize_linears
 
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_quantizers(module: "QATModule") -> None:
+def check_quantizers(module: "QATModule", start: Start | None) -> None:
     """Refuse a start whose quantizers cannot be taken, before data is prepared.
 
     Raises:
@@ -38,29 +36,28 @@ def check_quantizers(module: "QATModule") -> None:
         model = module.build_model()
     if module.quantizer is not None:
         quantize_linears(model, module.quantizer, module.skip)
-    start_quantizers(module, model)
+    start_quantizers(model, start)
 
 
-def start_quantizers(module: "QATModule", model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized layers of a module's start, their quantizers trained and on the CPU, without weights.
+def start_quantizers(model: nn.Module, start: Start | None) -> dict[str, QuantLinear]:
+    """The quantized layers of a model's start, their quantizers trained and on the CPU, without weights.
 
     Args:
-        module: The training system, which names the start.
-        model: Its model with its own quantizers, on any device.
+        model: The model with its own quantizers, on any device.
+        start: What it starts from.
 
     Raises:
         UserError: If the start, or in it one of the model's quantized layers, has no quantizer.
     """
     from stableqat.modules.base import QATModule
 
-    key, remedy, source = "model.init_quantizers: start", "take init_quantizers: weights", module.init_from
-    checkpoint = None if source is None else find_checkpoint(source)
-    if checkpoint is None:
-        what = "init_from is missing" if source is None else f"{source} is not a run or checkpoint"
+    key, remedy = "model.init_quantizers: start", "take init_quantizers: weights"
+    if start is None or start.checkpoint is None:
+        what = "init_from is missing" if start is None else f"{start.source} is not a run or checkpoint"
         raise UserError(f"{key}, but {what}; name a quantized run as model.init_from, or {remedy}")
-    read = read_checkpoint(checkpoint)
+    source, read = start.source, start.content
     with torch.device("meta"), state_dict_follows():
-        theirs = rebuild(QATModule, checkpoint, read, **ONLY_FOR_TRAINING)
+        theirs = rebuild(QATModule, start.checkpoint, read, **ONLY_FOR_TRAINING)
         theirs.configure_model()
     assert theirs.model is not None
     layers = quantized_layers(theirs.model)
@@ -71,8 +68,8 @@ def start_quantizers(module: "QATModule", model: nn.Module) -> dict[str, QuantLi
             f"{key}, but layer {lost[0]} has no quantizer in {source}; add it to model.skip, or {remedy}"
         )
     for name, layer in layers.items():
-        start = f"model.{name}.weight_quantizer."
-        state = {k.removeprefix(start): v for k, v in read["state_dict"].items() if k.startswith(start)}
+        prefix = f"model.{name}.weight_quantizer."
+        state = {k.removeprefix(prefix): v for k, v in read["state_dict"].items() if k.startswith(prefix)}
         try:
             layer.weight_quantizer.to_empty(device="cpu").load_state_dict(state)
         except RuntimeError as error:
@@ -83,18 +80,18 @@ def start_quantizers(module: "QATModule", model: nn.Module) -> dict[str, QuantLi
 
 
 @torch.no_grad()
-def take_quantizers(module: "QATModule", model: nn.Module) -> None:
+def take_quantizers(model: nn.Module, start: Start | None) -> None:
     """Let every layer start as the start deploys it; layers that are not quantized here take its values.
 
     Args:
-        module: The training system, which names the start.
-        model: Its model with the latent weights of the start; its quantizers are not initialised.
+        model: The model with the latent weights of the start; its quantizers are not initialised.
+        start: What it starts from.
 
     Raises:
         UserError: As `start_quantizers`.
     """
     ways: Counter[str] = Counter()
-    for name, theirs in start_quantizers(module, model).items():
+    for name, theirs in start_quantizers(model, start).items():
         layer: Any = model.get_submodule(name)
         own = layer.weight_quantizer if isinstance(layer, QuantLinear) else None
         if layer.weight.shape == theirs.weight.shape:
@@ -102,8 +99,9 @@ def take_quantizers(module: "QATModule", model: nn.Module) -> None:
         elif own is not None:  # a new classifier
             own.initialize(layer.weight)
             ways["new weights"] += 1
-    told = ", ".join(f"{number} layers with {way}" for way, number in ways.items())
-    logger.info("init_quantizers: %s: %s", module.init_from, told)
+    told = ", ".join(f"{counted(number, 'layer')} with {way}" for way, number in ways.items())
+    assert start is not None
+    logger.info("init_quantizers: %s: %s", start.source, told)
 
 
 def _take(weight: Tensor, own: Quantizer | None, theirs: Quantizer) -> str:

@@ -86,7 +86,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type of a fake-quantized weight: autocast's if it is on, otherwise the weight's."""
+    """The type of products and of fake-quantized weights: autocast's if it is on, otherwise the tensor's."""
     return autocast_dtype(x) or x.dtype
 
 

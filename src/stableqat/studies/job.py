@@ -27,7 +27,7 @@ from pathlib import Path
 from stableqat.checkpoints.names import last_checkpoints
 from stableqat.errors import UserError
 from stableqat.events import read_run
-from stableqat.files import left_over
+from stableqat.files import left_over, remove
 from stableqat.studies.claim import Claim
 from stableqat.studies.record import ENDED, FINAL, Record
 from stableqat.studies.study import Point
@@ -133,8 +133,8 @@ class Job:
             replaced.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, replaced)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in filter(left_over, folder.iterdir()):
-            file.unlink()
+        for left in filter(left_over, folder.iterdir()):
+            remove(left)
         self.record.status, self.record.error = "running", ""
         self.record.write(folder)
         (folder / "command.sh").write_text(self.point.command + "\n")
