@@ -213,9 +213,7 @@ def _check(model: nn.Module, skip: Sequence[str]) -> None:
     linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
     linears += [name for name, _, _ in fused_experts(model)]
     if all(any(matches(name, pattern) for pattern in skip) for name in linears):
-        raise UserError(
-            f"skip: {', '.join(skip)} leaves none of the {len(linears)} linear layers to quantize"
-        )
+        raise UserError(f"skip: {', '.join(skip)} leaves none of the {len(linears)} linear layers")
     for pattern in skip:
         if pattern not in HEADS and not any(matches(name, pattern) for name in linears):
             raise UserError(f"skip: {pattern} matches no linear layer; correct it or leave it out")

@@ -1,7 +1,7 @@
-"""`UserError`: the user's input is wrong, and this is the remedy; and the words that its messages share.
+"""`UserError`, which says what is wrong with the user's input and what to do, and words that messages share.
 
-The command line prints one line on stderr and exits with 2; any other exception is a fault of the program and
-keeps its traceback.
+The command line prints it as one line on stderr and exits with 2; any other exception is a fault of the
+program and keeps its traceback.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class UserError(ValueError):
 def check_range(
     key: str, value: float | None, least: float, most: float = inf, *, below: float = inf, null: bool = False
 ) -> None:
-    """Refuse a number outside of a range; NaN is outside of any.
+    """Refuse a number outside of a range; NaN is outside of every range.
 
     Args:
         key: The setting, as the user writes it.
@@ -29,7 +29,7 @@ def check_range(
         least: The smallest value.
         most: The largest value.
         below: The value must be smaller, unless this is infinite.
-        null: None is allowed too.
+        null: Whether None is allowed too.
 
     Raises:
         UserError: Naming the key, the range and the number.
@@ -69,7 +69,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
     Args:
         name: What the user wrote.
         known: The names that exist.
-        otherwise: What to say where none of them is near; None lists them.
+        otherwise: What to say if none of them is similar; None lists them all.
 
     Returns:
         The end of a message, without the semicolon before it.
@@ -81,12 +81,12 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like a name, whatever the case of its letters; None if none is.
+    """The known name most similar to a name, whatever the case of its letters; None if none is similar.
 
     Args:
         name: What the user wrote.
         known: The names that exist.
-        cutoff: How alike they must be, from 0 to 1.
+        cutoff: How similar they must be, from 0 to 1.
     """
     spelt = {each.lower(): each for each in known}
     near = get_close_matches(name.lower(), spelt, 1, cutoff)
@@ -94,11 +94,11 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, up to its first line break."""
+    """The first line of the message of a library's exception."""
     lines = (line.strip().rstrip(".") for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 
 
 def one_line(error: BaseException) -> str:
-    """All that a library's exception says, as one line that is cut at 200 characters."""
+    """The message of a library's exception as one line, cut at 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: weights (decayed), scales (a learning rate of their own), the rest.
+"""Parameter groups for an optimizer: weights (decayed), scales (with their own learning rate), the rest.
 
 Adam moves a parameter by about its learning rate per step, whatever the gradient, and scales are small.
 """
@@ -15,11 +15,11 @@ from stableqat.quantizers import Quantizer
 def parameter_groups(
     model: nn.Module, lr: float | None = None, scale_lr_multiplier: float = 0.1
 ) -> list[dict[str, Any]]:
-    """Parameters for an optimizer: weights (decayed), scales, and the rest (neither of which is).
+    """Parameters for an optimizer: weights (with decay), scales and the rest (both without).
 
-    A group without parameters is left out, so that full precision sees an ordinary optimizer. What a
-    quantizer's `roles` calls a weight is grouped like the model's own; of an input quantizer without `roles`,
-    all parameters are scales.
+    A group without parameters is left out, so that full precision gets an ordinary optimizer. A parameter
+    that a quantizer's `roles` calls a weight is grouped like the model's own weights; all parameters of an
+    input quantizer without `roles` are scales.
 
     Args:
         model: The model, after surgery. A module's `no_weight_decay()`, as timm defines it, is respected.
@@ -27,7 +27,7 @@ def parameter_groups(
         scale_lr_multiplier: Learning rate of the scales as a share of `lr`.
 
     Returns:
-        Groups as `torch.optim` takes them, with a `name` each.
+        Groups as `torch.optim` takes them, each with a `name`.
     """
     scales = set()
     for quantizer in _quantizers(model):
@@ -40,14 +40,9 @@ def parameter_groups(
     }
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in scales:
-            groups["scales"].append(parameter)
-        elif parameter.ndim >= 2 and name not in exempt:
-            groups["weights"].append(parameter)
-        else:
-            groups["norms_and_biases"].append(parameter)
+        if parameter.requires_grad:
+            kind = "weights" if parameter.ndim >= 2 and name not in exempt else "norms_and_biases"
+            groups["scales" if id(parameter) in scales else kind].append(parameter)
     made: list[dict[str, Any]] = [{"name": n, "params": params} for n, params in groups.items() if params]
     for group in made:
         if group["name"] != "weights":

@@ -1,9 +1,9 @@
 """Surgery: swap a model's linear layers for quantized ones, in place, and report what was done.
 
 A layer keeps its Parameters, names and hooks, see `QuantLinear`; running the surgery twice changes nothing.
-Only layers that compute what `nn.Linear` does are swapped: a subclass with a computation of its own stays as
-it is. One factory makes all quantizers, or a mapping from layer patterns to factories gives layers widths and
-methods of their own; the first pattern that matches wins.
+Only layers that compute what `nn.Linear` does are swapped: a subclass with its own computation stays as it
+is. One factory makes all quantizers, or a mapping from layer patterns to factories gives layers different
+widths and methods; the first pattern that matches wins.
 """
 
 import logging
@@ -36,15 +36,14 @@ class SurgeryReport:
     """What `quantize_linears` did.
 
     Attributes:
-        swapped: Names of the layers, and at the end of the parameters of fused experts, that are quantized
-            now.
-        fused: Number of the latter.
-        skipped: Names of linear layers left alone, each with the reason.
-        unmatched: Skip patterns that matched no linear layer.
+        swapped: Names of the layers that are now quantized, followed by the parameters of fused experts.
+        fused: Number of these parameters.
+        skipped: Names of the linear layers left alone, each with the reason.
+        unmatched: Skip patterns that match no linear layer.
         quantized_weights: Number of quantized weights.
-        matrix_weights: Number of weights in matrices and convolutions. Embeddings, which are looked up, and
-            heads that stay as they are do not count.
-        others: Names of modules whose matrices are not quantized and are in no linear layer, each with its
+        matrix_weights: Number of weights in matrices and convolutions, without embeddings, which are looked
+            up, and heads that are left alone.
+        others: Names of modules other than linear layers whose matrices are not quantized, each with its
             share of `matrix_weights`.
         patterns: For a mapping, the pattern that chose, by layer, in the order of the mapping; also where it
             chose full precision.
@@ -63,14 +62,14 @@ class SurgeryReport:
 
     @property
     def quantized_share(self) -> float:
-        """Share of the matrix weights that is quantized."""
+        """Share of the matrix weights that are quantized."""
         return self.quantized_weights / max(self.matrix_weights, 1)
 
     def check(self) -> None:
-        """Warn where less than half of the weights is quantized.
+        """Warn if less than half of the weights are quantized.
 
         Raises:
-            UserError: If there are weights, and none is quantized.
+            UserError: If there are weights and none is quantized.
         """
         if self.matrix_weights and not self.quantized_weights:
             reasons = dict.fromkeys(self.skipped.values()) | dict.fromkeys(self.others)
@@ -116,7 +115,7 @@ class SurgeryReport:
         others: dict[str, int] = {}
         for name, module in model.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
-                # a first dimension of one is that of a table of positions or a token
+                # tables of positions and tokens have a first dimension of one
                 few = parameter.ndim < 2 or parameter.shape[0] == 1 or key.endswith("bias")
                 if few or parameter in uncounted:
                     continue
@@ -141,28 +140,28 @@ def quantize_linears(
 ) -> SurgeryReport:
     """Replace the linear layers of `model` in place, and quantize the matrices of fused experts.
 
-    The caller checks whether the model calls its layers or reads their weights itself, as `prepare` and the
-    training systems do.
+    The caller checks whether the model reads weights itself instead of calling their layers, as `prepare` and
+    the training systems do.
 
     Args:
-        model: Any module; may live on the meta device.
-        quantizer: Makes a layer's quantizer from its weight; or such factories by layer pattern, of which the
-            first that matches wins, null leaving the layer in full precision.
+        model: Any module, also on the meta device.
+        quantizer: Makes a layer's quantizer from its weight; or a mapping of such factories by layer pattern:
+            the first pattern that matches wins, and null leaves the layer in full precision.
         skip: Shell patterns; a layer is left alone if one matches its full name or a part between dots.
         input_quantizer: Makes the module that quantizes a layer's input, from the layer's name and the layer.
         initialize: Set the scales from the weights. False leaves them unset (NaN), for a state dict
             that follows.
         recompute: See `QuantLinear`.
-        tied: Let embeddings share a quantized weight. They look up latent values until something makes them
+        tied: Let embeddings share a quantized weight. They look up latent values until they are made to
             follow, as the training systems of this suite do.
 
     Returns:
         Which layers were swapped, which were not, and why.
 
     Raises:
-        UserError: With the layer's name, if a quantizer refuses its weight, another module uses the weight
-            as well, something computes it in every forward, or no pattern matches the layer; if a pattern
-            chooses no layer; if `model` is itself a layer. The model is then as it was.
+        UserError: If a quantizer refuses a weight, another module uses the weight too, the weight is computed
+            in every forward, or no pattern matches a layer (naming the layer); if a pattern chooses no layer;
+            or if `model` is itself a layer. The model is then unchanged.
     """
     if isinstance(model, nn.Linear):
         raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
@@ -225,7 +224,7 @@ def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
 
     Args:
         model: The model.
-        linears: The layers that were there before, by name.
+        linears: The layers before the surgery, by name.
     """
     make_plain(model, deploy=False)
     for name, linear in linears.items():
@@ -239,16 +238,16 @@ def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern of `skip` means a layer: it matches the full name or a part between dots."""
+    """Whether a pattern of `skip` selects a layer: it matches the full name or a part between dots."""
     return any(fnmatchcase(part, pattern) for part in (name, *name.split(".")))
 
 
 class Choice:
-    """Which layers are left as they are, and which factory makes the quantizer of each other one.
+    """Which layers are left alone, and which factory makes the quantizer of each of the others.
 
     Args:
         quantizer: One factory, or factories by layer pattern.
-        skip: Patterns of layers to leave.
+        skip: Patterns of layers to leave alone.
     """
 
     def __init__(self, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
@@ -261,7 +260,7 @@ class Choice:
         self.chosen: dict[str, str] = {}  # pattern by layer
 
     def left(self, name: str, *, quantized: bool) -> str | None:
-        """Why a layer is left: it is skipped, or quantized already, which counts for its pattern."""
+        """Why a layer is left alone: skipped, or already quantized, which counts for its pattern; or None."""
         matching = [pattern for pattern in self.skip if matches(name, pattern)]
         self.skipping.update(matching)
         if matching:
@@ -288,7 +287,7 @@ class Choice:
         return f"{name} (pattern {self.pattern(name)})" if self.mapped else name
 
     def of(self, name: str) -> QuantizerFactory | None:
-        """The factory of a layer, None for full precision."""
+        """The factory of a layer; None for full precision."""
         return self.factories[self.pattern(name)]
 
     def check(self) -> None:
@@ -303,7 +302,7 @@ class Choice:
 def _quantizers_of_experts(
     model: nn.Module, choice: Choice, initialize: bool, report: SurgeryReport
 ) -> dict[str, tuple[nn.Module, str, Quantizer]]:
-    """Module, parameter's name and new quantizer of the fused experts to quantize, by full name."""
+    """Module, parameter name and new quantizer of the fused experts to quantize, by full name."""
     made = {}
     for name, module, key in fused_experts(model):
         if why := choice.left(name, quantized=name in quantized_experts(model)):
@@ -335,11 +334,10 @@ def _refuse_shared(model: nn.Module, layers: dict[str, nn.Linear], tied: bool) -
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """Torch's fused encoder reads weights without calling their layers: let its own conditions fail."""
+    """Make the conditions of torch's fused encoder fail: it reads weights without calling their layers."""
+    encoders = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and quantized_layers(
-            module
-        ):
+        if isinstance(module, encoders) and quantized_layers(module):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)
 
 
@@ -353,5 +351,5 @@ def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool)
         return factory(weight)
     quantizer = factory(weight.to("meta")).to_empty(device=weight.device)
     for parameter in quantizer.parameters():
-        nn.init.constant_(parameter, torch.nan)  # loud, should no state dict follow
+        nn.init.constant_(parameter, torch.nan)  # to be noticed if no state dict follows
     return quantizer

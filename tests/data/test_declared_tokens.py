@@ -97,7 +97,7 @@ def test_a_run_that_ends_with_its_time_declares_no_tokens_in_all(corpora: Path, 
         (
             {"trainer__accumulate_grad_batches": 8},
             "tokens_per_step 1024 is declared, but a step takes 512: batch_size 1 x block_size 64 x "
-            "1 processes x accumulate_grad_batches 8; change one of them",
+            "processes 1 x accumulate_grad_batches 8; change one of them",
         ),
         (
             {"trainer__max_steps": 8},

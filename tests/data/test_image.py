@@ -222,9 +222,7 @@ class Suicidal:
 
 def test_the_end_of_a_worker_is_told():
     loader = Loader(Suicidal(), batch_size=None, sampler=EvaluationOrder(8, 2), num_workers=1)
-    with pytest.raises(
-        UserError, match=r"^a worker process of the data loader died .*: lower data.num_workers$"
-    ):
+    with pytest.raises(UserError, match=r"^a data loader worker died .*: lower data.num_workers$"):
         list(loader)
 
 

@@ -370,7 +370,7 @@ LARGER = (
         ({"small": 1, "large": 1}, {"name": "x"}, "^name x is the configuration of one Hub data set"),
         ({"small": 1, "/no/file.jsonl": 1}, {}, "^no such data file or folder: /no/file.jsonl$"),
         ("small-set", {"tokens": "lots"}, "^tokens: must be a number such as"),
-        ("small-set", {"tokens": 15}, "^tokens 15 is less than one row of block_size 16: raise it$"),
+        ("small-set", {"tokens": 15}, "^tokens 15 is less than a row of block_size 16: raise it$"),
         ("small-set", {"repeat": True}, "^repeat true needs a number of tokens to stop at: set tokens$"),
         ("small-set", {"tokens": "20k"}, LARGER.format(20000, r"(\d+)", r"\1")),
         (

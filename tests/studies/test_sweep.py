@@ -382,9 +382,9 @@ def test_folders_of_others_are_left_alone() -> None:
     with pytest.raises(UserError, match="demo/a was not made by a sweep"):
         run(path)
     (FOLDER / "a" / "sweep.json").write_text("{")
-    with pytest.raises(UserError, match=r"demo/a/sweep\.json can't be read"):
+    with pytest.raises(UserError, match=r"demo/a/sweep\.json cannot be read"):
         run(path)
-    with pytest.raises(UserError, match="workers: 0"):
+    with pytest.raises(UserError, match="workers: must be at least 1"):
         run(path, workers=0)
     assert not (FOLDER / "calls.txt").exists()
 
@@ -410,7 +410,9 @@ def test_a_folder_that_can_be_none_is_told_before_anything_runs(kind: str, place
         Path(place).touch()
     else:
         Path(place).symlink_to(Path(place).name if kind == "loop" else "gone")
-    with pytest.raises(UserError, match=f"{place} is not a folder.* move it away, or set other logs"):
+    with pytest.raises(
+        UserError, match=f"{place} is not a folder.* move it away, or set another folder as logs"
+    ):
         run(write({"a": "finish"}))
 
 
@@ -419,6 +421,6 @@ def test_a_name_that_is_too_long_is_told_before_anything_runs(length: int) -> No
     with pytest.raises(UserError, match=f"may have 250 characters here, .* {length}: shorten"):
         run(write({"a": "finish", "b" * length: "finish"}))
     assert not FOLDER.exists()
-    with pytest.raises(UserError, match="or the study's name"):
+    with pytest.raises(UserError, match="shorten the name of the arm"):
         run(write({"a": "finish"}, f"name: {'n' * length}"))
     assert run(write({"b" * 250: "finish"})) == 0

@@ -1,4 +1,4 @@
-"""A budget: a number of tokens, as a user writes it (300000, 20_000_000, 20M, 1.5B), and what keeps to it.
+"""A budget: a number of tokens, as a user writes it (300000, 20_000_000, 20M, 1.5B), and its checks.
 
 `data sample` draws raw text until a budget is met, a mixture cuts its epochs to whole rows of one, and a run
 that would take more is refused before its first step.
@@ -13,7 +13,7 @@ from stableqat.errors import UserError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-#: English text, byte-level BPE: tokenizers of 32k entries and more need slightly fewer tokens.
+#: Of English text with a byte-level BPE; tokenizers of 32k entries and more need slightly fewer tokens.
 CHARACTERS_PER_TOKEN = 4
 _SCALE = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
 _WRITTEN = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmbg]?)")
@@ -23,15 +23,15 @@ class Budget:
     """A number of tokens to draw or to train on.
 
     Args:
-        written: a whole number, or how a user writes one; K, M and B (or G) are powers of 1000.
-        key: the setting that says it, for messages.
+        written: A whole number, or how a user writes one; K, M and B (or G) are powers of 1000.
+        key: The setting that holds it, for messages.
 
     Attributes:
-        tokens: the number.
-        characters: of raw text that hold about as many tokens.
+        tokens: The number.
+        characters: The length of raw text with about as many tokens.
 
     Raises:
-        UserError: `written` is not a number of at least 1.
+        UserError: If `written` is not a number of at least 1.
     """
 
     def __init__(self, written: int | str, key: str = "tokens"):
@@ -43,55 +43,50 @@ class Budget:
         self.key = key
 
     def rows(self, block_size: int) -> int:
-        """Return the whole rows of `block_size` tokens that the budget pays for.
+        """The number of whole rows of `block_size` tokens in the budget.
 
         Raises:
-            UserError: not even one.
+            UserError: If there is not even one.
         """
         if self.tokens < block_size:
             raise UserError(
-                f"{self.key} {self.tokens} is less than one row of block_size {block_size}: raise it"
+                f"{self.key} {self.tokens} is less than a row of block_size {block_size}: raise it"
             )
         return self.tokens // block_size
 
     def more_than(self, there: str, otherwise: str) -> UserError:
-        """Return the error of a source that holds too little.
+        """The error for a source that holds too little.
 
         Args:
-            there: which source holds how many tokens.
-            otherwise: what to do other than lower the budget.
+            there: Which source holds how many tokens.
+            otherwise: What to do other than lower the budget.
         """
         return UserError(f"{self.key} {self.tokens} is more than {there}: lower {self.key}, or {otherwise}")
 
     def check_step(self, factors: dict[str, int]) -> None:
-        """Refuse an optimizer step that takes another number of tokens than the budget declares.
+        """Refuse an optimizer step that takes more or fewer tokens than the budget declares.
 
         Args:
-            factors: the settings whose product is the tokens of a step.
+            factors: The settings whose product is the tokens of a step.
 
         Raises:
-            UserError: it is another number.
+            UserError: If the numbers differ.
         """
         if (step := math.prod(factors.values())) != self.tokens:
-            product = " x ".join(
-                f"{number} processes" if name == "processes" else f"{name} {number}"
-                for name, number in factors.items()
-            )
-            raise UserError(
-                f"{self.key} {self.tokens} is declared, but a step takes {step}: {product}; "
-                "change one of them"
-            )
+            product = " x ".join(f"{name} {number}" for name, number in factors.items())
+            declared = f"{self.key} {self.tokens} is declared, but a step takes {step}"
+            raise UserError(f"{declared}: {product}; change one of them")
 
     def check_run(self, trainer: "Trainer", step: int, batches: int) -> None:
         """Refuse a run that takes more than the budget, by its steps or else by its epochs.
 
         Args:
-            trainer: says how many of them.
-            step: tokens of an optimizer step.
-            batches: of an epoch.
+            trainer: Has the numbers of steps and epochs.
+            step: Tokens per optimizer step.
+            batches: Batches per epoch.
 
         Raises:
-            UserError: it takes more.
+            UserError: If the run takes more.
         """
         steps, epochs, limit = trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches
         declared = f"{self.key} {self.tokens} is declared, but trainer."

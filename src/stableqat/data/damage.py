@@ -1,8 +1,8 @@
-"""What can be wrong with one data file: damage, found before it is read or explained after reading failed.
+"""What can be wrong with one data file: damage found before it is read, or explained after reading failed.
 
-Empty and cut-short files are found first: a .zst says where its blocks end and a parquet file ends in a magic
-word, so neither needs decompressing. What would crash the reader of JSON is looked for before reading, a
-broken line only after reading has failed.
+Empty and truncated files are found first: a .zst says where its blocks end and a parquet file ends in a magic
+word, so neither needs decompressing. Content that would crash the reader of JSON is searched for before
+reading, a broken line only after reading has failed.
 """
 
 import bz2
@@ -24,7 +24,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def file_format(path: Path) -> str:
-    """Return the suffix that names a file's format, without that of a compression."""
+    """The suffix that names a file's format, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
@@ -32,7 +32,7 @@ def file_format(path: Path) -> str:
 
 
 def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
-    """Return a stream of the decompressed content of a file with that name."""
+    """A stream of the decompressed content of a file with this name."""
     suffix = Path(name).suffix.lower()
     if suffix == ".zst":
         import zstandard
@@ -43,13 +43,15 @@ def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
 
 
 def check(file: Path, formats: dict[str, str]) -> None:
-    """Raise UserError for a file of another format, an empty one, or one that was cut short."""
-    suffix = file_format(file)
+    """Refuse a file of another format, an empty one, or one that was cut short.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    suffix, known = file_format(file), ", ".join(sorted(formats))
     if suffix not in formats:
-        raise UserError(
-            f"{file}: cannot read {suffix or 'a file without suffix'}, only {', '.join(sorted(formats))}"
-        )
-    if "::" in str(file):  # fsspec takes it for a chain of addresses
+        raise UserError(f"{file}: cannot read {suffix or 'a file without suffix'}, only {known}")
+    if "::" in str(file):  # fsspec reads it as a chain of addresses
         raise UserError(f"{file}: cannot read a path with :: in it; rename it")
     size = file.stat().st_size
     if size == 0:
@@ -65,7 +67,7 @@ def check(file: Path, formats: dict[str, str]) -> None:
 
 
 def _zst_is_whole(file: Path) -> bool:
-    """Walk a zstandard file's frames and block headers (RFC 8878): does it end where it should?"""
+    """Whether a zstandard file ends where its frames and block headers say (RFC 8878)."""
     size = file.stat().st_size
     with file.open("rb") as stream:
 
@@ -96,13 +98,13 @@ def _zst_is_whole(file: Path) -> bool:
 
 
 def find_crash(path: Path) -> str | None:
-    """Return what in a JSON file would crash its C++ reader: a record `null`, or very deep nesting."""
+    """What in a JSON file would crash its C++ reader: a record `null`, or deep nesting; None if nothing."""
     import numpy as np
 
     depth, is_list = 0, None
     try:
         with path.open("rb") as file, decompressed(file, path.name) as stream:
-            while lines := stream.readlines(1 << 20):  # no string of JSON holds a line's end
+            while lines := stream.readlines(1 << 20):  # no JSON string contains a line break
                 text = b"".join(lines)
                 is_list = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") if is_list is None else is_list
                 if not is_list and _NULL_RECORD.search(text):
@@ -120,7 +122,7 @@ def find_crash(path: Path) -> str | None:
 
 
 def find_damage(path: Path, builder: str) -> str | None:
-    """Return what is wrong with a file that could not be read, or None if nothing is found."""
+    """What is wrong with a file that could not be read; None if nothing is found."""
     if builder == "parquet":
         import pyarrow
 
@@ -140,7 +142,7 @@ def find_damage(path: Path, builder: str) -> str | None:
                 lines = enumerate(iter(stream.readline, b""), 1)
                 for line_number, line in lines:
                     text = (first + line if line_number == 1 else line).strip()
-                    # json lets halves of surrogate pairs pass, escaped and as bytes
+                    # json accepts halves of surrogate pairs, escaped and as bytes
                     if text and not isinstance(fields := json.loads(text.decode()), dict):
                         return f"{path} line {line_number} is not a JSON object: repair it"
                     if text:

@@ -1,8 +1,8 @@
-"""The base of both data modules: loaders over one order of samples, a resumable place in it, the seed.
+"""The base of both data modules: loaders over one order of samples, a resumable place in it, and the seed.
 
 A subclass loads its splits; each is a dataset that maps a list of (seed, epoch, index) keys to a batch.
-Lightning restores a loader's own state only when it resumes inside an epoch, so the data module's state holds
-the place in the training stream as well.
+Lightning restores a loader's own state only if it resumes within an epoch, so the state of the data module
+also holds the place in the training stream.
 """
 
 import os
@@ -20,7 +20,7 @@ from stableqat.errors import UserError, check_range
 
 
 class Rows(Protocol):
-    """A split: its number of samples, and batches of them."""
+    """A split: its number of samples, and batches by their keys."""
 
     def __len__(self) -> int: ...
 
@@ -31,12 +31,12 @@ class DataModule(LightningDataModule):
     """Serves the splits that a subclass loads.
 
     Args:
-        batch_size: samples per step and process.
-        num_workers: processes that load batches ahead; 0 loads in the training process.
-        seed: decides the order and the augmentation; null takes the run's seed (seed_everything).
+        batch_size: Samples per step and process.
+        num_workers: Processes that load batches in advance; 0 loads in the training process.
+        seed: Decides the order and the augmentation; null takes the run's seed (seed_everything).
 
     Raises:
-        UserError: a value is out of range.
+        UserError: If a value is out of range.
     """
 
     def __init__(self, *, batch_size: int, num_workers: int = 0, seed: int | None = None):
@@ -51,7 +51,7 @@ class DataModule(LightningDataModule):
         self._place: dict[str, Any] = {}
 
     def load(self) -> dict[str, Rows]:
-        """Return the splits: `train`, `validation`, and `test` where there is one."""
+        """The splits: `train`, `validation`, and `test` if there is one."""
         raise NotImplementedError
 
     @cached_property
@@ -66,11 +66,11 @@ class DataModule(LightningDataModule):
 
     @property
     def run_seed(self) -> int:
-        """The seed in force: the argument, or the one of Lightning's seed_everything, or 0."""
+        """The seed in use: the argument, or that of Lightning's seed_everything, or 0."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run takes of the data, for its record."""
+        """What a run takes of the data, for its record."""
         return {"batch_size": self.batch_size}
 
     def prepare_data(self) -> None:
@@ -84,10 +84,10 @@ class DataModule(LightningDataModule):
             self._train_loader, self._place = None, {}
             if self.trainer is not None:
                 recount = LambdaCallback(on_train_start=lambda *_: self._recount())
-                self.trainer.callbacks.insert(0, recount)  # type: ignore[attr-defined]  # before others save
+                self.trainer.callbacks.insert(0, recount)  # type: ignore[attr-defined]  # before any saves
 
     def _share(self) -> dict[str, int]:
-        """Return this process's place among those that read different data (not tensor-parallel ones)."""
+        """This process's rank among those that read different data, unlike tensor-parallel ones."""
         strategy = getattr(self.trainer, "strategy", None)
         share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
         return {"rank": share["rank"], "world_size": share["num_replicas"]}
@@ -98,7 +98,7 @@ class DataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": strategy is not None and strategy.root_device.type == "cuda",
-            # A loader draws a base seed at every start; its own generator leaves torch's alone.
+            # A loader draws a base seed at every start; with its own generator it leaves torch's alone.
             "generator": torch.Generator(),
         }
 
@@ -109,29 +109,26 @@ class DataModule(LightningDataModule):
         return progress.ready > progress.processed  # type: ignore[attr-defined]
 
     def train_dataloader(self) -> TrainingLoader:
-        """Return the loader of the training stream, at the restored place.
+        """The loader of the training stream, at the restored place.
 
         Raises:
-            UserError: there are fewer samples than one step of all processes takes, or the checkpoint is of
-                other data.
+            UserError: If there are fewer samples than one step of all processes takes, or the checkpoint is
+                of other data.
         """
         rows, mixture = self.splits["train"], self.mixture
         share = self._share()
         step, size = self.batch_size * share["world_size"], mixture.size
         if size < step:
-            raise UserError(
-                f"the train split has {size} samples, fewer than the {step} of one step "
-                f"(batch_size x {share['world_size']} processes): lower batch_size or add data"
-            )
+            numbers = f"{size} samples, fewer than the {step} of one step"
+            processes = f"batch_size x {share['world_size']} processes"
+            raise UserError(f"the train split has {numbers} ({processes}): lower batch_size or add data")
         if overfit := getattr(self.trainer, "overfit_batches", 0):
             few = overfit * step if isinstance(overfit, int) else max(step, int(overfit * size))
             mixture = mixture.first(min(size, few))
         order = TrainingOrder(mixture, self.batch_size, seed=self.run_seed, **share)
         # A weak reference: workers take seconds to end if a cycle of references keeps their loader alive.
-        module = weakref.proxy(self)
-        loader = TrainingLoader(
-            rows, order, unfinished=lambda: module._step_unfinished(), **self._loader_options()
-        )
+        module, options = weakref.proxy(self), self._loader_options()
+        loader = TrainingLoader(rows, order, unfinished=lambda: module._step_unfinished(), **options)
         if place := self.state_dict():
             loader.load_state_dict(place)
         self._train_loader = loader
@@ -143,23 +140,23 @@ class DataModule(LightningDataModule):
         return Loader(rows, batch_size=None, sampler=order, **self._loader_options())  # type: ignore[arg-type]
 
     def val_dataloader(self) -> Loader:
-        """Return the loader of the validation split."""
+        """The loader of the validation split."""
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> Loader:
-        """Return the loader of the test split, or of the validation split if there is none."""
+        """The loader of the test split, or of the validation split if there is none."""
         return self._evaluation_loader("test" if "test" in self.splits else "validation")
 
     def predict_dataloader(self) -> Loader:
-        """Return the same loader as for testing; padding rows only carry labels of -100."""
+        """The loader that testing uses; the labels of padding rows are all -100."""
         return self.test_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the training stream, for the checkpoint."""
+        """The place in the training stream, for the checkpoint."""
         return self._train_loader.state_dict() if self._train_loader is not None else self._place
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hand a checkpoint's place in the training stream to the training loader.
+        """Pass a checkpoint's place in the training stream to the training loader.
 
         Sharded strategies restore late: the loader already exists if the schedule asked for the run's length.
         """
@@ -168,7 +165,7 @@ class DataModule(LightningDataModule):
             self._train_loader.load_state_dict(state_dict)
 
     def _recount(self) -> None:
-        """Convert the batches of an earlier run, of another size, to batches of this one.
+        """Convert the number of batches of an earlier run, of another size, to batches of this run.
 
         Lightning ends an epoch, accumulates gradients and validates by the number of finished batches.
         """

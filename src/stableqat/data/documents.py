@@ -1,4 +1,4 @@
-"""The documents of one source of raw text: read, split into train and validation, tokenized once.
+"""The documents of one source of raw text: read, split into train and validation, and tokenized once.
 
 `datasets` caches what it reads and tokenizes.
 """
@@ -24,9 +24,9 @@ _TEXT = ("string", "large_string", "string_view")
 def _tokenize(
     texts: list[str | None], *, encoder: DocumentEncoder, held_out: HeldOut, split: str | None
 ) -> dict[str, list[Any]]:
-    """Return the tokens of a split's documents, of all documents for None; empty ones drop out.
+    """The tokens of the documents of a split, or of all documents for None, without empty ones.
 
-    The arguments are plain data, so that `datasets` can tell whether its cache still holds.
+    The arguments are plain data, so that `datasets` can tell whether its cache is still valid.
     """
     kept = (text for text in texts if text and (not split or held_out.split(document_hash(text)) == split))
     return {"input_ids": encoder(kept)}
@@ -37,12 +37,12 @@ class Documents:
     """The documents of one source, by split.
 
     Args:
-        source: a file or folder, or a hub name.
-        name: configuration of a hub data set.
-        text_column: the column that holds the text.
-        validation_fraction: share of the documents held out, whole, where there is no validation split.
-        cache_dir: folder of prepared data; None takes the default folder of `datasets`.
-        training: there must be a train split.
+        source: A file or folder, or a Hub name.
+        name: Configuration of a Hub data set.
+        text_column: The column that holds the text.
+        validation_fraction: Share of the documents to hold out, whole, if there is no validation split.
+        cache_dir: Folder for prepared data; None takes the default folder of `datasets`.
+        training: Whether there must be a train split.
     """
 
     source: str
@@ -55,14 +55,9 @@ class Documents:
     @cached_property
     def splits(self) -> dict[str, "Dataset"]:
         """The splits of the source, reduced to the text column."""
-        splits = load_splits(
-            self.source,
-            self.name,
-            formats=TEXT_FORMATS,
-            cache_dir=self.cache_dir,
-            training=self.training,
-            text={"sample_by": "document"},
-        )
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "training": self.training}
+        options["text"] = {"sample_by": "document"}
+        splits = load_splits(self.source, self.name, formats=TEXT_FORMATS, **options)
         for rows in splits.values():
             texts = {key: getattr(feature, "dtype", "") in _TEXT for key, feature in rows.features.items()}
             if not texts.get(self.text_column):
@@ -76,11 +71,11 @@ class Documents:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Report what is wrong with the documents, or with the cache, in one line."""
+        """Report in one line what is wrong with the documents or the cache."""
         try:
             with caching(self.cache_dir):
                 yield
-        except UnicodeDecodeError as error:  # JSON's reader looks at no text
+        except UnicodeDecodeError as error:  # the reader of JSON does not check text
             if fault := find_fault(self.source, TEXT_FORMATS):
                 raise UserError(fault) from error
             raise
@@ -94,7 +89,7 @@ class Documents:
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """Which documents of the train split validate: none where the source has a validation split."""
+        """Which documents of the train split validate: none if the source has a validation split."""
         if "validation" in self.splits:
             return HeldOut(0)
         if next(self._texts(), None) is None:
@@ -103,17 +98,17 @@ class Documents:
 
     @property
     def fingerprint(self) -> str:
-        """What decides the training documents."""
+        """A text that identifies the training documents."""
         return f"{self.splits['train']._fingerprint} {self.held_out.cutoff}"
 
     def training_texts(self, max_bytes: int) -> Iterator[str]:
-        """Yield training documents, about `max_bytes` of them, taken evenly from the whole split."""
+        """Yield about `max_bytes` of training documents, taken evenly from the whole split."""
         for text in self._texts(-(-self.splits["train"].data.nbytes // max_bytes) or 1):
             if self.held_out.split(document_hash(text)) == "train":
                 yield text
 
     def tokenized(self, encoder: DocumentEncoder) -> dict[str, "Dataset"]:
-        """Return the tokens of each split's documents, in a column `input_ids`."""
+        """The tokens of each split's documents, in a column `input_ids`."""
         from datasets import Features, List, Value
 
         own = "validation" in self.splits

@@ -1,9 +1,10 @@
 """The embedded data sets, which need no network and no further files.
 
-Text: English that comes with the running Python, its language reference (`pydoc_data.topics`) and the
-docstrings of the standard library, one document per module, read from source with `ast`; nothing is imported.
-Images: scikit-learn's 1,797 handwritten digits of 8x8 pixels. Both are real and small: they show that
-training works, not how well. The text depends on the Python version, and so does the name of its cache.
+The text is English that comes with the running Python: its language reference (`pydoc_data.topics`) and the
+docstrings of the standard library, one document per module, read from source with `ast` without importing
+anything. The images are scikit-learn's 1,797 handwritten digits of 8x8 pixels. Both are real and small: they
+show that training works, not how well. The text depends on the Python version, and so does the name of its
+cache.
 """
 
 import ast
@@ -34,7 +35,7 @@ CACHE_REMEDY = "set $STABLEQAT_CACHE to another folder"
 
 
 def cache_root() -> Path:
-    """Return the cache folder: `$STABLEQAT_CACHE`, or `stableqat` in the user's cache folder."""
+    """The cache folder: `$STABLEQAT_CACHE`, or `stableqat` in the user's cache folder."""
     if folder := os.environ.get("STABLEQAT_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stableqat"
@@ -50,13 +51,13 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def stdlib_documents(root: Path | None = None) -> list[str]:
-    """Return the standard library's English: the topics, then one document per module, sorted by path.
+    """The standard library's English: the topics, then one document per module, sorted by path.
 
     Args:
-        root: folder of the standard library's sources; None takes the running Python's.
+        root: Folder of the standard library's sources; None takes that of the running Python.
 
     Raises:
-        UserError: there are no sources (a frozen or stripped Python).
+        UserError: If there are no sources (a frozen or stripped Python).
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     documents: list[str] = []
@@ -73,16 +74,14 @@ def stdlib_documents(root: Path | None = None) -> list[str]:
             documents.append(text)
     topics = root / "pydoc_data" / "topics.py"
     if not documents or not topics.is_file():
-        raise UserError(
-            f"{root} does not hold the sources of Python's standard library: name your own text as source"
-        )
+        raise UserError(f"{root} lacks the sources of Python's standard library: name your own source")
     tables = (node.value for node in ast.parse(topics.read_bytes()).body if isinstance(node, ast.Assign))
     articles = [text for table in tables for _, text in sorted(ast.literal_eval(table).items())]
     return [inspect.cleandoc(text) for text in articles] + documents
 
 
 def embedded_text() -> Path:
-    """Return the parquet file of the embedded documents (column `text`), made on first use."""
+    """The parquet file of the embedded documents (column `text`), made on first use."""
     import pyarrow
     import pyarrow.parquet
 
@@ -90,13 +89,13 @@ def embedded_text() -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table({"text": stdlib_documents()})
-        with whole_file(path) as part:  # of processes that race, the last one's equal file stays
+        with whole_file(path) as part:  # if processes race, the file of the last one stays: all are equal
             pyarrow.parquet.write_table(table, part)
     return path
 
 
 def embedded_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return the digits: pixels (1797, 8, 8) float32 in [0, 1], and classes (1797,) int64."""
+    """The digits: pixels (1797, 8, 8) float32 in [0, 1], and classes (1797,) int64."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -107,14 +106,14 @@ class DigitsTransform:
     """Standardises a digit and, in training, shifts it by at most one pixel in each direction.
 
     Args:
-        augment: whether to shift.
+        augment: Whether to shift.
     """
 
     def __init__(self, augment: bool):
         self.augment = augment
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        """Return the pixels, shape (1, 8, 8), of mean 0 and standard deviation 1 over the training split."""
+        """The pixels, shape (1, 8, 8), with mean 0 and standard deviation 1 over the training split."""
         image = torch.from_numpy(pixels)
         if self.augment:
             top, left = torch.randint(3, (2,)).tolist()

@@ -1,7 +1,7 @@
-"""How documents become tokens, in training, in prepared sets and in evaluation alike.
+"""How documents become tokens: the same way in training, in prepared sets and in evaluation.
 
-Each document is encoded by itself, without special tokens, padding or truncation, and ended by EOS. Half of a
-surrogate pair, which JSON can name and no tokenizer takes, becomes a question mark.
+Each document is encoded on its own, without special tokens, padding or truncation, and ends in EOS. Half of a
+surrogate pair, which JSON can hold and no tokenizer takes, becomes a question mark.
 """
 
 from collections.abc import Iterable
@@ -27,11 +27,11 @@ def _backend(tokenizer: str) -> Any:
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Encodes documents; plain data, so that processes take it and `datasets` can tell if its cache holds.
+    """Encodes documents; plain data, so that processes take it and `datasets` knows if its cache is valid.
 
     Args:
-        tokenizer: as JSON, see `tokenizer_json`.
-        eos: the token that ends each document.
+        tokenizer: The tokenizer as JSON, see `tokenizer_json`.
+        eos: The token that ends each document.
     """
 
     tokenizer: str
@@ -39,22 +39,21 @@ class DocumentEncoder:
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast") -> Self:
-        """Return the encoder of a tokenizer."""
+        """The encoder of a tokenizer."""
         return cls(tokenizer_json(tokenizer), tokenizer.eos_token_id)
 
     def __call__(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Return the tokens of each document, int32.
+        """The tokens of each document, int32.
 
         Raises:
-            UserError: a regular expression of the tokenizer gives up.
+            UserError: If a regular expression of the tokenizer gives up.
         """
         valid = [text.encode("utf-8", "replace").decode() for text in texts]
         try:
             encoded = _backend(self.tokenizer).encode_batch_fast(valid, add_special_tokens=False)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # what Rust's panics become; its class is not public
+            if type(error).__name__ != "PanicException":  # a panic of Rust's; its class is not public
                 raise
-            raise UserError(
-                f"the tokenizer cannot encode a document ({first_line(error)}): choose another tokenizer"
-            ) from error
+            reason = f"the tokenizer cannot encode a document ({first_line(error)})"
+            raise UserError(f"{reason}: choose another tokenizer") from error
         return [np.array([*each.ids, self.eos], np.int32) for each in encoded]

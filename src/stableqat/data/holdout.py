@@ -1,10 +1,10 @@
-"""Which samples validate where a source has no validation split: one rule for documents, one for images.
+"""Which samples validate if a source has no validation split: one rule for documents, one for images.
 
-A document is held out if the hash of its text, as a number in [0, 1), lies below the wanted share. The rule
-looks at nothing else: a raw folder, the set that `data tokenize` makes of it, a sample of it and a mixture
-of them validate on the same documents, equal documents stay on one side, and a smaller share is part of a
-larger one. The price: the share is met on average, not exactly. Of few documents, where none falls below it,
-the lowest hash is held out. Images are held out evenly from each class.
+A document is held out if the hash of its text, as a number in [0, 1), is below the wanted share. Nothing else
+counts: a raw folder, the set that `data tokenize` makes of it, a sample of it and a mixture of them validate
+on the same documents, equal documents stay on one side, and a smaller share is a subset of a larger one. The
+price: the share is met on average, not exactly. If no hash of a few documents is below it, the document with
+the lowest one is held out. Images are held out evenly from each class.
 """
 
 import hashlib
@@ -20,21 +20,21 @@ _HASHES = 2**63
 
 
 def document_hash(text: str) -> int:
-    """Return 63 bits that depend on the text alone."""
+    """A hash of 63 bits that depends only on the text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def hash_cutoff(share: float, hashes: Iterable[int] = (), source: str = "") -> int:
-    """Return the number below which the hashes of held-out documents lie.
+    """The number below which the hashes of held-out documents lie.
 
     Args:
-        share: of the documents, held out on average.
-        hashes: of documents that must not all fall on one side; read only until both sides have one.
-        source: what the user calls these documents.
+        share: Share of the documents to hold out, on average.
+        hashes: Hashes of documents that must not all fall on one side; read until both sides have one.
+        source: The user's name for these documents.
 
     Raises:
-        UserError: all of these documents are one and the same.
+        UserError: If all these documents are one and the same.
     """
     cutoff = int(share * _HASHES)
     lowest, highest = _HASHES, -1
@@ -43,10 +43,7 @@ def hash_cutoff(share: float, hashes: Iterable[int] = (), source: str = "") -> i
         if lowest < cutoff <= highest:
             return cutoff
     if lowest == highest:
-        raise UserError(
-            f"{source} is a single document, and validation takes whole ones: "
-            "put it in a folder beside a validation file"
-        )
+        raise UserError(f"{source} is a single document: put it in a folder beside a validation file")
     return cutoff if highest < 0 else min(max(cutoff, lowest + 1), highest)
 
 
@@ -55,15 +52,15 @@ class HeldOut:
     """Which documents of a train split do not train.
 
     Args:
-        cutoff: documents whose hash lies below it validate.
-        listed: sorted hashes of the documents of other splits, which do not train a second time.
+        cutoff: Documents with a hash below it validate.
+        listed: Sorted hashes of the documents of other splits, which do not train as well.
     """
 
     cutoff: int
     listed: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def split(self, number: int) -> Literal["train", "validation"] | None:
-        """Return the split that a document of the train split goes to by its hash; None leaves it out."""
+        """The split that a document of the train split goes to, by its hash; None leaves it out."""
         if len(self.listed):
             place = self.listed.searchsorted(number)
             if place < len(self.listed) and self.listed[place] == number:
@@ -72,21 +69,21 @@ class HeldOut:
 
 
 def check_share(validation_fraction: float) -> None:
-    """Raise UserError for a share of the samples that holds out none or all."""
+    """Refuse a share of the samples that holds out none or all."""
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction: must lie between 0 and 1, not {validation_fraction}")
 
 
 def held_out_images(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Return a mask of the held-out images: in each class, in order, every (1/fraction)-th.
+    """A mask of the held-out images: in each class, in order, every (1/fraction)-th one.
 
     Args:
-        labels: class of each image, shape (n,).
-        fraction: share of each class to hold out, in (0, 1).
+        labels: Class of each image, shape (n,).
+        fraction: Share of each class to hold out, in (0, 1).
     """
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order], side="left")
     rank = np.empty(len(labels), np.int64)
     rank[order] = np.arange(len(labels)) - starts
-    # The small excess keeps 5 * 0.2 and the like on the side of the integer that they mean.
+    # The small excess keeps products such as 5 * 0.2 on the right side of the integer.
     return np.floor((rank + 1) * fraction + 1e-9) > np.floor(rank * fraction + 1e-9)

@@ -40,40 +40,41 @@ class ImageDataModule(DataModule):
     """Images for classifiers, as `pixel_values` (batch, channels, size, size) and `labels` (batch,).
 
     Args:
-        source: an image folder (one folder per class), a parquet file or folder with an image column, or a
+        source: An image folder (one folder per class), a parquet file or folder with an image column, or a
             Hub name; null takes the embedded digits. Images are PNG, JPEG, WebP, BMP, TIFF or GIF, of 8 or 16
             bits, or TIFF in floating point within [0, 1]. In a folder, parquet files whose names start with
-            train, validation (valid, val, dev) or test, or folders named so, make the splits.
-        name: configuration of a Hub data set.
-        image_column: the column of images; null takes the one that holds images.
-        label_column: the column of classes; null takes the one that holds class labels, or is named label.
-        image_size: height and width in pixels; null takes the model's on the command line, otherwise 8 for
-            the digits and 224 for others. A model without a size of its own takes this one.
-        batch_size: images per step and process.
-        validation_fraction: share of each class held out where the source has no validation split; the digits
+            train, validation (valid, val, dev) or test, or folders with these names, make the splits.
+        name: Configuration of a Hub data set.
+        image_column: The column of images; null takes the one that holds images.
+        label_column: The column of classes; null takes the one that holds class labels, or is named label.
+        image_size: Height and width in pixels; null takes the model's on the command line, otherwise 8 for
+            the digits and 224 for other images. A model without a size of its own takes this one.
+        batch_size: Images per step and process.
+        validation_fraction: Share of each class to hold out if the source has no validation split; the digits
             hold out every fifth image.
-        augment: augment training images: the digits are shifted by at most a pixel, others get the timm
+        augment: Augment training images: digits are shifted by at most one pixel, other images get the timm
             options below.
-        scale: smallest and largest share of the image's area that a random crop takes.
-        hflip: probability of a horizontal flip.
-        color_jitter: strength of changes of brightness, contrast and saturation; auto_augment replaces it.
-        auto_augment: timm policy, for example rand-m9-mstd0.5-inc1; null for none.
-        re_prob: probability of erasing a random rectangle.
-        crop_pct: share of the image that evaluation's centre crop keeps. null takes, here and in the next
-            four, what the model was trained with on the command line, and otherwise ImageNet's usual: 0.875.
+        scale: Smallest and largest share of the image's area that a random crop takes.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of changes in brightness, contrast and saturation; auto_augment replaces it.
+        auto_augment: timm policy, such as rand-m9-mstd0.5-inc1; null for none.
+        re_prob: Probability of erasing a random rectangle.
+        crop_pct: Share of the image that evaluation's centre crop keeps. Here and in the next four options,
+            null takes what the model was trained with on the command line, and otherwise ImageNet's usual
+            value: 0.875.
         crop_mode: timm's center, squash or border; null: center.
-        interpolation: how images are resized: bicubic, bilinear or nearest; null: bicubic.
-        mean: mean to subtract from each channel, for pixels in [0, 1]; the digits have their own.
-        std: standard deviation to divide each channel by; the digits have their own.
-        num_workers: processes that load batches ahead; 0 loads in the training process.
-        seed: decides the order and the augmentation; null takes the run's seed (seed_everything).
-        cache_dir: folder for prepared data; null takes the default folder of `datasets`.
+        interpolation: How images are resized: bicubic, bilinear or nearest; null: bicubic.
+        mean: Mean to subtract from each channel, for pixels in [0, 1]; the digits have their own.
+        std: Standard deviation to divide each channel by; the digits have their own.
+        num_workers: Processes that load batches in advance; 0 loads in the training process.
+        seed: Decides the order and the augmentation; null takes the run's seed (seed_everything).
+        cache_dir: Folder for prepared data; null takes the default folder of `datasets`.
 
     Raises:
-        UserError: a value is out of range, or a file is missing, empty or cut short.
+        UserError: If a value is out of range, or a file is missing, empty or truncated.
     """
 
-    training: ClassVar[bool] = True  # needs a train split, and holds out a share without a validation split
+    training: ClassVar[bool] = True  # needs a train split; without a validation split, holds out a share
 
     def __init__(
         self,
@@ -106,9 +107,7 @@ class ImageDataModule(DataModule):
         check_range("image_size", image_size, 1, null=True)
         check_share(validation_fraction)
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise UserError(
-                f"scale {list(scale)} must be two rising shares of the area, above 0 and at most 1"
-            )
+            raise UserError(f"scale {list(scale)} must be two rising shares, above 0 and at most 1")
         if crop_pct is not None and not 0 < crop_pct <= 1:
             raise UserError(f"crop_pct {crop_pct} must be above 0 and at most 1")
         if interpolation not in ("bicubic", "bilinear", "nearest", None):
@@ -141,41 +140,36 @@ class ImageDataModule(DataModule):
 
     @classmethod
     def evaluation_settings(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return how evaluation images are resized and normalised, in the form of timm's `pretrained_cfg`.
+        """How evaluation images are resized and normalised, in the form of timm's `pretrained_cfg`.
 
         Args:
-            arguments: those of a data module; its data need not exist.
+            arguments: The arguments of a data module, whose data need not exist.
         """
-        settings = {
-            key: usual if (given := arguments.get(key)) is None else given
-            for key, usual in PREPROCESSING.items()
-        }
+        given = {key: arguments.get(key) for key in PREPROCESSING}
+        settings = PREPROCESSING | {key: value for key, value in given.items() if value is not None}
         settings |= {key: tuple(settings[key]) for key in ("mean", "std")}
         if arguments.get("source") is None:  # the digits are never resized
             settings |= {"mean": (DIGITS_MEAN,), "std": (DIGITS_STD,), "crop_pct": 1.0}
         return settings
 
     def _transform(self, training: bool) -> Callable[[Any], torch.Tensor]:
-        """Return timm's transform for training or evaluation."""
+        """The transform of timm for training or evaluation."""
         from timm.data import create_transform
 
-        own = self._augmentation if training else {}
-        prepared = {
-            key: value
-            for key, value in self.preprocessing.items()
-            if not (training and key.startswith("crop"))
-        }
+        options = self.preprocessing
+        if training:
+            own = {key: value for key, value in options.items() if not key.startswith("crop")}
+            options = own | self._augmentation
         size = (self.in_chans, self.image_size, self.image_size)
         try:
-            return create_transform(size, is_training=training, **prepared, **own)
+            return create_transform(size, is_training=training, **options)
         except (AssertionError, ValueError, KeyError) as error:
-            raise UserError(
-                f"auto_augment {self._augmentation['auto_augment']} is not a timm policy: {error}"
-            ) from error
+            policy = self._augmentation["auto_augment"]
+            raise UserError(f"auto_augment {policy} is not a timm policy: {error}") from error
 
     @cached_property
     def _images(self) -> dict[str, "Dataset"]:
-        """The splits of the source, the image column not decoded; finds both columns."""
+        """The splits of the source, with images not decoded; also finds both columns."""
         from datasets import ClassLabel, Image
 
         assert self.source is not None
@@ -194,29 +188,25 @@ class ImageDataModule(DataModule):
             return found[0]
 
         def holds_images(key: str) -> bool:
-            return isinstance(features[key], Image) or (
-                isinstance(features[key], dict) and "bytes" in features[key]
-            )
+            feature = features[key]
+            return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
 
         self.image_column = find(self.image_column, "image", holds_images)
         if not holds_images(self.image_column):
-            raise UserError(
-                f"column {self.image_column} of {self.source} does not hold images: set image_column"
-            )
+            raise UserError(f"column {self.image_column} of {self.source} holds no images: set image_column")
         labelled = any(isinstance(feature, ClassLabel) for feature in features.values())
         if not (labelled or "label" in features) and self._builder == "imagefolder":
             raise UserError(
                 f"{self.source} has images outside the folders of their classes, or only one class: put each "
                 "into the folder of its class, such as cat/1.png and dog/2.png, all equally deep"
             )
-        self.label_column = find(
-            self.label_column,
-            "label",
-            lambda key: isinstance(features[key], ClassLabel) if labelled else key in ("label", "labels"),
-        )
-        return {
-            split: rows.cast_column(self.image_column, Image(decode=False)) for split, rows in splits.items()
-        }
+
+        def holds_labels(key: str) -> bool:
+            return isinstance(features[key], ClassLabel) if labelled else key in ("label", "labels")
+
+        self.label_column = find(self.label_column, "label", holds_labels)
+        encoded = Image(decode=False)
+        return {split: rows.cast_column(self.image_column, encoded) for split, rows in splits.items()}
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -241,9 +231,7 @@ class ImageDataModule(DataModule):
                     f"column {self.label_column} of {self.source} has label {max(values)}, too large for a "
                     "class: number classes from 0, or set label_column"
                 )
-        raise UserError(
-            f"column {self.label_column} of {self.source} does not hold classes: set label_column"
-        )
+        raise UserError(f"column {self.label_column} of {self.source} holds no classes: set label_column")
 
     @property
     def num_classes(self) -> int:
@@ -251,7 +239,7 @@ class ImageDataModule(DataModule):
         return len(self.class_names)
 
     def _labels(self, split: str) -> np.ndarray:
-        """Return the labels of a split as integers, checked against the classes."""
+        """The labels of a split as integers, checked against the classes."""
         values = self._images[split][self.label_column][:]
         index = {class_name: label for label, class_name in enumerate(self.class_names)}
         labels = [index.get(value, -1) if isinstance(value, str) else value for value in values]
@@ -264,17 +252,17 @@ class ImageDataModule(DataModule):
         return np.array(labels, np.int64)
 
     def prepare_data(self) -> None:
-        """Fill the caches, and read the headers of images, on one process of a machine."""
+        """Fill the caches and read the headers of images, on one process per machine."""
         super().prepare_data()
         for rows in self.splits.values():
             if isinstance(rows, ImageRows) and isinstance(rows.read, ImageReader):
                 rows.read.look()
 
     def load(self) -> dict[str, Rows]:
-        """Return the splits as images and labels.
+        """The splits as images and labels.
 
         Raises:
-            UserError: a column is missing, a label lies outside the classes, nothing can be held out.
+            UserError: If a column is missing, a label is outside the classes, or no image can be held out.
         """
         if self.source is None:
             pixels, classes = embedded_digits()
@@ -291,15 +279,13 @@ class ImageDataModule(DataModule):
                 log.warning(
                     "%s: %d classes of %s have no training image: %s", self.source, len(unseen), split, names
                 )
-        # Split -> the split of the source it comes from, and its rows there.
+        # Each split, with the split of the source that it comes from and its rows there.
         chosen = {split: (split, np.arange(len(labels[split]))) for split in labels}
         if self.training and "validation" not in labels:
             held = held_out_images(labels["train"], self.validation_fraction)
             if not held.any():
-                raise UserError(
-                    f"validation_fraction {self.validation_fraction} of {len(held)} images holds out none: "
-                    "raise it or add a validation split"
-                )
+                few = f"validation_fraction {self.validation_fraction} of {len(held)} images holds out none"
+                raise UserError(f"{few}: raise it or add a validation split")
             chosen["train"] = "train", np.flatnonzero(~held)
             chosen["validation"] = "train", np.flatnonzero(held)
         splits: dict[str, Rows] = {}

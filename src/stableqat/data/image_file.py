@@ -1,10 +1,10 @@
 """One image file, upright and in 8-bit RGB: the same pixels for training, validation and evaluation.
 
 Only a fixed list of formats is opened: for some others, such as EPS, Pillow starts a program that interprets
-the file. The file defines black and white of deeper pixels: 16-bit grey ends at 65535, 12-bit grey at 4095,
-and floating point lies in [0, 1]; an image without a defined white is refused. The orientation that a camera
-records is applied. Transparency and colour profiles are dropped, as timm and torchvision drop them; of an
-animation the first frame counts.
+the file. The file defines the black and white of deeper pixels: 16-bit grey ends at 65535, 12-bit grey at
+4095, and floating point lies in [0, 1]; an image without a defined white is refused. The orientation that a
+camera records is applied. Transparency and colour profiles are dropped, as in timm and torchvision, and only
+the first frame of an animation counts.
 """
 
 import io
@@ -34,28 +34,28 @@ def look(source: bytes | str, where: str) -> None:
     """Read an image's header only.
 
     Args:
-        source: encoded bytes, or a path.
-        where: the image's name, for messages.
+        source: Encoded bytes, or a path.
+        where: The image's name, for messages.
 
     Raises:
-        UserError: its format, size or pixels are not supported.
+        UserError: If its format, size or pixels are not supported.
     """
     with _opened(source, where):
         pass
 
 
 def read(source: bytes | str, where: str) -> "Image":
-    """Return an image in RGB, upright.
+    """An image in RGB, upright.
 
     Args:
-        source: encoded bytes, or a path.
-        where: the image's name, for messages.
+        source: Encoded bytes, or a path.
+        where: The image's name, for messages.
 
     Raises:
-        UserError: it cannot be read, or its pixels have no defined white.
+        UserError: If it cannot be read, or its pixels have no defined white.
     """
     with _opened(source, where) as image:
-        image.load()  # rotates a TIFF by itself, and reads what a PNG records at its end
+        image.load()  # this rotates a TIFF, and reads the metadata at the end of a PNG
         return _upright(_rgb(image, where), _orientation(image))
 
 
@@ -70,9 +70,7 @@ def _opened(source: bytes | str, where: str) -> Iterator["Image"]:
         with PIL.Image.open(file, "r", FORMATS) as image:
             width, height = image.size
             if max(width, height) > _MAX_RATIO * min(width, height):
-                raise UserError(
-                    f"{where} has {width} x {height} pixels, a strip too long to resize: crop or remove it"
-                )
+                raise UserError(f"{where} is a strip of {width} x {height} pixels: crop or remove it")
             if image.mode not in _KNOWN and _white(image) is None:
                 raise UserError(
                     f"{where} has pixels without a defined white (Pillow's mode {image.mode}): "
@@ -84,16 +82,14 @@ def _opened(source: bytes | str, where: str) -> Iterator["Image"]:
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{where} has too many pixels to be safe: scale it down or remove it") from error
     except PIL.UnidentifiedImageError as error:
-        raise UserError(
-            f"{where} is not a readable image (PNG, JPEG, WebP, BMP, TIFF or GIF): "
-            "convert, repair or remove it"
-        ) from error
+        fault = f"{where} is not a readable image (PNG, JPEG, WebP, BMP, TIFF or GIF)"
+        raise UserError(f"{fault}: convert, repair or remove it") from error
     except Exception as error:  # every decoder raises errors of its own on damaged files
         raise UserError(f"{where} is not a readable image: repair or remove it") from error
 
 
 def _white(image: "Image") -> float | None:
-    """The value of white in an image of deep grey pixels, None where the file defines none."""
+    """The value of white in an image of deep grey pixels; None if the file defines none."""
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})
         return 2.0 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
@@ -119,7 +115,7 @@ def _rgb(image: "Image", where: str) -> "Image":
 
 
 def _orientation(image: "Image") -> int:
-    """How the camera was held (1 to 8), 1 where the file does not say."""
+    """How the camera was held (1 to 8); 1 if the file does not say."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged metadata is no reason to refuse sound pixels

@@ -1,7 +1,7 @@
 """Images and labels by key: the rows of an image split.
 
 Every random choice of an augmentation is drawn from (seed, epoch, image), so that a run sees the same pixels
-with any number of workers and wherever it resumes.
+with any number of workers, wherever it resumes.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-#: Headers of a split that are read before training, in a second or two.
+#: How many headers of a split are read before training, which takes a second or two.
 _LOOKED_AT = 20_000
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Opens some of a data set's images by index, upright and in RGB.
+    """Opens some images of a data set by index, upright and in RGB.
 
     Args:
-        rows: data set whose image column is not decoded.
-        column: the image column.
-        chosen: the rows that make this split.
-        source: what the user called the data set, for messages.
+        rows: Data set whose image column is not decoded.
+        column: The image column.
+        chosen: The rows of this split.
+        source: The user's name for the data set, for messages.
     """
 
     rows: "Dataset"
@@ -39,18 +39,18 @@ class ImageReader:
     source: str
 
     def __call__(self, index: int) -> "Image":
-        """Return one image, decoded.
+        """One image, decoded.
 
         Raises:
-            UserError: it cannot be read or is of an unsupported kind; names the file, or the row.
+            UserError: If it cannot be read or is of an unsupported kind; names the file or the row.
         """
         return read(*self._record(int(self.chosen[index])))
 
     def look(self) -> None:
-        """Read the headers of images that are files of their own, of very many only every k-th.
+        """Read the headers of images that are separate files; if there are very many, only of every k-th.
 
         Raises:
-            UserError: one of them is of an unsupported kind; names the file.
+            UserError: If one of them is of an unsupported kind; names the file.
         """
         for row in self.chosen[:: len(self.chosen) // _LOOKED_AT + 1].tolist():
             source, where = self._record(row)
@@ -59,7 +59,7 @@ class ImageReader:
             look(source, where)
 
     def _record(self, row: int) -> tuple[bytes | str, str]:
-        """Return the bytes or the path of a row's image, and its name for messages."""
+        """The bytes or the path of a row's image, and its name for messages."""
         record = self.rows[row][self.column] or {}
         content, path = record.get("bytes"), record.get("path")
         if isinstance(path, str) and not content:
@@ -72,9 +72,10 @@ class ImageRows:
     """Images and labels by key.
 
     Args:
-        read: index -> image.
-        labels: class of each image, shape (n,).
-        transform: image -> tensor of shape (channels, height, width); may draw from the global generators.
+        read: Gives the image of an index.
+        labels: Class of each image, shape (n,).
+        transform: Makes a tensor of shape (channels, height, width) from an image; may draw from the global
+            generators.
     """
 
     read: Callable[[int], Any]

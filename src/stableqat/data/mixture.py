@@ -2,8 +2,8 @@
 
 The sources take turns in a fixed pattern that repeats: among the first p rows, source s has its share w_s * p
 to within one row (Tijdeman's bound for the chairman assignment problem, Discrete Math. 32, 1980). Each source
-is visited in permutations of its own; where an epoch needs more rows than a source has, the source starts
-over in a new one. Nothing is copied: an epoch is an array of indices into the sources laid end to end.
+is visited in its own permutations; if an epoch needs more rows than a source has, the source starts over with
+a new one. Nothing is copied: an epoch is an array of indices into the sources laid end to end.
 """
 
 import math
@@ -15,16 +15,16 @@ import numpy as np
 
 
 def permutation(size: int, seed: int, visit: int, source: int = 0) -> np.ndarray:
-    """Return the order in which visit `visit` goes through the `size` rows of a source.
+    """The order in which visit number `visit` goes through the `size` rows of a source.
 
-    Sorting raw Philox output, whose stream NumPy guarantees, makes the order independent of versions.
+    It sorts raw Philox output, whose stream NumPy guarantees, so the order does not depend on versions.
     """
     key = np.array([seed, source << 32 | visit], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
 
 
 def interleaving(shares: Sequence[int], length: int) -> np.ndarray:
-    """Return the source of each of the first `length` rows of a mixture, none off its share by one row.
+    """The source of each of the first `length` rows of a mixture, always within one row of every share.
 
     Row j of source s must come between the first p at which w_s * p - j >= e and the one after the last at
     which w_s * p - j <= 1 - e, with e = 1 / (2n - 2). Earliest deadline first meets all these windows.
@@ -55,9 +55,9 @@ class Mixture:
     """What an epoch takes from each source, and in which order.
 
     Args:
-        rows: number of rows of each source.
-        ratios: of the rows that an epoch takes from each.
-        size: rows of an epoch; None takes as many as visit no row twice.
+        rows: Number of rows of each source.
+        ratios: Ratios of the rows that an epoch takes from each source.
+        size: Rows of an epoch; None takes as many as possible without visiting a row twice.
     """
 
     def __init__(self, rows: Sequence[int], ratios: Sequence[float] = (1,), size: int | None = None):
@@ -70,11 +70,11 @@ class Mixture:
         self.size = self._without_repetition() if size is None else size
 
     def _without_repetition(self) -> int:
-        """Return the rows of the longest epoch in which no source starts over."""
+        """The number of rows of the longest epoch in which no source starts over."""
         period = sum(self.shares)
         rounds = min(rows // share for rows, share in zip(self.rows, self.shares, strict=True))
         left = [rows - rounds * share for rows, share in zip(self.rows, self.shares, strict=True)]
-        # By this row some source has exceeded what is left of it.
+        # By this row, some source has used up what is left of it.
         enough = min(-(-(n + 2) * period // share) for n, share in zip(left, self.shares, strict=True))
         pattern = interleaving(self.shares, min(period, enough))
         ends = [np.flatnonzero(pattern == s)[n : n + 1] for s, n in enumerate(left)]
@@ -86,19 +86,19 @@ class Mixture:
 
     @cached_property
     def counts(self) -> list[int]:
-        """The rows that an epoch takes from each source."""
+        """The number of rows that an epoch takes from each source."""
         rounds, rest = divmod(self.size, sum(self.shares))
         begun = np.bincount(self._pattern[:rest], minlength=len(self.rows))
         return [rounds * share + int(n) for share, n in zip(self.shares, begun, strict=True)]
 
     def first(self, size: int) -> "Mixture":
-        """Return a mixture whose epochs visit only the first rows of each source, `size` in all."""
+        """A mixture whose epochs visit only the first rows of each source, `size` in all."""
         some = Mixture(self.rows, self.shares, size)
         some.rows = [min(rows, count) for rows, count in zip(self.rows, some.counts, strict=True)]
         return some
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the rows of an epoch as indices into all sources laid end to end."""
+        """The rows of an epoch, as indices into all sources laid end to end."""
         sources = np.resize(self._pattern, self.size)
         order = np.empty(self.size, np.int64)
         for source, (start, rows, count) in enumerate(zip(self._starts, self.rows, self.counts, strict=True)):

@@ -4,10 +4,10 @@ Training is one endless stream. Epoch e visits the samples in an order drawn fro
 next batch_size * world_size of them, and process r takes every world_size-th, starting with the r-th, so that
 any number of processes sees the same samples per step. An iterator continues after the last batch handed out,
 across Lightning's epochs and across a resume: the whole state is (epoch, samples consumed by all processes).
-So a run resumes with the very next samples on any number of processes. With as many samples per step, its
-steps are those of an uninterrupted run; otherwise the order still is, except for the samples at the end of an
-epoch that fill no step. Evaluation visits every sample once; a process that runs out of batches gets one of
-padding, because sharded forwards are collectives.
+So a run resumes with the very next samples on any number of processes. If the number of samples per step is
+unchanged, its steps are those of an uninterrupted run. Otherwise only the order is, except for the samples at
+the end of an epoch that do not fill a step. Evaluation visits every sample once; a process that runs out of
+batches gets a padding batch, because sharded forwards are collectives.
 """
 
 import random
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, SequentialSampler
 
 from stableqat.data.mixture import Mixture
@@ -25,7 +26,7 @@ from stableqat.errors import UserError
 #: The index of a padding row, whose labels are all ignored.
 PAD = -1
 
-#: What a dataset maps to a sample: the seed and the epoch, which decide its augmentation, and its index.
+#: The key of a sample: the seed and the epoch, which decide its augmentation, and its index.
 Key = tuple[int, int, int]
 
 #: What the training stream is drawn from, in the user's words.
@@ -40,31 +41,25 @@ _ORIGIN = {
 @contextmanager
 def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seed the CPU generators of Python, NumPy and torch for one sample, and restore them afterwards."""
-    generator = torch.default_generator
-    state = random.getstate(), np.random.get_state(), generator.get_state()
     words = np.random.SeedSequence([seed, epoch, index]).generate_state(4)
-    random.seed(words.tobytes())
-    np.random.seed(words)
-    generator.manual_seed(int(words.view(np.uint64)[0]) >> 1)
-    try:
+    with isolate_rng(include_cuda=False):
+        random.seed(words.tobytes())
+        np.random.seed(words)
+        torch.default_generator.manual_seed(int(words.view(np.uint64)[0]) >> 1)
         yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        generator.set_state(state[2])
 
 
 # Lightning's overfit_batches replaces any sampler that is not a SequentialSampler with one that does not know
-# keys; these two do visit their positions in sequence.
+# keys; and these two do visit their positions in sequence.
 class TrainingOrder(SequentialSampler):
     """One process's share of the endless training stream, in batches of keys; an iterator yields one epoch.
 
     Args:
-        mixture: what an epoch visits; its last incomplete global batch is dropped.
-        batch_size: samples per step and process.
-        seed: decides the order.
-        rank: this process among those that read different data.
-        world_size: number of such processes.
+        mixture: The samples of an epoch; the last incomplete global batch is dropped.
+        batch_size: Samples per step and process.
+        seed: Decides the order.
+        rank: The rank of this process among those that read different data.
+        world_size: The number of such processes.
     """
 
     def __init__(self, mixture: Mixture, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
@@ -79,7 +74,7 @@ class TrainingOrder(SequentialSampler):
         return self.size // self.global_batch
 
     def start_of_batch(self, position: tuple[int, int]) -> tuple[int, int]:
-        """Return where the batch at `position` starts: there, or with the next epoch."""
+        """Where the batch at `position` starts: there, or at the start of the next epoch."""
         epoch, consumed = position
         return position if consumed + self.global_batch <= self.size else (epoch + 1, 0)
 
@@ -100,13 +95,13 @@ class TrainingOrder(SequentialSampler):
 
 
 class EvaluationOrder(SequentialSampler):
-    """One process's share of all samples, each once and in order, in equally many batches per process.
+    """One process's share of all samples, each once and in order, with as many batches on every process.
 
     Args:
-        size: number of samples.
-        batch_size: samples per batch and process.
-        rank: this process among those that read different data.
-        world_size: number of such processes.
+        size: Number of samples.
+        batch_size: Samples per batch and process.
+        rank: The rank of this process among those that read different data.
+        world_size: The number of such processes.
     """
 
     def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1):
@@ -130,28 +125,26 @@ class Loader(DataLoader):
             yield from super().__iter__()
         except UserError as error:
             *_, line = str(error).strip().splitlines()
-            # Its traceback ends in a frame of torch that holds it: a cycle that would keep the workers alive.
+            # Its traceback ends in a frame of torch that holds it: the cycle would keep the workers alive.
             cause = error.with_traceback(None)
             raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from cause
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError(
-                "a worker process of the data loader died (out of memory?): lower data.num_workers"
-            ) from error
+            raise UserError("a data loader worker died (out of memory?): lower data.num_workers") from error
 
 
 class TrainingLoader(Loader):
     """A loader over a `TrainingOrder` that saves and restores its place in the stream.
 
-    Only batches handed out count, not those that workers have prefetched, nor the last one if `unfinished`
-    reports that its training step was cut short.
+    Only batches that were handed out count: not those that workers have prefetched, nor the last one if
+    `unfinished` says that its training step was cut short.
 
     Args:
-        dataset: maps a list of keys to a batch.
-        order: the stream of lists of keys.
-        unfinished: whether the step on the last batch handed out is unfinished.
-        **kwargs: DataLoader's arguments.
+        dataset: Maps a list of keys to a batch.
+        order: The stream of lists of keys.
+        unfinished: Tells whether the step on the last batch handed out is unfinished.
+        **kwargs: Arguments of DataLoader.
     """
 
     def __init__(
@@ -174,24 +167,23 @@ class TrainingLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the stream, in samples of all processes, and what the stream is drawn from."""
+        """The place in the stream, in samples of all processes, and what the stream is drawn from."""
         epoch, consumed = self._previous if self.unfinished() else self.order.position
         place = {"epoch": epoch, "consumed": consumed, "global_batch": self.order.global_batch}
         return {**place, **self._origin()}
 
     def _origin(self) -> dict[str, Any]:
-        mixture = self.order.mixture
-        origin = {"seed": self.order.seed, "size": mixture.size}
-        return {**origin, "shares": mixture.shares, "rows": mixture.rows}
+        seed, mixture = self.order.seed, self.order.mixture
+        return {"seed": seed, "size": mixture.size, "shares": mixture.shares, "rows": mixture.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
 
         Raises:
-            UserError: the state was saved over other samples, another mixture of them, or another seed.
+            UserError: If the state was saved with other samples, another mixture of them, or another seed.
         """
         for key, own in self._origin().items():
-            if (saved := state.get(key, own)) != own:  # stableqat 0.1 saved seed and size alone
+            if (saved := state.get(key, own)) != own:  # stableqat 0.1 saved only seed and size
                 was, now = (":".join(map(str, v)) if isinstance(v, list) else v for v in (saved, own))
                 causes = "data settings differ"
                 if key in ("size", "rows"):

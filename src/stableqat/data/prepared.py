@@ -1,6 +1,6 @@
-"""What `stableqat data` writes, as it lies on disk: a manifest, shards, and how a tokenized set is opened.
+"""What `stableqat data` writes to disk: a manifest and shards; and how to open a tokenized set.
 
-A tokenized set is read from its memory map; nothing is copied.
+A tokenized set is read from its memory map, without copies.
 """
 
 import hashlib
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MANIFEST = "manifest.json"
-#: What manifests call a tokenized set and a sample.
+#: The kinds in manifests: a tokenized set and a sample.
 TOKENIZED, SAMPLE = "tokenized set", "sample"
 _TYPES: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", int: "a number"}
+_AGAIN = "copy it again, or make the set again"
 V = TypeVar("V")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder that `stableqat data` wrote, or None for any other folder."""
+    """The manifest of a folder that `stableqat data` wrote; None for any other folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError):
@@ -33,39 +34,36 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a finished output, as the manifest describes it."""
+    """A file of a finished output, as its manifest describes it."""
 
     path: Path
     size: int
     sha256: str
 
     def check_size(self) -> None:
-        """Raise UserError if the file is missing or was cut short."""
+        """Refuse a file that is missing or was cut short."""
         if not self.path.is_file() or self.path.stat().st_size != self.size:
             raise UserError(f"{self.path} is missing or does not have its {self.size} bytes: copy it again")
 
     def check_content(self) -> None:
-        """Raise UserError if a byte of the file has changed; reads a file again only after it was written."""
+        """Refuse a file in which a byte has changed; an unchanged file is read only once."""
         self.check_size()
         if _sha256(self.path.resolve(), self.path.stat().st_mtime_ns) != self.sha256:
-            raise UserError(
-                f"{self.path} is damaged (its SHA-256 is not the manifest's): copy it again, or make the set "
-                "again"
-            )
+            raise UserError(f"{self.path} is damaged (its SHA-256 is not the manifest's): {_AGAIN}")
 
 
 @cache
 def _sha256(path: Path, modified: int) -> str:
-    """Return the SHA-256 of a file that was last written at that time."""
+    """The SHA-256 of a file that was last written at that time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_field(folder: Path, manifest: dict[str, Any], kind: type[V], *keys: str | int) -> V:
-    """Return what a folder's manifest says under some keys, each inside of the one before.
+    """The value in a folder's manifest under nested keys.
 
     Raises:
-        UserError: nothing, or something of another type; names the key.
+        UserError: If there is none, or it has another type; names the key.
     """
     value: Any = manifest
     try:
@@ -74,18 +72,16 @@ def read_field(folder: Path, manifest: dict[str, Any], kind: type[V], *keys: str
     except (LookupError, TypeError):
         value = None
     if type(value) is not kind or not value:
-        raise UserError(
-            f"{folder / MANIFEST} is damaged ({'.'.join(map(str, keys))} is not {_TYPES[kind]}): "
-            "copy it again, or make the set again"
-        )
+        reason = f"{'.'.join(map(str, keys))} is not {_TYPES[kind]}"
+        raise UserError(f"{folder / MANIFEST} is damaged ({reason}): {_AGAIN}")
     return value
 
 
 def read_shards(folder: Path, manifest: dict[str, Any]) -> dict[str, list[Shard]]:
-    """Return the shards of each split of a finished output.
+    """The shards of each split of a finished output.
 
     Raises:
-        UserError: the manifest lacks one of their fields; names it.
+        UserError: If the manifest lacks one of their fields; names it.
     """
     found: dict[str, list[Shard]] = {}
     for split in read_field(folder, manifest, dict, "splits"):
@@ -99,18 +95,15 @@ def read_shards(folder: Path, manifest: dict[str, Any]) -> dict[str, list[Shard]
 
 
 def prepared_manifest(source: str) -> dict[str, Any] | None:
-    """Return the manifest of a tokenized set, or None for any other source.
+    """The manifest of a tokenized set; None for any other source.
 
     Raises:
-        UserError: the manifest is damaged, or a shard is missing or was cut short.
+        UserError: If the manifest is damaged, or a shard is missing or was cut short.
     """
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     if manifest is None and folder.is_dir() and next(folder.glob("*.arrow"), None):
-        raise UserError(
-            f"{folder} holds Arrow files without the manifest of `stableqat data tokenize`: copy its "
-            f"{MANIFEST} again, or name the text"
-        )
+        raise UserError(f"{folder} holds Arrow files without {MANIFEST}: copy it again, or name the text")
     if manifest is None or manifest["kind"] != TOKENIZED:
         return None
     read_field(folder, manifest, str, "tokenizer_sha256")
@@ -123,10 +116,10 @@ def prepared_manifest(source: str) -> dict[str, Any] | None:
 
 
 def check_content(source: str) -> None:
-    """Compare the files that `stableqat data` wrote with the SHA-256 of their manifest; skip other sources.
+    """Compare the files that `stableqat data` wrote with the SHA-256 in their manifest; skip other sources.
 
     Raises:
-        UserError: a shard is damaged; names it.
+        UserError: If a shard is damaged; names it.
     """
     folder = Path(source).expanduser()
     if (manifest := read_manifest(folder)) is not None and manifest["kind"] in (TOKENIZED, SAMPLE):
@@ -135,10 +128,10 @@ def check_content(source: str) -> None:
 
 
 def prepared_splits(source: str, manifest: dict[str, Any]) -> dict[str, "Dataset"]:
-    """Return the splits of a tokenized set, with a column `input_ids`.
+    """The splits of a tokenized set, with a column `input_ids`.
 
     Raises:
-        UserError: a shard holds something else.
+        UserError: If a shard holds something else.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -147,7 +140,7 @@ def prepared_splits(source: str, manifest: dict[str, Any]) -> dict[str, "Dataset
             opened = Dataset.from_file(str(shard.path))
             if opened.features["input_ids"].feature.dtype == "int32":
                 return opened
-        except Exception as error:  # pyarrow and `datasets` raise many classes
+        except Exception as error:  # pyarrow and `datasets` raise many kinds
             raise UserError(f"{shard.path} cannot be read as rows of tokens: copy it again") from error
         raise UserError(f"{shard.path} does not hold rows of tokens: tokenize again")
 

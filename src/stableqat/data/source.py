@@ -1,6 +1,6 @@
 """From a name to splits: a local file, a folder, or a data set of the Hub, read by `datasets`.
 
-Whatever is wrong with them, or with the cache of `datasets`, becomes an error of one line.
+Anything wrong with them, or with the cache of `datasets`, becomes a one-line error.
 """
 
 import errno
@@ -42,10 +42,9 @@ _CHATS += [
 
 
 def _split(path: Path) -> str | None:
-    """Return the split that a path inside a folder names: by a folder's whole name, or how a file's begins.
+    """The split that a path inside a folder names: by the whole name of a folder, or the start of a file's.
 
-    Single images take it from their folders alone, because they and the folders of their classes may have any
-    name.
+    Single images take it only from folders, because image files may have any name.
     """
     for folder in path.parts[:-1]:
         if split := SPLITS.get(folder.lower()):
@@ -59,39 +58,36 @@ def _split(path: Path) -> str | None:
 def local_files(
     source: str, formats: dict[str, str], *, training: bool = True
 ) -> tuple[str, dict[str, list[Path]]] | None:
-    """Return the builder and the files per split of a local source, or None for the name of a Hub data set.
+    """The builder and the files per split of a local source; None for the name of a Hub data set.
 
     Args:
-        source: path of a file or a folder, or a Hub name.
-        formats: file suffix -> builder.
-        training: a folder that names splits must name train among them.
+        source: Path of a file or a folder, or a Hub name.
+        formats: File suffix to builder.
+        training: Whether a folder that names splits must name train among them.
 
     Raises:
-        UserError: there is no file of these formats, several formats, or an empty or cut-short file.
+        UserError: If there is no file of these formats, a mixture of formats, or an empty or truncated file.
     """
     path = Path(source).expanduser()
     if path.is_file():
         splits = {"train": [path]}
     elif path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if file_format(p) in formats]
-        found = [
-            p
-            for p in found
-            if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(path).parts)
-        ]
-        if lost := next((p for p in found if p.is_symlink() and not p.exists()), None):
-            raise UserError(f"{lost} is a broken link: repair or remove it")
-        found = [p for p in found if p.is_file()]
         splits = {}
-        for file in found:
-            splits.setdefault(_split(file.relative_to(path)) or "", []).append(file)
+        for file in sorted(p for p in path.rglob("*") if file_format(p) in formats):
+            inside = file.relative_to(path)
+            if any(part.startswith((".", "__MACOSX")) for part in inside.parts):
+                continue
+            if file.is_symlink() and not file.exists():
+                raise UserError(f"{file} is a broken link: repair or remove it")
+            if file.is_file():
+                splits.setdefault(_split(inside) or "", []).append(file)
+        if not splits:
+            raise UserError(f"no data file in {source}: expected {', '.join(sorted(formats))}")
         unnamed = splits.pop("", [])
         if not splits:
             splits = {"train": unnamed}
         elif unnamed:
             log.info("%s: leaving out %d files whose names say no split", source, len(unnamed))
-        if not found:
-            raise UserError(f"no data file in {source}: expected {', '.join(sorted(formats))}")
         if training and "train" not in splits:
             raise UserError(f"no training file in {source}: name files train*, validation*, test*")
     elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and file_format(path) not in formats:
@@ -118,18 +114,18 @@ def load_splits(
     training: bool = True,
     **options: Any,
 ) -> dict[str, "Dataset"]:
-    """Return the splits of a source, prepared by `datasets` and mapped from its cache.
+    """The splits of a source, prepared by `datasets` and mapped from its cache.
 
     Args:
-        source: path of a file or a folder, or a Hub name.
-        name: configuration of a Hub data set.
-        formats: file suffix -> builder.
-        cache_dir: where `datasets` caches prepared data; None takes its default.
-        training: train must be among the splits.
-        **options: builder name -> that builder's arguments.
+        source: Path of a file or a folder, or a Hub name.
+        name: Configuration of a Hub data set.
+        formats: File suffix to builder.
+        cache_dir: Where `datasets` caches prepared data; None takes its default.
+        training: Whether train must be among the splits.
+        **options: Arguments of builders, by the name of the builder.
 
     Raises:
-        UserError: the source is not found, out of reach or not readable; names the file, and the line of
+        UserError: If the source is not found, out of reach or not readable; names the file, and the line of
             broken JSON.
     """
     import datasets
@@ -178,7 +174,7 @@ def load_splits(
         if reason.startswith("Couldn't cast"):
             raise UserError(
                 f"the documents of {source} differ in their columns: give all the same, or read them with "
-                "stableqat data tokenize, which needs the text only"
+                "stableqat data tokenize, which needs only the text"
             ) from error
         if "corresponds to no data" in reason or reason == "StopIteration":
             reason = "it holds no rows"
@@ -186,7 +182,7 @@ def load_splits(
 
 
 def not_found(source: str, error: Exception) -> UserError:
-    """Return the error of a source that the Hub does not serve either, with the reason."""
+    """The error for a source that is not on the Hub either, with the reason."""
     return UserError(f"{source} is not found locally or on the Hub ({first_line(error)}): check its name")
 
 
@@ -194,14 +190,14 @@ def not_found(source: str, error: Exception) -> UserError:
 def caching(
     cache_dir: str | Path | None, remedy: str = "set data.cache_dir to another folder"
 ) -> Iterator[None]:
-    """Report a cache folder that cannot be written in one line.
+    """Report in one line that a cache folder cannot be written.
 
     Args:
-        cache_dir: the folder; None means the default of `datasets`.
-        remedy: how to choose another one.
+        cache_dir: The folder; None means the default of `datasets`.
+        remedy: How to choose another one.
 
     Raises:
-        UserError: instead of the system's error.
+        UserError: In place of the system's error.
     """
     try:
         yield
@@ -216,13 +212,12 @@ def caching(
             raise
         where = cache_dir or f"{HF_DATASETS_CACHE} (below $HF_HOME)"
         why = os.strerror(getattr(found, "errno", None) or errno.ENOSPC)
-        raise UserError(
-            f"the cache folder {where} cannot be written ({why}): make room there, or {remedy}"
-        ) from error
+        fault = f"the cache folder {where} cannot be written ({why})"
+        raise UserError(f"{fault}: make room there, or {remedy}") from error
 
 
 def _says(error: BaseException, folder: Path) -> bool:
-    """Whether the system raised an error over writing in, or making, a folder."""
+    """Whether the system raised an error because it could not write in, or create, a folder."""
     if not isinstance(error, OSError):
         return False
     if error.errno is None:  # of `datasets`
@@ -239,12 +234,12 @@ def _listed(names: Collection[str]) -> str:
 
 
 def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError:
-    """Return the error of a text column that is missing or holds something other than text.
+    """The error for a text column that is missing or holds something other than text.
 
     Args:
-        where: the file or the source.
-        column: the text column that is wanted.
-        columns: each column, and whether it holds text.
+        where: The file or the source.
+        column: The name of the text column.
+        columns: Each column, and whether it holds text.
     """
     texts = _listed([name for name, is_text in columns.items() if is_text])
     if chat := next((chat for chat in _CHATS if columns.keys() >= set(chat)), None):
@@ -260,7 +255,7 @@ def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError
 
 
 def find_fault(source: str, formats: dict[str, str]) -> str | None:
-    """Return what is wrong with the first broken file of a source, or None."""
+    """What is wrong with the first broken file of a source; None if nothing is found."""
     if (local := local_files(source, formats, training=False)) is None:
         return None
     faults = (find_damage(path, local[0]) for paths in local[1].values() for path in paths)

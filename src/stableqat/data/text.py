@@ -1,8 +1,8 @@
 """Text for language models: one source or a mixture of several, as rows of `block_size` tokens.
 
-Raw text is tokenized once, each document ended by EOS; a tokenized set is read as it is. An epoch is the
-whole of one source, what the scarcest source of a mixture allows, or a budget of tokens. The sources of a
-mixture take turns, so that the ratio holds at every moment of the training and not only at its end.
+Raw text is tokenized once, with EOS after each document; a tokenized set is read as it is. An epoch is all of
+one source, as much as the scarcest source of a mixture allows, or a budget of tokens. The sources of a
+mixture take turns, so that their ratio holds at every moment of training and not only at its end.
 """
 
 import hashlib
@@ -49,35 +49,35 @@ class TextDataModule(DataModule):
     """Rows of tokens for language models: `input_ids` and (unshifted) `labels`, (batch, block_size).
 
     Args:
-        source: a file or folder of jsonl, json, parquet or txt (.zst, .gz, .bz2, .xz too), or a Hub name;
+        source: A file or folder of jsonl, json, parquet or txt (.zst, .gz, .bz2, .xz too), or a Hub name;
             null takes the embedded text. In a folder, files whose names start with train, validation (valid,
-            val, dev) or test, or folders named so, make the splits. A txt file is one document. A folder that
-            `data tokenize` wrote is read as it is, with its tokenizer and any block_size. A mapping such as
-            {data/slim: 1, data/edu: 1} mixes sources at these ratios of tokens; its validation split holds
-            all of theirs.
-        tokens: training tokens per epoch, such as 300000, 20M or 1.5B; null takes all, of a mixture as many
-            as its scarcest source allows.
-        tokens_per_step: declared tokens per optimizer step, over all processes and accumulated batches; a run
+            val, dev) or test, or folders with these names, make the splits. A txt file is one document. A
+            folder that `data tokenize` wrote is read as it is, with its tokenizer and any block_size. A
+            mapping such as {data/slim: 1, data/edu: 1} mixes sources at these ratios of tokens; its
+            validation split holds all of theirs.
+        tokens: Training tokens per epoch, such as 300000, 20M or 1.5B; null takes all or, of a mixture, as
+            many as its scarcest source allows.
+        tokens_per_step: Declared tokens per optimizer step, over all processes and accumulated batches; a run
             that takes another number is refused. null declares nothing.
-        repeat: let a source that has fewer tokens than its share of the budget start over, and a run take
-            the budget more than once.
-        name: configuration of a Hub data set.
-        tokenizer: a Hub name, a folder or a tokenizer.json; null takes the one of a tokenized source or,
-            on the command line, of what the model starts from, and otherwise trains a byte-level BPE on the
-            train splits, taken evenly.
-        vocab_size: entries of that BPE; not used with a tokenizer.
-        text_column: the column that holds the text.
-        block_size: tokens per row; the last incomplete row of a split is dropped.
-        batch_size: rows per step and process.
-        validation_fraction: share of the documents held out, whole and by their hashes, where a source has no
+        repeat: Let a source with fewer tokens than its share of the budget start over, and let a run take the
+            budget more than once.
+        name: Configuration of a Hub data set.
+        tokenizer: A Hub name, a folder or a tokenizer.json. null takes that of a tokenized source or, on the
+            command line, of what the model starts from, and otherwise trains a byte-level BPE on the train
+            splits, taken evenly.
+        vocab_size: Entries of that BPE; not used with a tokenizer.
+        text_column: The column that holds the text.
+        block_size: Tokens per row; the last incomplete row of a split is dropped.
+        batch_size: Rows per step and process.
+        validation_fraction: Share of the documents to hold out, whole and by their hashes, if a source has no
             validation split.
-        num_workers: processes that load batches ahead; 0 loads in the training process.
-        seed: decides the order; null takes the run's seed (seed_everything).
-        cache_dir: folder for prepared data and trained tokenizers; null takes the default folders of
+        num_workers: Processes that load batches in advance; 0 loads in the training process.
+        seed: Decides the order; null takes the run's seed (seed_everything).
+        cache_dir: Folder for prepared data and trained tokenizers; null takes the default folders of
             `datasets` and of stableqat ($STABLEQAT_CACHE).
 
     Raises:
-        UserError: a value is out of range, a file is missing, empty or cut short, or tokenizers differ.
+        UserError: If a value is out of range, a file is missing, empty or truncated, or tokenizers differ.
     """
 
     def __init__(
@@ -100,9 +100,7 @@ class TextDataModule(DataModule):
     ):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if block_size < 2:
-            raise UserError(
-                f"block_size {block_size} must be at least 2: the model predicts a token from those before it"
-            )
+            raise UserError(f"block_size {block_size} must be at least 2: a token is predicted from another")
         if tokenizer is None and vocab_size < BPE_MIN_VOCAB:
             raise UserError(f"vocab_size {vocab_size} must be at least {BPE_MIN_VOCAB}: 256 bytes and EOS")
         check_share(validation_fraction)
@@ -116,10 +114,8 @@ class TextDataModule(DataModule):
         self.source = source
         self.ratios = _ratios(source)
         if len(self.ratios) > 1 and name is not None:
-            raise UserError(
-                f"name {name} is the configuration of one Hub data set, and source mixes {len(self.ratios)}: "
-                "draw from it first with data sample --name"
-            )
+            fault = f"is the configuration of one Hub data set, and source mixes {len(self.ratios)}"
+            raise UserError(f"name {name} {fault}: draw from it first with data sample --name")
         self._manifests: dict[str, dict[str, Any]] = {}
         for each in self.ratios:
             if (manifest := prepared_manifest(each)) is None:
@@ -128,10 +124,8 @@ class TextDataModule(DataModule):
             first = next(iter(self._manifests), each)
             self._manifests[each] = manifest
             if manifest["tokenizer_sha256"] != self._manifests[first]["tokenizer_sha256"]:
-                raise UserError(
-                    f"{each} was made with another tokenizer than {first}, and a mixture needs one: "
-                    f"tokenize it again with --tokenizer {first}/tokenizer"
-                )
+                fault = f"was made with another tokenizer than {first}, and a mixture needs one"
+                raise UserError(f"{each} {fault}: tokenize it again with --tokenizer {first}/tokenizer")
         if self._manifests and tokenizer is None:
             tokenizer = f"{next(iter(self._manifests))}/tokenizer"
         self.tokens_per_step = None if tokens_per_step is None else Budget(tokens_per_step, "tokens_per_step")
@@ -153,13 +147,13 @@ class TextDataModule(DataModule):
         return {each: Documents(each, *options) for each in sources if each not in self._manifests}
 
     def _training_texts(self) -> Iterator[str]:
-        """Yield the documents that the BPE learns from, an equal part from each source."""
+        """Yield the documents that the BPE is trained on, an equal share from each source."""
         for documents in self._documents.values():
             yield from documents.training_texts(_BPE_MAX_BYTES // len(self._documents))
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer: the named one, that of the sources, or the BPE, trained on first use and cached."""
+        """The named tokenizer, that of the sources, or the BPE, which is trained on first use and cached."""
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source)
         texts = " ".join(documents.fingerprint for documents in self._documents.values())
@@ -176,7 +170,7 @@ class TextDataModule(DataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Embedding rows that the tokens need: the entries of the BPE, or of the named tokenizer."""
+        """The number of embedding rows that the tokens need: the entries of the BPE or of the tokenizer."""
         return self._bpe_size if self.tokenizer_source is None else token_rows(self.tokenizer)
 
     @property
@@ -185,14 +179,12 @@ class TextDataModule(DataModule):
         return self.tokenizer.eos_token_id
 
     def _tokenized(self, source: str) -> dict[str, "Dataset"]:
-        """Return the splits of one source with a column `input_ids`."""
+        """The splits of one source, with a column `input_ids`."""
         if (manifest := self._manifests.get(source)) is None:
             return self._documents[source].tokenized(DocumentEncoder.of(self.tokenizer))
         if tokenizer_hash(self.tokenizer) != manifest["tokenizer_sha256"]:
-            raise UserError(
-                f"{source} was made with another tokenizer than {self.tokenizer_source}: "
-                "leave tokenizer out, or tokenize again"
-            )
+            fault = f"was made with another tokenizer than {self.tokenizer_source}"
+            raise UserError(f"{source} {fault}: leave tokenizer out, or tokenize again")
         return prepared_splits(source, manifest)
 
     @cached_property
@@ -204,10 +196,9 @@ class TextDataModule(DataModule):
             for split, run in self._tokenized(source).items():
                 packed[source][split] = rows = PackedRows(run, self.block_size)
                 if not len(rows):
-                    raise UserError(
-                        f"the {split} split of {self._called(source)} has {rows.num_tokens} tokens, less "
-                        f"than one row of block_size {self.block_size}: lower block_size or give more text"
-                    )
+                    few = f"{rows.num_tokens} tokens, less than one row of block_size {self.block_size}"
+                    whose = f"the {split} split of {self._called(source)}"
+                    raise UserError(f"{whose} has {few}: lower block_size or give more text")
         return packed
 
     def _called(self, source: str) -> str:
@@ -218,7 +209,7 @@ class TextDataModule(DataModule):
         """How an epoch draws from the sources.
 
         Raises:
-            UserError: the budget is larger than the data, and `repeat` is false.
+            UserError: If the budget is larger than the data, and `repeat` is false.
         """
         rows = [len(splits["train"]) for splits in self._packed.values()]
         mixture = Mixture(rows, list(self.ratios.values()) or [1])
@@ -237,19 +228,19 @@ class TextDataModule(DataModule):
         return budget
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run takes of the data, for its record."""
+        """What a run takes of the data, for its record."""
         step, trainer = math.prod(self._step().values()), self.trainer
         described = {**super().describe(), "tokens_per_step": step}
         if trainer is None or (steps := trainer.estimated_stepping_batches) == math.inf:
             return described
         accumulated, batches = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
-        # the last step of an epoch may be a short one
+        # the last step of an epoch may be shorter
         epochs, rest = divmod(int(steps), math.ceil(batches / accumulated))
         taken = epochs * batches + rest * accumulated
         return {**described, "training_tokens": taken * step // accumulated}
 
     def _step(self) -> dict[str, int]:
-        """Return the settings whose product is the tokens of a step."""
+        """The settings whose product is the tokens of a step."""
         return {
             "batch_size": self.batch_size,
             "block_size": self.block_size,
@@ -258,10 +249,11 @@ class TextDataModule(DataModule):
         }
 
     def train_dataloader(self) -> TrainingLoader:
-        """Return the loader of the training stream, if the run takes the tokens that it declares.
+        """The loader of the training stream, if the run takes the tokens that it declares.
 
         Raises:
-            UserError: another number of tokens per step, or more in all than the budget; see `DataModule`.
+            UserError: If a step takes another number of tokens, or the run more than the budget; see also
+                `DataModule`.
         """
         step = self._step()
         if self.tokens_per_step is not None:
@@ -272,16 +264,16 @@ class TextDataModule(DataModule):
         return loader
 
     def prepare_data(self) -> None:
-        """Check what `stableqat data` wrote, and fill the caches, on one process of a machine."""
+        """Check what `stableqat data` wrote, and fill the caches, on one process per machine."""
         for source in self.ratios:
             check_content(source)
         super().prepare_data()
 
     def load(self) -> dict[str, Rows]:
-        """Return the splits as rows of tokens.
+        """The splits as rows of tokens.
 
         Raises:
-            UserError: a split has fewer tokens than one row, or the data has fewer than the budget.
+            UserError: If a split has fewer tokens than one row, or the data has fewer than the budget.
         """
         self.mixture  # noqa: B018
         first, *others = self._packed.values()
@@ -295,7 +287,7 @@ class TextDataModule(DataModule):
 
 
 def _ratios(source: dict[str, float] | str | None) -> dict[str, float]:
-    """Return the sources and their ratios, none for the embedded text."""
+    """The sources and their ratios; none for the embedded text."""
     if source is None:
         return {}
     if isinstance(source, str):

@@ -1,8 +1,8 @@
 """Rows of tokens: windows of `block_size` over one flat run of tokens that stays on disk.
 
-Memory stays flat, another block_size tokenizes nothing again, and the rows in sequence are the documents in
-sequence, without the tail of a split that fills no row. Attention crosses document borders, as in GPT-3's
-pretraining.
+Memory use is constant, another block_size needs no new tokenization, and the rows in sequence are the
+documents in sequence, without the tail of a split that does not fill a row. Attention crosses document
+boundaries, as in GPT-3's pretraining.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class TokenRows:
-    """Turns keys into a batch; a subclass provides the rows."""
+    """Makes a batch from keys; a subclass provides the rows."""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def row(self, index: int) -> np.ndarray:
-        """Return the tokens of one row."""
+        """The tokens of one row."""
         raise NotImplementedError
 
     def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]:
@@ -39,8 +39,8 @@ class PackedRows(TokenRows):
     """Rows of `block_size` tokens over a data set's `input_ids`, read from its memory map.
 
     Args:
-        documents: data set with a column `input_ids`.
-        block_size: tokens per row.
+        documents: Data set with a column `input_ids`.
+        block_size: Tokens per row.
     """
 
     def __init__(self, documents: "Dataset", block_size: int):
@@ -57,7 +57,7 @@ class PackedRows(TokenRows):
         return self.num_tokens // self.block_size
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens [start, stop) of the flat run."""
+        """Tokens [start, stop) of the flat run."""
         pieces = []
         chunk = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
@@ -67,7 +67,7 @@ class PackedRows(TokenRows):
         return np.concatenate(pieces)
 
     def row(self, index: int) -> np.ndarray:
-        """Return the tokens of one row."""
+        """The tokens of one row."""
         return self.tokens(index * self.block_size, (index + 1) * self.block_size)
 
 
@@ -75,9 +75,9 @@ class MixedRows(TokenRows):
     """The rows of several sources, laid end to end.
 
     Args:
-        parts: the rows of each source.
-        spread: put each source's rows at even distances instead, so that any first part of the whole holds
-            each source's share.
+        parts: The rows of each source.
+        spread: Space the rows of each source evenly instead, so that any first part of the whole holds each
+            source's share.
     """
 
     def __init__(self, parts: Sequence[PackedRows], *, spread: bool = False):
@@ -92,7 +92,7 @@ class MixedRows(TokenRows):
         return int(self.starts[-1])
 
     def row(self, index: int) -> np.ndarray:
-        """Return the tokens of one row."""
+        """The tokens of one row."""
         if self.order is not None:
             index = int(self.order[index])
         part = int(np.searchsorted(self.starts, index, side="right")) - 1

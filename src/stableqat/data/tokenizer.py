@@ -1,7 +1,7 @@
 """Tokenizers: a byte-level BPE trained on the user's own text, or an existing one, from disk or the Hub.
 
-Byte-level means that every text can be encoded and comes back exactly; no token is unknown. A small
-vocabulary keeps the embeddings of a small model small, at the price of more tokens per word.
+Byte-level means that every text can be encoded and decodes exactly; no token is unknown. A small vocabulary
+keeps the embeddings of a small model small, at the price of more tokens per word.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
-#: EOS spellings looked for in a bare tokenizer.json, which does not name it.
+#: Spellings of EOS to look for in a bare tokenizer.json, which does not name it.
 _EOS_SPELLINGS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _GAVE_UP, _TRIAL_SECONDS = 3, 60
 #: Encodes long runs; the letters after them keep a match from being given up early for want of a letter.
@@ -45,7 +45,7 @@ BPE_MIN_VOCAB = 257
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Return a byte-level BPE of at most `vocab_size` entries, EOS included, trained on texts."""
+    """A byte-level BPE of at most `vocab_size` entries, including EOS, trained on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -64,7 +64,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path | str) -> None:
-    """Write a tokenizer's folder; raise OSError, and nothing else, where the disk refuses it."""
+    """Write a tokenizer's folder.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception for a full disk
@@ -72,14 +76,14 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path | str) -> 
 
 
 def check_tokenizer(source: str) -> None:
-    """Raise UserError for what can only be a local path and does not exist."""
+    """Refuse what can only be a local path and does not exist."""
     local = source.endswith(".json") or source.startswith((".", "/", "~"))
     if local and not Path(source).expanduser().exists():
         raise UserError(f"no such tokenizer file or folder: {source}")
 
 
 def tokenizer_json(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return what decides a tokenizer's output, without the padding and truncation set at the moment."""
+    """What decides a tokenizer's output, as JSON, without its present padding and truncation."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -89,23 +93,23 @@ def tokenizer_json(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return the SHA-256 of what decides a tokenizer's output and of the EOS token."""
+    """The SHA-256 of what decides a tokenizer's output, and of the EOS token."""
     what = f"{tokenizer.eos_token_id} {tokenizer_json(tokenizer)}"
     return hashlib.sha256(what.encode()).hexdigest()
 
 
 def keep_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Write a tokenizer into a new folder, which appears when it is whole.
+    """Write a tokenizer into a new folder, which appears once it is complete.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: If it cannot be written.
     """
     with writing(f"{folder}: the tokenizer", "make room"), whole_folder(folder) as part:
         save_tokenizer(tokenizer, part)
 
 
 def token_rows(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Return how many rows of an embedding a tokenizer's ids need: ids may leave gaps."""
+    """How many rows of an embedding the ids of a tokenizer need; ids may leave gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -113,29 +117,27 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", rows: int, source: st
     """Refuse a tokenizer with more entries than a model's embedding has rows.
 
     Args:
-        tokenizer: the tokenizer.
-        rows: rows of the embedding.
-        source: where the tokenizer comes from.
+        tokenizer: The tokenizer.
+        rows: Rows of the embedding.
+        source: Where the tokenizer comes from.
 
     Raises:
         UserError: Naming both numbers.
     """
     if (entries := token_rows(tokenizer)) > rows:
-        raise UserError(
-            f"tokenizer: that of {source} has {entries} entries, more than the model's {rows}; take the one "
-            "that the model was trained with"
-        )
+        fault = f"that of {source} has {entries} entries, more than the model's {rows}"
+        raise UserError(f"tokenizer: {fault}; take the one that the model was trained with")
 
 
 def clash(tokenizer: "PreTrainedTokenizerFast", own: "PreTrainedTokenizerFast") -> str | None:
-    """Return why a tokenizer cannot stand in for a model's own, or None.
+    """Why a tokenizer cannot replace a model's own; None if it can.
 
-    Ordinary tokens may differ, at the price of a higher loss; a special token with another id, or in the
-    place of another token, would begin and end documents where the model has learnt something else.
+    Ordinary tokens may differ, at the price of a higher loss. A special token with another id, or with the id
+    of another token, would begin and end documents with what means something else to the model.
 
     Args:
-        tokenizer: the one to be used.
-        own: the one that the model was trained with.
+        tokenizer: The one to use.
+        own: The one that the model was trained with.
     """
     ids = own.get_vocab()
     tokens = {number: token for token, number in ids.items()}
@@ -149,9 +151,9 @@ def clash(tokenizer: "PreTrainedTokenizerFast", own: "PreTrainedTokenizerFast") 
 
 @lru_cache(maxsize=8)
 def _is_patient(tokenizer: str) -> bool:
-    """Whether the regular expressions of a tokenizer (as JSON) finish soon on long runs of one character.
+    """Whether the regular expressions of a tokenizer (as JSON) finish quickly on long runs of one character.
 
-    Tries them in a process of its own, because this one can catch neither a timeout nor a panic of Rust's.
+    It tries them in a separate process, because this one can catch neither a timeout nor a panic in Rust.
     """
     if '"Regex"' not in tokenizer:
         return True
@@ -169,16 +171,16 @@ def _is_patient(tokenizer: str) -> bool:
 
 
 def _is_plain(config: Path) -> bool:
-    """Whether a folder's tokenizer needs no model's own class; AutoTokenizer imports torch to find out."""
+    """Whether a folder's tokenizer needs no class of a model's; AutoTokenizer imports torch to find out."""
     named = json.loads(config.read_text()).get("tokenizer_class")
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer of a Hub name, a local folder or a tokenizer.json.
+    """The tokenizer of a Hub name, a local folder or a tokenizer.json.
 
     Raises:
-        UserError: it is not found or out of reach, is not a fast one, or has no EOS token.
+        UserError: If it is not found or out of reach, is not a fast one, or has no EOS token.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -194,20 +196,16 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
         else:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(file.parent if file.is_file() else source), trust_remote_code=False
-            )
+            name = str(file.parent) if file.is_file() else source
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
-        raise UserError(
-            f"tokenizer {source} cannot be loaded from disk or the Hub ({first_line(error)}): check it"
-        ) from error
+        fault = f"cannot be loaded from disk or the Hub ({first_line(error)})"
+        raise UserError(f"tokenizer {source} {fault}: check it") from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {source} has no fast version (tokenizer.json): choose another")
     if not _is_patient(tokenizer.backend_tokenizer.to_str()):
-        raise UserError(
-            f"tokenizer {source} has a regular expression that takes too long on long runs of one character: "
-            "choose another"
-        )
+        fault = "a regular expression that takes too long on long runs of one character"
+        raise UserError(f"tokenizer {source} has {fault}: choose another")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {source} has no EOS token: set eos_token in its tokenizer_config.json")
     return tokenizer

@@ -75,9 +75,7 @@ def _bound(quantizer: str | QuantizerFactory, options: dict[str, Any]) -> Quanti
 def _named(quantizer: str | QuantizerFactory) -> QuantizerFactory:
     if isinstance(quantizer, Quantizer):
         given = type(quantizer).__name__
-        raise UserError(
-            f"quantizer: each weight gets one of its own; give the class {given}, not an instance"
-        )
+        raise UserError(f"quantizer: each weight gets its own; give the class {given}, not an instance")
     if callable(quantizer):
         return quantizer
     if not isinstance(quantizer, str):

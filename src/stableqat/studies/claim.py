@@ -1,8 +1,8 @@
 """Who works on a point: the process that holds the lock on its claim file.
 
-The operating system gives the lock back when its holder ends, however it ends, so that nothing is left to
-expire or to clean up. Locks of this kind hold between the machines of a shared folder, too (NFS, Lustre
-mounted with `flock`, GPFS).
+The operating system releases the lock when its holder ends, however it ends, so nothing has to expire or be
+cleaned up. Locks of this kind also work between machines that share a folder (NFS, Lustre mounted with
+`flock`, GPFS).
 """
 
 import errno
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from stableqat.errors import UserError
+from stableqat.files import writing
 
 FOLDER = ".claims"
 
@@ -19,7 +20,7 @@ class Claim:
     """A claim on one point.
 
     Args:
-        point: Folder of the point; the claim lies beside it, in a hidden folder of the study.
+        point: Folder of the point; the claim is next to it, in a hidden folder of the study.
     """
 
     def __init__(self, point: Path) -> None:
@@ -27,32 +28,27 @@ class Claim:
         self._file: IO[str] | None = None
 
     def take(self) -> bool:
-        """Whether the point is this process's now.
+        """Try to take the point for this process, and return whether that worked.
 
         Raises:
             UserError: If the folder cannot be written, or its file system has no locks.
         """
-        try:
+        with writing(str(self.path.parent), "set another folder as logs"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "w")  # noqa: SIM115 - stays open, and so locked, until `release`
-        except OSError as error:
-            raise UserError(
-                f"{self.path.parent} can't be written ({error.strerror}): set another folder as logs"
-            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
-            raise UserError(
-                f"{self.path.parent}: this file system has no locks ({error.strerror}): set logs to another"
-            ) from error
+            fault = f"this file system has no locks ({error.strerror})"
+            raise UserError(f"{self.path.parent}: {fault}; set logs to a folder on another") from error
         self._file = file
         return True
 
     def release(self) -> None:
-        """Give the point back, if it is held."""
+        """Give the point back if this process holds it."""
         if self._file is not None:
             self._file.close()
             self._file = None

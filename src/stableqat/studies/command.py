@@ -1,10 +1,10 @@
 """`stableqat sweep`: runs the points of studies on all GPUs or cores, and resumes those that were cut.
 
-Every point is an ordinary run in its own folder. What is done is skipped; what was cut resumes
-from its last checkpoint, or starts over without one; a point that fails doesn't stop the
-others and is tried again by the next call. Any number of sweeps may work on one folder, on one machine
-or on many that share it: each point is run by one of them. A point whose settings changed since it was
-made is never mixed with the others silently: the sweep refuses, or, asked to, moves the old run aside.
+Every point is an ordinary run in its own folder. A finished point is skipped; one that was cut resumes from
+its last checkpoint, or starts over without one; one that fails does not stop the others, and the next call
+tries it again. Any number of sweeps may work on one folder, on one machine or on several that share it: each
+point is run by one of them. A point whose settings have changed since it was made is never silently mixed
+with the others: the sweep refuses it or, if asked to, moves the old run aside.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from stableqat.errors import UserError
-from stableqat.files import whole_file
+from stableqat.files import whole_file, writing
 from stableqat.shipped import find_config
 from stableqat.studies.gpus import Slots, visible_gpus
 from stableqat.studies.job import PRELOAD, Job, Main, run_stableqat
@@ -35,31 +35,31 @@ def sweep(
 ) -> int:
     """Runs all points of one or more studies that are not done yet.
 
-    Ctrl-C stops the runs cleanly; the same command resumes them. Called again while it runs,
-    on another machine that shares the folder too, the sweeps divide the points among them.
+    Ctrl-C stops the runs cleanly; the same command resumes them. If it is called again while it runs, even on
+    another machine that shares the folder, the sweeps divide the points among them.
 
     Args:
         studies: Study files (YAML), or the names of shipped ones, such as llama/demo-study.
         workers: Runs at a time, all studies together. By default `runs_per_gpu` of the study file (1) on
             each visible GPU, or one per core without a GPU. Each run gets its share of the cores.
-        rerun: "changed" runs those points again whose settings differ from what their folder was made
-            with; the old runs are moved to `.replaced` in the logs folder. Without it the sweep refuses.
+        rerun: "changed" reruns the points whose settings differ from those their folder was made with, and
+            moves the old runs to `.replaced` in the logs folder. Without it, the sweep refuses them.
         slurm: Options file (YAML). Submits this sweep as a SLURM job array instead of running it here:
-            `tasks` workers, `timeout_min` minutes each, with what else submitit takes (gpus_per_node,
+            `tasks` workers of `timeout_min` minutes each, with any other options of submitit (gpus_per_node,
             cpus_per_task, slurm_partition, ...). `cluster: local` in it tries that on this machine.
 
     Returns:
-        0 if all points are done or ended as diverged, or if tasks were submitted; 1 if any failed;
-        128 + the signal if stopped.
+        0 if all points are done or diverged, or if tasks were submitted; 1 if any failed; 128 + the signal if
+        stopped.
     """
     files = [find_config(name) for name in studies]
     read = [read_study(path) for path in files]
     for path, study in zip(studies, read, strict=True):
-        for point in study.points:  # its command line will be the file's word, not the user's
+        for point in study.points:  # its command line comes from the file, not from the user
             check_settings(point.overlay.settings(), path)
     if slurm is None:
         return run_studies(read, workers=workers, rerun=rerun, gpus=visible_gpus())
-    # What a task would refuse in its log, after it was queued for hours, is refused here.
+    # Refuse here what a task would refuse in its log, after hours in the queue.
     Slots((), 1 if workers is None else workers)
     jobs = _plan(read, rerun, 0)
     arguments = [str(path.absolute()) for path in files]
@@ -79,15 +79,15 @@ def run_studies(
     main: Main = run_stableqat,
     preload: Sequence[str] = PRELOAD,
 ) -> int:
-    """As `sweep`, for studies already read.
+    """`sweep`, for studies that are already read.
 
     Args:
         studies: Studies, each with a folder of its own.
         workers: As in `sweep`.
         rerun: As in `sweep`.
         gpus: Names of the GPUs to use.
-        main: What a child calls with the point's command line; returns an exit code.
-        preload: Modules that the children find imported.
+        main: What a child calls with the command line of a point; returns an exit code.
+        preload: Modules that are already imported in the children.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is None:
@@ -107,19 +107,15 @@ def run_studies(
 
 
 def _keep(study: Study) -> None:
-    """Put the study file beside the runs: what they were meant to test stays with them."""
-    try:
+    """Keep the study file with the runs, because it says what they were meant to test."""
+    with writing(str(study.folder), "set another folder as logs"):
         study.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(study.folder / STUDY_FILE) as part:
             part.write_text(study.text)
-    except OSError as error:
-        raise UserError(
-            f"{study.folder} can't be written ({error.strerror}): set another folder as logs"
-        ) from error
 
 
 def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
-    """Decides for each point whether it is done, resumes or starts, before anything runs."""
+    """Decide for each point whether it is done, resumes or starts, before anything runs."""
     for study in studies:
         _check_names(study)
     folders = [study.folder.resolve() for study in studies]
@@ -128,12 +124,9 @@ def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
     jobs: dict[Path, Job] = {}
     for study in studies:
         for point in study.points:
-            known = jobs.get(point.folder)
-            if known is not None and known.point.settings() != point.settings():
-                raise UserError(
-                    f"two studies make {point.folder} with different settings: rename one of them"
-                )
-            jobs.setdefault(point.folder, Job(point))
+            known = jobs.setdefault(point.folder, Job(point)).point
+            if known.settings() != point.settings():
+                raise UserError(f"two studies make {point.folder} with different settings; rename one")
     changed = [job for job in jobs.values() if job.changed]
     if changed and rerun != "changed":
         first = changed[0].point
@@ -147,21 +140,17 @@ def _plan(studies: Sequence[Study], rerun: str | None, gpus: int) -> list[Job]:
 
 
 def _check_names(study: Study) -> None:
-    """The study's folder can be one, and its points' folders can have their names."""
+    """Refuse a study whose folder cannot be made, or whose points have names too long for a folder."""
     logs = study.folder.parent
     for folder in (study.folder, *study.folder.parents):
         if (folder.is_symlink() or folder.exists()) and not folder.is_dir():
-            raise UserError(
-                f"{folder} is not a folder, so no run can land in it: move it away, or set other logs"
-            )
+            raise UserError(f"{folder} is not a folder: move it away, or set another folder as logs")
     existing = next(folder for folder in (logs, *logs.absolute().parents) if folder.is_dir())
     longest = os.pathconf(existing, "PC_NAME_MAX") - len(".9999")  # what is moved aside gets a number
     for name in (study.name, *(point.name for point in study.points)):
         if len(os.fsencode(name)) > longest:
-            raise UserError(
-                f"{name[:40]}...: the name of a folder may have {longest} characters here, this one has"
-                f" {len(name)}: shorten the arm, or the study's name"
-            )
+            fault = f"a folder's name may have {longest} characters here, this one has {len(name)}"
+            raise UserError(f"{name[:40]}...: {fault}: shorten the name of the arm or the study")
 
 
 def _difference(point: Point) -> str:

@@ -1,17 +1,17 @@
-"""Places for runs: shares of GPUs, or of the cores where there is none."""
+"""Places for runs: shares of GPUs, or of the cores if there is no GPU."""
 
 import os
 import subprocess
 from collections.abc import Sequence
 
-from stableqat.errors import UserError
+from stableqat.errors import check_range
 
 
 class Slots:
     """Hands out places.
 
     Args:
-        gpus: Names of the GPUs, as CUDA_VISIBLE_DEVICES has them; none of them for a CPU.
+        gpus: Names of the GPUs, as in CUDA_VISIBLE_DEVICES; empty for a CPU.
         workers: Runs at a time, spread evenly over the GPUs.
 
     Attributes:
@@ -24,21 +24,20 @@ class Slots:
     CPU = ""
 
     def __init__(self, gpus: Sequence[str], workers: int) -> None:
-        if workers < 1:
-            raise UserError(f"workers: {workers} must be 1 or more")
+        check_range("workers", workers, 1)
         names = list(gpus) or [self.CPU]
         self.workers = workers
         self.sizes = {name: len(range(i, workers, len(names))) for i, name in enumerate(names)}
         self.free = dict(self.sizes)
 
     def take(self, gpus: int) -> list[str] | None:
-        """A place for a run, None where none is free.
+        """A place for a run; None if none is free.
 
         Args:
-            gpus: How many GPUs the run needs; several it gets for itself alone.
+            gpus: How many GPUs the run needs; it does not share them if it needs several.
 
         Returns:
-            The names of its GPUs, each as often as it takes a share of it.
+            The names of its GPUs, each once for every share of it that the run takes.
         """
         by_room = sorted((name for name in self.free if self.free[name]), key=lambda name: -self.free[name])
         if gpus > 1 and self.CPU not in self.free:
@@ -57,7 +56,7 @@ class Slots:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES has them; asked without starting CUDA, or torch."""
+    """The GPUs that runs may use, named as in CUDA_VISIBLE_DEVICES, found without starting CUDA or torch."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name and name != "-1"]

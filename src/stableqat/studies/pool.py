@@ -1,8 +1,8 @@
-"""A queue of points that knows what waits for what, and the processes that work on it.
+"""A queue of points that knows which waits for which, and the processes that work on it.
 
-A point that begins from its study's start run waits for it; points of other studies don't.
-Of those that can start, start runs come first (others wait for them), then whatever takes longest
-by the durations seen so far, so that no long run is left over at the end.
+A point that begins from its study's start run waits for it; points of other studies do not. Of those that can
+start, start runs come first, because others wait for them, and then those that take longest by the durations
+seen so far, so that no long run is left over at the end.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ class Pool:
         self.stop_at = float("inf")
 
     def run(self, tell: Callable[[Job], None]) -> int | None:
-        """Works until nothing is left; returns the signal that stopped it before, if one did.
+        """Work until nothing is left, and return the signal that stopped it early, if any.
 
         Args:
-            tell: Called with each job that ended, here or in another sweep, or could not start.
+            tell: Called with each job that ends, here or in another sweep, or cannot start.
         """
         waiting = [job for job in self.jobs if job.record.status not in FINAL]
         running: list[Job] = []
@@ -91,13 +91,10 @@ class Pool:
         return None
 
     def _next(self, waiting: list[Job]) -> Job | None:
-        """A job that has its claim and its place, or that ended in another sweep."""
+        """A job that has its claim and its place, or that ended in another sweep; None if there is none."""
         ready = [j for j in waiting if j.point.start is None or self._start_of(j).record.status == "done"]
         needed = {job.point.start.folder for job in waiting if job.point.start}
-        kinds: dict[tuple[str, str, bool], float] = {}
-        for job in ready:
-            if job.kind not in kinds:
-                kinds[job.kind] = expected_seconds(job, self.jobs)
+        kinds = {kind: expected_seconds(job, self.jobs) for kind, job in {j.kind: j for j in ready}.items()}
         ready.sort(key=lambda job: (job.point.folder in needed, kinds[job.kind]), reverse=True)
         for job in ready:
             place = self.slots.take(job.gpus)
@@ -109,7 +106,7 @@ class Pool:
                     return job
             except (OSError, UserError) as error:
                 if isinstance(error, UserError) and not any(other.process for other in self.jobs):
-                    raise  # said once, as no run ends for it
+                    raise  # once, because no run ends because of it
                 job.give_up(error)
             self.slots.give_back(place)
             if job.record.status in ENDED:
@@ -140,6 +137,6 @@ class Pool:
 
 
 def expected_seconds(job: Job, jobs: list[Job]) -> float:
-    """Mean duration of the study's finished points of the same kind; infinite as long as there are none."""
+    """Mean duration of the study's finished points of the same kind; infinite if there are none."""
     seconds = [j.record.seconds for j in jobs if j.record.status == "done" and j.kind == job.kind]
     return sum(seconds) / len(seconds) if seconds else float("inf")

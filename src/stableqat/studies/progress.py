@@ -30,7 +30,7 @@ class Board:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Says what is ahead and, on a terminal, keeps the table on the screen."""
+        """Print what there is to do and, on a terminal, keep the table on the screen."""
         to_do = [job for job in self.jobs if job.record.status not in FINAL]
         resumed = sum(job.resume for job in to_do)
         parts = [f"{len(self.jobs) - len(to_do)} done before"]
@@ -46,11 +46,11 @@ class Board:
             yield
 
     def say(self, text: str) -> None:
-        """Writes a line."""
+        """Print a line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def tell(self, job: Job) -> None:
-        """Says how a job ended."""
+        """Print how a job ended."""
         ended = sum(j.record.status not in ("waiting", "running", "elsewhere") for j in self.jobs)
         text = f"[{ended}/{len(self.jobs)}] {job.point.study}/{job.point.name}: {job.record.status}"
         if job.record.status == "failed":
@@ -58,7 +58,7 @@ class Board:
         self.say(f"{text} ({_clock(job.record.seconds)})")
 
     def summary(self, stopped_by: int | None) -> None:
-        """Says what came of it all, failed points with their logs."""
+        """Print the outcome of all jobs, and the logs of those that failed."""
         failed = [job for job in self.jobs if job.record.status == "failed"]
         for job in failed:
             self.say(f"failed: {job.point.folder / 'log.txt'}: {job.record.error}")
@@ -84,7 +84,7 @@ class Board:
         return table
 
     def seconds_left(self) -> float:
-        """An estimate from the durations seen so far; infinite as long as there are none."""
+        """An estimate from the durations seen so far; infinite if there are none."""
         seen = [job.record.seconds for job in self.jobs if job.record.status in FINAL]
         if not seen:
             return math.inf

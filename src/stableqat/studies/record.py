@@ -16,12 +16,12 @@ ENDED = (*FINAL, "failed")
 
 @dataclass
 class Record:
-    """What `sweep.json` in a point's folder says.
+    """The content of `sweep.json` in the folder of a point.
 
     Attributes:
         status: running (or cut, where no sweep runs), done, diverged or failed.
-        settings: What decided the outcome, see `Point.settings`.
-        seconds: Time spent on the point, all attempts together.
+        settings: What decides the outcome, see `Point.settings`.
+        seconds: Time spent on the point in all attempts.
         error: Why it failed.
     """
 
@@ -32,16 +32,16 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
-        """The record of a point's folder, None without one."""
+        """The record in the folder of a point; None without one."""
         file = folder / FILE
         try:
             return cls(**json.loads(file.read_text()))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file} can't be read: move the folder away to run this point again") from error
+            raise UserError(f"{file} cannot be read: move the folder away to run this point again") from error
 
     def write(self, folder: Path) -> None:
-        """Replaces the record in one move."""
+        """Replace the record in one move."""
         with whole_file(folder / FILE) as part:
             part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")

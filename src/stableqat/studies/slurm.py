@@ -1,14 +1,14 @@
 """`stableqat sweep --slurm`: the same sweep as the tasks of a SLURM job array, submitted through submitit.
 
-Each array task runs the plain command as a worker on the shared folder, where claims divide the points;
-so a task that is preempted, out of time or lost takes no point with it. The options are a YAML file:
+Each array task runs the plain command as a worker on the shared folder, where claims divide the points, so no
+point is lost with a task that is preempted, out of time or lost. The options are a YAML file:
 
-    tasks: 8                # array tasks, each a worker with what follows for itself
+    tasks: 8                # array tasks, each of them a worker with the resources below
     timeout_min: 240        # a worker out of time stops its runs, which save, and is queued again
     gpus_per_node: 1
     cpus_per_task: 8
     slurm_partition: gpu    # and so on: any parameter of submitit's AutoExecutor
-    cluster: local          # to try it without SLURM: the tasks are processes of this machine
+    cluster: local          # to try it without SLURM: the tasks are processes on this machine
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from stableqat.errors import UserError, first_line
+from stableqat.files import writing
 from stableqat.studies.pool import PATIENCE
 from stableqat.studies.study import Study
 from stableqat.studies.yaml_file import check_keys, load_yaml
@@ -39,9 +40,9 @@ NEXT_SIGNAL = 600.0  # seconds in which SLURM follows a SIGTERM: USR2 in its gra
 
 
 class Worker:
-    """What an array task does: a command in a process of its own, stopped in order by SLURM's signals.
+    """An array task: runs a command in a separate process, which SLURM's signals stop cleanly.
 
-    Of its own, because the task's process belongs to submitit and its signal handlers, and because a
+    The process is separate because the task's own belongs to submitit and its signal handlers, and because a
     run that finds itself in a SLURM job would take the job's layout for its own.
 
     Args:
@@ -56,7 +57,7 @@ class Worker:
         self.stopped = False
 
     def __call__(self) -> None:
-        """Runs the command; the task ends as it does."""
+        """Run the command; the task ends with its exit code."""
         from submitit.helpers import clean_env
 
         signal.signal(signal.SIGTERM, self.stop)
@@ -69,20 +70,20 @@ class Worker:
             while (code := self.process.poll()) is None:
                 time.sleep(0.5)
             if self.stopped and code:
-                time.sleep(NEXT_SIGNAL)  # a task that ended by itself would not be queued again
+                time.sleep(NEXT_SIGNAL)  # a task that ends by itself is not queued again
         finally:
             self.stop()
         if code:
             sys.exit(code)
 
     def stop(self, _number: int = signal.SIGTERM, _frame: FrameType | None = None) -> None:
-        """Asks the command once to stop: a sweep that is asked again kills its runs unsaved."""
+        """Ask the command to stop, but only once: a sweep that is asked again kills its runs unsaved."""
         if self.process and not self.stopped:
             self.stopped = True
             self.process.terminate()
 
     def checkpoint(self) -> "DelayedSubmission":
-        """What submitit calls when the task is out of time or preempted, and queues again."""
+        """Stop, and return what submitit queues again; called when out of time or preempted."""
         from submitit.helpers import DelayedSubmission
 
         self.stop()
@@ -93,12 +94,12 @@ class Worker:
 
 
 def submit_sweep(studies: Sequence[Study], arguments: Sequence[str], left: int, options: str | Path) -> int:
-    """Submits a sweep as a job array and says how to follow it.
+    """Submit a sweep as a job array, and print how to follow it.
 
     Args:
         studies: The studies; tasks write their logs to the folder of the first.
-        arguments: Of `stableqat sweep`, for the tasks.
-        left: How many points are not done yet.
+        arguments: Arguments of `stableqat sweep` for the tasks.
+        left: Number of points that are not done yet.
         options: The options file.
 
     Returns:
@@ -127,7 +128,7 @@ def submit_sweep(studies: Sequence[Study], arguments: Sequence[str], left: int, 
 
 
 def submit(command: Sequence[str], name: str, logs: Path, options: str | Path) -> "list[Job[None]]":
-    """Submits a command as all tasks of one job array.
+    """Submit a command as every task of one job array.
 
     Args:
         command: What each task runs, in the current folder.
@@ -136,7 +137,7 @@ def submit(command: Sequence[str], name: str, logs: Path, options: str | Path) -
         options: The options file.
 
     Raises:
-        UserError: Without submitit or SLURM, for wrong options, or if SLURM refuses them.
+        UserError: If submitit or SLURM is missing, an option is wrong, or SLURM refuses the job.
     """
     try:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -152,7 +153,7 @@ def submit(command: Sequence[str], name: str, logs: Path, options: str | Path) -
 
 
 def _executor(path: str | Path, name: str, logs: Path) -> "tuple[int, AutoExecutor]":
-    """The number of tasks and submitit's executor, as the options file says."""
+    """The number of tasks and the executor of submitit, as the options file says."""
     from submitit import AutoExecutor, SlurmExecutor
 
     options = load_yaml(path, resolve="")
@@ -176,22 +177,19 @@ def _executor(path: str | Path, name: str, logs: Path) -> "tuple[int, AutoExecut
         raise UserError(f"{path}: timeout_min is missing: say how many minutes a task may take")
     missing = [program for program in ("sbatch", "srun") if not shutil.which(program)]
     if cluster == "slurm" and missing:
-        raise UserError(
-            f"{missing[0]} is not installed here: submit from a SLURM machine, or add cluster: local"
-        )
-    try:
+        raise UserError(f"{missing[0]} is not installed: submit from a SLURM machine, or add cluster: local")
+    with writing(str(logs), "set another folder as logs"):
         logs.mkdir(parents=True, exist_ok=True)
         executor = AutoExecutor(logs, cluster=cluster)
-        executor.update_parameters(**_completed(options), name=name)
-    except OSError as error:
-        raise UserError(f"{logs} can't be written ({error.strerror}): set another folder as logs") from error
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {first_line(error)}") from error
+        try:
+            executor.update_parameters(**_completed(options), name=name)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: {first_line(error)}") from error
     return tasks, executor
 
 
 def _completed(options: dict[str, Any]) -> dict[str, Any]:
-    """One log a task; and the task gets its cores, which SLURM's `srun` takes no longer from the job."""
+    """Add one log per task, and the task's cores, which SLURM's `srun` no longer takes from the job."""
     completed = {"stderr_to_stdout": True} | options
     if cores := options.get("cpus_per_task"):
         completed["slurm_srun_args"] = [f"--cpus-per-task={cores}", *(options.get("slurm_srun_args") or [])]

@@ -21,10 +21,10 @@
       seed: [0, 1]
       model.scale_lr_multiplier: [0.1, 1]      # any argument can be an axis
 
-A point is the base, its arm, and a value of each axis. An arm that sets an argument itself isn't
-repeated over that axis. Axes of the quantizer (`bits`, `model.quantizer...`) don't repeat an arm
-without quantizer; of all axes only these repeat the `validate` arms. File names are relative to
-the current folder, as on a command line; the shipped configurations have names, such as llama/base.
+A point is the base, its arm, and a value of each axis. An arm that sets an argument itself is not repeated
+over that axis. Axes of the quantizer (`bits`, `model.quantizer...`) do not repeat an arm without a quantizer,
+and only these axes repeat the `validate` arms. File names are relative to the current folder, as on a command
+line; shipped configurations have names, such as llama/base.
 """
 
 import itertools
@@ -48,7 +48,7 @@ _KEYS = ("name", "logs", "vars", "configs", "args", "runs_per_gpu", START, "vali
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A config file and its values as flat dotted keys, as read once."""
+    """A config file and its values under flat dotted keys, read once."""
 
     path: str
     values: dict[str, Any]
@@ -56,7 +56,7 @@ class ConfigFile:
 
 @dataclass(frozen=True)
 class Overlay:
-    """Config files and arguments that are laid over what came before."""
+    """Config files and arguments that are laid over those before them."""
 
     configs: tuple[ConfigFile, ...] = ()
     args: dict[str, Any] = field(default_factory=dict)
@@ -65,12 +65,12 @@ class Overlay:
         return Overlay(self.configs + other.configs, self.args | other.args)
 
     def settings(self) -> dict[str, Any]:
-        """The values that hold in the end, as flat keys in their short form (without `init_args`)."""
+        """The resulting values, by flat keys in their short form (without `init_args`)."""
         settings: dict[str, Any] = {}
         for layer in (*(file.values for file in self.configs), self.args):
             for long_key, value in layer.items():
                 key = long_key.replace(".init_args.", ".")
-                # A scalar (null, say) takes the place of a whole block, and a block that of a scalar.
+                # A scalar (such as null) replaces a whole block, and a block replaces a scalar.
                 over = [k for k in settings if k.startswith(f"{key}.") or key.startswith(f"{k}.")]
                 settings = {k: v for k, v in settings.items() if k not in over} | {key: value}
         return settings
@@ -94,7 +94,7 @@ class Point:
 
     @property
     def argv(self) -> list[str]:
-        """Arguments of the `stableqat` command, complete and ordinary."""
+        """All arguments of the `stableqat` command."""
         argv = [self.verb]
         for file in self.overlay.configs:
             argv += ["-c", file.path]
@@ -109,16 +109,16 @@ class Point:
         return shlex.join(["stableqat", *self.argv])
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the run's outcome, to notice that it changed since the run was made.
+        """Everything that decides the outcome of the run, to notice if it changes after the run was made.
 
-        Values of the config files count, their names, comments and folder don't; a point that
-        begins from the start run has the start run's settings among its own.
+        The values in config files count; their names, comments and folder do not. The settings of a point
+        that begins from the start run include those of the start run.
         """
         values = {"verb": self.verb} | self.overlay.settings()
         if self.start:
             values.pop(INIT_FROM)
             values |= {f"{START}.{key}": value for key, value in self.start.settings().items()}
-        # as read back from a file, NaN as text, because it equals nothing
+        # as read back from a file; NaN becomes text, because it equals nothing
         return json.loads(json.dumps(values), parse_constant=lambda x: x if x == "NaN" else float(x))
 
 
@@ -127,12 +127,12 @@ class Study:
     """A study.
 
     Attributes:
-        name: Its name, that of its folder too.
-        folder: Where its runs land.
+        name: Its name, and that of its folder.
+        folder: Where its runs go.
         points: Its points, the start run first.
         runs_per_gpu: How many of its runs share a GPU.
-        plan: What its comparison is to test.
-        text: The study file.
+        plan: What its comparison tests.
+        text: The content of the study file.
     """
 
     name: str
@@ -144,12 +144,12 @@ class Study:
 
 
 def read_study(path: str | Path) -> Study:
-    """Reads a study file and expands it.
+    """Read a study file and expand it.
 
     Raises:
-        UserError: An unknown or missing key, an empty axis, a value of the wrong kind, a config
-            file that can't be read, two points of one name, or a comparison that cannot be made; names the
-            file and the key.
+        UserError: If a key is unknown or missing, an axis is empty, a value is of the wrong kind, a config
+            file cannot be read, two points have one name, or the comparison is impossible; names the file
+            and the key.
     """
     tree = load_yaml(path, resolve="")
     check_keys(path, "", tree, _KEYS)
@@ -227,9 +227,7 @@ def _axes(path: str | Path, grid: dict[str, Any]) -> list[_Axis]:
         for value in values:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if key == "lr" and not (number and 0 < value < float("inf")):
-                raise UserError(
-                    f"{path}: {where}: {value!r} is not a learning rate: give a number above 0, as 1e-3"
-                )
+                raise UserError(f"{path}: {where}: {value!r} must be a learning rate above 0, as 1e-3")
             if key in ("bits", "seed") and not (number and isinstance(value, int) and value >= 0):
                 raise UserError(f"{path}: {where}: {value!r} must be a whole number, 0 or more")
             if isinstance(value, dict | list):
@@ -281,20 +279,16 @@ def _name(path: str | Path, where: str, value: Any) -> str:
 
 def _argument(path: str | Path, where: str, key: str) -> str:
     if not re.fullmatch(r"[a-zA-Z_][\w.]*", key, re.ASCII):
-        raise UserError(
-            f"{path}: {where}: {key!r} is not an argument: write it without dashes, as trainer.max_steps"
-        )
+        raise UserError(f"{path}: {where}: {key!r} is not an argument: write it as trainer.max_steps")
     if key == "allow":
-        raise UserError(
-            f"{path}: {where}: {key} is only for the command line: add --allow NAME to stableqat sweep"
-        )
+        raise UserError(f"{path}: {where}: allow is only for the command line: stableqat sweep --allow NAME")
     if key.startswith("trainer.logger.") or key == "ckpt_path":
         raise UserError(f"{path}: {where}: {key} is set by the sweep: remove it (see name and logs)")
     return key.replace(".init_args.", ".")
 
 
 def short(value: Any) -> str:
-    """A value as one types it on a command line: 0.001 is 1e-3, 0.1 stays 0.1."""
+    """A value as a user types it on a command line: 0.001 becomes 1e-3, 0.1 stays 0.1."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value:.0f}".replace("inf", ".inf").replace("nan", ".nan")
     if not isinstance(value, float):

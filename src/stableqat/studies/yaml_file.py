@@ -1,4 +1,4 @@
-"""The YAML files that people write for studies: read as plain data, with every mistake named."""
+"""Read the YAML files that users write for studies, as plain data, and name every mistake in them."""
 
 import re
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from stableqat.trust import walk
 
 
 def load_yaml(path: str | Path, resolve: str | None = None) -> dict[str, Any]:
-    """Reads a YAML file as plain data.
+    """Read a YAML file as plain data.
 
     Args:
         path: The file.
-        resolve: The key of the block in which interpolations are replaced by the values of the keys they
-            name; "" is the whole file, None leaves all of them as they are.
+        resolve: The key of the block in which to replace interpolations by the values of the keys that they
+            name; "" means the whole file, None leaves all of them as they are.
 
     Raises:
-        UserError: The file can't be read, holds no mapping, or an interpolation is wrong.
+        UserError: If the file cannot be read, holds no mapping, or an interpolation is wrong.
     """
     try:
         config = OmegaConf.load(path)
@@ -34,10 +34,9 @@ def load_yaml(path: str | Path, resolve: str | None = None) -> dict[str, Any]:
         if resolve == "":
             tree = OmegaConf.to_container(config, resolve=True)
         elif resolve is not None and resolve in tree:
-            block = OmegaConf.select(config, resolve)
-            tree[resolve] = (
-                OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
-            )
+            block: Any = OmegaConf.select(config, resolve)
+            is_block = OmegaConf.is_config(block)
+            tree[resolve] = OmegaConf.to_container(block, resolve=True) if is_block else block
     except OSError as error:
         reason = (error.strerror or "cannot be read").lower()
         raise UserError(f"{path}: {reason}: name a YAML file") from error
@@ -52,7 +51,7 @@ def load_yaml(path: str | Path, resolve: str | None = None) -> dict[str, Any]:
 
 
 def check_keys(path: str | Path, where: str, tree: dict[str, Any], known: Iterable[str]) -> None:
-    """Refuses an unknown key of a block and names the nearest known one."""
+    """Refuse an unknown key of a block, and name the nearest known one."""
     names = tuple(known)
     for key in tree:
         if key not in names:
@@ -67,7 +66,7 @@ def unknown(path: str | Path, where: str, key: str, known: Iterable[str], also: 
 
 
 def _check_interpolations(path: str | Path, tree: Any) -> None:
-    """Refuses resolvers, such as `${oc.env:NAME}`: a study reads nothing but itself."""
+    """Refuse resolvers such as `${oc.env:NAME}`: a study reads nothing but its own file."""
     for key, value in walk(tree, str(path)):
         while isinstance(value, str) and "${" in value:
             if resolver := re.search(r"\$\{[^{}]*:", value):

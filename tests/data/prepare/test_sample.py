@@ -296,7 +296,7 @@ class TestMistakes:
             ({"seed": -1}, "seed: must be at least 0"),
             ({"text_column": "body"}, r"has no column body \(it has text, meta\): set text_column"),
             ({"text_column": "meta"}, "column meta of .* holds more than strings"),
-            ({"name": "sample-10BT"}, "is local; name and revision belong to data sets of the Hub"),
+            ({"name": "sample-10BT"}, "is local: leave out name and revision"),
         ],
     )
     def test_options(self, slimpajama, tmp_path, options, says):

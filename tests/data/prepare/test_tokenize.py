@@ -273,7 +273,7 @@ class TestTextDataModule:
         (out / "manifest.json").unlink()
         if content is not None:
             (out / "manifest.json").write_text(content)
-        with pytest.raises(UserError, match=r"out holds Arrow files without the manifest of `stableqat data"):
+        with pytest.raises(UserError, match=r"out holds Arrow files without manifest.json"):
             TextDataModule(str(out))
 
     def test_a_shard_of_something_else_is_told(self, out):

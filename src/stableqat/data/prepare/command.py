@@ -19,10 +19,10 @@ def sample(
     revision: str | None = None,
     text_column: str = "text",
 ) -> int:
-    """Draws whole documents from a corpus until they hold so many tokens, and keeps all their fields.
+    """Draws whole documents from a corpus until they hold enough tokens, and keeps all their fields.
 
-    After a kill, the same command resumes and ends with the same bytes. A source's own validation split is
-    sampled by 1% of the tokens; from a source without one, the documents of the lowest 1% of hashes are held
+    After a kill, the same command resumes and ends with the same bytes. The validation split of the source
+    is sampled up to 1% of the tokens; if there is none, the documents with the lowest 1% of hashes are held
     out, the same ones for every seed. No validation document is a training document.
 
     Args:
@@ -69,11 +69,11 @@ def tokenize(
     validation_fraction: float = 0.05,
     text_column: str | None = None,
 ) -> int:
-    """Turns documents into rows of tokens, in memory-mapped Arrow files that fit and validate read.
+    """Turns documents into rows of tokens, in memory-mapped Arrow files that `fit` and `validate` read.
 
     After a kill, the same command resumes and ends with the same bytes. Validation documents come from the
-    files whose names say so, or are held out by their hashes; a training document with the text of one of
-    them is left out.
+    files whose names say so, or are held out by their hashes; a training document with the same text as one
+    of them is left out.
 
     Args:
         input: Folder of documents, such as one that `data sample` wrote: jsonl, parquet or txt, compressed or
@@ -102,9 +102,7 @@ def tokenize(
     bpe_size(tokenizer)
     folder = Path(input).expanduser()
     if not folder.exists():
-        raise UserError(
-            f"no such data file or folder: {input} (of a data set on the Hub, draw a sample first)"
-        )
+        raise UserError(f"no such data file or folder: {input} (draw a sample from a Hub data set first)")
     corpus, sampled = find_corpus(input, TEXT_FORMATS), read_sample(folder)
     request: dict[str, Any] = {
         "input": input,

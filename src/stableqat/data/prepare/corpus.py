@@ -1,7 +1,7 @@
 """A corpus of raw text: its files, in a local folder or on the Hub, and their documents from any place on.
 
-Files are streamed, JSON lines by the line and parquet by the row group, so that memory does not grow with the
-corpus and a file of the Hub never lies on this disk. The place of a document is (file, record): after a stop,
+Files are streamed, JSON lines by line and parquet by row group, so that memory does not grow with the corpus
+and files of the Hub are never stored on this disk. The place of a document is (file, record): after a stop,
 reading resumes there.
 """
 
@@ -27,9 +27,9 @@ class CorpusFile:
     """A file of a corpus.
 
     Args:
-        name: path inside the corpus.
-        path: local path or address on the hub.
-        size: bytes.
+        name: Path inside the corpus.
+        path: Local path, or address on the Hub.
+        size: Size in bytes.
     """
 
     name: str
@@ -39,7 +39,7 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a corpus by split, sorted by name; revision is the Hub's commit, None for local files."""
+    """The files of a corpus by split, sorted by name, and the commit of the Hub (None for local files)."""
 
     splits: dict[str, list[CorpusFile]]
     revision: str | None
@@ -48,24 +48,22 @@ class Corpus:
 def find_corpus(
     source: str, formats: dict[str, str], *, name: str | None = None, revision: str | None = None
 ) -> Corpus:
-    """Return the files of a local file or folder, or of a data set of the Hub.
+    """The files of a local file or folder, or of a data set of the Hub.
 
     Args:
-        source: path or Hub name.
-        formats: file suffix -> how documents lie in it.
-        name: configuration of a Hub data set.
-        revision: branch, tag or commit of a Hub data set.
+        source: Path or Hub name.
+        formats: File suffix to format.
+        name: Configuration of a Hub data set.
+        revision: Branch, tag or commit of a Hub data set.
 
     Raises:
-        UserError: the source is missing, out of reach, of another format, broken or cut short.
+        UserError: If the source is missing, out of reach, of another format, broken or truncated.
     """
     local = local_files(source, formats)
     if local is None:
         return _hub_corpus(source, formats, name, revision)
     if name or revision:
-        raise UserError(
-            f"{source} is local; name and revision belong to data sets of the Hub: leave them out"
-        )
+        raise UserError(f"{source} is local: leave out name and revision, which are for the Hub")
     path = Path(source).expanduser()
     root = path if path.is_dir() else path.parent
     splits = {
@@ -105,15 +103,15 @@ def _hub_corpus(source: str, formats: dict[str, str], name: str | None, revision
 
 
 def read(file: CorpusFile, start: int = 0, *, column: str | None = None) -> Iterator[Record]:
-    """Yield a file's records from number `start` on.
+    """Yield the records of a file, from number `start` on.
 
     Args:
-        file: the file.
-        start: records to skip; blank lines count.
-        column: the only column wanted, where the format can leave out others.
+        file: The file.
+        start: Number of records to skip; blank lines count.
+        column: The only column wanted, if the format can leave out the others.
 
     Raises:
-        UserError: the file can't be read.
+        UserError: If the file cannot be read.
     """
     from fsspec.core import url_to_fs
 
@@ -161,17 +159,17 @@ def _whole(stream: BinaryIO, name: str, start: int, column: str | None) -> Itera
 
 
 def document(record: Record, column: str, name: str, number: int) -> tuple[dict[str, Any], str]:
-    """Return a record's fields and its text; a blank line and an empty document have the text "".
+    """The fields of a record and its text, which is "" for a blank line and an empty document.
 
     Args:
-        record: the record.
-        column: the column that holds the text.
-        name: the file's name, for messages.
-        number: the record's number in the file.
+        record: The record.
+        column: The column that holds the text.
+        name: The file's name, for messages.
+        number: The record's number in the file.
 
     Raises:
-        UserError: it is not a JSON object (names the file and the line), has no such column, or holds
-            something other than text there.
+        UserError: If the record is not a JSON object (names the file and the line), lacks the column, or
+            holds something other than text in it.
     """
     fields: Any = record
     if isinstance(record, bytes):

@@ -1,7 +1,7 @@
 """Batches of raw documents become tokens in worker processes, in the order of the input.
 
-Workers parse and hash as well as tokenize, so that one process that reads and writes keeps many of them busy.
-Only a few batches are in flight, so that memory does not grow with the input.
+Workers also parse and hash, so that one process that reads and writes keeps many of them busy. Only a few
+batches are in flight, so that memory does not grow with the input.
 """
 
 import os
@@ -71,7 +71,7 @@ _work: Work
 
 
 def _start(work: Work) -> None:
-    """Prepare a process: it takes its work once, and ends with its parent, however that ends."""
+    """Prepare a process: it receives its work once, and ends with its parent, however that ends."""
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -90,7 +90,7 @@ def _start(work: Work) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C; a process that is started meanwhile never sees it, and ends with its parent."""
+    """Hold back Ctrl-C; a process that starts inside never sees it, and ends with its parent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -103,7 +103,7 @@ def _encode(batch: Batch) -> Encoded:
 
 
 def encode_all(work: Work, batches: Iterator[Batch], num_proc: int) -> Iterator[tuple[Batch, Encoded]]:
-    """Yield each batch with its tokens, in order; few batches are in flight, so memory stays flat."""
+    """Yield each batch with its tokens, in order; few batches are in flight, so memory use is constant."""
     if num_proc == 1:
         for batch in batches:
             yield batch, work.encode(batch)
@@ -123,8 +123,7 @@ def encode_all(work: Work, batches: Iterator[Batch], num_proc: int) -> Iterator[
         for batch, future in flying:
             yield batch, future.result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died (out of memory?): lower num_proc and repeat the command; it resumes"
-        ) from error
+        remedy = "lower num_proc and repeat the command; it resumes"
+        raise UserError(f"a worker process died (out of memory?): {remedy}") from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,9 +1,9 @@
-"""An output folder that appears when it is whole, and whose writing resumes where it was killed.
+"""An output folder that appears once it is complete, and whose writing resumes after a kill.
 
 Everything is written to `OUT.part`, which is renamed to `OUT` at the end, without its hidden files. Shards of
-all splits are cut together; each is written under a hidden name and moved, and then one small file, replaced
+all splits are cut together; each is written under a hidden name and then moved, and one small file, replaced
 atomically, records the shards and the place in the input that they reach. A kill loses the work after that
-record; the next call does it again, byte for byte.
+record; the next call repeats it, byte for byte.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Generic, Protocol, Self, TypeVar
+from typing import IO, Any, Self
 
 from stableqat.data.prepared import MANIFEST, read_field, read_manifest
 from stableqat.errors import UserError
@@ -26,7 +26,7 @@ _REQUEST = ".request.json"
 
 
 def _new_folder(out: str) -> Path:
-    """Return the folder that `out` names, if a rename can create it."""
+    """The folder that `out` names, if a rename can create it."""
     folder = Path(out).expanduser()
     try:
         if folder.is_symlink() or folder.name in ("", ".."):
@@ -44,12 +44,12 @@ class Output:
     """An output folder in the making; as a context manager it belongs to this process alone.
 
     Args:
-        out: the folder; `out.part` until it is whole.
-        kind: what the folder holds.
-        request: everything that decides its content; an output begun with another request is refused.
+        out: The folder; it is `out.part` until it is complete.
+        kind: What the folder holds.
+        request: Everything that decides its content; an output begun with another request is refused.
 
     Raises:
-        UserError: the folder holds something else, or another process is writing it.
+        UserError: If the folder holds something else, or another process is writing it.
     """
 
     def __init__(self, out: str, kind: str, request: dict[str, Any]):
@@ -58,7 +58,7 @@ class Output:
         self.kind, self.request = kind, request
         self._lock: IO[str] | None = None
         manifest = read_manifest(self.folder)
-        #: Whether an earlier call has finished it.
+        #: Whether an earlier call finished it.
         self.done = manifest is not None
         if manifest is not None:
             self._compare(manifest, self.folder, "give another --out")
@@ -79,9 +79,8 @@ class Output:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(
-                f"another process is writing {self.part}: wait for it, or give another --out"
-            ) from error
+            where = f"another process is writing {self.part}"
+            raise UserError(f"{where}: wait for it, or give another --out") from error
         if begun := self.load(MANIFEST) or self.load(_REQUEST):
             self._compare(begun, self.part, "delete it or give another --out")
         with self._writing():
@@ -107,7 +106,7 @@ class Output:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock is not None:
             if isinstance(error, UserError) and self.part.is_dir() and not (self.part / _STATE).is_file():
-                self.discard()  # the corrected command starts afresh
+                self.discard()  # the corrected command starts over
             self._lock.close()
         if isinstance(error, OSError):  # reading raises UserErrors
             with self._writing():
@@ -123,7 +122,7 @@ class Output:
                 raise UserError(f"{folder} holds a {self.kind} with another {key}{what}: {remedy}")
 
     def load(self, name: str) -> Any:
-        """Return what was saved under a name, or None."""
+        """What was saved under a name; None if nothing was."""
         path = self.part / name
         try:
             return json.loads(path.read_text()) if path.is_file() else None
@@ -131,7 +130,7 @@ class Output:
             raise UserError(f"{path} is damaged: delete {self.part} to start again") from error
 
     def save(self, name: str, value: Any) -> None:
-        """Write a JSON file, all of it or nothing."""
+        """Write a JSON file completely or not at all."""
         with whole_file(self.part / name) as part, part.open("w") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
@@ -150,7 +149,7 @@ class Output:
         os.replace(self.part, self.folder)
 
     def discard(self) -> None:
-        """Delete what was begun: it cannot be finished."""
+        """Delete the unfinished output."""
         shutil.rmtree(self.part)
 
 
@@ -159,11 +158,11 @@ def progress(total: float | None, done: int) -> Iterator[Callable[[float, str], 
     """Show a bar on a terminal.
 
     Args:
-        total: at which it is full; None if unknown.
-        done: where it starts.
+        total: The number at which the bar is full; None if unknown.
+        done: The number at which it starts.
 
     Yields:
-        What moves the bar to a number and gives it a text.
+        A function that moves the bar to a number and sets its text.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -174,36 +173,26 @@ def progress(total: float | None, done: int) -> Iterator[Callable[[float, str], 
         yield lambda now, text: bar.update(task, completed=now, description=text)
 
 
-class Writer(Protocol):
-    """Writes one shard to an open file."""
-
-    def close(self) -> None:
-        """Write the rest."""
-
-
-W = TypeVar("W", bound=Writer)
-
-
-class Shards(Generic[W]):
+class Shards:
     """The shards of an output; all splits are cut together.
 
     Args:
-        output: where they go.
-        suffix: how their names end.
-        start: makes the writer of a shard from its path.
+        output: Where they go.
+        suffix: How their names end.
+        start: Makes the writer of a shard from its path; the writer has a method `close`.
     """
 
-    def __init__(self, output: Output, suffix: str, start: Callable[[Path], W]):
+    def __init__(self, output: Output, suffix: str, start: Callable[[Path], Any]):
         self.output, self.suffix, self.start = output, suffix, start
         state = output.load(_STATE) or {"cuts": 0, "shards": [], "place": None}
         self.cuts: int = state["cuts"]
         self.shards: list[dict[str, Any]] = state["shards"]
         #: The place that the last cut recorded, None before the first.
         self.place: Any = state["place"]
-        self._open: dict[str, tuple[Path, W, dict[str, int]]] = {}
+        self._open: dict[str, tuple[Path, Any, dict[str, int]]] = {}
 
-    def __getitem__(self, split: str) -> W:
-        """The writer of a split's open shard."""
+    def __getitem__(self, split: str) -> Any:
+        """The writer of the open shard of a split."""
         if split not in self._open:
             path = self.output.part / f"{split}-{self.cuts:05}{self.suffix}"
             hidden = path.with_name(f".{path.name}")
@@ -218,7 +207,7 @@ class Shards(Generic[W]):
             counts[name] = counts.get(name, 0) + number
 
     def counted(self, name: str) -> int:
-        """Return the sum of a number over the open shards."""
+        """The sum of a number over the open shards."""
         return sum(counts.get(name, 0) for _, _, counts in self._open.values())
 
     def cut(self, place: Any) -> None:
@@ -238,7 +227,7 @@ class Shards(Generic[W]):
         self.output.save(_STATE, {"cuts": self.cuts, "shards": self.shards, "place": place})
 
     def splits(self) -> dict[str, dict[str, Any]]:
-        """Return the shards of each split and the sums of their numbers."""
+        """The shards of each split and the sums of their numbers."""
         found: dict[str, dict[str, Any]] = {}
         for shard in self.shards:
             split = found.setdefault(shard["split"], {"shards": []})

@@ -25,9 +25,9 @@ from stableqat.data.prepare.output import Output, Shards, progress
 from stableqat.data.source import TEXT_FORMATS
 from stableqat.errors import UserError
 
-#: Validation documents, as a share of the training documents' tokens.
+#: Tokens of the validation documents, as a share of those of the training documents.
 VALIDATION_SHARE = 0.01
-#: Parts that the documents of a file are divided into by their hashes.
+#: Number of parts into which hashes divide the documents of a file.
 _PARTS = 4
 #: Shards are cut at this many characters; a kill loses no more work than that.
 _SHARD_CHARACTERS = 64_000_000
@@ -48,10 +48,10 @@ class Place:
     """How far a draw has come; enough to resume it.
 
     Args:
-        taken: characters drawn.
+        taken: Characters drawn.
         lap: 0 fills each folder's share, 1 fills up from the first folder that has documents left.
-        folder: the folder drawn from.
-        cursors: for each folder, the part of the documents, the file and the record that come next.
+        folder: The folder to draw from.
+        cursors: For each folder, the part of the documents, the file and the record that come next.
     """
 
     taken: int = 0
@@ -71,21 +71,21 @@ class _JsonLines:
         self.stream.write(line)
 
     def close(self) -> None:
-        self.stream.close()  # the file, too
+        self.stream.close()  # this also closes the file
 
 
 def write_sample(output: Output, budget: Budget | None) -> dict[str, dict[str, Any]]:
     """Draw the documents that the output's request asks for.
 
     Args:
-        output: where they go.
-        budget: training tokens; None draws all documents.
+        output: Where they go.
+        budget: Training tokens; None draws all documents.
 
     Returns:
         The numbers of each split.
 
     Raises:
-        UserError: the source cannot be read or holds too little.
+        UserError: If the source cannot be read or holds too little.
     """
     request = output.request
     source, seed, column = request["source"], request["seed"], request["text_column"]
@@ -125,7 +125,7 @@ def write_sample(output: Output, budget: Budget | None) -> dict[str, dict[str, A
 def _corpus(
     output: Output, source: str, formats: dict[str, str], name: str | None, revision: str | None
 ) -> Corpus:
-    """Return the files of the source; on the Hub, those of the commit that the sample was begun with."""
+    """The files of the source; on the Hub, those of the commit with which the sample was begun."""
     saved = output.load(".corpus.json")
     if saved:
         splits = {split: [CorpusFile(*file) for file in files] for split, files in saved["splits"].items()}
@@ -140,7 +140,7 @@ def _corpus(
     return corpus
 
 
-def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: str) -> Shards[_JsonLines]:
+def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: str) -> Shards:
     """Write the documents of both splits, starting where the last cut ended."""
     shards = Shards(output, ".jsonl.zst", _JsonLines)
     if shards.place and shards.place["done"]:
@@ -185,7 +185,7 @@ def _draw_all(output: Output, corpus: Corpus, goal: float, seed: int, column: st
     return shards
 
 
-def _written_hashes(shards: Shards[_JsonLines], column: str) -> Iterator[int]:
+def _written_hashes(shards: Shards, column: str) -> Iterator[int]:
     """Yield the hashes of the validation documents that an earlier, killed call wrote."""
     for shard in shards.shards:
         if shard["split"] == "validation":
@@ -196,7 +196,7 @@ def _written_hashes(shards: Shards[_JsonLines], column: str) -> Iterator[int]:
 def _as_line(fields: dict[str, Any]) -> bytes:
     try:
         line = json.dumps(fields, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: JSON can name it, UTF-8 cannot hold it
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can hold it, UTF-8 cannot
         line = json.dumps(fields, default=str).encode()
     return line + b"\n"
 
@@ -207,15 +207,15 @@ def draw(
     """Yield documents until `place.taken`, which the caller counts, reaches the goal or none are left.
 
     Args:
-        files: of one split.
-        goal: characters.
-        parts: into which the documents are divided by hash; each file is read once per part.
-        seed: decides the order of files and the parts.
-        column: the column that holds the text.
-        place: where to resume; moved past each document before it is yielded.
+        files: The files of one split.
+        goal: The number of characters to draw.
+        parts: Number of parts into which hashes divide the documents; each file is read once per part.
+        seed: Decides the order of files and the parts.
+        column: The column that holds the text.
+        place: Where to resume; it moves past each document before that is yielded.
 
     Yields:
-        The document's fields, its text, the hash of the text, and its file.
+        The fields of a document, its text, the hash of the text, and its file.
     """
     by_folder: dict[str, list[CorpusFile]] = {}
     for file in files:

@@ -1,8 +1,8 @@
 """A tokenized set: documents become rows of tokens in memory-mapped Arrow files.
 
 The tokens of a split's documents, in the order of the files, form one run that is cut into rows of
-`block_size`; a tail that fills no row is dropped. The result depends on the input and the tokenizer alone,
-not on the number of processes or on interruptions.
+`block_size`; a tail that does not fill a row is dropped. The result depends only on the input and the
+tokenizer, not on the number of processes or on interruptions.
 """
 
 import json
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 _BPE_CHARACTERS = 100_000_000
 #: Shards are cut at this many tokens; a kill loses no more work than that.
 _SHARD_TOKENS = 64_000_000
-#: A record batch of a shard.
+#: Tokens in a record batch of a shard.
 _WRITTEN_TOKENS = 1_000_000
-#: What the set's manifest keeps of the sample's.
+#: What the manifest of the set keeps from that of the sample.
 _ORIGIN = ("source", "revision", "licence", "seed")
-#: About how many characters a process is handed at a time.
+#: About how many characters a process gets at a time.
 _BATCH_CHARACTERS = 500_000
 
 
@@ -50,16 +50,16 @@ def write_tokens(
     """Write the tokenized set that the output's request asks for.
 
     Args:
-        output: where it goes.
-        files: of each split of the input.
-        sampled: manifest of the input, if it is a sample.
-        num_proc: processes that tokenize.
+        output: Where it goes.
+        files: The files of each split of the input.
+        sampled: The manifest of the input if it is a sample, otherwise empty.
+        num_proc: Number of processes that tokenize.
 
     Returns:
         The numbers of each split.
 
     Raises:
-        UserError: the input cannot be read, or a split fills no row.
+        UserError: If the input cannot be read, or a split does not fill a row.
     """
     request = output.request
     source, tokenizer, block_size = request["input"], request["tokenizer"], request["block_size"]
@@ -93,7 +93,7 @@ def write_tokens(
 
 
 def read_sample(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a sample, an empty mapping for any other input."""
+    """The manifest of a sample; an empty mapping for any other input."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["kind"] != SAMPLE:
         return {}
@@ -104,22 +104,20 @@ def read_sample(folder: Path) -> dict[str, Any]:
 
 
 def bpe_size(tokenizer: str) -> int | None:
-    """Return N of train:N, or None for the name of a tokenizer."""
+    """N of train:N; None for the name of a tokenizer."""
     if not tokenizer.startswith("train:"):
         check_tokenizer(tokenizer)
         return None
     size = tokenizer.removeprefix("train:")
     if not size.isdecimal() or int(size) < BPE_MIN_VOCAB:
-        raise UserError(
-            f"tokenizer: {tokenizer} must name at least {BPE_MIN_VOCAB} entries, such as train:8192"
-        )
+        raise UserError(f"tokenizer: {tokenizer} must name at least {BPE_MIN_VOCAB} entries (train:8192)")
     return int(size)
 
 
 def _held_out(
     splits: dict[str, list[CorpusFile]], column: str, fraction: float | None, source: str
 ) -> HeldOut:
-    """Hash the documents outside of train; 8 bytes for each are the one thing that grows with the input."""
+    """Hash the documents outside of train; only these 8 bytes per document grow with the input."""
 
     def hashes(*names: str) -> Iterator[int]:
         files = (file for name in names for file in splits.get(name, ()))
@@ -130,7 +128,7 @@ def _held_out(
 
 
 def _training_texts(files: list[CorpusFile], column: str, held_out: HeldOut) -> Iterator[str]:
-    """Yield training documents, an equal share from each file, as many as a BPE can use."""
+    """Yield as many training documents as a BPE can use, an equal share from each file."""
     for file in files:
         left = _BPE_CHARACTERS // len(files)
         for text in texts(file, column):
@@ -142,7 +140,7 @@ def _training_texts(files: list[CorpusFile], column: str, held_out: HeldOut) -> 
 
 
 def _tokenizer(output: Output, name: str, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer, saved in the output's folder `tokenizer`."""
+    """The tokenizer, saved in the output's folder `tokenizer`."""
     folder = output.part / "tokenizer"
     if not folder.is_dir():
         size = bpe_size(name)
@@ -227,7 +225,7 @@ class _Rows:
         self.shards.cut({**place, "tails": tails})
 
     def splits(self) -> dict[str, dict[str, Any]]:
-        """Return the shards and numbers of each split, with the tokens at its end that fill no row."""
+        """The shards and numbers of each split, with the number of tokens at its end that fill no row."""
         tails = self.shards.place["tails"]
         return {
             split: {**about, "tail_tokens": len(tails.get(split, ()))}
