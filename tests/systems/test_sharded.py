@@ -180,7 +180,10 @@ def test_nothing_in_the_index_is_executed(runs, tmp_path):
     ("entries", "refusal"),
     [
         ({"state_dict": {"kept": Path("a")}}, "holds more than tensors and plain values; refused"),
-        ({"model": {"weight": torch.ones(2)}}, "it has no state_dict of tensors alone"),
+        (
+            {"model": {"weight": torch.ones(2)}},
+            "not a checkpoint of this suite (it has no state_dict of tensors alone)",
+        ),
     ],
     ids=["a path", "no state_dict"],
 )

@@ -1,4 +1,4 @@
-"""Callbacks: what a run guards, measures, records and saves beside its training."""
+"""Callbacks: what a run guards, measures, records and saves while it trains."""
 
 from stableqat.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from stableqat.callbacks.divergence import DivergenceGuard

@@ -1,9 +1,9 @@
 """Checkpoints of a run: the best by validation loss, the last, to resume from, and the one before the last.
 
-Each is written beside its place (`*.partial`), brought to the disk and moved, so that it is whole or not
-there; none is written while the divergence guard is suspicious. The last one becomes `previous.ckpt` when the
-next takes its place: if that is damaged, `--ckpt_path last` resumes from it. The price is disk space: three
-checkpoints per run, four while one is written.
+Each is written beside its place (`*.partial`), flushed to disk and moved, so that it is either whole or
+absent; none is written while the divergence guard is suspicious. When a new checkpoint replaces the last one,
+the old one becomes `previous.ckpt`, from which `--ckpt_path last` resumes if the new one is damaged. The
+price is disk space: three checkpoints per run, four while one is written.
 """
 
 import logging
@@ -52,22 +52,20 @@ class _GuardedCheckpoint(ModelCheckpoint):
         if not _suspicious(trainer):
             super().on_validation_end(trainer, pl_module)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # one process of several cannot save alone
-        alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
-        if isinstance(exception, NotWrittenError) or not alone or _suspicious(trainer):
+        can_save = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
+        if isinstance(exception, NotWrittenError) or not can_save or _suspicious(trainer):
             return
         if not between_steps(trainer):
-            return  # accumulated gradients would be lost: the previous checkpoint is complete
+            return  # accumulated gradients would be lost; the previous checkpoint is complete
         try:
             super().on_exception(trainer, pl_module, exception)
         except NotWrittenError as error:  # the exception itself matters more
             logger.warning("%s", error)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        # a gradient that is not finite poisons the weights under a loss that still is
+        # a gradient that is not finite spoils the weights while the loss is still finite
         healthy = all(guard.check_parameters(trainer, trainer.lightning_module) for guard in _guards(trainer))
         if not healthy or not self.enabled:
             return
@@ -82,8 +80,8 @@ class _GuardedCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 remove(partial)
             raise NotWrittenError(
-                f"{path}: step {trainer.global_step} could not be saved ({problem}); the checkpoints before "
-                "it are as they were: make room, and resume with --ckpt_path last"
+                f"{path}: step {trainer.global_step} cannot be saved ({problem}); earlier checkpoints are "
+                "unchanged: make room, and resume with --ckpt_path last"
             )
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
@@ -102,12 +100,12 @@ class _GuardedCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(_GuardedCheckpoint):
-    """Keep `checkpoints/best.ckpt`, the state with the lowest metric.
+    """Keep `checkpoints/best.ckpt`, the state with the best metric.
 
     Args:
         monitor: Metric to watch.
         mode: min or max.
-        enabled: False writes nothing, for short runs of a study that needs their curves only.
+        enabled: False writes nothing, for short runs of which a study needs only the curves.
     """
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min", enabled: bool = True) -> None:
@@ -121,12 +119,12 @@ class BestCheckpoint(_GuardedCheckpoint):
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the trainer, which knows what the run resumes from."""
+        """Keep the trainer, which knows from what the run resumes."""
         super().setup(trainer, pl_module, stage)
         self._trainer = trainer
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Recognise the best checkpoint of the run's folder, whatever the folder is called now."""
+        """Find the best checkpoint in the run's folder, even if the folder has another name now."""
         folder, resumed = Path(str(self.dirpath)), Path(str(self._trainer.ckpt_path))
         score = state_dict.get("best_model_score")
         if resumed.parent.resolve() == folder.resolve() and isinstance(score, Tensor) and score.numel() == 1:
@@ -137,12 +135,12 @@ class BestCheckpoint(_GuardedCheckpoint):
 
 
 class LastCheckpoint(_GuardedCheckpoint):
-    """Keep `checkpoints/last.ckpt`: after every validation, at the end, and when the run is interrupted.
+    """Keep `checkpoints/last.ckpt`: save after each validation, at the end, and when the run is interrupted.
 
-    The one before it stays as `checkpoints/previous.ckpt`.
+    The checkpoint before it stays as `checkpoints/previous.ckpt`.
 
     Args:
-        every_n_train_steps: Save after this many steps instead of after validations.
+        every_n_train_steps: Save every so many steps instead of after validations.
         enabled: False writes nothing; such a run starts over after an interruption.
     """
 
@@ -158,7 +156,7 @@ class LastCheckpoint(_GuardedCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Ignore it: Lightning would remove the checkpoint that it names as the last one."""
+        """Ignore the state: Lightning would remove the checkpoint that it names as the last one."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final state, unless it is saved already or saving is off."""
@@ -166,7 +164,7 @@ class LastCheckpoint(_GuardedCheckpoint):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _put(self, trainer: L.Trainer, partial: Path, path: Path) -> None:
-        """Keep the last checkpoint as the previous one, unless nobody knows that it is whole."""
+        """Keep the last checkpoint as the previous one, unless it may be damaged."""
         known = [Path(each).resolve() for each in (self._last_checkpoint_saved, trainer.ckpt_path) if each]
         if path.exists() and path.resolve() in known:
             keep_previous(path)
@@ -174,10 +172,10 @@ class LastCheckpoint(_GuardedCheckpoint):
 
 
 def forget_paths_elsewhere(checkpoint: dict[str, Any]) -> None:
-    """Drop the paths of a checkpoint's `ModelCheckpoint`s that lead elsewhere, in place: they remove files.
+    """Drop paths that lead elsewhere from the states of `ModelCheckpoint`s, which remove files.
 
     Args:
-        checkpoint: What is about to be resumed from.
+        checkpoint: The checkpoint to resume from, changed in place.
     """
     paths = {"best_model_path": "", "kth_best_model_path": "", "last_model_path": "", "best_k_models": {}}
     states = checkpoint.get("callbacks")

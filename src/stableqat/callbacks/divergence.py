@@ -1,8 +1,8 @@
-"""End a run that has diverged, record it, and keep its good checkpoints.
+"""Ends a run that has diverged, records it, and keeps its good checkpoints.
 
-A run has diverged if its loss, a weight or a scale is not finite, or if the loss's moving average (EMA 0.9)
-stays above the initial loss + 1 for 20 steps. A step with a loss that is not finite is not taken. Divergence
-is a result, not an error: the run ends normally, with exit code 0.
+A run has diverged if its loss, a weight or a scale is not finite, or if the moving average of the loss (EMA
+0.9) stays above the initial loss + 1 for 20 steps. A step whose loss is not finite is skipped. Divergence is
+a result, not an error: the run ends normally, with exit code 0.
 """
 
 import logging
@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from stableqat.errors import check_range
 from stableqat.quantizers.base import local
@@ -25,12 +24,13 @@ class DivergenceGuard(L.Callback):
 
     Args:
         margin: How far the moving average may rise above the initial loss, in nats.
-        patience: For how many optimizer steps in a row it may stay above that.
+        patience: Consecutive optimizer steps for which it may stay above that.
         decay: Decay of the moving average.
         check_parameters_every: Optimizer steps between checks that every weight and scale is finite.
 
     Raises:
-        UserError: If a setting is out of range: it would end a healthy run, or continue a diverged one.
+        UserError: If a setting is out of range, so that it would end a healthy run or continue a diverged
+            one.
     """
 
     def __init__(
@@ -52,23 +52,21 @@ class DivergenceGuard(L.Callback):
 
     @property
     def suspicious(self) -> bool:
-        """Whether the run has diverged or may be diverging; no checkpoint is written then."""
+        """Whether the run has diverged or may be diverging, so that no checkpoint is written."""
         return self.diverged or self._steps_above > 0
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Collect the loss of a micro-batch, already divided by the number of micro-batches."""
         self._micro_losses.append(loss.detach())
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Check the step's loss before any weight moves."""
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Check the step's loss before any weight changes."""
         loss = trainer.strategy.reduce(torch.stack(self._micro_losses).sum(), reduce_op="mean").item()
         self._micro_losses.clear()
         if scaler := getattr(trainer.precision_plugin, "scaler", None):  # the loss here is scaled
             loss /= scaler.get_scale()
         if not isfinite(loss):
-            pl_module.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
+            pl_module.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
             self._stop(trainer, pl_module, f"the loss is {loss}")
             return
         if self.initial_loss is None:
@@ -83,10 +81,8 @@ class DivergenceGuard(L.Callback):
             )
             self._stop(trainer, pl_module, reason)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Check the parameters themselves now and then: a clipped infinity gives a finite loss."""
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Check the parameters themselves now and then, as a clipped infinity gives a finite loss."""
         if not self.diverged and trainer.global_step % self.check_parameters_every == 0:
             self.check_parameters(trainer, pl_module)
 
@@ -94,7 +90,7 @@ class DivergenceGuard(L.Callback):
         """Whether every weight and scale is finite on all processes; otherwise the run has diverged.
 
         Args:
-            trainer: Stops if one is not finite.
+            trainer: The trainer, which stops if one is not finite.
             pl_module: The module with the parameters.
         """
         bad = torch.tensor(float(bool(_non_finite(pl_module))), device=pl_module.device)
@@ -105,12 +101,8 @@ class DivergenceGuard(L.Callback):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to decide like the uninterrupted one."""
-        return {
-            "initial_loss": self.initial_loss,
-            "average": self._average,
-            "steps_above": self._steps_above,
-        }
+        """Return what a resumed run needs to decide like the uninterrupted one."""
+        return {"initial_loss": self.initial_loss, "average": self._average, "steps_above": self._steps_above}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""

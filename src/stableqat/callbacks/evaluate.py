@@ -1,8 +1,8 @@
-"""Evaluate during training as `stableqat evaluate` does afterwards, without any effect on the training.
+"""Evaluates during training as `stableqat evaluate` does afterwards, without any effect on the training.
 
-Perplexity on further texts and tasks of lm-evaluation-harness, after each validation or every n steps. Modes
-and random generators are restored: losses are bit for bit those of the run without evaluations. They cost
-time; `limit` keeps tasks short.
+It measures perplexity on further texts and tasks of lm-evaluation-harness, after each validation or every n
+steps. Modes and random generators are restored, so losses equal, bit for bit, those of the run without
+evaluations. Evaluations take time; `limit` keeps tasks short.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,15 @@ class Evaluate(L.Callback):
     """Log `eval/*` of a language model while it trains; off unless `data` or `tasks` is set.
 
     Args:
-        data: Texts: files, folders, tokenized sets or hub names. Uses the test or validation split, else all.
-        tasks: Tasks of lm-evaluation-harness, piqa,boolq for example; default stands for the usual eight.
+        data: Texts: files, folders, tokenized sets or Hub names. Uses the test split, else validation, else
+            everything.
+        tasks: Tasks of lm-evaluation-harness, such as piqa,boolq; default stands for the usual eight.
         tasks_path: Folder with your own task files (YAML). They can run Python, so only the command line may
             set it.
         every_n_steps: Optimizer steps between evaluations; 0 evaluates after each validation.
         stride: See `stableqat evaluate`; null takes blocks that do not overlap.
         limit: Number of documents per task, the first ones; null takes all.
-        batch_size: Blocks or requests per forward and process.
+        batch_size: Blocks or requests per forward pass and process.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Evaluate(L.Callback):
         self._seen_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read texts and tasks, so that a missing one is refused before training.
+        """Read texts and tasks, so that missing ones are refused before training.
 
         Raises:
             UserError: If data or tasks are not found, a task has fewer documents than there are processes, or
@@ -76,37 +77,30 @@ class Evaluate(L.Callback):
         datamodule = getattr(trainer, "datamodule", None)
         self._tokenizer = getattr(datamodule, "tokenizer", None)
         if self._tokenizer is None:
-            raise UserError(
-                "evaluate: needs a language model with a text data module; remove its data and tasks"
-            )
+            raise UserError("evaluate: needs a language model with a text data module; remove data and tasks")
         size = datamodule.block_size  # type: ignore[union-attr]
         with Share(trainer.global_rank, trainer.world_size).first_alone():
             for source, name in labels(self.data).items():
-                rows = read_text(source, self._tokenizer, block_size=size).rows
-                self._texts[name] = (
-                    blocks(rows, size) if self.stride is None else strided(rows, size, self.stride)
-                )
+                rows, stride = read_text(source, self._tokenizer, block_size=size).rows, self.stride
+                self._texts[name] = blocks(rows, size) if stride is None else strided(rows, size, stride)
             if self.tasks is not None:
                 self._tasks = load_tasks(task_names(self.tasks), self.tasks_path)
         if self._tasks:
             check_documents(self._tasks, self.limit, _share(trainer, pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from here: earlier steps of a resumed run are evaluated already."""
+        """Count from here, as earlier steps of a resumed run are evaluated already."""
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Evaluate after every n-th optimizer step."""
         step, self._seen_step = self._seen_step, trainer.global_step
-        if (
-            self.every_n_steps
-            and step != trainer.global_step
-            and not trainer.global_step % self.every_n_steps
-        ):
+        stepped = step != trainer.global_step
+        if self.every_n_steps and stepped and not trainer.global_step % self.every_n_steps:
             self._evaluate(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate after a validation."""
+        """Evaluate after each validation."""
         if not self.every_n_steps and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._evaluate(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Quantizers follow the training of a run: its progress, their penalties, their own part of each step."""
+"""Lets quantizers follow a run's training: its progress, their penalties, their own part of each step."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from stableqat.clock import Clock, follow
 class FollowTraining(L.Callback):
     """Drive the clock of a module's quantizers, see `stableqat.follow`.
 
-    The modules of this suite and `PrepareQAT` bring it along. Progress is the trainer's global step as a
-    share of the steps that the run is planned for. Gradients of penalties are added before clipping.
+    The modules of this suite and `PrepareQAT` add it. Progress is the trainer's global step as a share of the
+    run's planned steps. Gradients of penalties are added before clipping.
     """
 
     clock: Clock | None = None
@@ -28,9 +28,7 @@ class FollowTraining(L.Callback):
         assert self.clock is not None
         self.clock.at(trainer.global_step)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Add the gradients of penalties, before clipping."""
         assert self.clock is not None
         self.clock.penalize(optimizer)

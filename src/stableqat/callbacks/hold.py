@@ -1,7 +1,7 @@
-"""Fake-quantize each weight once while weights stay as they are: in evaluation, in an accumulated gradient.
+"""Fake-quantizes each weight once while weights do not change: in evaluation, and over accumulated batches.
 
-Every forward between two changes of a weight needs the same fake-quantized value. Holding it costs the memory
-of the weights in the compute type, so it is not done where a single forward would use it.
+Every forward between two changes of a weight needs the same fake-quantized value. Holding it takes the memory
+of the weights in the compute type, so a value that only one forward uses is not held.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ from stableqat.layers.hold import hold_weights, release_weights
 class HoldWeights(L.Callback):
     """Hold the fake-quantized weights of a module for as long as its weights do not change.
 
-    The modules of this suite and `PrepareQAT` bring it along. It comes after the callbacks that swap weights
-    for an evaluation (`WeightAveraging`).
+    The modules of this suite and `PrepareQAT` add it, after the callbacks that swap weights for an evaluation
+    (`WeightAveraging`).
     """
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Hold from the first micro-batch of an accumulated gradient on."""
+        """Hold from the first micro-batch of an accumulated gradient."""
         if trainer.accumulate_grad_batches > 1:
             self._hold(trainer, pl_module)
 
@@ -29,12 +29,12 @@ class HoldWeights(L.Callback):
         release_weights(pl_module)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hold for an evaluation, and nothing from before: another callback may have swapped weights."""
+        """Hold anew for an evaluation, as another callback may have swapped weights."""
         release_weights(pl_module)
         self._hold(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Release after an evaluation, FSDP2's roots too: they stay gathered for a backward."""
+        """Release after an evaluation; also FSDP2's roots, which stay gathered for a backward."""
         release_weights(pl_module)
         for model in pl_module.children():
             if isinstance(model, FSDPModule):

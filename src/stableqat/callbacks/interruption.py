@@ -1,10 +1,10 @@
-"""SIGTERM and SIGUSR1, a scheduler's request for its machines, end a run in order.
+"""Ends a run in order on SIGTERM or SIGUSR1, with which a scheduler claims its machines.
 
 The run finishes its step, writes a checkpoint and exits with code 143. Lightning's own handlers communicate
-between processes the moment a signal arrives, which breaks a step that communicates, too; under SLURM they
+between processes as soon as a signal arrives, which breaks a step that communicates, too; under SLURM they
 save in the middle of a step, into the working folder. Here a handler only sets a flag; processes compare
-their flags before a step changes weights, and all stop after the same step. A validation that was due or had
-begun runs when the run resumes; Lightning would skip it. Validations wait for the end of a step, so that a
+their flags before a step changes weights, and all stop after the same step. A validation that is due or has
+begun runs when the run resumes; Lightning would skip it. Validations wait for the end of a step, so a
 checkpoint after one never holds half a step.
 """
 
@@ -23,7 +23,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 class Interruption(L.Callback):
     """Stop all processes of a run at the same step once one of them receives a signal.
 
-    During its last validation a run continues to its end, and between epochs to the next epoch's first step.
+    In its last validation a run continues to its end, and between epochs to the first step of the next.
     """
 
     def __init__(self) -> None:
@@ -43,9 +43,9 @@ class Interruption(L.Callback):
         loop = trainer.fit_loop.epoch_loop
         vars(loop)["_should_check_val_fx"] = partial(_validation_is_due, trainer)
         # Lightning's own broadcast makes the host wait for the device in every step
-        vars(loop)["_broadcast_sigterm_tensor"] = _nothing
+        vars(loop)["_broadcast_sigterm_tensor"] = lambda: None
         if self._unvalidated:
-            loop._batches_that_stepped = trainer.global_step - 1  # the step it is logged at
+            loop._batches_that_stepped = trainer.global_step - 1  # the step at which it is logged
             loop.val_loop.restarting = False
             trainer.validating = True
             loop.val_loop.run()
@@ -56,7 +56,7 @@ class Interruption(L.Callback):
         self._compare(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop at the end of an optimizer step: a checkpoint holds no accumulated gradients."""
+        """Stop at the end of an optimizer step, as a checkpoint holds no accumulated gradients."""
         fit = trainer.fit_loop
         assert fit._data_fetcher is not None
         self._unvalidated = fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
@@ -65,17 +65,17 @@ class Interruption(L.Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Compare flags: a validation may take longer than a scheduler waits."""
+        """Compare flags, as a validation may take longer than a scheduler waits."""
         if not trainer.sanity_checking:
             self._compare(trainer)
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The next checkpoint knows that the validation is done."""
+        """Note for the next checkpoint that the validation is done."""
         self._unvalidated = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a validation is still due."""
+        """Return whether a validation is still due."""
         return {"unvalidated": self._unvalidated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -102,14 +102,14 @@ class Interruption(L.Callback):
 
 
 def between_steps(trainer: L.Trainer) -> bool:
-    """Whether no gradient is accumulated for a coming step."""
+    """Whether no gradient is accumulated for the next step."""
     current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    last = current.processed == trainer.num_training_batches  # Lightning steps with what there is
+    last = current.processed == trainer.num_training_batches  # Lightning steps with what it has
     return last or current.processed % trainer.accumulate_grad_batches == 0
 
 
 def _validation_is_due(trainer: L.Trainer, fetcher: Any) -> bool:
-    """Lightning's rule for any batch of a step, applied at the step's end."""
+    """Apply Lightning's rule for any batch of a step at the step's end."""
     loop = trainer.fit_loop.epoch_loop
     if loop._should_accumulate():
         return False
@@ -124,7 +124,7 @@ def _validation_is_due(trainer: L.Trainer, fetcher: Any) -> bool:
 
 
 def _resume_epoch(trainer: L.Trainer) -> None:
-    """Correct Lightning where it resumes in an epoch that it counts as finished."""
+    """Correct Lightning's counters where it resumes in an epoch that it counts as finished."""
     fit = trainer.fit_loop
     epochs = fit.epoch_progress
     if not fit.is_resuming or trainer.current_epoch != epochs.current.ready:
@@ -141,7 +141,3 @@ def _resume_epoch(trainer: L.Trainer) -> None:
             count.processed -= 1
             count.completed -= 1
         fit._restart_stage = RestartStage.RESTARTED_MID_EPOCH
-
-
-def _nothing() -> None:
-    """The flags replace it."""

@@ -5,13 +5,13 @@ weights in units of their scales, e is standard normal. By Stein's identity the 
 `f = [L(v + sigma e) - L(v - sigma e)] / (2 sigma)` has `E f <u, e> = <u, grad L_s>` for any u, without an
 error of linearisation, so `E f^2` is `|grad L_s|^2` plus a residue, the part of f that is not linear in e.
 With `a` the slope of L_s along the surrogate's unit gradient u, `cos = a / sqrt(a^2 + E (f - a <u, e>)^2)`.
-The residue draws it towards 0, for the staircase alone by 2^(-1/4) = 0.84 (small sigma, weights spread
-evenly): compare methods by it, at one sigma. A small sigma asks for the staircase's shape, near 1/2 any
-surrogate that is constant would do.
+The residue pulls it towards 0, for the staircase alone by 2^(-1/4) = 0.84 (small sigma, weights spread
+evenly), so compare methods only with each other, at one sigma. A small sigma measures the fit to the
+staircase's shape; near 1/2 any constant surrogate fits.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,9 +32,9 @@ CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the 
 class GradientMismatch(L.Callback):
     """Log `quant/grad_cosine` and its standard error, `quant/grad_cosine_se`, without effect on the training.
 
-    A module of your own needs a method `loss(batch)` that returns the training loss and logs nothing.
-    Measured before a step, on its batch, from one gradient and 4 losses per direction; takes the memory of
-    two copies of the quantized weights.
+    A module of your own needs a method `loss(batch)` that returns the training loss and logs nothing. The
+    cosine is measured before a step, on the step's batch, from one gradient and four losses per direction; it
+    takes the memory of two copies of the quantized weights.
 
     Args:
         every_n_steps: Optimizer steps between measurements, the first before step 1; 0 measures nothing.
@@ -68,9 +68,7 @@ class GradientMismatch(L.Callback):
                 "define one that returns the training loss, and call it in training_step"
             )
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure at the first micro-batch of a step."""
         step = trainer.global_step
         if not self.every_n_steps or step % self.every_n_steps or step == self._seen_step:
@@ -82,7 +80,7 @@ class GradientMismatch(L.Callback):
         first = step * self.directions  # the same directions in every run and process
         with untimed(trainer):
             cosine, error = _cosine(*probe.slopes(range(first, first + self.directions)))
-        if cosine.isfinite():  # it does not exist if a gradient is 0 or a loss overflows
+        if cosine.isfinite():  # it is not if a gradient is 0 or a loss overflows
             metrics = {"quant/grad_cosine": cosine.item(), "quant/grad_cosine_se": error.item()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
@@ -101,7 +99,7 @@ class _Probe:
     """The training loss of one batch as a function of the latent weights in units of their scales.
 
     Args:
-        trainer: Has the precision, and the processes that the loss is averaged over.
+        trainer: Has the precision, and the processes over which to average the loss.
         pl_module: Has `loss` and the quantized weights.
         batch: The batch.
         sigma: Length of a step away from the weights.
@@ -114,7 +112,7 @@ class _Probe:
         self.scales = {each.weight: each.weight_quantizer.quantize(each.weight).scale for each in layers}
 
     def slopes(self, seeds: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Slopes of the loss, one per direction of noise.
+        """Measure slopes of the loss, one per direction of noise.
 
         Args:
             seeds: One per direction.
@@ -127,7 +125,7 @@ class _Probe:
         gradient = self._unit_gradient()
         start = [weight.detach().clone() for weight in self.scales]
         try:
-            losses = [[self._loss_at(start, gradient, seed, *signs) for signs in CORNERS] for seed in seeds]
+            losses = [[self._loss_at(start, gradient, seed, signs) for signs in CORNERS] for seed in seeds]
         finally:
             with torch.no_grad():
                 for weight, before in zip(self.scales, start, strict=True):
@@ -140,7 +138,7 @@ class _Probe:
         return along, across, shared.cpu().double()
 
     def _unit_gradient(self) -> list[Tensor]:
-        """The surrogate's gradient with respect to weights in units of their scales, of length 1 in total."""
+        """Return the surrogate's gradient by weights in units of their scales, of length 1 in total."""
         with _unnoticed(self.pl_module):
             found = torch.autograd.grad(self._loss(), list(self.scales), materialize_grads=True)
         mean = [self.trainer.strategy.reduce(each, reduce_op="mean") for each in found]
@@ -150,11 +148,11 @@ class _Probe:
 
     @torch.no_grad()
     def _loss_at(
-        self, start: list[Tensor], gradient: list[Tensor], seed: int, noise_sign: int, gradient_sign: int
+        self, start: list[Tensor], gradient: list[Tensor], seed: int, signs: Sequence[int]
     ) -> Tensor:
         rows = zip(self.scales.items(), start, gradient, self._noise(seed), strict=True)
         for (weight, scale), before, unit, noise in rows:
-            offset = noise.mul_(noise_sign).add_(unit, alpha=gradient_sign)
+            offset = noise.mul_(signs[0]).add_(unit, alpha=signs[1])
             weight.copy_(torch.add(before, _scaled(offset, scale), alpha=self.sigma))
         with _unnoticed(self.pl_module):
             return self._loss()
@@ -169,14 +167,14 @@ class _Probe:
         return torch.stack([torch.vdot(unit.flatten(), noise.flatten()) for unit, noise in pairs]).sum()
 
     def _noise(self, seed: int) -> Iterator[Tensor]:
-        """The direction of a seed, weight by weight; drawn again each time to save memory."""
+        """Yield the direction of a seed, weight by weight; drawn again each time to save memory."""
         generator = torch.Generator(self.pl_module.device).manual_seed(seed)
         for weight in self.scales:
             yield torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
 
 
 def _cosine(along: Tensor, across: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine of the module's docstring and its standard error, by the jackknife over directions."""
+    """Return the cosine of this file's docstring and its standard error, by the jackknife over directions."""
     moments = torch.stack([along, across * across, across * shared, shared * shared])
     count = moments.shape[1]
     others = (moments.sum(1, keepdim=True) - moments) / (count - 1)
@@ -191,7 +189,7 @@ def _cosine_of(moments: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor, scale: Tensor) -> Tensor:
-    """`values` times the scale of their row or group."""
+    """Multiply `values` by the scale of their row or group."""
     return (values.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
 
 

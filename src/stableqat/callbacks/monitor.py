@@ -1,12 +1,12 @@
 """What quantizers do in training, per layer and over the model.
 
-From a fixed sample of rows (at most 64 per layer; of this process's shard under FSDP2):
-`flip_rate`, the share of codes that changed in a step (EMA 0.99); `oscillation`, the share that
-flipped back against their previous direction (EMA 0.01 of new, Nagel et al. 2022,
-arXiv 2203.11086); `clipped`, the share of weights outside the grid's range; `scale_at_floor`, how many of
-all the layer's scales are at their floor; `scale_drift`, mean |log2(s / s_start)|; `snr_db`, power of the
-weight over that of its quantization error; the share of each code (up to 4 bits) and their entropy in bits.
-It reads codes and scales only, and knows no method.
+Measured on a fixed sample of rows (at most 64 per layer; of this process's shard under FSDP2): `flip_rate`,
+the share of codes that change in a step (EMA 0.99); `oscillation`, the share that flip back against their
+previous direction (EMA 0.99, Nagel et al. 2022, arXiv 2203.11086); `clipped`, the share of weights outside
+the grid's range; `scale_drift`, the mean of |log2(s / s_start)|; `snr_db`, the power of the weight over that
+of its quantization error; the share of each code (up to 4 bits), and their entropy in bits. `scale_at_floor`
+counts, of all the layer's scales, those at their floor. The monitor reads codes and scales only, and is the
+same for every method.
 """
 
 from math import gcd, log
@@ -27,7 +27,7 @@ MOST_BITS_BY_LEVEL = 4  # wider grids have too many codes for a line each
 
 
 class _Watch:
-    """Layers on one grid: a step takes few calls for any number of layers.
+    """Layers on one grid, so that a step takes few calls for any number of layers.
 
     The sampled rows of all layers form one matrix of blocks with one scale each, `(blocks, length)`.
     """
@@ -53,17 +53,17 @@ class _Watch:
         self._oscillation = self._flip_rate.clone()
 
     def look(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Current weights, scales `(blocks, 1)` and codes."""
+        """Return current weights, scales `(blocks, 1)` and codes."""
         weight = torch.cat([w.reshape(-1, self._length) for w in self._weights()])
         scale = self.acting_scales()[self._scale_of_block, None]
         return weight, scale, ops.quantize_codes(weight, scale, grid=self.grid)
 
     def acting_scales(self) -> Tensor:
-        """The scales that the forward uses, layer after layer."""
+        """Return the scales that the forward uses, layer by layer."""
         return torch.maximum(torch.cat(self._scales("scale")), torch.cat(self._scales("scale_floor")))
 
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Count the flips of a step; return the same as `look`."""
+        """Count the flips of a step; return what `look` returns."""
         weight, scale, codes = self.look()
         # int16, because a flip across an 8-bit grid does not fit into int8
         direction = (codes.short() - self._codes).sign_().to(torch.int8)
@@ -75,7 +75,7 @@ class _Watch:
         return weight, scale, codes
 
     def flips(self) -> dict[str, dict[str, Tensor]]:
-        """The state of counting flips, by layer."""
+        """Return the state of counting flips, by layer."""
         directions = [each.flatten() for each in self._direction.split(self._blocks)]
         values = zip(self.names, self._flip_rate, self._oscillation, directions, strict=True)
         return {
@@ -85,9 +85,8 @@ class _Watch:
 
     def resume_flips(self, known: dict[str, dict[str, Tensor]]) -> None:
         """Continue from `flips`; other shards may have fewer or more rows."""
-        for number, (name, blocks) in enumerate(
-            zip(self.names, self._direction.split(self._blocks), strict=True)
-        ):
+        shares = self._direction.split(self._blocks)
+        for number, (name, blocks) in enumerate(zip(self.names, shares, strict=True)):
             if name in known:
                 self._flip_rate[number] = known[name]["flip_rate"]
                 self._oscillation[number] = known[name]["oscillation"]
@@ -95,13 +94,13 @@ class _Watch:
                 blocks.view(-1)[: len(direction)] = direction
 
     def describe(self, weight: Tensor, scale: Tensor, codes: Tensor, start: Tensor) -> dict[str, Tensor]:
-        """The logged values, one per layer.
+        """Return the values to log, one per layer.
 
         Args:
             weight: From `look`.
             scale: From `look`.
             codes: From `look`.
-            start: Scales at the start of training, layer after layer.
+            start: Scales at the start of training, layer by layer.
         """
         grid = self.grid
         v, (low, high) = weight.float() / scale, grid.bounds("range")
@@ -112,10 +111,8 @@ class _Watch:
         counts = torch.bincount(place.flatten(), minlength=len(self.names) * levels).view(-1, levels)
         share = counts / counts.sum(1, keepdim=True)
         signal, noise = (self._of_layers(x.float().square().sum(1), "sum") for x in (weight, error))
-        floored = [
-            (local(q.scale) <= local(q.scale_floor)).sum()
-            for q in (each.weight_quantizer for each in self._layers)
-        ]
+        quantizers = [layer.weight_quantizer for layer in self._layers]
+        floored = [(local(q.scale) <= local(q.scale_floor)).sum() for q in quantizers]
         drift = (self.acting_scales() / start).log2_().abs_()
         occupancy = {f"share_of_code_{lowest + i}": share[:, i] for i in range(levels)}
         return {
@@ -149,10 +146,10 @@ class QuantizerMonitor(L.Callback):
     """Log `quant/<layer>/<what>` and the mean over layers, `quant/<what>`.
 
     Args:
-        rows: Rows sampled per layer, its first ones.
-        every_n_steps: Steps between log entries, 0 for none; None takes the trainer's `log_every_n_steps`.
-            Flips are counted in every step.
-        per_layer: Log every layer beside the means.
+        rows: Rows sampled per layer, the first ones.
+        every_n_steps: Steps between log entries; 0 logs nothing, null takes the trainer's
+            `log_every_n_steps`. Flips are counted in every step.
+        per_layer: Whether to log every layer beside the means.
 
     Raises:
         UserError: If a number is out of range.
@@ -180,14 +177,12 @@ class QuantizerMonitor(L.Callback):
             scales = watch.acting_scales().split(watch.scales_of_layer)
             for name, now in zip(watch.names, scales, strict=True):
                 known, scale = self._start_scales.get(name, now).flatten()[: len(now)], now.clone()
-                scale[: len(known)] = known  # a run that resumes in other shards has fewer or more rows
+                scale[: len(known)] = known  # a run that resumes on other shards has fewer or more rows
                 self._start_scales[name] = scale
             watch.resume_flips(self._flips)
         self._seen_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Count flips after every optimizer step, and log every n steps."""
         every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
         if not self._watches or not every or trainer.global_step == self._seen_step:
@@ -208,7 +203,7 @@ class QuantizerMonitor(L.Callback):
             _log(logger, means, single if self.per_layer else {}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to log the same as the uninterrupted one."""
+        """Return what a resumed run needs to log the same as the uninterrupted one."""
         for watch in self._watches:
             self._flips |= watch.flips()
         return {"start_scales": self._start_scales, "flips": self._flips}
@@ -220,7 +215,7 @@ class QuantizerMonitor(L.Callback):
 
 
 def _log(logger: Logger, means: dict[str, float], single: dict[str, float], step: int) -> None:
-    """Log means, and all layers' values as one event: one by one, a thousand would outlast a step."""
+    """Log means, and all layers' values as one event; a thousand alone would outlast a step."""
     if not isinstance(logger, TensorBoardLogger):
         logger.log_metrics({**means, **single}, step=step)
         return

@@ -1,4 +1,4 @@
-"""A step depends on its position in the run alone, so that a resumed run repeats the uninterrupted one."""
+"""Makes a step depend only on its position in the run, so a resumed run repeats the uninterrupted one."""
 
 import random
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 class StepPosition(L.Callback):
     """Seed each micro-batch (dropout, mixup, stochastic quantizers) by its position, and count no step twice.
 
-    The position is the run's seed, the epoch, the batch and the process. The modules of this suite bring the
-    callback along.
+    The position is the run's seed, the epoch, the batch and the process. The modules of this suite add the
+    callback.
     """
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Seed all generators."""
-        # a step that an exception cut short is saved as begun, and Lightning counts it as done on resume
+        # a step cut short by an exception is saved as begun, and Lightning counts it as done on resume
         loop = trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = trainer.global_step
         batches = loop.batch_progress.total

@@ -1,7 +1,8 @@
 """QAT for any LightningModule, by one callback.
 
 The module's layers are swapped after its `configure_model`, before the optimizer exists and before a
-checkpoint is loaded, so that runs resume. `HoldWeights` comes along, after the callbacks that swap weights.
+checkpoint is loaded, so that runs resume. The callback adds `HoldWeights`, after the callbacks that swap
+weights, and `FollowTraining`.
 """
 
 from collections.abc import Sequence
@@ -30,11 +31,11 @@ class PrepareQAT(L.Callback):
     `self.parameters()` works as well, but gives the scales ten times the learning rate.
 
     Args:
-        quantizer: A method by name, a factory that makes the quantizer of one weight, or such by layer
-            pattern.
-        skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
+        quantizer: A method by name, a factory that makes the quantizer of one weight, or a mapping of these
+            by layer pattern.
+        skip: Linear layers that stay in full precision: shell patterns over names or parts of names.
         example_inputs: Inputs of the module's forward; None waits for the first forward of it or its parts.
-        options: Options of the quantizer, `bits=2` for example.
+        options: Options of the quantizer, such as `bits=2`.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class PrepareQAT(L.Callback):
         Raises:
             UserError: If a callback copies the module before it has quantizers.
         """
-        if stage == "fit":
-            self._check_averaging(trainer.callbacks)  # type: ignore[attr-defined]
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage == "fit":
+            self._check_averaging(callbacks)
         for brought in (HoldWeights, FollowTraining):
             if not any(isinstance(callback, brought) for callback in callbacks):
                 callbacks.append(brought())
@@ -88,21 +89,19 @@ class PrepareQAT(L.Callback):
     def _check_averaging(self, callbacks: list[L.Callback]) -> None:
         for place, callback in enumerate(callbacks):
             name = type(callback).__name__
-            if isinstance(callback, StochasticWeightAveraging):
-                raise UserError(
-                    f"PrepareQAT: {name} copies the module before its layers are quantized; take "
-                    "WeightAveraging or EMAWeightAveraging, after PrepareQAT, or call stableqat.prepare"
+            too_early = isinstance(callback, WeightAveraging) and place < callbacks.index(self)
+            if too_early or isinstance(callback, StochasticWeightAveraging):
+                remedy = (
+                    "take WeightAveraging or EMAWeightAveraging, after PrepareQAT, or call stableqat.prepare"
                 )
-            if isinstance(callback, WeightAveraging) and place < callbacks.index(self):
+                if too_early:
+                    remedy = "put it after PrepareQAT in the trainer's callbacks"
                 raise UserError(
-                    f"PrepareQAT: {name} copies the module before its layers are quantized; put it after "
-                    "PrepareQAT in the trainer's callbacks"
+                    f"PrepareQAT: {name} copies the module before its layers are quantized; {remedy}"
                 )
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Leave a module that was not built as it was."""
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Restore a module that was not built."""
         vars(pl_module).pop("configure_model", None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,7 +116,7 @@ class PrepareQAT(L.Callback):
             )
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a weight that `training_step` reads around its layer, which no trial forward can see.
+        """Refuse a weight that `training_step` reads without its layer, which no trial forward can see.
 
         Its gradient bypasses the quantizer, whose scale gets none.
         """

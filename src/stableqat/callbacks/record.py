@@ -1,7 +1,7 @@
 """The record of a run in TensorBoard: its settings, and the same `hp/*` metrics for every run.
 
-TensorBoard's HParams tab joins runs by the names of settings and metrics, so that its parallel-coordinates
-view shows a grid of methods, learning rates and seeds.
+TensorBoard's HParams tab joins runs by the names of settings and metrics, so its parallel-coordinates view
+shows a grid of methods, learning rates and seeds.
 """
 
 from math import isfinite, nan
@@ -44,19 +44,17 @@ class RunRecord(L.Callback):
             self._log(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the record of a finished run, also of one that resumes with nothing left to do."""
+        """Close the record of a finished run, even of one that resumes with nothing left to do."""
         self._log(trainer, finished=True)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
         """Flush the logs before a checkpoint, so that a run killed after it resumes without a gap."""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses so far, and the number of rows of the last one, for a resumed run."""
+        """Return the losses so far, and the number of rows of the last one, for a resumed run."""
         return {**self._losses, "validation_rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -78,19 +76,29 @@ class RunRecord(L.Callback):
             if describe := getattr(getattr(trainer, "datamodule", None), "describe", None):
                 settings.update(describe())
         keep_report(getattr(pl_module, "surgery", None), trainer)
-        metrics = {**self._losses, **_progress(trainer), "hp/finished": 0.0}
+        metrics = self._metrics(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(settings, metrics, step=trainer.global_step)
 
     def _log(self, trainer: L.Trainer, finished: bool = False) -> None:
-        metrics = {**self._losses, **_progress(trainer), "hp/finished": float(finished)}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(self._metrics(trainer, finished), step=trainer.global_step)
+
+    def _metrics(self, trainer: L.Trainer, finished: bool = False) -> dict[str, float]:
+        guards = (c for c in trainer.callbacks if isinstance(c, DivergenceGuard))  # type: ignore[attr-defined]
+        guard = next(guards, None)
+        initial = guard.initial_loss if guard is not None else None
+        return self._losses | {
+            "hp/initial_loss": nan if initial is None else initial,
+            "hp/diverged": float(guard is not None and guard.diverged),
+            "hp/steps": float(trainer.global_step),
+            "hp/finished": float(finished),
+        }
 
 
 def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
-    """Write the surgery report, with each layer and the quantized share, into the run's folder."""
+    """Write the surgery report, with each layer and the quantized share, to the run's folder."""
     if report is None or not trainer.is_global_zero:
         return
     for logger in trainer.loggers[:1]:  # trainer.log_dir would ask the other processes
@@ -101,18 +109,8 @@ def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
 
 
 def _validated_rows(trainer: L.Trainer) -> int | None:
-    """How many rows of the validation split, the first ones, all processes together take."""
+    """Count the rows of the validation split, the first ones, that all processes take together."""
     order = getattr(trainer.val_dataloaders, "sampler", None)
     if not hasattr(order, "global_batch"):
         return None
     return min(order.size, int(trainer.num_val_batches[0]) * order.global_batch)  # type: ignore[union-attr]
-
-
-def _progress(trainer: L.Trainer) -> dict[str, float]:
-    guard = next((c for c in trainer.callbacks if isinstance(c, DivergenceGuard)), None)  # type: ignore[attr-defined]
-    initial = guard.initial_loss if guard is not None else None
-    return {
-        "hp/initial_loss": nan if initial is None else initial,
-        "hp/diverged": float(guard is not None and guard.diverged),
-        "hp/steps": float(trainer.global_step),
-    }

@@ -1,6 +1,6 @@
 """Lightning's own callbacks that do not work with a model built in `configure_model`.
 
-Most look at parameters, or copy them, before there are any, and then silently do nothing.
+Most look at parameters, or copy them, before they exist, and then silently do nothing.
 """
 
 from collections.abc import Iterable
@@ -54,6 +54,6 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 
 def left_out(trainer: L.Trainer, named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of trainable parameters that are in no optimizer and would silently stay as they are."""
+    """Return the names of trainable parameters that are in no optimizer and would silently stay the same."""
     optimized = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
     return [name for name, p in named if p.requires_grad and id(p) not in optimized]

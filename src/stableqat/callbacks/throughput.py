@@ -2,9 +2,9 @@
 
 Model FLOPs utilisation (MFU, Chowdhery et al. 2022, arXiv 2204.02311) is the model's arithmetic over what the
 device could do in the same time. The model's arithmetic is three times that of the unquantized model's
-forward, its matrix products and the whole square of attention, counted once on the meta device; work of
-quantizers, recomputation and optimizers does not count. Nothing here waits for the device: steps are timed
-from log entry to log entry, without validations, checkpoints and the first step.
+forward, with its matrix products and the whole square of attention, counted once on the meta device;
+quantizers, recomputation and optimizers do not count. Nothing here waits for the device: steps are timed from
+log entry to log entry, without validations, checkpoints and the first step.
 """
 
 import re
@@ -37,7 +37,7 @@ class Throughput(L.Callback):
     """Log `perf/tokens_per_s` (or `perf/images_per_s`), `perf/step_ms` and `perf/loader_wait`.
 
     Tokens and images are those of all processes; `perf/loader_wait` is the share of time spent waiting for
-    data. On a GPU `perf/peak_memory_gb` is the most that PyTorch has allocated on the first one, and
+    data. On a GPU, `perf/peak_memory_gb` is the most that PyTorch has allocated on the first GPU, and
     `perf/mfu` the model FLOPs utilisation under 16-bit autocast, if the device's peak is known.
 
     Args:
@@ -62,12 +62,14 @@ class Throughput(L.Callback):
         kind = type(loop)
 
         def before() -> None:
-            self._before_fetch()
+            self._fetching = time.perf_counter()
+            if self._since is None:
+                self._since = self._fetching
             kind._on_before_fetch(loop)
 
         def after() -> None:
             kind._on_after_fetch(loop)
-            self._after_fetch()
+            self._waited += time.perf_counter() - self._fetching
 
         vars(loop).update(_on_before_fetch=before, _on_after_fetch=after)
 
@@ -75,14 +77,12 @@ class Throughput(L.Callback):
         """Stop the clock until the next batch is fetched."""
         self._since = None
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """As in validation."""
+    def on_save_checkpoint(self, *_: Any) -> None:
+        """Stop the clock, as for a validation."""
         self._since = None
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Count a batch, and log when the trainer does."""
         if not self.enabled:
@@ -126,14 +126,6 @@ class Throughput(L.Callback):
         self._seconds = self._waited = 0.0
         self._rows = self._items = self._steps = 0
 
-    def _before_fetch(self) -> None:
-        self._fetching = time.perf_counter()
-        if self._since is None:
-            self._since = self._fetching
-
-    def _after_fetch(self) -> None:
-        self._waited += time.perf_counter() - self._fetching
-
 
 @contextmanager
 def untimed(trainer: L.Trainer) -> Iterator[None]:
@@ -151,7 +143,7 @@ def _is_logged(trainer: L.Trainer) -> bool:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """A device's peak FLOP/s in 16-bit matrix products; None if unknown, or for another precision."""
+    """Return a device's peak FLOP/s in 16-bit matrix products; None if unknown, or for another precision."""
     if device.type != "cuda" or not precision.startswith(("16", "bf16")):
         return None
     name = torch.cuda.get_device_name(device)
@@ -159,7 +151,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def training_flops(pl_module: Any, batch: dict[str, Tensor]) -> float:
-    """FLOPs of the unquantized model's forward and backward per row of a batch."""
+    """Count the FLOPs of the unquantized model's forward and backward per row of a batch."""
     inputs = batch[_input_key(pl_module, batch)]
     with torch.random.fork_rng([]), torch.device("meta"), torch.no_grad():
         model = pl_module.build_model()
@@ -170,5 +162,5 @@ def training_flops(pl_module: Any, batch: dict[str, Tensor]) -> float:
 
 
 def _input_key(pl_module: Any, batch: dict[str, Tensor]) -> str:
-    """The model's input in a batch; of a module that does not say, as transformers names it."""
+    """Return the key of the model's input in a batch; transformers' name if the module does not say."""
     return getattr(pl_module, "input_key", "input_ids" if "input_ids" in batch else "pixel_values")
