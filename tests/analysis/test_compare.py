@@ -206,7 +206,10 @@ def test_without_out_the_files_of_an_earlier_call_are_replaced(
 
 @pytest.mark.parametrize(
     ("key", "other"),
-    [("bits", 4), ("grid", "stretched"), ("scale_init", "max"), ("granularity", "tensor")],
+    [
+        *(("bits", 4), ("grid", "stretched"), ("scale_init", "max"), ("granularity", "tensor")),
+        ("quantizers", "*down_proj: STE 4-bit integer; *: STE 2-bit integer"),
+    ],
 )
 def test_ptq_counts_for_arms_that_round_alike(key: str, other: object) -> None:
     runs = [

@@ -261,5 +261,21 @@ def test_what_is_no_number_is_an_argument_and_a_setting() -> None:
     assert found["a-limit.inf"].settings()["trainer.limit"] == math.inf
 
 
+def test_a_mapping_of_quantizers_is_one_value_that_quantizer_axes_leave_alone() -> None:
+    mixed = {"model.layers.0.*": None, "*": {"class_path": "STE", "init_args": {"bits": 2}}}
+    Path("mixed.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"quantizer": mixed}}}))
+    arms = {"ste": {"configs": ["ste.yaml"]}, "file": {"configs": ["ste.yaml", "mixed.yaml"]}}
+    arms["flag"] = {"args": {"model.quantizer": mixed}}
+    arms["shorthand"] = {"configs": ["ste.yaml"], "args": {"model.quantizer": {"grid": "stretched"}}}
+    found = points(yaml.safe_dump({"configs": ["base.yaml"], "grid": {"arm": arms, "bits": [2, 3]}}))
+    assert list(found) == ["file", "flag", "shorthand-b2", "shorthand-b3", "ste-b2", "ste-b3"]
+    for name in ("file", "flag"):
+        settings = found[name].settings()
+        assert {k: v for k, v in settings.items() if "quantizer" in k} == {"model.quantizer": mixed}
+    flags = found["flag"].argv
+    assert yaml.safe_load(flags[flags.index("--model.quantizer") + 1]) == mixed
+    assert "--model.quantizer.grid" in found["shorthand-b2"].argv
+
+
 def test_no_digit_is_lost() -> None:
     assert float(short(1 / 3000)) == 1 / 3000

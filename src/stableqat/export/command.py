@@ -265,7 +265,7 @@ def _layers(kinds: list[dict[str, Any]]) -> list[str]:
         [str(kind.get(key, "")).replace("|", "\\|").replace("*", "\\*") for key in keys] for kind in kinds
     ]
     lines = [keys, ["---"] * len(keys), *rows]
-    told = "Quantizers by layer; of several patterns that match a name, the first chose:"
+    told = "Quantizers" + (", by the first pattern that matches a layer:" if "pattern" in keys else ":")
     return [told, "", *("| " + " | ".join(line) + " |" for line in lines), ""]
 
 

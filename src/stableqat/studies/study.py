@@ -23,8 +23,8 @@
 
 A point is the base, its arm, and a value of each axis. An arm that sets an argument itself is not repeated
 over that axis. Axes of the quantizer (`bits`, `model.quantizer...`) do not repeat an arm without a quantizer,
-and only these axes repeat the `validate` arms. File names are relative to the current folder, as on a command
-line; shipped configurations have names, such as llama/base.
+or with a mapping of them, and only these axes repeat the `validate` arms. File names are relative to the
+current folder, as on a command line; shipped configurations have names, such as llama/base.
 """
 
 import itertools
@@ -185,7 +185,8 @@ def read_study(path: str | Path) -> Study:
             own = _overlay(path, where, content)
             arm = base + own
             begins = start if start and arm.args[INIT_FROM] == str(start.folder) else None
-            free = [a for a in axes_ if a.argument not in own.args and (arm.quantized or not a.quantizer)]
+            one = arm.quantized and not isinstance(arm.settings().get(QUANTIZER), dict)
+            free = [a for a in axes_ if a.argument not in own.args and (one or not a.quantizer)]
             for values in itertools.product(*(axis.values for axis in free)):
                 parts = [axis.prefix + short(value) for axis, value in zip(free, values, strict=True)]
                 point = _name(path, where, "-".join([arm_name, *parts]))
@@ -258,11 +259,19 @@ def _overlay(path: str | Path, where: str, content: Any) -> Overlay:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and not _maps_quantizers(f"{prefix}{key}", value):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _maps_quantizers(key: str, value: dict[str, Any]) -> bool:
+    """Whether a setting is a mapping from layer patterns to quantizers, which stays whole."""
+    inside = any(isinstance(each, dict) and "class_path" in each for each in value.values())
+    return key.replace(".init_args.", ".") == QUANTIZER and (
+        inside or any(set("*?[") & set(k) for k in value)
+    )
 
 
 def _mapping(path: str | Path, where: str, value: Any) -> dict[str, Any]:
