@@ -2,8 +2,8 @@
 
 It measures perplexity on any text, tasks of lm-evaluation-harness, and top-1, top-5 and confusion on any
 images. One table compares all sources; `--baselines true` adds what a run started from, in full precision and
-rounded to nearest. torchrun divides the work: `torchrun --nproc-per-node 4 --no-python stableqat evaluate
-...`.
+rounded to nearest. torchrun divides the work:
+`torchrun --nproc-per-node 4 --no-python stableqat evaluate ...`.
 """
 
 import os

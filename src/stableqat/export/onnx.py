@@ -5,8 +5,7 @@ inputs. The form decides which kernel of onnxruntime runs, and kernels differ in
 (`docs/benchmarks.md`):
 
 - Half-integer grids become odd integers if these fit the same width (3 bits take 4 anyway); otherwise their
-zero
-  point, `2^(b-1) - 1/2`, is a float.
+  zero point, `2^(b-1) - 1/2`, is a float.
 - At 2 bits integer grids get a float zero point as well: without one the kernel is 8 times slower.
 - With int8 activations only integers in short blocks have a fast kernel, so all grids become those.
 
