@@ -36,17 +36,24 @@ class Case:
 
     @property
     def acting_scale(self) -> Tensor:
-        return self.scale if self.floor is None else torch.maximum(self.scale, self.floor)
+        if self.floor is None:
+            return self.scale
+        lifted = torch.maximum(self.scale.abs() * (self.scale * self.floor).sign(), self.floor.abs())
+        return torch.where(self.floor == 0, torch.maximum(self.scale, self.floor), lifted * self.floor.sign())
 
 
 def sample(shape, scale_shape, grid, surrogate, *, dtype=FLOAT, upstream=FLOAT, floor=False, seed=0):
-    """Weights on all sides of every rule, one in eight at a threshold; a floor acts on every other scale."""
+    """Weights on all sides of every rule, one in eight at a threshold; every third scale is negative.
+
+    A floor acts on every other scale.
+    """
     random = torch.Generator(DEVICE).manual_seed(seed)
 
     def uniform(size, low, high):
         return torch.rand(size, generator=random, device=DEVICE).mul_(high - low).add_(low)
 
     scale = uniform(scale_shape, 0.02, 0.5)
+    scale.view(-1)[1::3] *= -1
     v = uniform((*scale_shape, prod(shape) // prod(scale_shape)), grid.levels[0] - 1.5, grid.levels[-1] + 1.5)
     tie = v.floor().add_(grid.zero_point + 0.5)
     v = torch.where(uniform(v.shape, 0, 1) < 0.125, tie, v)

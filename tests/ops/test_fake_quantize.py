@@ -131,14 +131,14 @@ def test_backward_leaves_its_inputs_alone():
     assert all(torch.equal(a, b) for a, b in zip(before, (w, s, upstream), strict=True))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("start", [-1.0, -1e-3, 0.0, 1e-9, 1e-4, 0.5])
-def test_floor_of_a_scale(start):
-    grid, w = make_grid("integer", 4), torch.full((1, 4), 9.0)  # beyond the grid: the value is 7 s
-    scale = torch.tensor([[start]], requires_grad=True)
-    value = fake_quantize(
-        w, scale, scale_floor=torch.tensor([[1e-4]]), grid=grid, surrogate=Identity(mask="range")
-    )
-    assert value[0, 0].item() == pytest.approx(7 * max(start, 1e-4))
+def test_floor_of_a_scale(start, sign):
+    grid, w = make_grid("integer", 4), torch.full((1, 4), 9.0 * sign)  # beyond the grid: the value is 7 s
+    scale = torch.tensor([[start * sign]], requires_grad=True)
+    floor = torch.tensor([[1e-4 * sign]])
+    value = fake_quantize(w, scale, scale_floor=floor, grid=grid, surrogate=Identity(mask="range"))
+    assert value[0, 0].item() == pytest.approx(7 * sign * max(start, 1e-4))
     value.sum().backward()
     # also below the floor, so that the scale can return
     assert scale.grad.item() == pytest.approx(4 * 7 / (4 * 7) ** 0.5)

@@ -30,6 +30,7 @@ def sample(name, bits, scale_shape, seed=0):
     )
     v = rng.permuted(v, axis=1).reshape(*scale_shape, -1)
     s = rng.uniform(0.02, 0.5, (*scale_shape, 1))
+    s.reshape(-1)[1::3] *= -1  # turns the grid around
     a = rng.uniform(0.05, 0.9, s.shape)
     bottom, top = gradient_range(name, bits, "range")
     assert ((v > bottom) & (v < top)).any()

@@ -5,7 +5,7 @@ import torch
 
 from stableqat.ops import dequantize_codes, initial_scale, make_grid, quantize_codes
 
-HOW = ("mse", "max", "lsq", "absmax_as_step")
+HOW = ("signed_mse", "mse", "max", "lsq", "absmax_as_step")
 GRIDS = [
     ("integer", 2),
     ("integer", 3),
@@ -29,7 +29,7 @@ def gaussian():
 
 
 PUBLISHED = {
-    ("integer", 2): {"max": 0.278, "absmax_as_step": 0.790, "lsq": 0.221, "mse": 0.150},
+    ("integer", 2): {"max": 0.278, "absmax_as_step": 0.790, "lsq": 0.221, "mse": 0.150, "signed_mse": 0.147},
     ("stretched", 2): {"max": 0.278, "mse": 0.119},
     ("ternary", 2): {"mse": 0.190},
     ("stretched", 3): {"mse": 0.0375},
@@ -42,7 +42,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("name", "bits", "how"), [(*g, how) for g, row in PUBLISHED.items() for how in row])
 def test_relative_error_on_gaussian_rows(gaussian, name, bits, how):
-    w = gaussian[:128] if how == "mse" else gaussian  # the largest of a row varies most
+    w = gaussian[:128] if how.endswith("mse") else gaussian  # the largest of a row varies most
     grid = make_grid(name, bits)
     error = relative_mse(w, initial_scale(w, (len(w), 1), grid, how), grid).mean().item()
     assert error == pytest.approx(PUBLISHED[name, bits][how], rel=0.03)
@@ -64,14 +64,14 @@ def test_closed_forms():
     assert scale("integer", 2, "lsq") == 2.5
     assert scale("integer", 4, "lsq") == pytest.approx(2.5 / 7**0.5)
     assert scale("ternary", 2, "lsq") == 2.5
-    assert [scale("binary", 1, how) for how in HOW] == [2.5] * 4  # 2 mean|w|
+    assert [scale("binary", 1, how) for how in HOW] == [2.5] * 5  # 2 mean|w|
 
 
 def test_a_range_taken_for_a_step_starts_at_code_zero(gaussian):
     grid = make_grid("integer", 2)
     codes = quantize_codes(gaussian, initial_scale(gaussian, (512, 1), grid, "absmax_as_step"), grid=grid)
     assert 0.91 < (codes == 0).float().mean() < 0.95
-    for how in ("mse", "max", "lsq"):  # every other start uses its levels
+    for how in ("signed_mse", "mse", "max", "lsq"):  # every other start uses its levels
         codes = quantize_codes(gaussian, initial_scale(gaussian, (512, 1), grid, how), grid=grid)
         assert (codes == 0).float().mean() < 0.65
 
@@ -137,7 +137,7 @@ def test_rows_of_zeros_and_constants(name, bits, how):
     w[1] = 0.0
     w[2] = 0.25
     w[3, 1:] = 0.0  # a single weight in the row
-    scale = initial_scale(w, (4, 1), make_grid(name, bits), how)
+    scale = initial_scale(w, (4, 1), make_grid(name, bits), how).abs()
     assert (scale > 0).all()
     assert scale.isfinite().all()
     assert scale[1].item() == pytest.approx(scale[[0, 2, 3]].mean().item())  # the mean of the others
@@ -152,3 +152,34 @@ def test_scales_are_float32_whatever_the_weight(dtype, how):
     scale = initial_scale(w, (8, 1), grid, how)
     assert scale.dtype == torch.float32
     torch.testing.assert_close(scale, initial_scale(w.float(), (8, 1), grid, how), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_sign_is_that_of_the_smaller_error(gaussian, bits):
+    w, grid = gaussian[:64].clone(), make_grid("integer", bits)
+    w[0, 0], w[1, 0] = 30.0, -30.0  # the long side of the grid is for the outlier
+    signed = initial_scale(w, (64, 1), grid, "signed_mse")
+    errors = [relative_mse(w, initial_scale(w * s, (64, 1), grid, "mse") * s, grid) for s in (1, -1)]
+    assert torch.equal(relative_mse(w, signed, grid), torch.minimum(*errors))
+    assert (signed[1] > 0) & (signed[0] < 0)
+
+
+def test_signs_let_the_offsets_of_rows_cancel(gaussian):
+    """A positive scale takes from the sum of each row; signs take from some and give to others."""
+    grid = make_grid("integer", 2)
+
+    def offsets(how):
+        scale = initial_scale(gaussian, (512, 1), grid, how)
+        value = dequantize_codes(quantize_codes(gaussian, scale, grid=grid), scale, 0, gaussian.dtype)
+        return (value - gaussian).sum(1) / gaussian.abs().sum(1)
+
+    assert (offsets("mse") < 0).all()
+    assert offsets("mse").mean() < -0.06
+    assert offsets("signed_mse").mean().abs() < 0.01
+
+
+@pytest.mark.parametrize("name", ["stretched", "ternary", "binary"])
+def test_symmetric_grids_need_no_sign(gaussian, name):
+    grid = make_grid(name, 1 if name == "binary" else 2)
+    either = [initial_scale(gaussian[:8], (8, 1), grid, how) for how in ("mse", "signed_mse")]
+    assert torch.equal(*either)

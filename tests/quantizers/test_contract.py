@@ -220,7 +220,7 @@ def test_describe_is_flat_and_plain(method):
             assert described["method"] == method.__name__
             assert described["bits"] == bits
             assert described["mask"] == "range"
-            assert described["scale_init"] == "mse"
+            assert described["scale_init"] == "signed_mse"
             assert described["grid"] == quantizer.grid.name
             assert all(type(value) in (str, int, float) for value in described.values())
         assert len({tuple(q.describe().items()) for q in quantizers}) == 3  # the granularity shows

@@ -31,7 +31,7 @@ WEIGHT = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
         ({"bits": 2, "grid": "binary"}, r"^bits: the binary grid takes 1 bits, not 2"),
         ({"bits": 2, "grid": "log2"}, r"^grid: 'log2' is unknown"),
         ({"bits": 2, "mask": "clip"}, r"^mask: 'clip' is unknown; choose one of range, levels, none"),
-        ({"bits": 2, "scale_init": "minmax"}, r"^scale_init: 'minmax' is unknown; choose one of mse, max"),
+        ({"bits": 2, "scale_init": "minmax"}, r"^scale_init: 'minmax' is unknown; choose one of signed_mse, mse"),
         ({"bits": 2, "group_size": 7}, r"^group_size: 7 does not divide the layer's 48 inputs"),
         ({"bits": 2, "group_size": 96}, r"^group_size: 96 does not divide"),
         ({"bits": 2, "group_size": 0}, r"^group_size: "),
@@ -124,7 +124,7 @@ def test_every_method_runs_on_any_grid(method, grid):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scale_init", ["mse", "max", "lsq", "absmax_as_step"])
+@pytest.mark.parametrize("scale_init", ["signed_mse", "mse", "max", "lsq", "absmax_as_step"])
 def test_scale_init_reaches_the_scale(method, scale_init):
     quantizer = method(WEIGHT, bits=2, grid="integer", scale_init=scale_init)
     largest, mean = WEIGHT.abs().amax(1), WEIGHT.abs().mean(1)
@@ -132,4 +132,4 @@ def test_scale_init_reaches_the_scale(method, scale_init):
     if scale_init in expected:
         torch.testing.assert_close(quantizer.scale.flatten(), expected[scale_init])
     else:  # the methods start equal
-        assert torch.equal(quantizer.scale, STE(WEIGHT, bits=2, grid="integer").scale)
+        assert torch.equal(quantizer.scale, STE(WEIGHT, bits=2, grid="integer", scale_init=scale_init).scale)

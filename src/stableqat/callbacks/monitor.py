@@ -60,7 +60,7 @@ class _Watch:
 
     def acting_scales(self) -> Tensor:
         """Return the scales that the forward uses, layer by layer."""
-        return torch.maximum(torch.cat(self._scales("scale")), torch.cat(self._scales("scale_floor")))
+        return ops.acting_scale(torch.cat(self._scales("scale")), torch.cat(self._scales("scale_floor")))
 
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
         """Count the flips of a step; return what `look` returns."""
@@ -112,7 +112,7 @@ class _Watch:
         share = counts / counts.sum(1, keepdim=True)
         signal, noise = (self._of_layers(x.float().square().sum(1), "sum") for x in (weight, error))
         quantizers = [layer.weight_quantizer for layer in self._layers]
-        floored = [(local(q.scale) <= local(q.scale_floor)).sum() for q in quantizers]
+        floored = [(q.effective_scale() == local(q.scale_floor)).sum() for q in quantizers]
         drift = (self.acting_scales() / start).log2_().abs_()
         occupancy = {f"share_of_code_{lowest + i}": share[:, i] for i in range(levels)}
         return {

@@ -96,7 +96,7 @@ def _quantized(name: str, linear: nn.Linear, kind: dict[str, Any]) -> QuantLinea
             f"layer {name}: its weights lie on no {quantizer.bits}-bit {quantizer.grid} grid: they were "
             "changed or rounded (saved in bfloat16?) after `convert`; save in float32 what `convert` returns"
         )
-    quantizer.to_empty(device="cpu").load_state_dict({"scale": scale, "scale_floor": torch.zeros_like(scale)})
+    quantizer.to_empty(device="cpu").load_state_dict({"scale": scale, "scale_floor": scale})
     return QuantLinear.from_linear(linear, quantizer)
 
 
@@ -112,10 +112,10 @@ def find_scale(weight: Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor | N
         Scales of that shape, or None.
     """
     rows = weight.reshape(shape[0] * shape[1], -1)
-    peak = rows.abs().amax(1, keepdim=True)
+    peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     # zeros alone fit any scale, if zero is a level
     found = torch.where((peak == 0) & (grid.zero_point == 0), 1.0, torch.nan)
-    levels = sorted({abs(level) for level in grid.levels} - {0}, reverse=True)
+    levels = sorted({sign * level for level in grid.levels for sign in (-1, 1)} - {0}, key=abs, reverse=True)
     for level, ulp in product(levels, (0, -1, 1)):  # the peak is rounded: the scale is one unit off at most
         left = found.isnan().flatten().nonzero().flatten()
         if not len(left):
@@ -124,4 +124,4 @@ def find_scale(weight: Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor | N
         codes = quantize_codes(rows[left], scale, grid=grid)
         exact = (dequantize_codes(codes, scale, grid.zero_point, torch.float32) == rows[left]).all(1)
         found[left[exact]] = scale[exact]
-    return found.reshape(shape) if (found > 0).all() else None
+    return found.reshape(shape) if found.isfinite().all() and found.all() else None

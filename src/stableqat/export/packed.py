@@ -198,8 +198,9 @@ def _snap(name: str, layer: QuantLinear, dtype: torch.dtype) -> None:
         each: (torch.finfo(each).smallest_normal * halves, torch.finfo(each).max) for each in DTYPES.values()
     }
     low, high = ranges[dtype]
-    if scale.min() < low or scale.max() > high:
-        wrong = scale.min() if scale.min() < low else scale.max()
+    smallest, largest = scale.abs().min(), scale.abs().max()
+    if smallest < low or largest > high:
+        wrong = smallest if smallest < low else largest
         remedy = "the run collapsed or diverged: take an earlier checkpoint"
         if ranges[torch.bfloat16][0] <= wrong <= ranges[torch.bfloat16][1]:
             remedy = "take --scale_dtype bf16, in a format other than gguf"

@@ -11,6 +11,7 @@ from stableqat.ops.fake_quantize import (
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
 from stableqat.ops.operands import TOGETHER, Operands
 from stableqat.ops.product import product
+from stableqat.ops.reference import acting_scale
 from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, KernelForm, Permuted, Surrogate, Tanh
 
@@ -28,6 +29,7 @@ __all__ = [
     "ScaleInit",
     "Surrogate",
     "Tanh",
+    "acting_scale",
     "compute_dtype",
     "dequantize_codes",
     "fake_quantize",

@@ -24,7 +24,9 @@ def _acting_scale(scale_ptr, floor_ptr, row, exists, FLOOR: tl.constexpr):
     scale = tl.load(scale_ptr + row, mask=exists, other=1.0).to(tl.float32)
     if FLOOR:
         floor = tl.load(floor_ptr + row, mask=exists, other=1.0).to(tl.float32)
-        scale = tl.maximum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
+        below = tl.minimum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
+        above = tl.maximum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
+        scale = tl.where(floor < 0, below, above)
     return scale
 
 

@@ -22,10 +22,10 @@ class Operands(NamedTuple):
 
     Attributes:
         x: Latent weight, `(out, ...)`.
-        scale: Distance between levels, positive: `(out, 1)`, `(out, groups)` (each group is a run of
-            consecutive inputs) or `(1, 1)` for the whole tensor.
-        scale_floor: Small positive lower bound of the scale in use, shaped like `scale`. The gradient reaches
-            `scale` below it too, so that the scale can recover. NaN stays NaN.
+        scale: Distance between levels, negative to turn the grid around: `(out, 1)`, `(out, groups)` (each
+            group is a run of consecutive inputs) or `(1, 1)` for the whole tensor.
+        scale_floor: Bound of the scale in use, shaped like `scale` and of its sign: the scale comes no closer
+            to zero. The gradient reaches `scale` beyond it too, so that the scale can recover. NaN stays NaN.
         param: The surrogate's learned parameter (for Tanh, the logit of `a`), shaped like `scale`.
     """
 

@@ -20,9 +20,14 @@ def grouped(operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     x, scale, floor, param = operands
     dtype = working_dtype(x.dtype)
     if floor is not None:
-        scale = torch.maximum(scale, floor)
+        scale = acting_scale(scale, floor)
     param = None if param is None else param.to(dtype).unsqueeze(-1)
     return x.reshape(*scale.shape, -1).to(dtype), scale.to(dtype).unsqueeze(-1), param
+
+
+def acting_scale(scale: Tensor, floor: Tensor) -> Tensor:
+    """The scale as the forward uses it: no closer to zero than its floor, and of the floor's sign."""
+    return torch.where(floor < 0, torch.minimum(scale, floor), torch.maximum(scale, floor))
 
 
 def codes(v: Tensor, grid: Grid) -> Tensor:

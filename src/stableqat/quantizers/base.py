@@ -43,7 +43,7 @@ class Quantizer(nn.Module, ABC):
         bits: Storage width of a code, 1 to 8; 1 means the binary grid.
         levels: Number of levels, in place of bits; 3 is ternary.
         grid: integer, stretched, ternary or binary. Default: the method's own for this width.
-        scale_init: mse, max, lsq or absmax_as_step, see `ops.scale_init`.
+        scale_init: signed_mse, mse, max, lsq or absmax_as_step, see `ops.scale_init`.
         per_channel: One scale per row, or one for the whole tensor if false.
         group_size: One scale per run of this many inputs in a row.
 
@@ -67,7 +67,7 @@ class Quantizer(nn.Module, ABC):
         bits: int | None = None,
         levels: int | None = None,
         grid: ops.GridName | None = None,
-        scale_init: ops.ScaleInit = "mse",
+        scale_init: ops.ScaleInit = "signed_mse",
         per_channel: bool = True,
         group_size: int | None = None,
     ) -> None:
@@ -307,13 +307,14 @@ class Quantizer(nn.Module, ABC):
                 f"codes {tuple(codes.shape)} with scales {tuple(scale.shape)} do not fit a weight "
                 f"{tuple(weight.shape)} with scales {tuple(own.shape)}"
             )
-        if not (torch.isfinite(scale).all() and (scale > 0).all()):
-            raise UserError("a scale is not a positive number")
+        if not (torch.isfinite(scale).all() and (scale != 0).all()):
+            raise UserError("a scale is zero or not a number")
         changed = [local(tensor) for tensor in (weight, *self.parameters())]
         before = [tensor.clone() for tensor in changed]
         own.copy_(scale)
         floor = local(self.scale_floor)
-        floor.copy_(torch.where(floor <= own, floor, own * FLOOR))  # also where it is unset
+        acts = ops.acting_scale(own, floor) == own
+        floor.copy_(torch.where(acts, floor, own * FLOOR))  # also where it is unset
         latent = local(self.latent(weight))
         levels = ops.dequantize_codes(codes, own, grid.zero_point, latent.dtype)
         has_code = ops.quantize_codes(latent, own, grid=grid) == codes
@@ -328,7 +329,7 @@ class Quantizer(nn.Module, ABC):
 
     def effective_scale(self) -> Tensor:
         """The scale that the forward uses, never below its floor; of this process's shard."""
-        return torch.maximum(local(self.scale.detach()), local(self.scale_floor))
+        return ops.acting_scale(local(self.scale.detach()), local(self.scale_floor))
 
     def describe(self) -> dict[str, str | int | float]:
         """Flat hyper-parameters that name this quantizer in a table or in TensorBoard."""
