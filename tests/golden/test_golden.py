@@ -20,7 +20,7 @@ from stableqat.modules import CosineWarmup
 FAMILIES = ["llama", "vit"]
 # No weight comes near a threshold here: weights off by 2e-6 leave each trace within 2e-5, so the rounding of
 # another processor does too. With most seeds a code flips and moves the losses by 1e-3.
-SEED = 2
+SEED = 4
 
 
 def trace(family: str, method: str) -> list[float]:

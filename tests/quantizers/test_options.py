@@ -31,7 +31,10 @@ WEIGHT = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
         ({"bits": 2, "grid": "binary"}, r"^bits: the binary grid takes 1 bits, not 2"),
         ({"bits": 2, "grid": "log2"}, r"^grid: 'log2' is unknown"),
         ({"bits": 2, "mask": "clip"}, r"^mask: 'clip' is unknown; choose one of range, levels, none"),
-        ({"bits": 2, "scale_init": "minmax"}, r"^scale_init: 'minmax' is unknown; choose one of signed_mse, mse"),
+        (
+            {"bits": 2, "scale_init": "minmax"},
+            r"^scale_init: 'minmax' is unknown; choose one of signed_mse, mse",
+        ),
         ({"bits": 2, "group_size": 7}, r"^group_size: 7 does not divide the layer's 48 inputs"),
         ({"bits": 2, "group_size": 96}, r"^group_size: 96 does not divide"),
         ({"bits": 2, "group_size": 0}, r"^group_size: "),

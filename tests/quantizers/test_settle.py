@@ -111,10 +111,10 @@ def test_what_cannot_be_held_is_refused_and_changes_nothing():
     refused(
         quantizer, weight, STE(weight, bits=2, group_size=8).quantize(weight), r"scales \(6, 4\) do not fit"
     )
-    for bad in (0.0, -1.0, torch.nan, torch.inf):
+    for bad in (0.0, torch.nan, torch.inf):
         scale = made.scale.clone()
         scale[2] = bad
-        refused(quantizer, weight, replace(made, scale=scale), "a scale is not a positive number")
+        refused(quantizer, weight, replace(made, scale=scale), "a scale is zero or not a number")
     tiny = torch.full_like(made.scale, 1e-45)  # half of it is not a number of this type
     quantizer = STE(weight, bits=2, grid="stretched")
     refused(quantizer, weight, replace(half, scale=tiny), "float32 weights with .* cannot hold these codes")
