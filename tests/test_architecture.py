@@ -37,6 +37,7 @@ ALLOWED = {
     },
     "runs": {"checkpoints", "construct", "data", "modules", "trust"},
     "evaluate": {"checkpoints", "data", "layers", "modules", "runs"},
+    "predict": {"data", "evaluate"},
     "export": {"api", "data", "kinds", "layers", "modules", "ops", "quantizers", "runs"},
     "importing": {"data", "layers", "modules", "ops", "quantizers", "runs"},
     "bench": {"analysis", "construct", "evaluate", "export", "layers", "modules", "quantizers", "shipped"},

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -152,20 +152,21 @@ def new_folder(out: str) -> Iterator[Path]:
             stack.close()
 
 
-def new_results(out: str, *companions: str) -> Path:
-    """The JSON file of the setting `out`, which can be written and is not there yet; its folder is made.
+def new_results(out: str, *companions: str, endings: Sequence[str] = (".json",)) -> Path:
+    """The file of the setting `out`, which can be written and is not there yet; its folder is made.
 
     Args:
         out: The file.
         companions: Suffixes of the files that go beside it, `.png` for example.
+        endings: Suffixes that it may have.
 
     Raises:
-        UserError: If the file does not end in .json, it or a companion exists, or its folder cannot be
+        UserError: If the file ends in none of them, it or a companion exists, or its folder cannot be
             written.
     """
     path = Path(out).expanduser()
-    if path.suffix != ".json":
-        raise UserError(f"out: {out} must end in .json")
+    if path.suffix not in endings:
+        raise UserError(f"out: {out} must end in {' or '.join(endings)}")
     for each in (path, *map(path.with_suffix, companions)):
         if each.exists():
             raise UserError(f"out: {each} exists already; name a new file")

@@ -109,7 +109,7 @@ def test_the_parser_decides_what_is_not_certain(case, elsewhere):
     assert len(check_arguments(FREE[case])) == len(FREE[case])
 
 
-@pytest.mark.parametrize("verb", ["fit", "predict"])
+@pytest.mark.parametrize("verb", ["fit", "test"])
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_what_the_parser_takes_is_not_refused(family, verb, capsys):
     argv = [verb, "-c", f"{family}/base", "-c", f"{family}/dsq"]

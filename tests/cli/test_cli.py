@@ -1,12 +1,9 @@
 """Verbs, exit codes and what reaches stderr."""
 
-import resource
 import subprocess
 import sys
-from functools import wraps
 from importlib.metadata import version
 
-import lightning as L
 import pytest
 import torch
 
@@ -51,31 +48,6 @@ def test_the_progress_bar_names_no_epoch_that_is_none(own, at, capsys):
 def test_a_start_is_evaluated(run, at, capsys):
     assert main(llama("test", "test", "--model.init_from", run)) == 0
     assert "loss" in capsys.readouterr().out
-
-
-def test_predictions_are_saved(run, at):
-    assert main(llama("predict", "predict", "--model.init_from", run)) == 0
-    predictions = torch.load(at / "logs/llama/predict/predictions-0.pt", weights_only=True)
-    assert all(each.shape[1] == 15 and each.isfinite().all() for each in predictions)
-
-
-def test_predictions_that_the_disk_does_not_take(at, capsys, monkeypatch):
-    size, limits = 10_000, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    @wraps(L.Trainer.predict)  # the command line reads its signature
-    def predict(*args, **kwargs):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        return [torch.zeros(size)]
-
-    monkeypatch.setattr(L.Trainer, "predict", predict)
-    try:
-        assert main(llama("predict", "full")) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    path = "logs/llama/full/predictions-0.pt"
-    line = f"stableqat: {path} cannot be written (File too large); free some space and predict again"
-    assert capsys.readouterr().err.splitlines() == [line]
-    assert not (at / path).parent.exists()
 
 
 def test_a_run_may_log_nothing(at):

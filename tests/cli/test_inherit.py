@@ -150,7 +150,7 @@ def test_a_run_brings_its_tokenizer_to_other_data(part, run, at, capsys):
     shutil.rmtree("logs/fresh")
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize("verb", ["validate", "test"])
 def test_a_checkpoint_brings_its_tokenizer_to_every_verb(verb, run, at):
     last = f"{run}/checkpoints/last.ckpt"
     assert call(verb, "--ckpt_path", last, verb=verb, source="other.jsonl") == 0

@@ -145,10 +145,11 @@ def test_no_field_of_a_checkpoint_is_built(family, payload, saved, here):
 
 VERBS = {
     "evaluate": ["evaluate", "run"],
+    "predict": ["predict", "run", "--prompt", "a"],
     "export": ["export", "run", "--format", "hf", "--out", "out"],
     **{
         verb: [verb, "-c", "llama.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
-        for verb in ("validate", "test", "predict")
+        for verb in ("validate", "test")
     },
     "fit on": ["fit", "-c", "llama.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"],
     "fit from": ["fit", "-c", "llama.yaml", "--model.init_from", "run/checkpoints/last.ckpt"],

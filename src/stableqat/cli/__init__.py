@@ -1,1 +1,1 @@
-"""The command line: `main` (the command and its verbs), `lightning` (fit, validate, test, predict)."""
+"""The command line: `main` (the command and its verbs), `lightning` (fit, validate, test)."""

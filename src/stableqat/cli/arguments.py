@@ -45,7 +45,7 @@ Setting = tuple[str, str, Any]  # where it is from, its key without init_args, i
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
-    """Refuse what is certainly wrong on the command line of fit, validate, test or predict.
+    """Refuse what is certainly wrong on the command line of fit, validate or test.
 
     Args:
         arguments: The verb and its flags.

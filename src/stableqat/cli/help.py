@@ -1,4 +1,4 @@
-"""Help of fit, validate, test and predict for people: short usage, whole headings, where to read on."""
+"""Help of fit, validate and test for people: short usage, whole headings, where to read on."""
 
 from textwrap import fill
 from typing import Any
@@ -9,7 +9,6 @@ RUN_VERBS = {
     "fit": "train a model, quantized or not",
     "validate": "evaluate on the validation split; quantized without training, this is PTQ",
     "test": "evaluate on the test split",
-    "predict": "write predictions for the test split",
 }
 _TITLES = {
     "trainer": "Lightning's Trainer",

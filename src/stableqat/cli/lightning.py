@@ -1,4 +1,4 @@
-"""fit, validate, test, predict: LightningCLI with this suite's defaults and one-line errors."""
+"""fit, validate, test: LightningCLI with this suite's defaults and one-line errors."""
 
 import errno
 import logging
@@ -25,7 +25,6 @@ from stableqat import callbacks
 from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.callbacks.refused import check_trainer
 from stableqat.checkpoints.names import TOKENIZER
-from stableqat.checkpoints.write import StreamedCheckpointIO
 from stableqat.cli import checks
 from stableqat.cli.arguments import CALLBACKS
 from stableqat.cli.help import describe
@@ -35,7 +34,7 @@ from stableqat.cli.resume import differences, find_resumed, saved_model
 from stableqat.cli.run_folder import check_run_folder, claimed
 from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError, first_line
-from stableqat.files import whole_file, writing
+from stableqat.files import whole_file
 from stableqat.modules import QATModule
 from stableqat.modules.parallel import register_strategies
 from stableqat.modules.start import Start, check_start, state_dict_follows
@@ -48,7 +47,7 @@ LOGGERS = {"stableqat": "stableqat: %(message)s", "lightning": "%(message)s"}
 
 
 def run(arguments: list[str]) -> int:
-    """Run fit, validate, test or predict.
+    """Run fit, validate or test.
 
     Args:
         arguments: The verb and its flags.
@@ -248,14 +247,6 @@ class QATCommand(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
-
-    def predict(self, **kwargs: Any) -> None:
-        """Save the predictions in the run's folder, one file per process."""
-        predictions = self.trainer.predict(**kwargs)
-        path = Path(self.trainer.log_dir or ".") / f"predictions-{self.trainer.global_rank}.pt"
-        with writing(str(path), "free some space and predict again"), whole_file(path) as part:
-            StreamedCheckpointIO().save_checkpoint(predictions, part)
-        logger.info("predictions saved: %s", path)
 
 
 @contextmanager

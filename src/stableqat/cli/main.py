@@ -1,6 +1,6 @@
 """The `stableqat` command.
 
-`fit`, `validate`, `test` and `predict` are LightningCLI in subclass mode: any setting of trainer, model and
+`fit`, `validate` and `test` are LightningCLI in subclass mode: any setting of trainer, model and
 data comes from YAML files and flags. The tool verbs are functions, imported when called, so that help
 answers at once. A user's mistake is one line on stderr and exit code 2 (`--debug` shows the traceback); a
 fault of the program keeps its traceback.
@@ -9,6 +9,7 @@ fault of the program keeps its traceback.
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -37,10 +38,12 @@ TOOL_VERBS = {
         "write packed weights for a runtime, proven equal to the model",
     ),
     "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
+    "predict": ("stableqat.predict.command", "generate text from prompts, or name the classes of images"),
     "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),
     "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),
 }
 
+_OF_RUN_VERBS = re.compile(r"-c$|--(config|ckpt_path|model|data|trainer)\b")
 
 # torch warns about torchao, which transformers imports if it is installed
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -98,6 +101,11 @@ def _dispatch(arguments: list[str]) -> int:
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         return import_module("stableqat.cli.lightning").run(arguments)
+    if verb == "predict" and any(_OF_RUN_VERBS.match(argument) for argument in arguments):
+        raise UserError(
+            "predict takes a model, not a configuration: stableqat predict RUN --prompts FILE "
+            "(or --images FOLDER)"
+        )
     if verb in TOOL_VERBS:
         return _tool(verb, arguments[words:])
     verbs = [*RUN_VERBS, *TOOL_VERBS]

@@ -113,7 +113,7 @@ def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError
     if match := _MISSING.match(message):
         tool = parser.exit_on_error and not any(action.dest == "config" for action in parser._actions)
         remedy = "see --help" if tool else "set it in a configuration (-c FILE.yaml) or as a flag"
-        return Fault(re.sub(r"\b(fit|validate|test|predict)\.", "", match[1]), f"missing; {remedy}")
+        return Fault(re.sub(r"\b(fit|validate|test)\.", "", match[1]), f"missing; {remedy}")
     if match := _INCOMPLETE.match(message):
         return Fault(match[1], match[2].replace("expected one argument", "needs a value"))
     if match := _UNRECOGNIZED.match(message):

@@ -93,10 +93,15 @@ def part_of(split: str, rows: int, there: int) -> str:
     return split if rows == there else f"{split} (the first {rows} of {there} rows, as in training)"
 
 
+def channels(model: Any, otherwise: int = 3) -> int:
+    """How many channels of an image a timm model takes; `otherwise` if it does not say."""
+    patches = getattr(getattr(model, "patch_embed", None), "proj", None)
+    return getattr(patches, "in_channels", otherwise)
+
+
 def _check(model: Any, datamodule: ImageDataModule) -> None:
     given = datamodule.image_size, datamodule.in_chans
-    patches = getattr(getattr(model, "patch_embed", None), "proj", None)
-    taken = image_size(model) or given[0], getattr(patches, "in_channels", given[1])
+    taken = image_size(model) or given[0], channels(model, given[1])
     if taken != given:
         raise UserError(
             f"data: images of {given[0]} pixels and {given[1]} channels, the model takes {taken[0]} and "

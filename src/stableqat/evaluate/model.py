@@ -181,7 +181,7 @@ def _find_folder(source: str, tokenizer: str | None) -> Source:
     if Path(source).expanduser().exists() and not keys:
         raise UserError(
             f"{source}: not a run, a checkpoint or a folder with config.json; for a GGUF or ONNX file, "
-            "evaluate the run that it was exported from"
+            "name the run that it was exported from"
         )
     try:
         config = pretrained_config("source", source)

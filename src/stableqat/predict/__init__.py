@@ -1,0 +1,1 @@
+"""What a model answers: text from prompts, losses of tokens, classes of images."""
