@@ -597,7 +597,10 @@ OTHERS = {
     ),
     "a resumed run without its quantizer": (
         llama("--ckpt_path", "CHECKPOINT", "--model.quantizer", "null"),
-        ["ckpt_path: model.quantizer.", "None in the configuration"],
+        [
+            "ckpt_path: model.quantizer is stableqat.quantizers.StableQAT in the checkpoint",
+            "None in the configuration",
+        ],
     ),
     "a resumed run of another family": (
         vit("--ckpt_path", "CHECKPOINT"),

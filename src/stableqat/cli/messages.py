@@ -126,9 +126,10 @@ def _fault(parser: Any, message: str, ex: Exception | None) -> Fault | UserError
     if match := _INSIDE.search(message):  # a fault inside one of several types that the key may have
         return Fault(match[1], match[2]).within(key)
     action = next((action for action in parser._actions if action.dest == key), None)
-    if match := _ENTRY.search(message):  # a fault in an entry of a mapping
-        entry, told = _name_of(match["value"], match["mapping"]), message[: match.end("value")]
-        key, message = f"{key}.{entry}", told[told.rindex("Does not validate") :]
+    entry = _ENTRY.search(message)
+    if entry and (name := _name_of(entry["value"], entry["mapping"])) not in ("class_path", "init_args"):
+        told = message[: entry.end("value")]  # a fault in an entry of a mapping
+        key, message = f"{key}.{name}", told[told.rindex("Does not validate") :]
     if match := _OF_FACTORY.search(message):
         return Fault(match[1], match[2]).within(key)
     if match := _CLASSLESS.search(message):
