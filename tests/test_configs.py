@@ -26,6 +26,7 @@ STRATEGIES = {"ddp", "fsdp"}
 # parameters of the published models
 SIZES = {
     "llama-30m": 29_893_120,
+    "smollm2-135m": 134_515_008,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "qwen3-0.6b": 596_049_920,
@@ -41,9 +42,9 @@ def raw(family: str, name: str) -> dict:
 
 
 def names(family: str) -> list[str]:
-    """Overlays of a family; a study is for `stableqat sweep`."""
+    """Overlays of a family; a study is for `stableqat sweep`, and finetune stands alone."""
     found = sorted(path.stem for path in (ROOT / family).glob("*.yaml"))
-    return [name for name in found if name != "base" and "grid" not in raw(family, name)]
+    return [name for name in found if name not in ("base", "finetune") and "grid" not in raw(family, name)]
 
 
 OVERLAYS = [(family, name) for family in FAMILIES for name in names(family)]
@@ -194,7 +195,7 @@ def test_both_families_have_the_same_files():
     own = SIZES.keys() | {"activation-checkpointing"}
     shared = [{path.stem for path in (ROOT / family).glob("*.yaml")} - own for family in FAMILIES]
     assert shared[0] == shared[1]
-    assert shared[0] >= METHODS | STRATEGIES | {"base", "debug", "demo"}
+    assert shared[0] >= METHODS | STRATEGIES | {"base", "finetune", "debug", "demo"}
     for family, name in OVERLAYS:
         if name in SIZES:
             assert all(key.startswith("model.init_args.") for key in leaves(raw(family, name)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import Namespace
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import tiny
 import words
@@ -19,28 +19,7 @@ from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 from stableqat.runs import open_run
-
-OTHER = ["another text of other words, zebra quartz jumps " * 3]
-
-
-def model_folder(folder: Path, model_type: str = "llama", entries: int = 320) -> Path:
-    """A model of transformers with a tokenizer of another text, whose EOS is not the first token."""
-    keys = {key: value for key, value in tiny.LLAMA.items() if key != "model_type"} | {
-        "vocab_size": entries,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys))
-    model.save_pretrained(folder)
-    special(OTHER, 300, "<eos>").save_pretrained(folder)
-    return folder
-
-
-def special(texts: list[str], entries: int, eos: str):
-    """A BPE whose EOS has the highest id."""
-    tokenizer = train_bpe(texts, entries)
-    tokenizer.add_special_tokens({"eos_token": eos})
-    return tokenizer
+from starts import OTHER, model_folder, special
 
 
 @pytest.fixture(scope="module")

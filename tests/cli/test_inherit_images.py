@@ -20,30 +20,7 @@ from stableqat.data.image import PREPROCESSING
 from stableqat.errors import UserError
 from stableqat.events import read_run
 from stableqat.modules import ViTModule
-
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
-OWN = {
-    "mean": [0.1, 0.2, 0.3],
-    "std": [0.4, 0.5, 0.6],
-    "interpolation": "bilinear",
-    "crop_pct": 0.7,
-    "crop_mode": "squash",
-}
-
-
-def timm_folder(folder: Path, classes: int = 5, **args) -> dict[str, torch.Tensor]:
-    folder.mkdir()
-    args = {**ARGS, **args}
-    torch.manual_seed(1)
-    model = timm.create_model(NAME, num_classes=classes, **args)
-    state = {key: torch.randn_like(value) * 0.1 + value for key, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    pretrained = {"input_size": [3, args["img_size"], args["img_size"]], "num_classes": classes, **OWN}
-    pretrained |= {"first_conv": "patch_embed.proj", "classifier": "head"}
-    config = {"architecture": NAME, "num_classes": classes, "model_args": args, "pretrained_cfg": pretrained}
-    (folder / "config.json").write_text(json.dumps(config))
-    return state
+from starts import ARGS, NAME, OWN, timm_folder
 
 
 @pytest.fixture(scope="module")

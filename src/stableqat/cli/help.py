@@ -16,6 +16,10 @@ _TITLES = {
     "data": "The data, of a class; --data.help CLASS lists its settings",
 }
 _ENDING = """
+A pretrained model on your own data:
+  stableqat {verb} -c llama/finetune --model.init_from DIR --data.source FILE
+  stableqat {verb} -c vit/finetune --model.init_from FILE --data.source my_images/
+
 Settings of model and data, which depend on the class:
   stableqat {verb} --model.help LlamaModule       or ViTModule
   stableqat {verb} --data.help TextDataModule     or ImageDataModule

@@ -13,11 +13,14 @@ from typing import Any
 from jsonargparse import Namespace
 
 from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.read import read_rest
 from stableqat.cli.resume import as_saved
+from stableqat.construct import find_class
+from stableqat.data import ImageDataModule
 from stableqat.data.prepared import prepared_manifest
 from stableqat.data.tokenizer import clash, load_tokenizer, tokenizer_hash
-from stableqat.errors import UserError
-from stableqat.modules.vit import preprocessing, takes_one_size
+from stableqat.errors import LISTED, UserError
+from stableqat.modules.vit_config import architecture, preprocessing, takes_one_size
 from stableqat.runs import Run
 
 
@@ -40,8 +43,12 @@ def inherit(settings: Namespace) -> list[str]:
         for key, source in _starts(settings):
             taken += _take_tokenizer(arguments, key, source, asked)
     model = settings.model.get("init_args") or Namespace()
+    if "model_name" in model:
+        taken += _take_architecture(arguments, model)
     if "mean" in arguments and "model_name" in model and arguments.get("source") is not None:
         taken += _take_preprocessing(arguments, model, *next(_starts(settings), (None, None)))
+    if "num_classes" in model and model.num_classes is None:
+        taken += _take_classes(settings.data, model)
     return taken
 
 
@@ -75,6 +82,39 @@ def _take_tokenizer(arguments: Namespace, key: str, source: str, asked: bool) ->
     if named in (None, own) or own is None:
         return []
     return _compare(named, own, key, source, asked)
+
+
+def _take_architecture(arguments: Namespace, model: Namespace) -> list[str]:
+    """Name a vision transformer as its start does, with the arguments that shape it."""
+    source = model.get("init_from")
+    if model.model_name is not None or source is None:
+        return []
+    if (checkpoint := find_checkpoint(source, "model.init_from")) is not None:
+        saved = read_rest(checkpoint)["hyper_parameters"]
+        found = (saved["model_name"], saved.get("model_args") or {}) if saved.get("model_name") else None
+    else:
+        found = architecture(source)
+    if found is None:
+        raise UserError(
+            f"model.model_name: {source} does not say which timm model it is; name it, such as "
+            "--model.model_name vit_small_patch16_224"
+        )
+    model["model_name"], options = found
+    told: dict[str, Any] = {"model_name": model.model_name}
+    if model.get("model_args") is None and options:
+        if arguments.get("image_size") is not None and "img_size" in options:
+            options = {**options, "img_size": arguments.image_size}
+        model["model_args"] = told["model_args"] = options
+    return [f"model.{_told(told)}, which model.init_from brings"]
+
+
+def _take_classes(data: Namespace, model: Namespace) -> list[str]:
+    """Count the classes of the data."""
+    datamodule: Any = find_class(data.class_path, [ImageDataModule], "data")(**data.init_args.as_dict())
+    names = datamodule.class_names
+    model["num_classes"] = len(names)
+    few = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+    return [f"model.num_classes: {len(names)}, those of the data ({few})"]
 
 
 def _take_preprocessing(

@@ -32,6 +32,8 @@ from stableqat.cli.inherit import inherit
 from stableqat.cli.messages import OneLineErrors, user_error
 from stableqat.cli.resume import differences, find_resumed, saved_model
 from stableqat.cli.run_folder import check_run_folder, claimed
+from stableqat.cli.sizing import choose
+from stableqat.cli.trainer import Trainer
 from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError, first_line
 from stableqat.files import whole_file
@@ -93,6 +95,7 @@ class QATCommand(LightningCLI):
                 QATModule,
                 L.LightningDataModule,
                 save_config_callback=RunConfig,
+                trainer_class=Trainer,
                 parser_class=Parser,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
@@ -166,8 +169,9 @@ class QATCommand(LightningCLI):
             checks.check_tasks(settings, self._arguments)
 
     def before_instantiate_classes(self) -> None:
-        """Fill the data's settings from the model's start."""
-        self._inherited = inherit(self.config[self._verb])
+        """Fill settings from the model's start, and choose what is left open."""
+        settings = self.config[self._verb]
+        self._inherited = [*inherit(settings), *choose(settings)]
 
     def instantiate_classes(self) -> None:
         """Build all; a mistake that a class finds in its settings comes wrapped and is unwrapped."""

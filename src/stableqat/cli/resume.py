@@ -20,6 +20,8 @@ from stableqat.modules.hyperparameters import saved_arguments
 logger = logging.getLogger(__name__)
 
 _QUANTIZER = "init_args.quantizer"
+# null in a configuration leaves them to the start, the data or the model's size
+_LEFT_OPEN = ("init_args.model_name", "init_args.num_classes", "init_args.optimizer.init_args.lr")
 
 
 def find_resumed(settings: Namespace) -> str | None:
@@ -110,6 +112,9 @@ def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any,
     other.pop("init_args.init_from", None)
     if (teacher := "init_args.teacher.source") in mine and mine[teacher] is None:
         mine[teacher] = start  # its default, under which it was saved
+    for key in _LEFT_OPEN:
+        if key in mine and mine[key] is None:
+            mine[key] = other.get(key)
     brought = start is not None
     for key, block in list(other.items()):
         if isinstance(block, dict) and isinstance(named := mine.get(key), dict):

@@ -32,6 +32,7 @@ PREPROCESSING: dict[str, Any] = {
     "crop_pct": 0.875,
     "crop_mode": "center",
 }
+BATCH_SIZE = 64
 _DIGITS_FRACTION = 0.2
 _MOST_CLASSES = 1_000_000
 
@@ -49,7 +50,8 @@ class ImageDataModule(DataModule):
         label_column: The column of classes; null takes the one that holds class labels, or is named label.
         image_size: Height and width in pixels; null takes the model's on the command line, otherwise 8 for
             the digits and 224 for other images. A model without a size of its own takes this one.
-        batch_size: Images per step and process.
+        batch_size: Images per step and process. null suits it, on the command line, to the model, the source
+            and the device, and otherwise takes 64.
         validation_fraction: Share of each class to hold out if the source has no validation split; the digits
             hold out every fifth image.
         augment: Augment training images: digits are shifted by at most one pixel, other images get the timm
@@ -84,7 +86,7 @@ class ImageDataModule(DataModule):
         image_column: str | None = None,
         label_column: str | None = None,
         image_size: int | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = BATCH_SIZE,
         validation_fraction: float = 0.1,
         augment: bool = True,
         scale: tuple[float, float] = (0.08, 1.0),
@@ -101,7 +103,9 @@ class ImageDataModule(DataModule):
         seed: int | None = None,
         cache_dir: str | None = None,
     ):
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            batch_size=BATCH_SIZE if batch_size is None else batch_size, num_workers=num_workers, seed=seed
+        )
         if source is None and image_size not in (None, DIGITS_SIZE):
             raise UserError(f"image_size {image_size}: the embedded digits have {DIGITS_SIZE} pixels a side")
         check_range("image_size", image_size, 1, null=True)

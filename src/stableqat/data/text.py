@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
+BLOCK_SIZE, BATCH_SIZE = 128, 16
 #: More text than this hardly changes a BPE's merges.
 _BPE_MAX_BYTES = 100_000_000
 
@@ -67,8 +68,10 @@ class TextDataModule(DataModule):
             splits, taken evenly.
         vocab_size: Entries of that BPE; not used with a tokenizer.
         text_column: The column that holds the text.
-        block_size: Tokens per row; the last incomplete row of a split is dropped.
-        batch_size: Rows per step and process.
+        block_size: Tokens per row; the last incomplete row of a split is dropped. null takes, on the command
+            line, the model's positions, at most 2,048 and fewer for a small source, and otherwise 128.
+        batch_size: Rows per step and process. null suits it, on the command line, to the model, the source
+            and the device, and otherwise takes 16.
         validation_fraction: Share of the documents to hold out, whole and by their hashes, if a source has no
             validation split.
         num_workers: Processes that load batches in advance; 0 loads in the training process.
@@ -91,14 +94,17 @@ class TextDataModule(DataModule):
         tokenizer: str | None = None,
         vocab_size: int = 2048,
         text_column: str = "text",
-        block_size: int = 128,
-        batch_size: int = 16,
+        block_size: int | None = BLOCK_SIZE,
+        batch_size: int | None = BATCH_SIZE,
         validation_fraction: float = 0.05,
         num_workers: int = 0,
         seed: int | None = None,
         cache_dir: str | None = None,
     ):
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        block_size = BLOCK_SIZE if block_size is None else block_size
+        super().__init__(
+            batch_size=BATCH_SIZE if batch_size is None else batch_size, num_workers=num_workers, seed=seed
+        )
         if block_size < 2:
             raise UserError(f"block_size {block_size} must be at least 2: a token is predicted from another")
         if tokenizer is None and vocab_size < BPE_MIN_VOCAB:

@@ -4,6 +4,7 @@ from stableqat.modules.base import QATModule
 from stableqat.modules.llama import LlamaModule
 from stableqat.modules.parallel import DDPStrategy, FSDP2Strategy
 from stableqat.modules.schedule import CosineWarmup
+from stableqat.modules.sizing import SizedAdamW
 from stableqat.modules.teacher import Distillation
 from stableqat.modules.vit import ViTModule
 
@@ -14,5 +15,6 @@ __all__ = [
     "FSDP2Strategy",
     "LlamaModule",
     "QATModule",
+    "SizedAdamW",
     "ViTModule",
 ]

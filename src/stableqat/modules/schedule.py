@@ -19,7 +19,8 @@ class CosineWarmup(LambdaLR):
 
     Args:
         optimizer: The optimizer.
-        warmup_steps: Steps before the peak; 0 starts at the peak, as published recipes do.
+        warmup_steps: Steps before the peak, or a share of `total_steps` if below 1; 0 starts at the peak, as
+            published recipes do.
         total_steps: Step at which the cosine ends; None takes the trainer's number of steps.
         final_ratio: Learning rate at the end, as a share of the peak.
 
@@ -30,7 +31,7 @@ class CosineWarmup(LambdaLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int = 0,
+        warmup_steps: int | float = 0,
         total_steps: int | None = None,
         final_ratio: float = 0.0,
     ) -> None:
@@ -45,11 +46,14 @@ class CosineWarmup(LambdaLR):
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate at `step`."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+        warmup = self.warmup_steps
+        if 0 < warmup < 1:
+            warmup = int(warmup * (self.total_steps or 0))
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
         if self.total_steps is None:
             return 1.0
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
         return self.final_ratio + (1 - self.final_ratio) * (1 + cos(pi * done)) / 2
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ and so does the patch embedding, a convolution. The validation loss is the plain
 all images, whatever smoothing or mixup the training loss uses.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from stableqat.errors import UserError, did_you_mean, first_line
 from stableqat.modules.base import QATModule
 from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.start import compare_weights
+from stableqat.modules.vit_config import unreachable, weight_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,11 @@ class ViTModule(QATModule):
     """A quantized vision transformer.
 
     Args:
-        model_name: Name of a timm ViT or DeiT.
-        num_classes: Number of classes.
+        model_name: Name of a timm ViT or DeiT. null takes, on the command line, that of the start.
+        num_classes: Number of classes. null takes, on the command line, that of the data.
         model_args: Further arguments of the timm model, for example img_size, patch_size, in_chans,
-            embed_dim, depth, num_heads, drop_rate, drop_path_rate.
+            embed_dim, depth, num_heads, drop_rate, drop_path_rate. With a null model_name, null takes the
+            start's.
         label_smoothing: Share of the target that the training loss spreads over all classes.
         mixup_alpha: Strength of mixup; 0 is off.
         cutmix_alpha: Strength of cutmix; 0 is off.
@@ -51,8 +52,8 @@ class ViTModule(QATModule):
     def __init__(
         self,
         *,
-        model_name: str = "deit_small_patch16_224",
-        num_classes: int = 1000,
+        model_name: str | None = "deit_small_patch16_224",
+        num_classes: int | None = 1000,
         model_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         mixup_alpha: float = 0.0,
@@ -61,6 +62,10 @@ class ViTModule(QATModule):
         **options: Any,
     ) -> None:
         super().__init__(skip=skip, **options)
+        if model_name is None:
+            raise UserError("model.model_name: missing; name a timm model, such as vit_small_patch16_224")
+        if num_classes is None:
+            raise UserError("model.num_classes: missing; give the number of classes of the data")
         if num_classes < 2:
             raise UserError(f"model.num_classes: must be at least 2, not {num_classes}")
         if not 0 <= label_smoothing < 1:
@@ -104,24 +109,24 @@ class ViTModule(QATModule):
         """See `QATModule.load_pretrained`: a local weight file, or a timm model of the hub."""
         import timm
 
-        if (path := _weight_file(source)) is not None:
+        if (path := weight_file(source)) is not None:
             return _load_file(self, path)
         try:
             return timm.create_model(
                 f"hf-hub:{source}", pretrained=True, num_classes=self.num_classes, **self.model_args
             ).train()
         except (OSError, RuntimeError, ValueError) as error:
-            raise _unreachable(source, error) from error
+            raise unreachable(source, error) from error
 
     def check_pretrained(self, source: str) -> None:
         """See `QATModule.check_pretrained`: a local file must exist, or the Hub's model be reachable."""
         import timm
 
-        if _weight_file(source) is None:
+        if weight_file(source) is None:
             try:
                 timm.models.load_model_config_from_hf(source)
             except (OSError, RuntimeError, ValueError) as error:
-                raise _unreachable(source, error) from error
+                raise unreachable(source, error) from error
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Transformer blocks."""
@@ -231,16 +236,6 @@ def image_size(model: Any) -> int | None:
     return int(size[0]) if size and strict else None
 
 
-def _weight_file(source: str) -> Path | None:
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
-        if not files:
-            raise UserError(f"init_from: {source} holds no .safetensors or .pth file; name a folder with one")
-        return files[0]
-    return path if path.is_file() else None
-
-
 def _resampled(model: Any, state: dict[str, Tensor]) -> tuple[Tensor, str] | None:
     """Position embeddings on the model's grid of patches, and both grids in words; None to leave them."""
     given, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
@@ -254,80 +249,6 @@ def _resampled(model: Any, state: dict[str, Tensor]) -> tuple[Tensor, str] | Non
         return None  # another architecture: the comparison of weights says so
     made = resample_abs_pos_embed(given.float(), new, num_prefix_tokens=first)
     return made, f"from {side}x{side} to {new[0]}x{new[1]} patches"
-
-
-def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
-    """How images were resized and normalised for pretrained weights, and their size.
-
-    Args:
-        source: Weight file, model folder or hub name; None asks timm about the architecture.
-        model_name: Name of a timm model; its settings are the default for a local source without any.
-
-    Returns:
-        Those known of mean, std, interpolation, crop_pct, crop_mode and image_size.
-    """
-    import timm
-
-    if source is not None:
-        path = Path(source).expanduser()
-        if not path.exists():
-            try:
-                return _of_pretrained_cfg(timm.models.load_model_config_from_hf(source)[0])
-            except (OSError, RuntimeError, ValueError):  # `check_pretrained` reports it
-                return {}
-        if known := _of_folder(path if path.is_dir() else path.parent):
-            return known
-    registered = timm.get_pretrained_cfg(model_name)
-    return {} if registered is None else _of_pretrained_cfg(registered.to_dict())
-
-
-def takes_one_size(model_name: str, model_args: dict[str, Any]) -> bool:
-    """Whether an architecture takes images of one size only, which `img_size` sets."""
-    import timm
-
-    registered = timm.get_pretrained_cfg(model_name)
-    return bool(registered and registered.fixed_input_size) and not model_args.get("dynamic_img_size")
-
-
-def _of_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
-    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    known = {key: config[key] for key in keys if config.get(key) is not None}
-    if size := config.get("input_size"):
-        known["image_size"] = size[-1]
-    return known
-
-
-def _of_folder(folder: Path) -> dict[str, Any]:
-    """The settings in timm's `config.json` or transformers' `preprocessor_config.json`."""
-
-    def read(name: str) -> dict[str, Any]:
-        try:
-            keys = json.loads((folder / name).read_text())
-        except (OSError, ValueError):
-            return {}
-        return keys if isinstance(keys, dict) else {}
-
-    config = read("config.json")
-    if "architecture" in config:
-        return _of_pretrained_cfg(config.get("pretrained_cfg") or config)
-    config = read("preprocessor_config.json")
-    if "image_mean" not in config or "image_std" not in config:
-        return {}
-    known = {"mean": config["image_mean"], "std": config["image_std"]}
-    resized, cropped = (_side(config.get(key)) for key in ("size", "crop_size"))
-    if not config.get("do_center_crop", cropped is not None):
-        cropped = resized
-    if resized and cropped:
-        known |= {"image_size": cropped, "crop_pct": cropped / resized}
-    if (filter_of_pillow := config.get("resample")) in (0, 2, 3):
-        known["interpolation"] = {0: "nearest", 2: "bilinear", 3: "bicubic"}[filter_of_pillow]
-    return known
-
-
-def _side(size: Any) -> int | None:
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or size.get("height")
-    return size if isinstance(size, int) else None
 
 
 def _load_file(module: ViTModule, path: Path) -> nn.Module:
@@ -351,13 +272,6 @@ def _load_file(module: ViTModule, path: Path) -> nn.Module:
             f"init_from: {path} is damaged, or holds more than weights ({reason}); take another copy"
         ) from error
     return model
-
-
-def _unreachable(source: str, error: Exception) -> UserError:
-    return UserError(
-        f"init_from: {source} was not found locally or as a timm model on the Hub; name a run, a checkpoint, "
-        f"a weight file or a Hub model ({first_line(error)})"
-    )
 
 
 def _mixup(mixup: float, cutmix: float, smoothing: float, classes: int) -> Any:

@@ -1,0 +1,129 @@
+"""What vision transformers of timm say of themselves: their architecture, and how images are prepared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stableqat.errors import UserError, first_line
+
+
+def architecture(source: str) -> tuple[str, dict[str, Any]] | None:
+    """The timm model that pretrained weights are of, with its arguments; None if they do not say.
+
+    Args:
+        source: Weight file, which may say so in its metadata, model folder or hub name.
+    """
+    import timm
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(source).expanduser()
+    if not path.exists():
+        try:
+            _, name, options = timm.models.load_model_config_from_hf(source)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise unreachable(source, error) from error
+        return name, options or {}
+    config = _read(path if path.is_dir() else path.parent, "config.json")
+    if isinstance(name := config.get("architecture"), str):
+        return name, config.get("model_args") or {}
+    file = weight_file(source)
+    if file is not None and file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as opened:
+                name = (opened.metadata() or {}).get("architecture")
+        except (OSError, SafetensorError):  # loading the weights says what is wrong
+            name = None
+    return None if name is None else (name, {})
+
+
+def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
+    """How images were resized and normalised for pretrained weights, and their size.
+
+    Args:
+        source: Weight file, model folder or hub name; None asks timm about the architecture.
+        model_name: Name of a timm model; its settings are the default for a local source without any.
+
+    Returns:
+        Those known of mean, std, interpolation, crop_pct, crop_mode and image_size.
+    """
+    import timm
+
+    if source is not None:
+        path = Path(source).expanduser()
+        if not path.exists():
+            try:
+                return _of_pretrained_cfg(timm.models.load_model_config_from_hf(source)[0])
+            except (OSError, RuntimeError, ValueError):  # `check_pretrained` reports it
+                return {}
+        if known := _of_folder(path if path.is_dir() else path.parent):
+            return known
+    registered = timm.get_pretrained_cfg(model_name)
+    return {} if registered is None else _of_pretrained_cfg(registered.to_dict())
+
+
+def takes_one_size(model_name: str, model_args: dict[str, Any]) -> bool:
+    """Whether an architecture takes images of one size only, which `img_size` sets."""
+    import timm
+
+    registered = timm.get_pretrained_cfg(model_name)
+    return bool(registered and registered.fixed_input_size) and not model_args.get("dynamic_img_size")
+
+
+def _of_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    known = {key: config[key] for key in keys if config.get(key) is not None}
+    if size := config.get("input_size"):
+        known["image_size"] = size[-1]
+    return known
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        keys = json.loads((folder / name).read_text())
+    except (OSError, ValueError):
+        return {}
+    return keys if isinstance(keys, dict) else {}
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    """The settings in timm's `config.json` or transformers' `preprocessor_config.json`."""
+    config = _read(folder, "config.json")
+    if "architecture" in config:
+        return _of_pretrained_cfg(config.get("pretrained_cfg") or config)
+    config = _read(folder, "preprocessor_config.json")
+    if "image_mean" not in config or "image_std" not in config:
+        return {}
+    known = {"mean": config["image_mean"], "std": config["image_std"]}
+    resized, cropped = (_side(config.get(key)) for key in ("size", "crop_size"))
+    if not config.get("do_center_crop", cropped is not None):
+        cropped = resized
+    if resized and cropped:
+        known |= {"image_size": cropped, "crop_pct": cropped / resized}
+    if (filter_of_pillow := config.get("resample")) in (0, 2, 3):
+        known["interpolation"] = {0: "nearest", 2: "bilinear", 3: "bicubic"}[filter_of_pillow]
+    return known
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size.get("height")
+    return size if isinstance(size, int) else None
+
+
+def weight_file(source: str) -> Path | None:
+    """Return the file of a local source that holds its weights; None for a name on the Hub."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+        if not files:
+            raise UserError(f"init_from: {source} holds no .safetensors or .pth file; name a folder with one")
+        return files[0]
+    return path if path.is_file() else None
+
+
+def unreachable(source: str, error: Exception) -> UserError:
+    """Return the error of a source that is neither local nor on the Hub."""
+    return UserError(
+        f"init_from: {source} was not found locally or as a timm model on the Hub; name a run, a checkpoint, "
+        f"a weight file or a Hub model ({first_line(error)})"
+    )
