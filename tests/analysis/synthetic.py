@@ -27,6 +27,25 @@ def summary_of(runs: list[Run], folder: Path = Path("demo")) -> Summary:
     return summarize(folder, [Result.of(run) for run in runs])
 
 
+def ended(losses: dict[str, dict[float, list[float]]], **settings: Any) -> list[Run]:
+    """Runs by method and learning rate, with the final losses of seeds 0, 1, ...; nan diverged."""
+    found = []
+    for method, by_lr in losses.items():
+        for lr, finals in by_lr.items():
+            for seed, loss in enumerate(finals):
+                hparams = COMMON | {"method": method, "lr": lr, "seed": seed} | settings
+                scalars = {"val/loss": {400: loss}, "hp/initial_loss": {1: 8.0}, "hp/steps": {400: 400.0}}
+                found.append(Run(Path("demo", f"{method}-lr{lr:g}-s{seed}"), hparams, scalars))
+    return found
+
+
+def references(ptq: float = 6.0) -> list[Run]:
+    """Full precision, and rounding to nearest."""
+    start = Run(Path("demo/start"), ARMS[0] | {"lr": 4e-3, "seed": 0}, {"val/loss": {400: 3.1}})
+    rounded = COMMON | {"method": "STE", "subcommand": "validate", "seed": 0}
+    return [start, Run(Path("demo/ptq"), rounded, {"val/loss": {0: ptq}})]
+
+
 def runs(
     folder: Path, arms: list[dict[str, Any]] = ARMS, lrs: list[float] = LRS, seeds: int = 3, every: int = 10
 ) -> list[Run]:

@@ -529,7 +529,7 @@ def test_a_table_says_where_lr_sensitivity_looks_one_way(best: int, cells: list[
     runs = [
         made(STE | {"lr": lr}, 3.0 - (i == best), initial_loss=9.0) for i, lr in enumerate((1e-3, 1e-2, 0.1))
     ]
-    head, _, line = markdown(write_page(summary_of(runs))).split("\n\n")[1].splitlines()
+    head, _, line = markdown(write_page(summary_of(runs))).split("\n\n")[2].splitlines()
     row = dict(zip((c.strip() for c in head.split("|")), (c.strip() for c in line.split("|")), strict=True))
     assert [row["selected lr"], row["lr sensitivity"]] == cells
 
@@ -540,7 +540,7 @@ def octaves(*losses: float | None, cap: float = 9.0) -> str:
         made(STE | {"lr": 1e-3 * 2**i}, loss, initial_loss=cap, diverged=loss is None)
         for i, loss in enumerate(losses)
     ]
-    head, _, line = markdown(write_page(summary_of(runs))).split("\n\n")[1].splitlines()
+    head, _, line = markdown(write_page(summary_of(runs))).split("\n\n")[2].splitlines()
     row = dict(zip(head.split("|"), line.split("|"), strict=True))
     return next((value.strip() for key, value in row.items() if "usable" in key), "-")
 
@@ -575,6 +575,7 @@ def test_runs_without_any_cap_give_null_and_not_nan() -> None:
     assert [(d["lr"], d["n"], d["mean"], d["verdict"]) for d in study["differences"]] == [
         (1e-2, 2, 0.0, "identical"),
         (1, 2, None, "-"),
+        (None, 2, 0.0, "identical"),
     ]
 
 
@@ -726,7 +727,7 @@ def test_names_are_written_as_they_are(tmp_path: Path, name: str, monkeypatch: p
     assert figure is not None
     legend = figure.legends[0].get_texts()
     assert {f"STE note {name}".replace("$", r"\$")} <= {text.get_text() for text in legend}
-    (header, _, *lines) = (folder / "compare.md").read_text().split("\n\n")[1].splitlines()
+    (header, _, *lines) = (folder / "compare.md").read_text().split("\n\n")[2].splitlines()
     assert {line.replace(r"\|", "").count("|") for line in lines} == {header.count("|")}
 
 

@@ -74,7 +74,7 @@ def test_the_page_needs_nothing_but_itself(made):
 def test_the_page_has_every_table(made):
     page, _, file = made
     cells = Page(file.read_text()).cells
-    assert cells == [cell for _, lines in page.tables for line in lines for cell in line]
+    assert cells == [cell for table in page.tables for line in table.lines for cell in line]
     assert "<b>study" not in file.read_text()
     assert "&lt;b&gt;study" in file.read_text()
 

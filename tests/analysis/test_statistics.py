@@ -12,7 +12,7 @@ from synthetic import summary_of
 
 from stableqat.analysis.arms import Result
 from stableqat.analysis.comparison import Summary
-from stableqat.analysis.differences import Difference
+from stableqat.analysis.differences import QUANTITIES, Difference
 from stableqat.analysis.notes import notes
 from stableqat.analysis.stability import quantile, spikes, stability
 from stableqat.analysis.statistics import Paired, holm, paired, verdict
@@ -173,9 +173,9 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
     differences = by_key(comparison)
     assert {each.baseline for each in comparison.differences} == {"STE"}
     assert {each.arm for each in comparison.differences} == {"ParetoQ", "StableQAT"}
-    assert len(comparison.differences) == 8
+    assert len(comparison.differences) == 10
 
-    for quantity, lr in (("loss", 1e-3), ("loss", 1e-2), ("lr sensitivity", None), ("worst loss", None)):
+    for quantity, lr in (("loss", 1e-3), ("loss", 1e-2), *((each, None) for each in QUANTITIES[1:])):
         same = differences["ParetoQ", quantity, lr]
         assert (same.n, same.mean, same.low, same.high) == (3, 0.0, 0.0, 0.0)
         assert (same.p, same.p_holm, same.verdict) == (None, None, "identical")
@@ -196,11 +196,12 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
     assert whole.mean == pytest.approx((ours[0] + ours[1] - theirs[0] - theirs[1]) / 2)
 
     text = notes(comparison)
-    assert "(tests: loss: 2, lr sensitivity: 1, worst loss: 1)" in text
+    assert "(tests: loss: 2, reported loss: 1, lr sensitivity: 1, worst loss: 1)" in text
     assert "within +-0.01 nats" in text
     assert "Runs left out of pairs because the other side lacks them: 1." in text
-    (title, lines) = write_page(comparison).tables[-1]
-    assert title == "Differences from STE"
+    table = write_page(comparison).tables[-1]
+    lines = table.lines
+    assert table.title == "Differences from STE"
     assert lines[0] == ["arm", "of", "pairs", "difference", "95% interval", "p", "p (Holm)", "verdict"]
     line = ["ParetoQ", "loss at 1e-3", "3", "+0.0000", "[+0.0000, +0.0000]", "-", "-", "identical"]
     assert lines[1] == line
@@ -253,7 +254,7 @@ def test_what_is_identical_or_capped_counts_in_no_family() -> None:
     verdicts = {key: each.verdict for key, each in beside.items()}
     assert verdicts["StableQAT", "loss", 1.0] == verdicts["StableQAT", "worst loss", None] == "capped"
     assert verdicts["ParetoQ", "loss", 1e-3] == verdicts["ParetoQ", "lr sensitivity", None] == "identical"
-    assert "(tests: loss: 2, lr sensitivity: 1, worst loss: 0)" in notes(comparison)
+    assert "(tests: loss: 2, reported loss: 1, lr sensitivity: 1, worst loss: 0)" in notes(comparison)
 
 
 def test_each_bit_width_has_its_own_baseline(tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_one_seed_has_differences_but_no_tests() -> None:
             None,
             "-",
         )
-    assert [title for title, _ in write_page(comparison).tables] == [""]
+    assert [table.title for table in write_page(comparison).tables] == [""]
     assert "Differences: not tested" in notes(comparison)
 
 
@@ -298,7 +299,10 @@ def test_an_arm_at_some_learning_rates_is_compared_at_these() -> None:
     losses = {("ste", lr, seed): 3.0 for lr in LRS for seed in (0, 1)}
     losses |= {("stable", 1e-2, seed): 2.5 + seed / 8 for seed in (0, 1)}
     comparison = summary_of(runs(losses, {"ste": STE, "stable": STABLE}))
-    assert [(each.quantity, each.lr) for each in comparison.differences] == [("loss", 1e-2)]
+    assert [(each.quantity, each.lr) for each in comparison.differences] == [
+        ("loss", 1e-2),
+        ("reported loss", None),
+    ]
 
 
 @pytest.mark.parametrize(

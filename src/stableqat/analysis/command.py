@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import rich.table
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.text import Text
 
 from stableqat.analysis.comparison import read_summaries
-from stableqat.analysis.tables import as_json, comma_separated, markdown, write_page
+from stableqat.analysis.tables import Table, as_json, comma_separated, markdown, write_page
 from stableqat.errors import UserError, check_range
 from stableqat.files import hidden_folder, whole_folder, writing
 from stableqat.terminal import plain, terminal
@@ -58,8 +59,9 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     console = terminal()
     for page, text in zip(pages, texts, strict=True):
         if console.is_terminal:
-            for title, lines in page.tables:
-                console.print(_table(title or plain(str(page.summary.folder)), lines), soft_wrap=False)
+            console.print("\n\n".join(page.conclusions) + "\n", markup=False, highlight=False)
+            for table in page.tables:
+                console.print(_table(table, plain(str(page.summary.folder))), soft_wrap=False)
             console.print(page.notes)
         else:
             console.print(text)
@@ -115,10 +117,12 @@ def _tensorboard(folders: Sequence[Path]) -> str:
     return plain(shlex.join(["tensorboard", *where]))
 
 
-def _table(title: str, lines: list[list[str]]) -> Table:
-    picture = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), title_justify="left")
-    for number, key in enumerate(lines[0]):
+def _table(table: Table, name: str) -> rich.table.Table:
+    title = table.title or name
+    picture = rich.table.Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    for number, key in enumerate(table.lines[0]):
         picture.add_column(key, justify="right" if number else "left")
-    for line in lines[1:]:
-        picture.add_row(*line)
+    for i, line in enumerate(table.lines[1:], 1):
+        marks = ("bold" if (i, j) in table.best else "" for j in range(len(line)))
+        picture.add_row(*map(Text, line, marks))
     return picture

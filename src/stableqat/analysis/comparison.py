@@ -25,6 +25,7 @@ from stableqat.analysis.arms import (
     most_common,
     usable,
 )
+from stableqat.analysis.best import find_best
 from stableqat.analysis.caps import Cap, find_caps
 from stableqat.analysis.differences import Difference, find_differences
 from stableqat.analysis.sensitivity import Sensitivity, sensitivity
@@ -82,13 +83,18 @@ class Selected:
 
     Attributes:
         lr: The learning rate.
-        loss: The loss reported for it, the mean over the seeds.
+        by_seed: Seed to the loss reported for it, up to the cap.
         edge: "lower" or "upper" if it is the arm's smallest or largest, so that the best may lie beyond.
     """
 
     lr: float
-    loss: float
+    by_seed: dict[Any, float]
     edge: str
+
+    @property
+    def loss(self) -> float:
+        """The mean over the seeds."""
+        return statistics.fmean(self.by_seed.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +142,7 @@ class Summary:
         columns: Hyper-parameters worth a column.
         usual: Hyper-parameters that labels leave out, with the value that most arms have.
         rows: The table: column to value for each arm, without the columns that are empty in all rows.
+        best: Column to the labels of the arms that are the best of their group, or tie with it.
     """
 
     folder: Path
@@ -151,6 +158,7 @@ class Summary:
     columns: list[str]
     usual: dict[str, str]
     rows: list[dict[str, Any]]
+    best: dict[str, set[str]]
 
     @property
     def fits(self) -> list[ArmSummary]:
@@ -214,6 +222,7 @@ def summarize(folder: Path, results: Sequence[Result]) -> Summary:
             measured.append(_trained(arm, lrs, caps[arm.group], tags, references))
         else:
             measured.append(_summary(arm, _figures(tags, _mean(arm.runs, tags[1]), arm.runs, arm), {}))
+    quantized = [arm for arm in measured if arm.kind == "fit" and arm.method != "FP"]
     return Summary(
         folder,
         plain(folder.resolve().name),
@@ -223,12 +232,11 @@ def summarize(folder: Path, results: Sequence[Result]) -> Summary:
         *tags,
         _mean(_full_precision(arms, arms[0].images), LOSS),
         caps,
-        find_differences(
-            folder, plan, lrs, [arm for arm in measured if arm.kind == "fit" and arm.method != "FP"]
-        ),
+        find_differences(folder, plan, lrs, quantized),
         columns,
         usual,
         _rows(measured, columns, lrs),
+        find_best(quantized, plan.margin),
     )
 
 
@@ -256,12 +264,10 @@ def _trained(
     """
     at = {lr: [run for run in arm.runs if run.hparams["lr"] == lr] for lr in lrs}
     cells = {lr: _cell(runs, cap.loss) for lr, runs in at.items() if runs}
-    on, reported = (
-        {lr: statistics.fmean(_capped(at[lr], tag, cap.loss).values()) for lr in cells} for tag in tags
-    )
+    on = {lr: statistics.fmean(_capped(at[lr], tags[0], cap.loss).values()) for lr in cells}
     best = min(cells, key=lambda lr: on[lr])
     edges = {min(cells): "lower", max(cells): "upper"} if len(cells) > 1 else {}
-    selected = Selected(best, reported[best], edges.get(best, ""))
+    selected = Selected(best, _capped(at[best], tags[1], cap.loss), edges.get(best, ""))
     over_lrs = sensitivity(lrs, [cells[lr].capped if lr in cells else {} for lr in lrs], cap.loss)
     full, ptq = (_mean(runs, tags[1]) for runs in references)
     recovered = None

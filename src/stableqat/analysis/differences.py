@@ -2,12 +2,12 @@
 
     compare: {baseline: {method: STE, grid: integer}, margin: 0.01, cap: 4.5}    # in study.yaml
 
-There are three quantities, each a family of its own for Holm's correction: the loss (all arms x learning
-rates of the study), LR sensitivity and the worst loss (all arms). Losses count up to the cap and diverged
-runs as the cap, so a collapse weighs what it costs and no pair is dropped because of it; a seed that only one
-side has is left out and counted. If both sides of every pair are equal, there is nothing to test and nothing
-that counts in a family: either both compute the same, or both are at the cap. Full precision is not an arm
-here, because it is no finding that it wins.
+There are four quantities, each a family of its own for Holm's correction: the loss (all arms x learning rates
+of the study), the reported loss (each arm at its selected learning rate), LR sensitivity and the worst loss
+(all arms). Losses count up to the cap and diverged runs as the cap, so a collapse weighs what it costs and no
+pair is dropped because of it; a seed that only one side has is left out and counted. If both sides of every
+pair are equal, there is nothing to test and nothing that counts in a family: either both compute the same, or
+both are at the cap. Full precision is not an arm here, because it is no finding that it wins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from stableqat.studies.plan import STUDY_FILE, Plan
 if TYPE_CHECKING:
     from stableqat.analysis.comparison import ArmSummary
 
-QUANTITIES = ("loss", "lr sensitivity", "worst loss")
+QUANTITIES = ("loss", "reported loss", "lr sensitivity", "worst loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Difference(Paired):
     Attributes:
         arm: Label of the arm.
         baseline: Label of the baseline.
-        quantity: "loss", "lr sensitivity" or "worst loss".
+        quantity: "loss", "reported loss", "lr sensitivity" or "worst loss".
         lr: Learning rate of a loss; None for the other quantities.
         verdict: "lower", "higher", "equivalent" or "inconclusive" as tested; "identical" if both sides of
             every pair are equal, or "capped" if they are the cap; "-" if there was nothing to test.
@@ -108,9 +108,11 @@ def _baselines(
 def _quantities(arm: "ArmSummary", lrs: Sequence[float]) -> dict[tuple[str, float | None], dict[Any, float]]:
     """What is compared of an arm: by quantity and learning rate, seed to value."""
     assert arm.sensitivity is not None
+    assert arm.selected is not None
     found: dict[tuple[str, float | None], dict[Any, float]] = {
         ("loss", lr): arm.cells[lr].capped if lr in arm.cells else {} for lr in lrs
     }
+    found["reported loss", None] = arm.selected.by_seed
     found["lr sensitivity", None] = arm.sensitivity.by_seed
     found["worst loss", None] = arm.sensitivity.worst_by_seed
     return found

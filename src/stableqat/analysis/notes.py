@@ -52,6 +52,8 @@ def notes(summary: Summary) -> str:
             " Flip rate: mean over training; oscillation, scale drift, gradient cosine: at its end; of the"
             " runs that did not diverge."
         )
+    if len(summary.quantized) > 1:
+        texts.append(_about_marks(summary))
     if summary.quantized:
         texts.append(_about_differences(summary))
     if summary.usual:
@@ -69,6 +71,18 @@ def _about_caps(summary: Summary) -> str:
     return "Caps: " + ", ".join(f"{cap} at {' and '.join(names)}" for cap, names in groups.items())
 
 
+def _about_marks(summary: Summary) -> str:
+    if not any(summary.best.values()):
+        return (
+            "Nothing is bold: to tell the best from the rest takes two seeds or more of two quantized arms."
+        )
+    return (
+        "Bold: of the quantized arms of one bit width with two seeds or more, the best of a column and all"
+        " that are not shown to be worse, paired by seed and tested as differences are, with Holm's"
+        " correction within the column."
+    )
+
+
 def _about_differences(summary: Summary) -> str:
     found, margin = summary.differences, summary.plan.margin
     if not found:
@@ -80,7 +94,8 @@ def _about_differences(summary: Summary) -> str:
     tests = ", ".join(f"{quantity}: {number}" for quantity, number in sizes.items())
     text = (
         f"Differences: arm minus baseline ({names}), paired by seed, losses up to the cap; 95%"
-        " t intervals and two-sided paired t tests. Holm's correction within a family: all quantized"
+        " t intervals and two-sided paired t tests. The reported loss compares each arm at its selected lr."
+        " Holm's correction within a family: all quantized"
         " arms and learning rates of the study for the loss, all quantized"
         f" arms for each of the others (tests: {tests})."
         f" Equivalent: the 90% interval lies within +-{margin:g} nats (TOST at {LEVEL:.0%})"

@@ -12,18 +12,20 @@ from html import escape
 from pathlib import Path
 
 from stableqat.analysis.plot import CAPTIONS
-from stableqat.analysis.tables import Page
+from stableqat.analysis.tables import Page, Table
 from stableqat.terminal import plain
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
+.said { font-size: 1.1rem; max-width: 60rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 tbody tr:hover td { background-color: var(--soft); }
+td.best { font-weight: 700; }
 td.lower { color: #087; font-weight: 600; } td.higher { color: #c40; font-weight: 600; }
 figure { margin: 1.5rem 0; } figcaption { font-size: .85rem; max-width: 60rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
@@ -49,6 +51,7 @@ def write(pages: list[Page], pictures: list[Path], path: Path, tensorboard: str)
         f"<h1>{names}</h1>",
         f"<p>{sum(len(arm.runs) for summary in summaries for arm in summary.arms)} runs of"
         f" {sum(len(summary.fits) for summary in summaries)} arms.</p>",
+        *(_conclusions(page, several=len(pages) > 1) for page in pages),
         *(_figure(picture) for picture in pictures[:1]),
         *map(_section, pages),
         "<h2>Over training</h2>" if pictures[1:] else "",
@@ -66,28 +69,34 @@ def write(pages: list[Page], pictures: list[Path], path: Path, tensorboard: str)
     )
 
 
+def _conclusions(page: Page, *, several: bool) -> str:
+    name = f"<b>{escape(page.summary.name)}</b> " if several else ""
+    return "\n".join(f'<p class="said">{name}{escape(text)}</p>' for text in page.conclusions)
+
+
 def _section(page: Page) -> str:
     parts = [f"<h2>{escape(page.summary.name)}</h2>"]
-    for title, lines in page.tables:
-        table = _table(lines)
-        if title.startswith("Differences"):  # a long table, and also a picture
-            parts.append(f"<details><summary>{escape(title)}</summary>{table}</details>")
-        else:
-            parts += [f"<h3>{escape(title)}</h3>" if title else "", table]
+    for table in page.tables:
+        parts += [f"<h3>{escape(table.title)}</h3>" if table.title else "", _table(table)]
     paragraphs = "".join(f"<p>{escape(text)}</p>" for text in page.notes.split("\n\n"))
     parts.append(f"<details><summary>What the figures mean</summary>{paragraphs}</details>")
     return "\n".join(filter(None, parts))
 
 
-def _table(lines: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
-    rows = "\n".join(f"<tr>{''.join(map(_cell, line))}</tr>" for line in lines[1:])
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.lines[0])
+    cells = [
+        [_cell(cell, (i, j) in table.best) for j, cell in enumerate(line)]
+        for i, line in enumerate(table.lines)
+    ]
+    rows = "\n".join(f"<tr>{''.join(line)}</tr>" for line in cells[1:])
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
     return f'<div class="wide"><table>\n{body}\n</table></div>'
 
 
-def _cell(text: str) -> str:
-    style = f' class="{text}"' if text in ("lower", "higher") else ""
+def _cell(text: str, best: bool) -> str:
+    word = "best" if best else text
+    style = f' class="{word}"' if word in ("best", "lower", "higher") else ""
     return f"<td{style}>{escape(text)}</td>"
 
 

@@ -1,8 +1,9 @@
 """A comparison as text: Markdown to read, CSV and JSON to compute with.
 
-Markdown has up to three tables: losses, how calm training was, and the differences from the baseline; columns
-that no arm fills are left out. CSV has the first two, one row per arm, unrounded. JSON has everything down to
-the single runs, with null for values that are not finite, so that any parser reads it.
+Markdown begins with what the comparison says, and has up to three tables: losses, how calm training was, and
+the differences from the baseline; columns that no arm fills are left out. CSV has the first two, one row per
+arm, unrounded. JSON has everything down to the single runs, with null for values that are not finite, so that
+any parser reads it.
 """
 
 import csv
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stableqat.analysis.comparison import ArmSummary, Cell, Summary
+from stableqat.analysis.conclusions import conclusions
 from stableqat.analysis.differences import Difference
 from stableqat.analysis.notes import notes
 from stableqat.analysis.sensitivity import Band
@@ -22,35 +24,56 @@ from stableqat.studies.study import short
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table as text.
+
+    Attributes:
+        title: Its title; empty for the first one.
+        lines: Its lines of cells, the first of them the header.
+        best: Line and column of the cells to mark, see `best`.
+    """
+
+    title: str
+    lines: list[list[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True)
 class Page:
     """A comparison as people read it.
 
     Attributes:
         summary: The figures.
-        tables: The title of each table and its lines of cells, the first of them the header.
+        conclusions: What they say, in a paragraph for each group of arms.
+        tables: Its tables.
         notes: What a reader needs to know about the tables, one paragraph per subject.
     """
 
     summary: Summary
-    tables: list[tuple[str, list[list[str]]]]
+    conclusions: list[str]
+    tables: list[Table]
     notes: str
 
 
 def write_page(summary: Summary) -> Page:
-    """The tables of a comparison, with their notes."""
+    """What a comparison says, its tables and their notes."""
     table = summary.rows
     calm = [key for key in table[0] if key in FIGURES]
     hidden = {*summary.columns, *calm, "edge", "divergence rate"}
-    tables = [("", _lines(table, [key for key in table[0] if key not in hidden]))]
+    keys = [key for key in table[0] if key not in hidden]
+    places = ((i, j, row["arm"], key) for i, row in enumerate(table, 1) for j, key in enumerate(keys))
+    trained = [arm.kind == "fit" for arm in summary.arms]
+    best = {(i, j) for i, j, arm, key in places if trained[i - 1] and arm in summary.best.get(key, ())}
+    tables = [Table("", _lines(table, keys), frozenset(best))]
     if calm:
         fits = [row for row in table if row.get("divergence rate") is not None]
-        tables.append(("Training", _lines(fits, ["arm", "divergence rate", *calm])))
+        tables.append(Table("Training", _lines(fits, ["arm", "divergence rate", *calm])))
     if any(each.n > 1 for each in summary.differences):
         tables.append(_differences(summary.differences))
-    return Page(summary, tables, notes(summary))
+    return Page(summary, conclusions(summary), tables, notes(summary))
 
 
-def _differences(differences: list[Difference]) -> tuple[str, list[list[str]]]:
+def _differences(differences: list[Difference]) -> Table:
     several = len({each.baseline for each in differences}) > 1
     lines = []
     for each in differences:
@@ -62,18 +85,21 @@ def _differences(differences: list[Difference]) -> tuple[str, list[list[str]]]:
         line |= {"p": _number(each.p, ".2g"), "p (Holm)": _number(each.p_holm, ".2g")}
         lines.append(line | {"verdict": each.verdict})
     title = "Differences" if several else f"Differences from {differences[0].baseline}"
-    return title, [list(lines[0]), *(list(line.values()) for line in lines)]
+    return Table(title, [list(lines[0]), *(list(line.values()) for line in lines)])
 
 
 def markdown(page: Page) -> str:
-    """The tables in Markdown, with their notes."""
-    parts = [f"## {page.summary.name}"]
-    for title, cells in page.tables:
-        lines = [[cell.replace("|", r"\|") for cell in line] for line in cells]
+    """What the comparison says and its tables in Markdown, with their notes."""
+    parts = [f"## {page.summary.name}", *page.conclusions]
+    for table in page.tables:
+        lines = [
+            [f"**{cell}**" if (i, j) in table.best else cell for j, cell in enumerate(line)]
+            for i, line in enumerate([[cell.replace("|", r"\|") for cell in line] for line in table.lines])
+        ]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
         text = [f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in ruled]
-        parts += [f"### {title}"] if title else []
+        parts += [f"### {table.title}"] if table.title else []
         parts.append("\n".join(text))
     return "\n\n".join([*parts, page.notes])
 
@@ -112,6 +138,7 @@ def as_json(pages: Sequence[Page]) -> str:
         studies.append(
             {
                 "study": summary.name,
+                "conclusions": page.conclusions,
                 "lrs": summary.lrs,
                 "caps": [asdict(group) | asdict(cap) for group, cap in summary.caps.items()],
                 "baseline": summary.plan.baseline,
