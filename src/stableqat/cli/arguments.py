@@ -9,13 +9,12 @@ decides.
 import ast
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from stableqat.cli.layers import QUANTIZER, read_layers, settle_quantizer
+from stableqat.cli.signatures import our_classes, signature, trainer_class
 from stableqat.errors import LISTED, UserError, nearest
 from stableqat.files import as_it_stands, only_local
 
@@ -65,8 +64,8 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     # left to the parser, but the classes that they name count
     left: list[Setting] = [(each.where, *one) for each in layers if each.inline for one in each.settings]
     _check_keys(arguments[0], settings, left)
-    classes = _classes((Path(__file__).parents[1] / _ROOMS[QUANTIZER]).glob("*.py"))
-    options = set().union(*(_parameters(classes, name) or () for name in classes))
+    known = our_classes(_ROOMS[QUANTIZER])
+    options = set().union(*(_names(known, name) or () for name in known))
     return settle_quantizer(named, layers, options)
 
 
@@ -87,20 +86,17 @@ def _check_paths(arguments: Sequence[str]) -> None:
 
 
 def _check_keys(verb: str, settings: Sequence[Setting], left: Sequence[Setting]) -> None:
-    lightning, ours = find_spec("lightning"), Path(__file__).parents[1]
-    assert lightning is not None
-    assert lightning.origin is not None
-    trainer = _classes([Path(lightning.origin).parent / "pytorch" / "trainer" / "trainer.py"])
-    options = _parameters(trainer, "Trainer", verb)
+    trainer = trainer_class()
+    options = _names(trainer, "Trainer", verb)
     known = {
         "": options and {*options, *_OF_THE_PARSER, *CALLBACKS},
-        "trainer": _parameters(trainer, "Trainer"),
+        "trainer": _names(trainer, "Trainer"),
     }
-    callbacks = _classes((ours / "callbacks").glob("*.py"))
-    known |= {key: _parameters(callbacks, name) for key, name in CALLBACKS.items()}
+    callbacks = our_classes("callbacks")
+    known |= {key: _names(callbacks, name) for key, name in CALLBACKS.items()}
     for block, room in _ROOMS.items():
-        classes = _classes((ours / room).glob("*.py"))
-        every = [_arguments_of(classes, name) for name in _named_classes([*settings, *left], block)]
+        made = our_classes(room)
+        every = [_arguments_of(made, name) for name in _named_classes([*settings, *left], block)]
         known[block] = set().union(*filter(None, every)) if every and None not in every else None
     known[QUANTIZER] = (known[QUANTIZER] or set()) - {"weight"}  # the layer's
     for where, key, value in settings:
@@ -146,32 +142,11 @@ def _named_classes(settings: Iterable[Setting], block: str) -> Iterator[str]:
                 yield value if isinstance(value, str) else ""
 
 
-def _arguments_of(classes: dict[str, ast.ClassDef], name: str) -> set[str] | None:
+def _arguments_of(known: dict[str, ast.ClassDef], name: str) -> set[str] | None:
     home, _, short = name.rpartition(".")
-    return _parameters(classes, short) if home.partition(".")[0] in ("", "stableqat") else None
+    return _names(known, short) if home.partition(".")[0] in ("", "stableqat") else None
 
 
-def _classes(files: Iterable[Path]) -> dict[str, ast.ClassDef]:
-    with suppress(OSError, SyntaxError):
-        trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
-        return {n.name: n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
-    return {}
-
-
-def _parameters(classes: dict[str, ast.ClassDef], name: str, method: str = "__init__") -> set[str] | None:
-    """What a method takes, with what it hands on to the base class; None if that is not among the classes."""
-    found: set[str] = set()
-    decided = {"self"}  # what a class does not leave to its caller
-    while name in classes:
-        for each in classes[name].body:
-            if isinstance(each, ast.FunctionDef) and each.name == method:
-                arguments = each.args
-                taken = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
-                found |= taken - decided
-                if arguments.kwarg is None:
-                    return found
-                calls = [c for c in ast.walk(each) if isinstance(c, ast.Call)]
-                above = (c for c in calls if ast.unparse(c.func) == f"super().{method}")
-                decided |= {keyword.arg for call in above for keyword in call.keywords if keyword.arg} - found
-        name = ".".join(map(ast.unparse, classes[name].bases[:1]))
-    return None
+def _names(known: dict[str, ast.ClassDef], name: str, method: str = "__init__") -> set[str] | None:
+    taken = signature(known, name, method)
+    return None if taken is None else set(taken)

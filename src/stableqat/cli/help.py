@@ -1,8 +1,13 @@
-"""Help of fit, validate and test for people: short usage, whole headings, where to read on."""
+"""Help of fit, validate and test: the settings that people set, at once; all of them with `--help all`.
 
+The page takes descriptions and defaults from the source of the classes, so nothing heavy is imported for it.
+"""
+
+import re
 from textwrap import fill
 from typing import Any
 
+from stableqat.cli.signatures import Argument, our_classes, signature, trainer_class
 from stableqat.shipped import shipped_names
 
 RUN_VERBS = {
@@ -10,37 +15,134 @@ RUN_VERBS = {
     "validate": "evaluate on the validation split; quantized without training, this is PTQ",
     "test": "evaluate on the test split",
 }
-_TITLES = {
-    "trainer": "Lightning's Trainer",
-    "model": "The model, of a class; --model.help CLASS lists its settings",
-    "data": "The data, of a class; --data.help CLASS lists its settings",
-}
+WIDTH = 99
+INDENT = " " * 36
+QUOTE = "'"
+_USAGE = "stableqat {verb} -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"
+_EXAMPLES = """
+A language model, and a vision transformer, of your own at 4 bits:
+  stableqat {verb} -c llama/finetune --model.init_from DIR --data.source FILE --model.quantizer.bits 4
+  stableqat {verb} -c vit/finetune --model.init_from FILE --data.source DIR --model.quantizer.bits 4
+"""
 _ENDING = """
-A pretrained model on your own data:
-  stableqat {verb} -c llama/finetune --model.init_from DIR --data.source FILE
-  stableqat {verb} -c vit/finetune --model.init_from FILE --data.source my_images/
+All settings:
+  stableqat {verb} --help all                  Lightning's Trainer, callbacks, optimizers
+  stableqat {verb} --model.help LlamaModule    or ViTModule
+  stableqat {verb} --data.help TextDataModule  or ImageDataModule
+  stableqat {verb} -c CONFIG ... --print_config
+                                             what would run
 
-Settings of model and data, which depend on the class:
-  stableqat {verb} --model.help LlamaModule       or ViTModule
-  stableqat {verb} --data.help TextDataModule     or ImageDataModule
-
-Shipped configurations for -c; a later one is laid over the earlier ones:
+Shipped configurations for -c, each laid over those before it:
 {names}
 """
+_OTHERS = {
+    "model.teacher.weight": Argument("0", "Weight of distillation from the full-precision start, in [0, 1]."),
+    "model.optimizer.lr": Argument("1e-3", "Learning rate of the weights, at its highest."),
+    "model.optimizer.weight_decay": Argument(
+        "0.01", "Decay of the weights; scales, norms and biases have none."
+    ),
+    "config": Argument(None, "Configuration: a file, or the name of a shipped one. Repeat it to add layers."),
+    "print_config": Argument(None, "Print the settings that would run, and exit."),
+    "seed_everything": Argument("0", "Seed of weights, order and augmentation."),
+    "trainer.logger.version": Argument(None, "Name of the run's folder under lightning_logs/llama or vit."),
+    "ckpt_path": Argument("null", "Checkpoint to resume from; last finds the run's own."),
+}
+_GROUPS = {
+    title: keys.split()
+    for title, keys in {
+        "Run": "config ckpt_path seed_everything trainer.logger.version print_config",
+        "Model": "model.init_from model.init_quantizers model.skip model.teacher.weight model.compile_model "
+        "model.activation_checkpointing",
+        "Quantizer": "bits levels grid group_size per_channel scale_init mask amplitude",
+        "Data of language models": "source tokenizer block_size batch_size tokens validation_fraction",
+        "Data of vision transformers": "source image_size batch_size augment mean std",
+        "Training": "model.optimizer.lr model.optimizer.weight_decay model.scale_lr_multiplier "
+        "trainer.max_steps trainer.max_epochs trainer.accumulate_grad_batches trainer.gradient_clip_val "
+        "trainer.val_check_interval trainer.limit_val_batches trainer.precision trainer.accelerator "
+        "trainer.devices trainer.strategy",
+    }.items()
+}
+
+
+def people_page(verb: str) -> str:
+    """Return the help of a verb: an example per family, and the settings that people set.
+
+    Args:
+        verb: fit, validate or test.
+    """
+    known = _known()
+    parts = [f"usage: {_USAGE.format(verb=verb)}\n\n{RUN_VERBS[verb].capitalize()}.\n"]
+    parts.append(_EXAMPLES.format(verb=verb))
+    for title, keys in _GROUPS.items():
+        lines = [_entry(_full(title, key), known[title][key]) for key in keys]
+        parts.append("\n".join([f"\n{title}:", *lines, ""]))
+    parts.append(_ending(verb))
+    return "".join(parts)
 
 
 def describe(parser: Any, verb: str) -> None:
-    """Replace Lightning's headings, which end in mid-sentence, and add the shipped configurations.
+    """Give the full help of a verb headings of its own instead of Lightning's.
 
     Args:
         parser: The verb's parser.
         verb: The verb.
     """
-    parser.usage = f"stableqat {verb} -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"
+    parser.usage = _USAGE.format(verb=verb)
     parser.description = f"{RUN_VERBS[verb].capitalize()}."
-    for key, title in {**_TITLES, verb: "The checkpoint"}.items():
+    titles = {"trainer": "Lightning's Trainer", "model": "Model", "data": "Data", verb: "Checkpoint"}
+    for key, title in titles.items():
         if key in parser.groups:
             parser.groups[key].title = title
+    parser.ending = _ending(verb)
+
+
+def run_settings(verb: str) -> dict[str, str]:
+    """Return the settings of a verb with their descriptions, those that people set and all of the Trainer's.
+
+    Args:
+        verb: fit, validate or test.
+    """
+    known = _known()
+    shown = {_full(title, key): known[title][key].text for title, keys in _GROUPS.items() for key in keys}
+    return shown | {key: each.text for key, each in known["Training"].items() if key.startswith("trainer.")}
+
+
+def _known() -> dict[str, dict[str, Argument]]:
+    """Arguments by group of the page and key."""
+    trainer = signature(trainer_class(), "Trainer") or {}
+    modules, data, quantizers = our_classes("modules"), our_classes("data"), our_classes("quantizers")
+    model = {**(signature(modules, "ViTModule") or {}), **(signature(modules, "LlamaModule") or {})}
+    whole = {f"trainer.{key}": value for key, value in trainer.items()}
+    whole |= {f"model.{key}": value for key, value in model.items()} | _OTHERS
+    return {
+        "Run": whole,
+        "Model": whole,
+        "Training": whole,
+        "Quantizer": signature(quantizers, "StableQAT") or {},
+        "Data of language models": signature(data, "TextDataModule") or {},
+        "Data of vision transformers": signature(data, "ImageDataModule") or {},
+    }
+
+
+def _full(title: str, key: str) -> str:
+    prefixes = {"Quantizer": "model.quantizer.", "Data of": "data."}
+    return next((p for start, p in prefixes.items() if title.startswith(start)), "") + key
+
+
+def _entry(key: str, argument: Argument) -> str:
+    """A setting with the first sentence about it and its default."""
+    text = re.sub(r":class:`([^`]+)`|`+([^`]+)`+", r"\1\2", argument.text)
+    first = re.split(r"(?<=[.;]) (?=[A-Z])", text)[0]
+    default = {"None": "null", "True": "true", "False": "false"}.get(value := argument.default or "", value)
+    shown = f" [{default.strip(QUOTE)}]" if re.fullmatch(r"[\w.'-]+", default) and default != "null" else ""
+    lines = fill(
+        first + shown, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False
+    )
+    name = f"  --{key}"
+    return f"{name:<{len(INDENT)}}{lines.lstrip()}" if len(name) < len(INDENT) - 1 else f"{name}\n{lines}"
+
+
+def _ending(verb: str) -> str:
     names = [name for name in shipped_names() if name.count("/") == 1 and not name.endswith("-study")]
-    lines = fill("  ".join(names), 79, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    parser.ending = _ENDING.format(verb=verb, names=lines)
+    lines = fill("  ".join(names), WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return _ENDING.format(verb=verb, names=lines)

@@ -11,37 +11,15 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from inspect import signature
-from keyword import iskeyword
-from typing import Any, get_args, get_origin
 
 from stableqat.cli.arguments import check_arguments
-from stableqat.cli.help import RUN_VERBS
+from stableqat.cli.help import RUN_VERBS, people_page
+from stableqat.cli.tool import TOOL_VERBS, run_tool
 from stableqat.errors import UserError, did_you_mean
 from stableqat.terminal import plain
 from stableqat.trust import allowing
-
-TOOL_VERBS = {
-    "sweep": ("stableqat.studies.command", "run the points of one or more studies"),
-    "compare": (
-        "stableqat.analysis.command",
-        "make tables, pictures and a report of studies",
-    ),
-    "publish": ("stableqat.analysis.command", "copy studies for publication, with thinned event files"),
-    "bench": ("stableqat.bench.command", "measure time and memory of the methods beside full precision"),
-    "consolidate": ("stableqat.checkpoints.command", "merge a sharded checkpoint into one file"),
-    "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),
-    "export": (
-        "stableqat.export.command",
-        "write packed weights for a runtime, proven equal to the model",
-    ),
-    "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
-    "predict": ("stableqat.predict.command", "generate text from prompts, or name the classes of images"),
-    "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),
-    "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),
-}
 
 _OF_RUN_VERBS = re.compile(r"-c$|--(config|ckpt_path|model|data|trainer)\b")
 
@@ -93,6 +71,11 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"stableqat {version('stableqat')}")
         return 0
+    if verb in RUN_VERBS and {"-h", "--help"} & set(arguments):
+        if arguments[-1] != "all":
+            print(people_page(verb), end="")
+            return 0
+        arguments = [verb, "--help"]
     if verb in RUN_VERBS:
         arguments = check_arguments(arguments)
         # Libraries read these once, at import
@@ -107,7 +90,7 @@ def _dispatch(arguments: list[str]) -> int:
             "(or --images FOLDER)"
         )
     if verb in TOOL_VERBS:
-        return _tool(verb, arguments[words:])
+        return run_tool(verb, arguments[words:])
     verbs = [*RUN_VERBS, *TOOL_VERBS]
     raise UserError(f"{verb} is not a verb of stableqat; {did_you_mean(verb, verbs)}")
 
@@ -124,43 +107,6 @@ def _parser(group: str) -> argparse.ArgumentParser:
         "  --allow PACKAGE.CLASS  let files name a class that is not this suite's",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def _tool(verb: str, arguments: list[str]) -> int:
-    import jsonargparse
-
-    from stableqat.cli.messages import OneLineErrors
-
-    class ToolParser(OneLineErrors, jsonargparse.ArgumentParser):  # type: ignore[misc]
-        pass
-
-    home, description = TOOL_VERBS[verb]
-    name = verb.split()[-1]
-    function = getattr(import_module(home), f"{name}_" if iskeyword(name) else name)
-    parser = ToolParser(prog=f"stableqat {verb}", description=description)
-    parameters, texts = signature(function).parameters, _described(function)
-    for name, parameter in parameters.items():
-        if get_origin(parameter.annotation) in (list, Sequence):  # jsonargparse alone wants brackets
-            listed: dict[str, Any] = {"nargs": "+", "type": get_args(parameter.annotation)[0]}
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                listed["default"] = list(parameter.default)
-                name = f"--{name}"
-            parser.add_argument(name, help=texts[parameter.name], **listed)
-        elif iskeyword(word := name.removesuffix("_")):  # a flag whose name Python reserves
-            told = {"type": parameter.annotation, "help": texts[name], "required": True}
-            parser.add_argument(f"--{word}", **told)
-        else:
-            others: set[str | int] = {other for other in parameters if other != name}
-            positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD  # if it has no default
-            parser.add_function_arguments(function, as_group=False, as_positional=positional, skip=others)
-    values = vars(parser.parse_args(arguments))
-    return function(**{f"{key}_" if iskeyword(key) else key: value for key, value in values.items()})
-
-
-def _described(function: Callable[..., int]) -> dict[str, str | None]:
-    from docstring_parser import parse
-
-    return {each.arg_name: each.description for each in parse(function.__doc__ or "").params}
 
 
 def entry() -> None:

@@ -1,0 +1,86 @@
+"""The tool verbs: functions, imported when called; their arguments are flags, their docstrings help."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from inspect import signature
+from keyword import iskeyword
+from typing import Any, get_args, get_origin
+
+TOOL_VERBS = {
+    "sweep": ("stableqat.studies.command", "run the points of one or more studies"),
+    "compare": (
+        "stableqat.analysis.command",
+        "make tables, pictures and a report of studies",
+    ),
+    "publish": ("stableqat.analysis.command", "copy studies for publication, with thinned event files"),
+    "bench": ("stableqat.bench.command", "measure time and memory of the methods beside full precision"),
+    "consolidate": ("stableqat.checkpoints.command", "merge a sharded checkpoint into one file"),
+    "import": ("stableqat.importing.command", "make a run of a released StableQAT or ParetoQ checkpoint"),
+    "export": (
+        "stableqat.export.command",
+        "write packed weights for a runtime, proven equal to the model",
+    ),
+    "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
+    "predict": ("stableqat.predict.command", "generate text from prompts, or name the classes of images"),
+    "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),
+    "completion": ("stableqat.cli.completion", "print a shell's script that completes verbs and settings"),
+    "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),
+}
+
+
+def run_tool(verb: str, arguments: Sequence[str]) -> int:
+    """Run a tool verb.
+
+    Args:
+        verb: The verb.
+        arguments: Its flags.
+
+    Returns:
+        The exit code.
+    """
+    values = vars(tool_parser(verb).parse_args(arguments))
+    return _function(verb)(**{f"{key}_" if iskeyword(key) else key: value for key, value in values.items()})
+
+
+def tool_parser(verb: str) -> Any:
+    """Return the parser of a tool verb: jsonargparse's, from its function's signature and docstring.
+
+    Args:
+        verb: The verb.
+    """
+    import jsonargparse
+
+    from stableqat.cli.messages import OneLineErrors
+
+    class ToolParser(OneLineErrors, jsonargparse.ArgumentParser):  # type: ignore[misc]
+        pass
+
+    function = _function(verb)
+    parser = ToolParser(prog=f"stableqat {verb}", description=TOOL_VERBS[verb][1])
+    parameters, texts = signature(function).parameters, _described(function)
+    for name, parameter in parameters.items():
+        if get_origin(parameter.annotation) in (list, Sequence):  # jsonargparse alone wants brackets
+            listed: dict[str, Any] = {"nargs": "+", "type": get_args(parameter.annotation)[0]}
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                listed["default"] = list(parameter.default)
+                name = f"--{name}"
+            parser.add_argument(name, help=texts[parameter.name], **listed)
+        elif iskeyword(word := name.removesuffix("_")):  # a flag whose name Python reserves
+            told = {"type": parameter.annotation, "help": texts[name], "required": True}
+            parser.add_argument(f"--{word}", **told)
+        else:
+            others: set[str | int] = {other for other in parameters if other != name}
+            positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD  # if it has no default
+            parser.add_function_arguments(function, as_group=False, as_positional=positional, skip=others)
+    return parser
+
+
+def _function(verb: str) -> Callable[..., int]:
+    name = verb.split()[-1]
+    return getattr(import_module(TOOL_VERBS[verb][0]), f"{name}_" if iskeyword(name) else name)
+
+
+def _described(function: Callable[..., int]) -> dict[str, str | None]:
+    from docstring_parser import parse
+
+    return {each.arg_name: each.description for each in parse(function.__doc__ or "").params}
