@@ -78,15 +78,15 @@ def signature(
 def _defaults(taken: ast.arguments) -> dict[str, str | None]:
     positional = [*taken.posonlyargs, *taken.args]
     required = len(positional) - len(taken.defaults)
-    values = [None] * required + list(taken.defaults) + list(taken.kw_defaults)
+    values: list[ast.expr | None] = [None] * required + list(taken.defaults) + list(taken.kw_defaults)
     names = [each.arg for each in (*positional, *taken.kwonlyargs)]
-    return {name: value and ast.unparse(value) for name, value in zip(names, values, strict=True)}
+    return {n: None if v is None else ast.unparse(v) for n, v in zip(names, values, strict=True)}
 
 
 def _texts(cls: ast.ClassDef, method: str) -> dict[str, str]:
     from docstring_parser import parse
 
     functions = [each for each in cls.body if isinstance(each, ast.FunctionDef) and each.name == method]
-    docstrings = [ast.get_docstring(each) for each in (cls, *functions)]
+    docstrings = [ast.get_docstring(cls), *map(ast.get_docstring, functions)]
     params = [param for text in docstrings if text for param in parse(text).params]
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}
