@@ -15,6 +15,7 @@ from typing import Literal
 from stableqat.errors import UserError
 from stableqat.files import whole_file, writing
 from stableqat.shipped import find_config
+from stableqat.studies.dry_run import show
 from stableqat.studies.gpus import Slots, visible_gpus
 from stableqat.studies.job import PRELOAD, Job, Main, run_stableqat
 from stableqat.studies.plan import STUDY_FILE
@@ -32,6 +33,7 @@ def sweep(
     workers: int | None = None,
     rerun: Literal["changed"] | None = None,
     slurm: str | None = None,
+    dry_run: bool = False,
 ) -> int:
     """Runs all points of one or more studies that are not done yet.
 
@@ -39,7 +41,8 @@ def sweep(
     another machine that shares the folder, the sweeps divide the points among them.
 
     Args:
-        studies: Study files (YAML), or the names of shipped ones, such as llama/demo-study.
+        studies: Study files (YAML), or the names of shipped ones, such as llama/demo-study. A table in
+            docs/studies.md describes every key of a study file.
         workers: Runs at a time, all studies together. By default `runs_per_gpu` of the study file (1) on
             each visible GPU, or one per core without a GPU. Each run gets its share of the cores.
         rerun: "changed" reruns the points whose settings differ from those their folder was made with, and
@@ -47,16 +50,22 @@ def sweep(
         slurm: Options file (YAML). Submits this sweep as a SLURM job array instead of running it here:
             `tasks` workers of `timeout_min` minutes each, with any other options of submitit (gpus_per_node,
             cpus_per_task, slurm_partition, ...). `cluster: local` in it tries that on this machine.
+        dry_run: Only lists the points with their command lines, and the steps and tokens of what is left to
+            run; trains nothing, writes nothing.
 
     Returns:
-        0 if all points are done or diverged, or if tasks were submitted; 1 if any failed; 128 + the signal if
-        stopped.
+        0 if all points are done or diverged, or if tasks were submitted or points listed; 1 if any failed;
+        128 + the signal if stopped.
     """
     files = [find_config(name) for name in studies]
     read = [read_study(path) for path in files]
     for path, study in zip(studies, read, strict=True):
         for point in study.points:  # its command line comes from the file, not from the user
             check_settings(point.overlay.settings(), path)
+    if dry_run:
+        gpus = visible_gpus()
+        show(read, _plan(read, rerun, len(gpus)), gpus=bool(gpus))
+        return 0
     if slurm is None:
         return run_studies(read, workers=workers, rerun=rerun, gpus=visible_gpus())
     # Refuse here what a task would refuse in its log, after hours in the queue.

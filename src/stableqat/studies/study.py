@@ -83,9 +83,10 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a study: its folder and the command line that makes it."""
+    """One run of a study: its arm, its folder and the command line that makes it."""
 
     study: str
+    arm: str
     name: str
     folder: Path
     verb: str
@@ -170,7 +171,7 @@ def read_study(path: str | Path) -> Study:
         content = _mapping(path, START, tree[START])
         home = _name(path, f"{START}.study", content.pop("study", name))
         at = folder.parent / home / START
-        start = Point(home, START, at, "fit", base + _overlay(path, START, content))
+        start = Point(home, START, START, at, "fit", base + _overlay(path, START, content))
         points.append(start)
         base += Overlay(args={INIT_FROM: str(start.folder)})
 
@@ -191,7 +192,8 @@ def read_study(path: str | Path) -> Study:
                 parts = [axis.prefix + short(value) for axis, value in zip(free, values, strict=True)]
                 point = _name(path, where, "-".join([arm_name, *parts]))
                 choice = {axis.argument: value for axis, value in zip(free, values, strict=True)}
-                points.append(Point(name, point, folder / point, verb, arm + Overlay(args=choice), begins))
+                overlay = arm + Overlay(args=choice)
+                points.append(Point(name, arm_name, point, folder / point, verb, overlay, begins))
 
     names = [point.name for point in points]
     for twice in {n for n in names if names.count(n) > 1}:
