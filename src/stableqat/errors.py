@@ -59,8 +59,8 @@ def check_known(key: str, value: str, known: Iterable[str]) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 layer, 2 layers."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """A number with its noun: 1 layer, 2,000 layers."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:

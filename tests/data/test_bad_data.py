@@ -248,25 +248,15 @@ CONTENTS = {
         lines((5, '{"text": "a\ud800b", "id": 5}')).encode("utf-8", "surrogatepass"),
         r"a.jsonl line 5 is not UTF-8 at byte 11",
     ),
-    "messages": (
-        "a.jsonl",
-        '{"messages": [{"role": "user", "content": "hi"}], "id": "x"}\n' * 9,
-        r"holds chats \(in messages\), which are not supported: .* \(columns of text: id\)",
-    ),
     "conversations": (
         "a.jsonl",
         '{"conversations": [{"from": "human", "value": "hi"}]}\n' * 9,
-        r"holds chats \(in conversations\), which are not supported: .* \(columns of text: none\)",
+        r"holds chats \(in conversations\), not texts: give messages, .* a column of text \(none\)",
     ),
-    "prompt and completion": (
+    "question and answer": (
         "a.jsonl",
-        '{"prompt": "a", "completion": "b"}\n' * 9,
-        r"holds pairs \(in prompt and completion\), which are not .* \(columns of text: prompt, completion\)",
-    ),
-    "instruction and output": (
-        "a.jsonl",
-        '{"instruction": "a", "input": "", "output": "b"}\n' * 9,
-        r"holds pairs \(in instruction and output\), which are not supported",
+        '{"question": "a", "answer": "b"}\n' * 9,
+        r"holds pairs \(in question and answer\), not texts: .* a column of text \(question, answer\)",
     ),
     "one document": ("a.txt", document(1), r"a.txt is a single document"),
     "too little": (
@@ -286,17 +276,15 @@ def test_contents(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_chat_is_told_whatever_the_column_and_the_verb(tmp_path):
-    path = write(tmp_path, "a.jsonl", '{"messages": [{"role": "user", "content": "hi"}], "id": "x"}\n' * 9)
-    for column in ("text", "messages"):
-        data = TextDataModule(path, text_column=column, cache_dir=str(tmp_path / "cache"))
-        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported"):
-            data.setup()
-        with pytest.raises(UserError, match=r"holds chats \(in messages\), which are not supported"):
-            tokenize(
-                input=path, tokenizer="train:300", block_size=8, out=str(tmp_path / "out"), text_column=column
-            )
-    # who names the column of text trains on it
+def test_who_names_a_column_of_text_trains_on_it(tmp_path):
+    chat = '{"messages": [{"role": "user", "content": "hi"}], "id": "x"}\n' * 9
+    path = write(tmp_path, "a.jsonl", chat)
+    data = TextDataModule(path, text_column="messages", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"holds chats \(in messages\), not texts"):
+        data.setup()
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds chats \(in messages\), not texts"):
+        tokenize(input=path, tokenizer="train:300", block_size=8, out=out, text_column="messages")
     path = write(
         tmp_path,
         "b.jsonl",

@@ -240,7 +240,7 @@ def make(tmp_path):
 def rows_of(data, split):
     """Each source's rows of a split, as tuples."""
     return [
-        [tuple(splits[split].row(i).tolist()) for i in range(len(splits[split]))]
+        [tuple(splits[split].sample(i)["input_ids"].tolist()) for i in range(len(splits[split]))]
         for splits in data._packed.values()
     ]
 
@@ -405,11 +405,12 @@ def test_an_evaluation_s_first_batches_have_every_source(batches, size):
     from stableqat.data.text_rows import MixedRows
 
     class Part(list):
-        row = list.__getitem__
+        sample = list.__getitem__
+        hold_conversations = False
 
     parts = [Part([(s, i) for i in range(count)]) for s, count in enumerate((40, 400, 4))]
     rows = MixedRows(parts, spread=True)
-    got = [rows.row(i) for i in range(len(rows))]
+    got = [rows.sample(i) for i in range(len(rows))]
     assert sorted(got) == sorted(itertools.chain(*parts))
     first = got[: batches * size]
     for source, part in enumerate(parts):

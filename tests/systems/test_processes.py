@@ -114,7 +114,7 @@ def test_the_quantizers_of_shards_are_monitored(runs):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_what_a_step_asks_of_other_processes(strategy, tmp_path):
-    """The loss for the log and for the guard, and whether to stop. No barrier, no broadcast.
+    """The labels' number, the loss for the log and for the guard, whether to stop. No barrier, no broadcast.
 
     Gradients, and under FSDP2 their norm, go by other ways, which are not counted.
     """
@@ -122,7 +122,7 @@ def test_what_a_step_asks_of_other_processes(strategy, tmp_path):
     argv = arguments("llama", tmp_path, "run", strategy, **flags)
     argv += ["--trainer.callbacks+=probes.Collectives", "--trainer.callbacks.path", str(tmp_path / "counts")]
     forked.succeed(argv, tmp_path / "log", 2)
-    assert torch.load(tmp_path / "counts", weights_only=True)[:3] == [{"all_reduce": 3}] * 3
+    assert torch.load(tmp_path / "counts", weights_only=True)[:3] == [{"all_reduce": 4}] * 3
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""The documents of one source of raw text: read, split into train and validation, and tokenized once.
+"""The documents of one raw source, texts or conversations: read, split and tokenized once.
 
 `datasets` caches what it reads and tokenizes.
 """
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stableqat.data.encoder import DocumentEncoder
+from stableqat.data.chat import BadRecordError, Format, Records, numbered, recognise
+from stableqat.data.encoder import Encoder, token_features
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
-from stableqat.data.source import TEXT_FORMATS, caching, find_fault, load_splits, wrong_column
+from stableqat.data.prepare.corpus import find_record
+from stableqat.data.source import TEXT_FORMATS, caching, find_fault, load_splits
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,17 +21,31 @@ if TYPE_CHECKING:
 
 #: Types of a column that holds text.
 _TEXT = ("string", "large_string", "string_view")
+_BATCH = 1000  # documents
 
 
 def _tokenize(
-    texts: list[str | None], *, encoder: DocumentEncoder, held_out: HeldOut, split: str | None
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    *,
+    records: Records,
+    encoder: Encoder,
+    held_out: HeldOut,
+    split: str | None,
 ) -> dict[str, list[Any]]:
     """The tokens of the documents of a split, or of all documents for None, without empty ones.
 
     The arguments are plain data, so that `datasets` can tell whether its cache is still valid.
     """
-    kept = (text for text in texts if text and (not split or held_out.split(document_hash(text)) == split))
-    return {"input_ids": encoder(kept)}
+    with numbered(indices):
+        texts = records.documents(batch)
+    kept = [
+        index
+        for index, text in enumerate(texts)
+        if text and (not split or held_out.split(document_hash(text)) == split)
+    ]
+    with numbered([indices[index] for index in kept]):
+        return encoder.columns([texts[index] for index in kept])
 
 
 @dataclass
@@ -37,12 +53,13 @@ class Documents:
     """The documents of one source, by split.
 
     Args:
-        source: A file or folder, or a Hub name.
-        name: Configuration of a Hub data set.
+        source: A file or folder, or a hub name.
+        name: Configuration of a hub data set.
         text_column: The column that holds the text.
-        validation_fraction: Share of the documents to hold out, whole, if there is no validation split.
-        cache_dir: Folder for prepared data; None takes the default folder of `datasets`.
-        training: Whether there must be a train split.
+        validation_fraction: Share of the documents held out, whole, where there is no validation split.
+        cache_dir: Folder of prepared data; None takes the default folder of `datasets`.
+        format: What the records are; None tells by their columns.
+        training: There must be a train split.
     """
 
     source: str
@@ -50,28 +67,49 @@ class Documents:
     text_column: str
     validation_fraction: float
     cache_dir: str | None
+    format: Format | None = None
     training: bool = True
 
     @cached_property
     def splits(self) -> dict[str, "Dataset"]:
-        """The splits of the source, reduced to the text column."""
-        options: dict[str, Any] = {"cache_dir": self.cache_dir, "training": self.training}
-        options["text"] = {"sample_by": "document"}
-        splits = load_splits(self.source, self.name, formats=TEXT_FORMATS, **options)
-        for rows in splits.values():
-            texts = {key: getattr(feature, "dtype", "") in _TEXT for key, feature in rows.features.items()}
-            if not texts.get(self.text_column):
-                if getattr(rows.features.get(self.text_column), "dtype", "") == "null":
-                    raise self._empty()
-                raise wrong_column(self.source, self.text_column, texts)
-        return {split: rows.select_columns(self.text_column) for split, rows in splits.items()}
+        """The splits of the source, reduced to the columns that make documents."""
+        return {
+            split: rows.select_columns(self.records.read_from(rows.column_names))
+            for split, rows in self._loaded.items()
+        }
+
+    @cached_property
+    def _loaded(self) -> dict[str, "Dataset"]:
+        return load_splits(
+            self.source,
+            self.name,
+            formats=TEXT_FORMATS,
+            cache_dir=self.cache_dir,
+            training=self.training,
+            text={"sample_by": "document"},
+        )
+
+    @cached_property
+    def records(self) -> Records:
+        """What the records of the source are, in all splits."""
+        found: dict[Records, str] = {}
+        for split, rows in self._loaded.items():
+            kinds = {key: getattr(feature, "dtype", "") for key, feature in rows.features.items()}
+            if self.format in (None, "text") and kinds.get(self.text_column) == "null":
+                raise self._empty()
+            texts = {key: kind in _TEXT for key, kind in kinds.items()}
+            found.setdefault(recognise(self.source, texts, self.text_column, self.format), split)
+        if len(found) > 1:
+            kinds_of = " and ".join(f"{records.words} ({split})" for records, split in found.items())
+            raise UserError(f"{self.source} mixes {kinds_of}: keep one format per source")
+        return next(iter(found))
 
     def _empty(self) -> UserError:
         return UserError(f"column {self.text_column} of {self.source} is empty: give documents")
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Report in one line what is wrong with the documents or the cache."""
+    def _reading(self, split: str) -> Iterator[None]:
+        """Report what is wrong with the documents, or with the cache, in one line."""
         try:
             with caching(self.cache_dir):
                 yield
@@ -79,13 +117,19 @@ class Documents:
             if fault := find_fault(self.source, TEXT_FORMATS):
                 raise UserError(fault) from error
             raise
+        except BadRecordError as error:
+            place = find_record(self.source, split, error.index)
+            where = place or f"{self.source} ({split}) row {error.index + 1}"
+            raise UserError(f"{where}: {error.reason}") from error
 
     def _texts(self, step: int = 1) -> Iterator[str]:
         """Yield every `step`-th document of the train split."""
         train = self.splits["train"]
-        with self._reading():
-            for batch in train.select(range(0, len(train), step)).iter(batch_size=1000):
-                yield from filter(None, batch[self.text_column])
+        chosen = range(0, len(train), step)
+        with self._reading("train"):
+            for first, batch in enumerate(train.select(chosen).iter(batch_size=_BATCH)):
+                with numbered(chosen[first * _BATCH :]):
+                    yield from filter(None, self.records.documents(batch))
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -107,23 +151,29 @@ class Documents:
             if self.held_out.split(document_hash(text)) == "train":
                 yield text
 
-    def tokenized(self, encoder: DocumentEncoder) -> dict[str, "Dataset"]:
-        """The tokens of each split's documents, in a column `input_ids`."""
-        from datasets import Features, List, Value
+    def encoded(self, encoder: Encoder, split: str, part: str | None = None) -> "Dataset":
+        """The tokens of a split's documents, in a column `input_ids`; of conversations, also `spans`.
 
-        own = "validation" in self.splits
-        origins = {"train": "train", "validation": "train"} | {split: split for split in self.splits}
-        tokens = {}
-        with self._reading():
-            for split, origin in origins.items():
-                chosen = {"held_out": self.held_out, "split": None if own or split == "test" else split}
-                tokens[split] = self.splits[origin].map(
-                    _tokenize,
-                    input_columns=self.text_column,
-                    batched=True,
-                    remove_columns=self.text_column,
-                    features=Features({"input_ids": List(Value("int32"))}),
-                    fn_kwargs={"encoder": encoder, **chosen},
-                    desc=f"Tokenizing {split}",
-                )
-        return tokens
+        Args:
+            encoder: Makes them.
+            split: A split of the source.
+            part: Train or validation, of a train split that is divided; None takes all documents.
+        """
+        chosen = {"held_out": self.held_out if part else HeldOut(0), "split": part}
+        with self._reading(split):
+            return self.splits[split].map(
+                _tokenize,
+                batched=True,
+                with_indices=True,
+                remove_columns=self.splits[split].column_names,
+                features=token_features(conversations=self.records.are_conversations),
+                fn_kwargs={"records": self.records, "encoder": encoder, **chosen},
+                desc=f"Tokenizing {part or split}",
+            )
+
+    def tokenized(self, encoder: Encoder) -> dict[str, "Dataset"]:
+        """The tokens of each split's documents; see `encoded`."""
+        whole = {split: self.encoded(encoder, split) for split in self.splits if split == "test"}
+        if "validation" in self.splits:
+            return {split: self.encoded(encoder, split) for split in self.splits}
+        return {part: self.encoded(encoder, "train", part) for part in ("train", "validation")} | whole

@@ -10,10 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stableqat.data.tokenizer import template_hash, tokenizer_hash
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "manifest.json"
 #: The kinds in manifests: a tokenized set and a sample.
@@ -127,8 +129,16 @@ def check_content(source: str) -> None:
             shard.check_content()
 
 
+def made_with_another(manifest: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """What of a tokenizer is not what a tokenized set was made with, or None."""
+    if tokenizer_hash(tokenizer) != manifest["tokenizer_sha256"]:
+        return "tokenizer"
+    template = manifest.get("chat_template_sha256")
+    return "chat template" if template not in (None, template_hash(tokenizer)) else None
+
+
 def prepared_splits(source: str, manifest: dict[str, Any]) -> dict[str, "Dataset"]:
-    """The splits of a tokenized set, with a column `input_ids`.
+    """The splits of a tokenized set, with a column `input_ids`; conversations have `spans`.
 
     Raises:
         UserError: If a shard holds something else.
@@ -138,7 +148,7 @@ def prepared_splits(source: str, manifest: dict[str, Any]) -> dict[str, "Dataset
     def rows(shard: Shard) -> "Dataset":
         try:
             opened = Dataset.from_file(str(shard.path))
-            if opened.features["input_ids"].feature.dtype == "int32":
+            if all(feature.feature.dtype == "int32" for feature in opened.features.values()):
                 return opened
         except Exception as error:  # pyarrow and `datasets` raise many kinds
             raise UserError(f"{shard.path} cannot be read as rows of tokens: copy it again") from error

@@ -32,7 +32,7 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 SPLITS |= {"dev": "validation", "test": "test"}
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-#: Columns of chats, and of pairs of a request and an answer.
+#: Columns of chats, and of pairs of a request and an answer, under names other than the known ones.
 _CHATS: list[tuple[str, ...]] = [("messages",), ("conversations",), ("conversation",), ("dialog",), ("chat",)]
 _CHATS += [
     (request, answer)
@@ -228,7 +228,8 @@ def _says(error: BaseException, folder: Path) -> bool:
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
-def _listed(names: Collection[str]) -> str:
+def listed(names: Collection[str]) -> str:
+    """The first names and how many more there are."""
     few = list(names)[:LISTED]
     return ", ".join(few) + (f" and {len(names) - len(few)} more" if len(names) > len(few) else "")
 
@@ -241,16 +242,16 @@ def wrong_column(where: str, column: str, columns: dict[str, bool]) -> UserError
         column: The name of the text column.
         columns: Each column, and whether it holds text.
     """
-    texts = _listed([name for name, is_text in columns.items() if is_text])
+    texts = listed([name for name, is_text in columns.items() if is_text])
     if chat := next((chat for chat in _CHATS if columns.keys() >= set(chat)), None):
         kind = f"{'chats' if len(chat) == 1 else 'pairs'} (in {' and '.join(chat)})"
         return UserError(
-            f"{where} holds {kind}, which are not supported: write each as one text, and set text_column to "
-            f"its column (columns of text: {texts or 'none'})"
+            f"{where} holds {kind}, not texts: give messages, prompt and completion, or instruction and "
+            f"output, or set text_column to a column of text ({texts or 'none'})"
         )
     remedy = f"set text_column to a column of text ({texts})" if texts else "it has no column of text"
     if column not in columns:
-        return UserError(f"{where} has no column {column} (it has {_listed(columns)}): {remedy}")
+        return UserError(f"{where} has no column {column} (it has {listed(columns)}): {remedy}")
     return UserError(f"column {column} of {where} holds more than strings: {remedy}")
 
 

@@ -1,8 +1,9 @@
-"""Text for language models: one source or a mixture of several, as rows of `block_size` tokens.
+"""Text and conversations for language models: one source or a mixture, as rows of `block_size` tokens.
 
-Raw text is tokenized once, with EOS after each document; a tokenized set is read as it is. An epoch is all of
-one source, as much as the scarcest source of a mixture allows, or a budget of tokens. The sources of a
-mixture take turns, so that their ratio holds at every moment of training and not only at its end.
+Raw text is tokenized once, with EOS after each document; conversations are rendered by the tokenizer's chat
+template; a tokenized set is read as it is. An epoch is all of one source, as much as the scarcest source of a
+mixture allows, or a budget of tokens. The sources of a mixture take turns, so that their ratio holds at every
+moment of training and not only at its end.
 """
 
 import hashlib
@@ -11,17 +12,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from stableqat.data.budget import Budget
+from stableqat.data.chat import Format, Records
+from stableqat.data.conversation_rows import ConversationRows, LossOn, report
 from stableqat.data.datamodule import DataModule, Rows
 from stableqat.data.documents import Documents
 from stableqat.data.embedded import CACHE_REMEDY, cache_root, embedded_text
-from stableqat.data.encoder import DocumentEncoder
+from stableqat.data.encoder import ConversationEncoder, DocumentEncoder
 from stableqat.data.holdout import check_share
 from stableqat.data.mixture import Mixture
 from stableqat.data.order import TrainingLoader
-from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
+from stableqat.data.prepared import check_content, made_with_another, prepared_manifest, prepared_splits
 from stableqat.data.source import TEXT_FORMATS, caching, local_files
 from stableqat.data.text_rows import MixedRows, PackedRows
 from stableqat.data.tokenizer import (
@@ -31,10 +34,9 @@ from stableqat.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     token_rows,
-    tokenizer_hash,
     train_bpe,
 )
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_known
 from stableqat.files import whole_folder
 
 if TYPE_CHECKING:
@@ -42,12 +44,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BLOCK_SIZE, BATCH_SIZE = 128, 16
+Packed = PackedRows | ConversationRows
 #: More text than this hardly changes a BPE's merges.
 _BPE_MAX_BYTES = 100_000_000
 
 
 class TextDataModule(DataModule):
     """Rows of tokens for language models: `input_ids` and (unshifted) `labels`, (batch, block_size).
+
+    Of texts, each token has a label. Of conversations, those that the assistant writes have one, its
+    end-of-turn token included, and -100 stands elsewhere; `position_ids` keep those of a row apart.
 
     Args:
         source: A file or folder of jsonl, json, parquet or txt (.zst, .gz, .bz2, .xz too), or a Hub name;
@@ -68,8 +74,15 @@ class TextDataModule(DataModule):
             splits, taken evenly.
         vocab_size: Entries of that BPE; not used with a tokenizer.
         text_column: The column that holds the text.
-        block_size: Tokens per row; the last incomplete row of a split is dropped. null takes, on the command
-            line, the model's positions, at most 2,048 and fewer for a small source, and otherwise 128.
+        format: What the records are: text, messages (role and content), prompt (and completion), or
+            instruction (input and output). null tells by their columns.
+        loss_on: The tokens of conversations that have labels: assistant, or all.
+        packing: Whether a row holds several conversations, or one.
+        attend_across: Let a conversation see those before it in its row. Texts always do: their rows are cut
+            from one run of tokens.
+        block_size: Tokens per row; the last incomplete row of a split of texts is dropped, and longer
+            conversations are cut. null takes, on the command line, the model's positions, at most 2,048 and
+            fewer for a small source, and otherwise 128.
         batch_size: Rows per step and process. null suits it, on the command line, to the model, the source
             and the device, and otherwise takes 16.
         validation_fraction: Share of the documents to hold out, whole and by their hashes, if a source has no
@@ -94,6 +107,10 @@ class TextDataModule(DataModule):
         tokenizer: str | None = None,
         vocab_size: int = 2048,
         text_column: str = "text",
+        format: Format | None = None,
+        loss_on: LossOn = "assistant",
+        packing: bool = True,
+        attend_across: bool = False,
         block_size: int | None = BLOCK_SIZE,
         batch_size: int | None = BATCH_SIZE,
         validation_fraction: float = 0.05,
@@ -110,6 +127,7 @@ class TextDataModule(DataModule):
         if tokenizer is None and vocab_size < BPE_MIN_VOCAB:
             raise UserError(f"vocab_size {vocab_size} must be at least {BPE_MIN_VOCAB}: 256 bytes and EOS")
         check_share(validation_fraction)
+        check_known("loss_on", loss_on, get_args(LossOn))
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         self.tokens = None if tokens is None else Budget(tokens)
@@ -139,6 +157,8 @@ class TextDataModule(DataModule):
         self.name = name
         self.tokenizer_source = tokenizer
         self.text_column = text_column if source is not None else "text"
+        self.format = format
+        self.loss_on, self.packing, self.attend_across = loss_on, packing, attend_across
         self.block_size = block_size
         self.validation_fraction = validation_fraction
         self.cache_dir = cache_dir
@@ -149,7 +169,7 @@ class TextDataModule(DataModule):
         """The sources of raw text."""
         with caching(cache_root(), CACHE_REMEDY):
             sources = self.ratios or [str(embedded_text())]
-        options = self.name, self.text_column, self.validation_fraction, self.cache_dir
+        options = self.name, self.text_column, self.validation_fraction, self.cache_dir, self.format
         return {each: Documents(each, *options) for each in sources if each not in self._manifests}
 
     def _training_texts(self) -> Iterator[str]:
@@ -162,6 +182,12 @@ class TextDataModule(DataModule):
         """The named tokenizer, that of the sources, or the BPE, which is trained on first use and cached."""
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source)
+        for source, documents in self._documents.items():
+            if documents.records.are_conversations:
+                raise UserError(
+                    f"tokenizer: {source} holds {documents.records.words}, which train no tokenizer: name "
+                    "that of a model"
+                )
         texts = " ".join(documents.fingerprint for documents in self._documents.values())
         what = f"{texts} {self.text_column} {EOS}"
         digest = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
@@ -184,28 +210,49 @@ class TextDataModule(DataModule):
         """The token that ends each document."""
         return self.tokenizer.eos_token_id
 
-    def _tokenized(self, source: str) -> dict[str, "Dataset"]:
-        """The splits of one source, with a column `input_ids`."""
+    def _tokenized(self, source: str) -> tuple[Records, dict[str, "Dataset"]]:
+        """What a source holds, and its splits with `input_ids` and, of conversations, `spans`."""
         if (manifest := self._manifests.get(source)) is None:
-            return self._documents[source].tokenized(DocumentEncoder.of(self.tokenizer))
-        if tokenizer_hash(self.tokenizer) != manifest["tokenizer_sha256"]:
-            fault = f"was made with another tokenizer than {self.tokenizer_source}"
-            raise UserError(f"{source} {fault}: leave tokenizer out, or tokenize again")
-        return prepared_splits(source, manifest)
+            documents = self._documents[source]
+            tokenizer, records = self.tokenizer, documents.records
+            if not records.are_conversations:
+                return records, documents.tokenized(DocumentEncoder.of(tokenizer))
+            spans = self.loss_on == "assistant"
+            return records, documents.tokenized(ConversationEncoder.of(tokenizer, records, spans=spans))
+        if other := made_with_another(manifest, self.tokenizer):
+            raise UserError(
+                f"{source} was made with another {other} than {self.tokenizer_source}: "
+                "leave tokenizer out, or tokenize again"
+            )
+        return Records(manifest["request"].get("format", "text")), prepared_splits(source, manifest)
 
     @cached_property
-    def _packed(self) -> dict[str, dict[str, PackedRows]]:
+    def _packed(self) -> dict[str, dict[str, Packed]]:
         """The rows of each source, by split."""
-        packed: dict[str, dict[str, PackedRows]] = {}
+        packed: dict[str, dict[str, Packed]] = {}
         for source in self.ratios or self._documents:
-            packed[source] = {}
-            for split, run in self._tokenized(source).items():
-                packed[source][split] = rows = PackedRows(run, self.block_size)
+            records, splits = self._tokenized(source)
+            if not (records.are_conversations or self.packing):
+                raise UserError(f"packing: false needs conversations, and {self._called(source)} holds texts")
+            packed[source] = {split: self._rows(records, run) for split, run in splits.items()}
+            for split, rows in packed[source].items():
                 if not len(rows):
-                    few = f"{rows.num_tokens} tokens, less than one row of block_size {self.block_size}"
-                    whose = f"the {split} split of {self._called(source)}"
-                    raise UserError(f"{whose} has {few}: lower block_size or give more text")
+                    raise UserError(f"the {split} split of {self._called(source)} has {rows.lack}")
+            if chats := [each for each in packed[source].values() if isinstance(each, ConversationRows)]:
+                report(source, records, chats)
         return packed
+
+    def _rows(self, records: Records, run: "Dataset") -> Packed:
+        if not records.are_conversations:
+            return PackedRows(run, self.block_size)
+        return ConversationRows(
+            run,
+            self.block_size,
+            self.eos_token_id,
+            loss_on=self.loss_on,
+            packing=self.packing,
+            attend_across=self.attend_across,
+        )
 
     def _called(self, source: str) -> str:
         return source if self.ratios else "the embedded text"

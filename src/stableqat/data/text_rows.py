@@ -17,22 +17,38 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+#: The label of a token that the model need not predict.
+IGNORED = -100
+
+
 class TokenRows:
-    """Makes a batch from keys; a subclass provides the rows."""
+    """Turns keys into a batch; a subclass provides the rows.
+
+    Attributes:
+        hold_conversations: Whether rows hold whole conversations, not parts of one run of tokens.
+    """
+
+    hold_conversations = False
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def row(self, index: int) -> np.ndarray:
-        """The tokens of one row."""
+    def sample(self, index: int) -> dict[str, np.ndarray]:
+        """One row: `input_ids`, `labels`, and `position_ids` where documents must not see others."""
         raise NotImplementedError
 
     def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]:
-        rows = np.stack([self.row(max(index, 0)) for *_, index in keys])
-        input_ids = torch.from_numpy(rows.astype(np.int64))
-        labels = input_ids.clone()
-        labels[torch.tensor([index == PAD for *_, index in keys])] = -100
-        return {"input_ids": input_ids, "labels": labels}
+        samples = [self.sample(max(index, 0)) for *_, index in keys]
+        batch = stacked(samples)
+        batch["labels"][torch.tensor([index == PAD for *_, index in keys])] = IGNORED
+        return batch
+
+
+def stacked(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Rows as a batch; if one has positions, all have."""
+    if any("position_ids" in sample for sample in samples):
+        samples = [{"position_ids": np.arange(len(each["input_ids"])), **each} for each in samples]
+    return {key: torch.from_numpy(np.stack([s[key] for s in samples]).astype(np.int64)) for key in samples[0]}
 
 
 class PackedRows(TokenRows):
@@ -56,6 +72,14 @@ class PackedRows(TokenRows):
     def __len__(self) -> int:
         return self.num_tokens // self.block_size
 
+    @property
+    def lack(self) -> str:
+        """Why there is no row, and what to do."""
+        return (
+            f"{self.num_tokens} tokens, less than one row of block_size {self.block_size}: lower block_size "
+            "or give more text"
+        )
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the flat run."""
         pieces = []
@@ -66,9 +90,10 @@ class PackedRows(TokenRows):
             start, chunk = int(self.ends[chunk]), chunk + 1
         return np.concatenate(pieces)
 
-    def row(self, index: int) -> np.ndarray:
-        """The tokens of one row."""
-        return self.tokens(index * self.block_size, (index + 1) * self.block_size)
+    def sample(self, index: int) -> dict[str, np.ndarray]:
+        """One row, of which each token has a label."""
+        tokens = self.tokens(index * self.block_size, (index + 1) * self.block_size)
+        return {"input_ids": tokens, "labels": tokens}
 
 
 class MixedRows(TokenRows):
@@ -80,8 +105,9 @@ class MixedRows(TokenRows):
             source's share.
     """
 
-    def __init__(self, parts: Sequence[PackedRows], *, spread: bool = False):
+    def __init__(self, parts: Sequence[TokenRows], *, spread: bool = False):
         self.parts = list(parts)
+        self.hold_conversations = all(part.hold_conversations for part in parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.order: np.ndarray | None = None
         if spread:
@@ -91,9 +117,9 @@ class MixedRows(TokenRows):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def row(self, index: int) -> np.ndarray:
-        """The tokens of one row."""
+    def sample(self, index: int) -> dict[str, np.ndarray]:
+        """One row."""
         if self.order is not None:
             index = int(self.order[index])
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.parts[part].row(index - int(self.starts[part]))
+        return self.parts[part].sample(index - int(self.starts[part]))

@@ -98,6 +98,11 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(what.encode()).hexdigest()
 
 
+def template_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """The SHA-256 of a tokenizer's chat template, or of its lack."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+
+
 def keep_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Write a tokenizer into a new folder, which appears once it is complete.
 

@@ -1,6 +1,7 @@
 """Perplexity of a text: exp of the summed negative log-likelihood over the number of scored tokens.
 
-Blocks, as in GPTQ's figures for WikiText: the tokens are cut into non-overlapping blocks. Each block is
+Only tokens with a label count: all of a text, and what the assistant writes of a conversation. Blocks, as in
+GPTQ's figures for WikiText: the tokens are cut into non-overlapping blocks. Each block is
 scored by itself, all its tokens but the first; a tail that does not fill a block is left out. Strided: a
 window of the same length moves by `stride` tokens and scores those that no earlier window has scored, so each
 (except in the first window) has at least block_size - stride tokens before it; every token of the text but
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from stableqat.data.text_rows import PackedRows, TokenRows
+from stableqat.data.text_rows import IGNORED, PackedRows, TokenRows, stacked
 from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
 
@@ -28,12 +29,12 @@ class Windows:
 
     Attributes:
         count: Number of windows.
-        window: Returns the tokens of a window and the index of the first one to score.
+        window: Returns the tokens of a window, labels for those to score, and positions if they restart.
         how: The definition in words.
     """
 
     count: int
-    window: Callable[[int], tuple[np.ndarray, int]]
+    window: Callable[[int], dict[str, np.ndarray]]
     how: str
 
 
@@ -46,7 +47,9 @@ def blocks(rows: TokenRows, block_size: int, count: int | None = None) -> Window
         count: Number of rows, the first ones; None takes all.
     """
     how = f"non-overlapping blocks of {block_size} tokens, all but the first of each"
-    return Windows(min(count or len(rows), len(rows)), lambda index: (rows.row(index), 1), how)
+    if rows.hold_conversations:
+        how = f"conversations in rows of {block_size} tokens, those that have labels"
+    return Windows(min(count or len(rows), len(rows)), rows.sample, how)
 
 
 def strided(rows: TokenRows, block_size: int, stride: int) -> Windows:
@@ -63,12 +66,15 @@ def strided(rows: TokenRows, block_size: int, stride: int) -> Windows:
     if not 0 < stride < block_size:
         raise UserError(f"stride: must be from 1 to block_size - 1 ({block_size - 1}), not {stride}")
     if not isinstance(rows, PackedRows):
-        raise UserError("stride: needs one text, and the run's data is a mixture; name one with --data")
+        kind = "conversations" if rows.hold_conversations else "a mixture"
+        raise UserError(f"stride: needs one text, and the data is {kind}; name one with --data")
 
-    def window(index: int) -> tuple[np.ndarray, int]:
+    def window(index: int) -> dict[str, np.ndarray]:
         start = index * stride
-        stop = min(start + block_size, rows.num_tokens)
-        return rows.tokens(start, stop), block_size - stride if index else 1
+        tokens = rows.tokens(start, min(start + block_size, rows.num_tokens))
+        labels = tokens.copy()
+        labels[: block_size - stride if index else 1] = IGNORED
+        return {"input_ids": tokens, "labels": labels}
 
     count = 1 + max(0, -(-(rows.num_tokens - block_size) // stride))
     how = f"windows of {block_size} tokens at every {stride}th, each token but the text's first once"
@@ -93,13 +99,13 @@ def perplexity(
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     mine = range(share.rank, windows.count, share.count)
-    for batch, first in _batches(windows, mine, batch_size):
-        tokens = torch.from_numpy(batch.astype(np.int64)).to(device)
-        logits = model(input_ids=tokens, use_cache=False).logits
+    for batch in _batches(windows, mine, batch_size):
+        labels = batch.pop("labels").to(device)
+        logits = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
         # one at a time, because float32 logits are large
-        for row, target, start in zip(logits, tokens, first, strict=True):
-            losses = F.cross_entropy(row[start - 1 : -1].float(), target[start:], reduction="none")
-            sums += torch.stack((losses.double().sum(), sums.new_tensor(len(losses))))
+        for row, asked in zip(logits, labels[:, 1:], strict=True):
+            losses = F.cross_entropy(row[:-1].float(), asked, ignore_index=IGNORED, reduction="none")
+            sums += torch.stack((losses.double().sum(), (asked != IGNORED).sum()))
     nll, count = share.total(sums).tolist()
     loss = nll / count
     return {
@@ -111,9 +117,9 @@ def perplexity(
     }
 
 
-def _batches(windows: Windows, indices: range, batch_size: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+def _batches(windows: Windows, indices: range, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batch windows of equal length; only the last of a text is shorter."""
     read = (windows.window(index) for index in indices)
-    for _, alike in groupby(read, key=lambda window: len(window[0])):
+    for _, alike in groupby(read, key=lambda window: len(window["input_ids"])):
         while chunk := list(islice(alike, batch_size)):
-            yield np.stack([tokens for tokens, _ in chunk]), [first for _, first in chunk]
+            yield stacked(chunk)

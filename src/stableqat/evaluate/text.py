@@ -2,7 +2,7 @@
 
 Documents follow one another in one sequence of tokens. By default each is encoded by itself and ends with
 EOS, as in training; published WikiText-2 figures join its rows by blank lines and encode the whole as one
-text.
+text. Conversations are rendered by the model's chat template, and lie in rows as in training.
 """
 
 from collections.abc import Collection, Iterator
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from stableqat.data import TextDataModule
+from stableqat.data.conversation_rows import ConversationRows
 from stableqat.data.documents import Documents
-from stableqat.data.encoder import DocumentEncoder
-from stableqat.data.prepared import check_content, prepared_manifest, prepared_splits
+from stableqat.data.encoder import ConversationEncoder, DocumentEncoder
+from stableqat.data.prepared import check_content, made_with_another, prepared_manifest, prepared_splits
 from stableqat.data.text_rows import PackedRows, TokenRows
-from stableqat.data.tokenizer import tokenizer_hash
 from stableqat.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Join = Literal["eos", "blank-line"]
 Split = Literal["train", "validation", "test"]
+_ENDED = "each ended by EOS"
+_RENDERED = "rendered by the chat template; the assistant's tokens count"
 DOCUMENTS = 4096  # per batch: a whole text's tokens as Python integers would take ten times the memory
 
 
@@ -53,7 +55,7 @@ def run_text(datamodule: TextDataModule, split: Split | None) -> Text:
     found = pick_split("the run's data", split or "validation", splits)
     rows = splits[found]
     assert isinstance(rows, TokenRows)
-    return Text(rows, found, "each ended by EOS")
+    return Text(rows, found, _RENDERED if rows.hold_conversations else _ENDED)
 
 
 def read_text(
@@ -82,38 +84,43 @@ def read_text(
     """
     check_content(source)
     if manifest := prepared_manifest(source):
-        if tokenizer_hash(tokenizer) != manifest["tokenizer_sha256"]:
+        if other := made_with_another(manifest, tokenizer):
             raise UserError(
-                f"data: {source} was made with another tokenizer than the model's; tokenize it again"
+                f"data: {source} was made with another {other} than the model's; tokenize it again"
             )
         if documents != "eos":
             raise UserError(f"documents: {source} is tokenized already; name its text for {documents}")
         splits = prepared_splits(source, manifest)
         found = pick_split(source, split, splits)
-        tokens, how = splits[found], "each ended by EOS"
+        tokens, conversations = splits[found], "spans" in splits[found].features
     else:
-        texts = Documents(
+        raw = Documents(
             source,
             name=name,
             text_column=text_column,
             validation_fraction=0.05,
             cache_dir=None,
             training=False,
-        ).splits
-        found = pick_split(source, split, texts)
-        column = (text or "" for batch in texts[found].iter(1000) for text in batch[text_column])
-        if documents == "eos":
-            tokens, how = _documents(column, tokenizer), "each ended by EOS"
-        else:
-            tokens, how = _joined(column, tokenizer), "joined by blank lines, encoded as one text"
-        if "validation" not in texts and "test" not in texts:
-            found = "all"
-    rows = PackedRows(tokens, block_size)
-    if not len(rows):
-        raise UserError(
-            f"data: {source} ({found}) has {rows.num_tokens} tokens, no block of {block_size}; "
-            "lower block_size"
         )
+        found, conversations = pick_split(source, split, raw.splits), raw.records.are_conversations
+        if conversations and documents != "eos":
+            raise UserError(f"documents: {source} holds {raw.records.words}; leave {documents} out")
+        column = (text or "" for batch in raw.splits[found].iter(1000) for text in batch.get(text_column, ()))
+        if conversations:
+            tokens = raw.encoded(ConversationEncoder.of(tokenizer, raw.records), found)
+        else:
+            tokens = (_documents if documents == "eos" else _joined)(column, tokenizer)
+        if "validation" not in raw.splits and "test" not in raw.splits:
+            found = "all"
+    if conversations:
+        rows: TokenRows = ConversationRows(tokens, block_size, tokenizer.eos_token_id)
+        lack, how = f"no label in rows of {block_size}; raise", _RENDERED
+    else:
+        rows = packed = PackedRows(tokens, block_size)
+        lack = f"{packed.num_tokens} tokens, no block of {block_size}; lower"
+        how = _ENDED if documents == "eos" else "joined by blank lines, encoded as one text"
+    if not len(rows):
+        raise UserError(f"data: {source} ({found}) has {lack} block_size")
     return Text(rows, found, how)
 
 

@@ -1,8 +1,8 @@
 """Causal language models of transformers (Llama, Qwen3) as training systems.
 
 The stock transformers model stays as it is but for its linear layers. Latent weights are float32, whatever
-the file holds. Perplexity is `exp` of the mean negative log-likelihood over all predicted tokens, summed in
-float64 over batches and processes, not averaged over batches.
+the file holds. Perplexity is `exp` of the mean negative log-likelihood over all tokens with a label, summed
+in float64 over batches and processes, not averaged over batches.
 """
 
 import json
@@ -20,7 +20,7 @@ from stableqat.errors import UserError, first_line
 from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.base import QATModule
 from stableqat.modules.config import compare_configs, hub_refusal, resolve_config
-from stableqat.modules.loss import lean_forward, token_losses
+from stableqat.modules.loss import IGNORED, lean_forward, token_losses
 from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.start import state_dict_follows
 from stableqat.modules.teacher import Distillation, Teacher
@@ -164,20 +164,49 @@ class LlamaModule(QATModule):
                 "entries; raise it, or use the tokenizer that the model was trained with"
             )
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """`(batch, tokens)` ids to `(batch, tokens, vocab)` logits."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Compute the logits.
+
+        Args:
+            input_ids: `(batch, tokens)`.
+            position_ids: `(batch, tokens)`. Where they restart, a document begins that does not see those
+                before it in its row; None lets each token see all before it.
+
+        Returns:
+            `(batch, tokens, vocab)`.
+        """
         assert self.model is not None
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean negative log-likelihood of the next token; the model itself shifts the labels."""
+        """Mean negative log-likelihood of the next token over the batch's labels that are not -100.
+
+        The model itself shifts the labels. See `training_step` for several processes.
+        """
         assert self.model is not None
         options: dict[str, Any] = {}
         if self.teacher is not None:
-            options = self.teacher.options_for(batch["input_ids"])
+            options = self.teacher.options_for(batch["input_ids"], batch.get("position_ids"))
         return self.model(
-            input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False, **options
+            input_ids=batch["input_ids"],
+            position_ids=batch.get("position_ids"),
+            labels=batch["labels"],
+            use_cache=False,
+            **options,
         ).loss
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Log the loss, and return what is differentiated: the mean over the labels of all processes.
+
+        Processes average their gradients, so each weighs its mean by its share of the labels. Accumulated
+        batches weigh the same, however many labels they have.
+        """
+        loss = self.loss(batch)
+        if self.trainer.world_size > 1:
+            labels = (batch["labels"][:, 1:] != IGNORED).sum().to(loss.dtype)
+            loss = loss * (labels / self.trainer.strategy.reduce(labels.clone(), reduce_op="mean"))
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
 
     def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
         """See `QATModule.example_batch`."""
@@ -189,10 +218,10 @@ class LlamaModule(QATModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Sum negative log-likelihoods and tokens."""
         nll = self.predict_step(batch, batch_idx)
-        self.val_loss.update(nll.double().sum(), (batch["labels"][:, 1:] != -100).sum(), batch_idx)
+        self.val_loss.update(nll.double().sum(), (batch["labels"][:, 1:] != IGNORED).sum(), batch_idx)
 
     def measured(self, loss: Tensor) -> dict[str, Tensor]:
-        """Perplexity over all tokens."""
+        """Perplexity over all tokens that have a label."""
         return {"perplexity": loss.exp()}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -201,9 +230,9 @@ class LlamaModule(QATModule):
             assert self.model is not None
             losses = self.model(**batch, use_cache=False, loss=token_losses).loss
             return losses[:, :-1]
-        logits = self(batch["input_ids"])[:, :-1].float()
+        logits = self(batch["input_ids"], batch.get("position_ids"))[:, :-1].float()
         return nn.functional.cross_entropy(
-            logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none"
+            logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none"
         )
 
 

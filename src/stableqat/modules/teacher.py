@@ -4,8 +4,9 @@
 
 KL (Hinton et al., arXiv:1503.02531) is taken over the whole vocabulary, both distributions at temperature T,
 the teacher's first: the student must cover what the teacher finds likely. The student without its quantizers
-is not a teacher, as its latent weights move. The teacher is frozen, in bfloat16 and outside the module: state
-dict, optimizer, wrapping and checkpoints do not know it, so a resumed run loads it again.
+is not a teacher, as its latent weights move. All terms are means over the tokens that have a label. The
+teacher is frozen, in bfloat16 and outside the module: state dict, optimizer, wrapping and checkpoints do not
+know it, so a resumed run loads it again.
 """
 
 from dataclasses import dataclass
@@ -86,16 +87,17 @@ class Teacher:
                 )
 
     @torch.no_grad()
-    def options_for(self, input_ids: Tensor) -> dict[str, Any]:
+    def options_for(self, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
         """Run the teacher on a batch, for what `lean_forward` needs to compute the student's loss.
 
         Args:
             input_ids: `(batch, tokens)`.
+            position_ids: `(batch, tokens)`, as the student reads them.
         """
         self.to(input_ids.device)
         states = {"output_hidden_states": True} if self.settings.hidden_weight else {}
         with torch.autocast(input_ids.device.type, enabled=False):
-            read = self.model.model(input_ids=input_ids, use_cache=False, **states)
+            read = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **states)
         head = self.model.lm_head
         loss = DistillationLoss(
             self.settings, read.last_hidden_state, head.weight, head.bias, read.hidden_states

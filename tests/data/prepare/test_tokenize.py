@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer
 
 from stableqat.cli.main import main
 from stableqat.data import TextDataModule
+from stableqat.data.chat import Records
 from stableqat.data.encoder import DocumentEncoder
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
 from stableqat.data.prepare import encode
@@ -341,7 +341,7 @@ def test_kills_change_no_byte_and_leave_no_process(tmp_path, tokenizer):
 
 def test_few_batches_are_in_flight(tokenizer):
     work = encode.Work(
-        DocumentEncoder(Path(f"{tokenizer}/tokenizer.json").read_text(), 0), "text", HeldOut(0)
+        DocumentEncoder(Path(f"{tokenizer}/tokenizer.json").read_text(), 0), Records("text"), HeldOut(0)
     )
     read = 0
 
@@ -353,9 +353,8 @@ def test_few_batches_are_in_flight(tokenizer):
 
     for position, (batch, encoded) in enumerate(encode.encode_all(work, batches(), 2)):
         assert batch.first == position
-        assert np.frombuffer(encoded.tokens["train"], np.int32).tolist() == joined(
-            tokenizer, [document(position)]
-        )
+        (run,) = encoded.columns["train"]["input_ids"]
+        assert run.tolist() == joined(tokenizer, [document(position)])
         assert read - position <= 6
 
 
@@ -371,7 +370,7 @@ def test_no_process_sees_ctrl_c_not_even_while_it_starts(tokenizer, monkeypatch,
         started.append(process)
 
     monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start_and_interrupt)
-    work = encode.Work(DocumentEncoder.of(load_tokenizer(str(tokenizer))), "text", HeldOut(0))
+    work = encode.Work(DocumentEncoder.of(load_tokenizer(str(tokenizer))), Records("text"), HeldOut(0))
     batches = (encode.Batch("train", 0, "a.jsonl", n, [{"text": document(n)}]) for n in range(40))
     encoded = encode.encode_all(work, batches, 2)
     for number in range(9):

@@ -1,4 +1,4 @@
-"""A corpus of raw text: its files, in a local folder or on the Hub, and their documents from any place on.
+"""A raw corpus: its files, in a local folder or on the Hub, and their documents from any place on.
 
 Files are streamed, JSON lines by line and parquet by row group, so that memory does not grow with the corpus
 and files of the Hub are never stored on this disk. The place of a document is (file, record): after a stop,
@@ -7,13 +7,15 @@ reading resumes there.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stableqat.data.chat import Format, Records, conversations_in, recognise
 from stableqat.data.damage import decompressed, file_format
-from stableqat.data.source import SPLITS, TEXT_FORMATS, local_files, not_found, wrong_column
+from stableqat.data.source import SPLITS, TEXT_FORMATS, listed, local_files, not_found, wrong_column
 from stableqat.errors import UserError, first_line
 
 _HUB_FILE = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)")
@@ -102,13 +104,13 @@ def _hub_corpus(source: str, formats: dict[str, str], name: str | None, revision
     return Corpus({split: sorted(files) for split, files in splits.items()}, commit)
 
 
-def read(file: CorpusFile, start: int = 0, *, column: str | None = None) -> Iterator[Record]:
-    """Yield the records of a file, from number `start` on.
+def read(file: CorpusFile, start: int = 0, *, columns: Sequence[str] = ()) -> Iterator[Record]:
+    """Yield a file's records from number `start` on.
 
     Args:
         file: The file.
-        start: Number of records to skip; blank lines count.
-        column: The only column wanted, if the format can leave out the others.
+        start: Records to skip; blank lines count.
+        columns: Those wanted, where the format can leave out others; none takes all.
 
     Raises:
         UserError: If the file cannot be read.
@@ -120,14 +122,14 @@ def read(file: CorpusFile, start: int = 0, *, column: str | None = None) -> Iter
     try:
         system, path = url_to_fs(file.path)
         with system.open(path, "rb") as stream:
-            yield from reader(stream, file.name, start, column)
+            yield from reader(stream, file.name, start, columns)
     except UserError:
         raise
     except Exception as error:  # each decompressor, reader and network client raises errors of its own
         raise UserError(f"{file.path} cannot be read ({first_line(error)}): repair or remove it") from error
 
 
-def _lines(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterator[Record]:
+def _lines(stream: BinaryIO, name: str, start: int, columns: Sequence[str]) -> Iterator[Record]:
     with decompressed(stream, name) as lines:
         for number, line in enumerate(iter(lines.readline, b"")):
             if number == 0 and line.startswith(b"["):
@@ -136,11 +138,11 @@ def _lines(stream: BinaryIO, name: str, start: int, column: str | None) -> Itera
                 yield line
 
 
-def _rows(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterator[Record]:
+def _rows(stream: BinaryIO, name: str, start: int, columns: Sequence[str]) -> Iterator[Record]:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(stream)
-    wanted = [column] if column in file.schema_arrow.names else None
+    wanted = [name for name in columns if name in file.schema_arrow.names] or None
     first = 0
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
@@ -152,40 +154,100 @@ def _rows(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterat
         first += size
 
 
-def _whole(stream: BinaryIO, name: str, start: int, column: str | None) -> Iterator[Record]:
+def _whole(stream: BinaryIO, name: str, start: int, columns: Sequence[str]) -> Iterator[Record]:
     if start == 0:
         with decompressed(stream, name) as content:
             yield {"text": content.read().decode()}
 
 
-def document(record: Record, column: str, name: str, number: int) -> tuple[dict[str, Any], str]:
-    """The fields of a record and its text, which is "" for a blank line and an empty document.
+def document(record: Record, records: Records, name: str, number: int) -> tuple[dict[str, Any], str]:
+    """A record's fields and its document; that of a blank line or an empty text is "".
 
     Args:
         record: The record.
-        column: The column that holds the text.
+        records: What the records of the corpus are.
         name: The file's name, for messages.
         number: The record's number in the file.
 
     Raises:
-        UserError: If the record is not a JSON object (names the file and the line), lacks the column, or
-            holds something other than text in it.
+        UserError: If it is not a JSON object (names the file and the line), or another kind of record.
     """
-    fields: Any = record
-    if isinstance(record, bytes):
+    fields = _fields(record, name, number)
+    texts = {key: isinstance(value, str) for key, value in fields.items()}
+    if fields and records.are_conversations:
+        if lost := [column for column in records.columns if column not in fields]:
+            raise UserError(
+                f"{name} row {number + 1} has no column {lost[0]} (it has {listed(fields)}), and others hold "
+                f"{records.words}: keep one format per source"
+            )
         try:
-            fields = json.loads(record) if record.strip() else {}
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
-            raise UserError(f"{name} line {number + 1} is not valid JSON ({error}): repair it") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{name} line {number + 1} is not a JSON object: repair it")
+            return fields, records.document(fields)
+        except ValueError as error:
+            raise UserError(f"{name} row {number + 1}: {error}") from error
+    column = records.text_column
     if fields and not (column in fields and isinstance(fields[column], str | None)):
-        raise wrong_column(name, column, {key: isinstance(value, str) for key, value in fields.items()})
+        raise wrong_column(name, column, texts)
     return fields, fields.get(column) or ""
 
 
-def texts(file: CorpusFile, column: str) -> Iterator[str]:
-    """Yield the texts of a file's documents, without empty ones."""
-    for number, record in enumerate(read(file, column=column)):
-        if text := document(record, column, file.name, number)[1]:
+def _fields(record: Record, name: str, number: int) -> dict[str, Any]:
+    if not isinstance(record, bytes):
+        return record
+    try:
+        fields = json.loads(record) if record.strip() else {}
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+        raise UserError(f"{name} line {number + 1} is not valid JSON ({error}): repair it") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{name} line {number + 1} is not a JSON object: repair it")
+    return fields
+
+
+def documents(file: CorpusFile, records: Records) -> Iterator[str]:
+    """Yield a file's documents, without empty ones."""
+    for number, record in enumerate(read(file, columns=records.all_columns)):
+        if text := document(record, records, file.name, number)[1]:
             yield text
+
+
+def find_records(files: Iterable[CorpusFile], text_column: str, asked: Format | None) -> Records:
+    """Tell by the first record of a corpus what its records are; one without a text tells nothing.
+
+    Args:
+        files: Of the corpus.
+        text_column: The column of texts.
+        asked: The format, if the user names it.
+
+    Raises:
+        UserError: If no format fits, or several do.
+    """
+    for file in files:
+        for number, record in enumerate(read(file)):
+            fields = _fields(record, file.name, number)
+            given = {key: isinstance(value, str) for key, value in fields.items() if value is not None}
+            if given.get(text_column) or (fields and text_column not in fields) or conversations_in(given):
+                return recognise(file.name, given, text_column, asked)
+            if text_column in given:
+                raise wrong_column(file.name, text_column, given)
+    return Records("text", text_column)
+
+
+def find_record(source: str, split: str, index: int) -> str | None:
+    """The file and the number in it of a split's record, None if the files do not tell.
+
+    Args:
+        source: A file or folder, or a hub name.
+        split: Its split.
+        index: The record's number in the split, blank lines not counted.
+    """
+    if (local := local_files(source, TEXT_FORMATS, training=False)) is None:
+        return None
+    for path in local[1].get(split, ()):
+        with suppress(UserError):
+            for number, record in enumerate(read(CorpusFile(path.name, str(path), 0))):
+                if not isinstance(record, bytes) or record.strip():
+                    if index == 0:
+                        return f"{path} row {number + 1}"
+                    index -= 1
+            continue
+        return None
+    return None

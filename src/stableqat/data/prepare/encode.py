@@ -14,7 +14,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from stableqat.data.encoder import DocumentEncoder
+import numpy as np
+
+from stableqat.data.chat import BadRecordError, Records
+from stableqat.data.encoder import Encoder
 from stableqat.data.holdout import HeldOut, document_hash
 from stableqat.data.prepare.corpus import Record, document
 from stableqat.errors import UserError
@@ -33,9 +36,9 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """A batch's tokens by split, as bytes of int32, and counts of what became of its documents."""
+    """A batch's columns by split, lists of int32, and counts of what became of those."""
 
-    tokens: dict[str, bytes] = field(default_factory=dict)
+    columns: dict[str, dict[str, list[np.ndarray]]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -43,24 +46,32 @@ class Encoded:
 class Work:
     """What each process receives, once."""
 
-    encoder: DocumentEncoder
-    column: str
+    encoder: Encoder
+    records: Records
     held_out: HeldOut
 
     def encode(self, batch: Batch) -> Encoded:
         """Parse a batch's records, assign them to splits and tokenize them."""
         texts: dict[str, list[str]] = {}
+        numbers: dict[str, list[int]] = {}
         left_out = 0
         for number, record in enumerate(batch.records, batch.first):
-            if text := document(record, self.column, batch.name, number)[1]:
+            if text := document(record, self.records, batch.name, number)[1]:
                 split: str | None = batch.split
                 if split == "train" and (split := self.held_out.split(document_hash(text))) is None:
                     left_out += 1
                 else:
                     texts.setdefault(str(split), []).append(text)
+                    numbers.setdefault(str(split), []).append(number)
         encoded = Encoded()
         for split, some in texts.items():
-            encoded.tokens[split] = b"".join(tokens.tobytes() for tokens in self.encoder(some))
+            try:
+                encoded.columns[split] = self.encoder.columns(some)
+            except BadRecordError as error:
+                row = numbers[split][error.index] + 1
+                raise UserError(f"{batch.name} row {row}: {error.reason}") from error
+            if not self.records.are_conversations:  # one run of tokens is handed over faster
+                encoded.columns[split] = {k: [np.concatenate(v)] for k, v in encoded.columns[split].items()}
             encoded.counts[split] = {"documents": len(some), "characters": sum(map(len, some))}
         if left_out:
             encoded.counts.setdefault("train", {})["left_out"] = left_out

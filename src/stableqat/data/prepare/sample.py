@@ -19,8 +19,9 @@ from typing import IO, Any
 import numpy as np
 
 from stableqat.data.budget import CHARACTERS_PER_TOKEN, Budget
+from stableqat.data.chat import Records
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
-from stableqat.data.prepare.corpus import Corpus, CorpusFile, document, find_corpus, read, texts
+from stableqat.data.prepare.corpus import Corpus, CorpusFile, document, documents, find_corpus, read
 from stableqat.data.prepare.output import Output, Shards, progress
 from stableqat.data.source import TEXT_FORMATS
 from stableqat.errors import UserError
@@ -190,7 +191,8 @@ def _written_hashes(shards: Shards, column: str) -> Iterator[int]:
     for shard in shards.shards:
         if shard["split"] == "validation":
             path = shards.output.part / shard["file"]
-            yield from map(document_hash, texts(CorpusFile(path.name, str(path), 0), column))
+            file = CorpusFile(path.name, str(path), 0)
+            yield from map(document_hash, documents(file, Records("text", column)))
 
 
 def _as_line(fields: dict[str, Any]) -> bytes:
@@ -243,7 +245,7 @@ def _of_folder(
         while cursor[1] < len(files):
             file = files[cursor[1]]
             for record in read(file, cursor[2]):
-                fields, text = document(record, column, file.name, cursor[2])
+                fields, text = document(record, Records("text", column), file.name, cursor[2])
                 cursor[2] += 1
                 if text:
                     number = document_hash(text)

@@ -1,20 +1,22 @@
 """A tokenized set: documents become rows of tokens in memory-mapped Arrow files.
 
 The tokens of a split's documents, in the order of the files, form one run that is cut into rows of
-`block_size`; a tail that does not fill a row is dropped. The result depends only on the input and the
-tokenizer, not on the number of processes or on interruptions.
+`block_size`; a tail that does not fill a row is dropped. Conversations stay whole, and go into rows when they
+are read. The result depends only on the input and the tokenizer, not on the number of processes or on
+interruptions.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stableqat.data.encoder import DocumentEncoder
+from stableqat.data.chat import Records
+from stableqat.data.encoder import ConversationEncoder, DocumentEncoder, Encoder, token_features
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
-from stableqat.data.prepare.corpus import CorpusFile, Record, read, texts
+from stableqat.data.prepare.corpus import CorpusFile, Record, documents, read
 from stableqat.data.prepare.encode import Batch, Work, encode_all
 from stableqat.data.prepare.output import Output, Shards, progress
 from stableqat.data.prepared import SAMPLE, check_content, read_field, read_manifest
@@ -23,6 +25,7 @@ from stableqat.data.tokenizer import (
     check_tokenizer,
     load_tokenizer,
     save_tokenizer,
+    template_hash,
     tokenizer_hash,
     train_bpe,
 )
@@ -45,15 +48,20 @@ _BATCH_CHARACTERS = 500_000
 
 
 def write_tokens(
-    output: Output, files: dict[str, list[CorpusFile]], sampled: dict[str, Any], num_proc: int
+    output: Output,
+    files: dict[str, list[CorpusFile]],
+    records: Records,
+    sampled: dict[str, Any],
+    num_proc: int,
 ) -> dict[str, dict[str, Any]]:
     """Write the tokenized set that the output's request asks for.
 
     Args:
         output: Where it goes.
-        files: The files of each split of the input.
-        sampled: The manifest of the input if it is a sample, otherwise empty.
-        num_proc: Number of processes that tokenize.
+        files: Of each split of the input.
+        records: What the records of the input are.
+        sampled: Manifest of the input, if it is a sample.
+        num_proc: Processes that tokenize.
 
     Returns:
         The numbers of each split.
@@ -63,18 +71,25 @@ def write_tokens(
     """
     request = output.request
     source, tokenizer, block_size = request["input"], request["tokenizer"], request["block_size"]
-    column, fraction = request["text_column"], request["validation_fraction"]
+    fraction = request["validation_fraction"]
     check_content(source)
-    held_out = _held_out(files, column, fraction, source)
-    chosen = _tokenizer(output, tokenizer, _training_texts(files["train"], column, held_out))
-    rows = _Rows(output, block_size)
-    _run(Work(DocumentEncoder.of(chosen), column, held_out), files, rows, num_proc, sampled)
+    held_out = _held_out(files, records, fraction, source)
+    chosen = _tokenizer(output, tokenizer, _training_texts(files["train"], records, held_out))
+    rows: _Rows | _Conversations
+    if records.are_conversations:
+        encoder: Encoder = ConversationEncoder.of(chosen, records)
+        rows, what = _Conversations(output), "documents"
+    else:
+        encoder = DocumentEncoder.of(chosen)
+        rows, what = _Rows(output, block_size), "rows"
+    _run(Work(encoder, records, held_out), files, rows, num_proc, sampled)
     splits = rows.splits()
     for split in ("train", "validation"):
-        if not splits.get(split, {}).get("rows"):
+        if not splits.get(split, {}).get(what):
             output.discard()
+            lack = f"fills no row of block_size {block_size}" if what == "rows" else "holds no conversation"
             raise UserError(
-                f"the {split} split of {source} fills no row of block_size {block_size}: "
+                f"the {split} split of {source} {lack}: "
                 f"give more documents{'' if fraction is None else ' or a larger validation_fraction'}"
             )
     output.finish(
@@ -86,6 +101,7 @@ def write_tokens(
             "block_size": block_size,
             "validation": "the input's own" if fraction is None else f"{fraction} of the hashes, held out",
             "sample": {key: sampled[key] for key in _ORIGIN if key in sampled},
+            **({"chat_template_sha256": template_hash(chosen)} if records.are_conversations else {}),
             "splits": splits,
         }
     )
@@ -115,23 +131,23 @@ def bpe_size(tokenizer: str) -> int | None:
 
 
 def _held_out(
-    splits: dict[str, list[CorpusFile]], column: str, fraction: float | None, source: str
+    splits: dict[str, list[CorpusFile]], records: Records, fraction: float | None, source: str
 ) -> HeldOut:
     """Hash the documents outside of train; only these 8 bytes per document grow with the input."""
 
     def hashes(*names: str) -> Iterator[int]:
         files = (file for name in names for file in splits.get(name, ()))
-        return (document_hash(text) for file in files for text in texts(file, column))
+        return (document_hash(text) for file in files for text in documents(file, records))
 
     cutoff = 0 if fraction is None else hash_cutoff(fraction, hashes("train"), source)
     return HeldOut(cutoff, np.unique(np.fromiter(hashes("validation", "test"), np.int64)))
 
 
-def _training_texts(files: list[CorpusFile], column: str, held_out: HeldOut) -> Iterator[str]:
-    """Yield as many training documents as a BPE can use, an equal share from each file."""
+def _training_texts(files: list[CorpusFile], records: Records, held_out: HeldOut) -> Iterator[str]:
+    """Yield training documents, an equal share from each file, as many as a BPE can use."""
     for file in files:
         left = _BPE_CHARACTERS // len(files)
-        for text in texts(file, column):
+        for text in documents(file, records):
             if held_out.split(document_hash(text)) == "train":
                 yield text
                 left -= len(text)
@@ -151,45 +167,56 @@ def _tokenizer(output: Output, name: str, texts: Iterable[str]) -> "PreTrainedTo
 
 
 def _batches(
-    splits: dict[str, list[CorpusFile]], column: str, place: dict[str, Any] | None
+    splits: dict[str, list[CorpusFile]], records: Records, place: dict[str, Any] | None
 ) -> Iterator[Batch]:
     """Yield the records of all files, starting at a place; a batch never spans files."""
     files = [(split, file) for split in ("validation", "test", "train") for file in splits.get(split, ())]
     at, first = (place["file"], place["record"]) if place else (0, 0)
     for number in range(at, len(files)):
         split, file = files[number]
-        records: list[Record] = []
+        some: list[Record] = []
         size = 0
-        for record in read(file, first, column=column):
-            records.append(record)
-            text = record if isinstance(record, bytes) else record.get(column)
-            size += len(text) if isinstance(text, bytes | str) else 0
+        for record in read(file, first, columns=records.all_columns):
+            some.append(record)
+            size += _size(record, records)
             if size >= _BATCH_CHARACTERS:
-                yield Batch(split, number, file.name, first, records)
-                first, records, size = first + len(records), [], 0
-        if records:
-            yield Batch(split, number, file.name, first, records)
+                yield Batch(split, number, file.name, first, some)
+                first, some, size = first + len(some), [], 0
+        if some:
+            yield Batch(split, number, file.name, first, some)
         first = 0
 
 
-class _ArrowFile:
-    """A shard: rows of tokens in Arrow's stream format, with the schema that `datasets` writes."""
+def _size(record: Record, records: Records) -> int:
+    """About how many characters a record has."""
+    if isinstance(record, bytes):
+        return len(record)
+    texts = (record.get(column) for column in records.all_columns)
+    return sum(len(text if isinstance(text, str) else json.dumps(text)) for text in texts if text is not None)
 
-    def __init__(self, path: Path, block_size: int):
+
+class _ArrowFile:
+    """A shard in Arrow's stream format, with the schema that `datasets` writes: lists of int32.
+
+    Args:
+        path: Where it goes.
+        columns: Its columns.
+        length: Of each list; -1 for any.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], length: int = -1):
         import pyarrow
 
-        self.block_size = block_size
-        kind = {"feature": {"dtype": "int32", "_type": "Value"}, "length": block_size, "_type": "List"}
-        about = json.dumps({"info": {"features": {"input_ids": kind}}})
-        row = pyarrow.list_(pyarrow.int32(), block_size)
-        self.schema = pyarrow.schema({"input_ids": row}, metadata={"huggingface": about})
+        kind = {"feature": {"dtype": "int32", "_type": "Value"}, "length": length, "_type": "List"}
+        about = json.dumps({"info": {"features": dict.fromkeys(columns, kind)}})
+        row = pyarrow.list_(pyarrow.int32(), length)
+        self.schema = pyarrow.schema(dict.fromkeys(columns, row), metadata={"huggingface": about})
         self.writer = pyarrow.ipc.new_stream(str(path), self.schema)
 
-    def write(self, tokens: np.ndarray) -> None:
+    def write(self, *columns: Any) -> None:
         import pyarrow
 
-        rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(tokens), self.block_size)
-        self.writer.write_batch(pyarrow.record_batch([rows], schema=self.schema))
+        self.writer.write_batch(pyarrow.record_batch(list(columns), schema=self.schema))
 
     def close(self) -> None:
         self.writer.close()
@@ -200,22 +227,25 @@ class _Rows:
 
     def __init__(self, output: Output, block_size: int):
         self.block_size = block_size
-        self.shards = Shards(output, ".arrow", lambda path: _ArrowFile(path, block_size))
+        self.shards = Shards(output, ".arrow", lambda path: _ArrowFile(path, ["input_ids"], block_size))
         tails = self.shards.place["tails"] if self.shards.place else {}
         self.pending = {split: [np.array(tail, np.int32)] for split, tail in tails.items()}
 
-    def add(self, split: str, tokens: bytes) -> None:
+    def add(self, split: str, columns: dict[str, list[np.ndarray]]) -> None:
         pending = self.pending.setdefault(split, [])
-        pending.append(np.frombuffer(tokens, np.int32))
+        pending.append(np.concatenate(columns["input_ids"]))
         if sum(map(len, pending)) >= _WRITTEN_TOKENS:
             self._write(split)
 
     def _write(self, split: str) -> None:
+        import pyarrow
+
         run = np.concatenate(self.pending[split])
         whole = len(run) // self.block_size * self.block_size
         self.pending[split] = [run[whole:]]
         if whole:
-            self.shards[split].write(run[:whole])
+            rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(run[:whole]), self.block_size)
+            self.shards[split].write(rows)
             self.shards.count(split, rows=whole // self.block_size, tokens=whole)
 
     def cut(self, place: dict[str, int]) -> None:
@@ -233,8 +263,35 @@ class _Rows:
         }
 
 
+class _Conversations:
+    """Writes whole conversations to shards, each with the spans of its tokens that the assistant writes."""
+
+    def __init__(self, output: Output):
+        columns = list(token_features(conversations=True))
+        self.shards = Shards(output, ".arrow", lambda path: _ArrowFile(path, columns))
+
+    def add(self, split: str, columns: dict[str, list[np.ndarray]]) -> None:
+        import pyarrow
+
+        lists = {name: pyarrow.array(runs, pyarrow.list_(pyarrow.int32())) for name, runs in columns.items()}
+        self.shards[split].write(*lists.values())
+        labelled = sum(int(np.diff(spans.reshape(-1, 2)).sum()) for spans in columns["spans"])
+        self.shards.count(split, tokens=sum(map(len, columns["input_ids"])), assistant_tokens=labelled)
+
+    def cut(self, place: dict[str, int]) -> None:
+        self.shards.cut(place)
+
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """The shards and numbers of each split."""
+        return self.shards.splits()
+
+
 def _run(
-    work: Work, splits: dict[str, list[CorpusFile]], rows: _Rows, num_proc: int, sampled: dict[str, Any]
+    work: Work,
+    splits: dict[str, list[CorpusFile]],
+    rows: _Rows | _Conversations,
+    num_proc: int,
+    sampled: dict[str, Any],
 ) -> None:
     """Tokenize what the last cut does not hold yet."""
     shards = rows.shards
@@ -242,10 +299,10 @@ def _run(
     done = sum(split.get("characters", 0) for split in shards.splits().values())
     with progress(total, done) as show:
         fresh, end = 0, shards.place or {"file": 0, "record": 0}
-        for batch, encoded in encode_all(work, _batches(splits, work.column, shards.place), num_proc):
-            for split, tokens in encoded.tokens.items():
-                rows.add(split, tokens)
-                fresh += len(tokens) // 4
+        for batch, encoded in encode_all(work, _batches(splits, work.records, shards.place), num_proc):
+            for split, columns in encoded.columns.items():
+                rows.add(split, columns)
+                fresh += sum(map(len, columns["input_ids"]))
             for split, counts in encoded.counts.items():
                 shards.count(split, **counts)
                 done += counts.get("characters", 0)
