@@ -184,6 +184,7 @@ def test_verbs_and_flags_in_running_text_exist():
         "trainer": [Trainer],
         "model": [modules.QATModule, modules.LlamaModule, modules.ViTModule],
         "data": [data.TextDataModule, data.ImageDataModule],
+        "baseline": [callbacks.Baseline],
         "mismatch": [callbacks.GradientMismatch],
         "evaluate": [callbacks.Evaluate],
         "last": [callbacks.LastCheckpoint],

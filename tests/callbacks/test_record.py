@@ -19,7 +19,10 @@ from stableqat.events import read_run
 from stableqat.modules import CosineWarmup
 from stableqat.quantizers import StableQAT
 
-ALL = {"hp/val_loss", "hp/best_val_loss", "hp/initial_loss", "hp/diverged", "hp/steps", "hp/finished"}
+ALL = {
+    f"hp/{what}" for what in ("val_loss", "best_val_loss", "initial_loss", "diverged", "steps", "finished")
+}
+ALL |= {"hp/loss_fp", "hp/loss_ptq"}
 RUNS = [("llama", "fp"), ("llama", "dsq"), ("vit", "stableqat"), ("vit", "paretoq")]
 
 

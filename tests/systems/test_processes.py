@@ -76,6 +76,17 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_measure_the_start_as_one_does(family, strategy, runs):
+    def measured(strategy):
+        runs.probed(family, strategy)
+        run = read_run(runs.folder / family / f"{strategy}-32-true", ("hp/loss_",))
+        return [run.last(f"hp/loss_{which}") for which in ("fp", "ptq")]
+
+    assert measured(strategy) == pytest.approx(measured("auto"), rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_train_as_one(family, strategy, runs):
     one, two = runs.probed(family, "auto"), runs.probed(family, strategy)
     assert two["sharded"] == (strategy == "fsdp2")

@@ -1,5 +1,6 @@
 """Callbacks: what a run guards, measures, records and saves while it trains."""
 
+from stableqat.callbacks.baseline import Baseline
 from stableqat.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from stableqat.callbacks.divergence import DivergenceGuard
 from stableqat.callbacks.evaluate import Evaluate
@@ -12,6 +13,7 @@ from stableqat.callbacks.record import RunRecord
 from stableqat.callbacks.throughput import Throughput
 
 __all__ = [
+    "Baseline",
     "BestCheckpoint",
     "DivergenceGuard",
     "Evaluate",

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from stableqat.callbacks.baseline import Baseline
 from stableqat.callbacks.divergence import DivergenceGuard
 from stableqat.files import whole_file
 from stableqat.surgery import SurgeryReport
@@ -86,10 +87,13 @@ class RunRecord(L.Callback):
             logger.log_metrics(self._metrics(trainer, finished), step=trainer.global_step)
 
     def _metrics(self, trainer: L.Trainer, finished: bool = False) -> dict[str, float]:
-        guards = (c for c in trainer.callbacks if isinstance(c, DivergenceGuard))  # type: ignore[attr-defined]
-        guard = next(guards, None)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        guard = next((c for c in callbacks if isinstance(c, DivergenceGuard)), None)
+        baseline = next((c for c in callbacks if isinstance(c, Baseline)), Baseline(enabled=False))
         initial = guard.initial_loss if guard is not None else None
-        return self._losses | {
+        return {
+            **self._losses,
+            **baseline.losses,
             "hp/initial_loss": nan if initial is None else initial,
             "hp/diverged": float(guard is not None and guard.diverged),
             "hp/steps": float(trainer.global_step),

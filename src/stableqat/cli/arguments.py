@@ -20,6 +20,7 @@ from stableqat.files import as_it_stands, only_local
 
 # configurable callbacks, each under a key of its own
 CALLBACKS = {
+    "baseline": "Baseline",
     "guard": "DivergenceGuard",
     "monitor": "QuantizerMonitor",
     "mismatch": "GradientMismatch",

@@ -52,8 +52,10 @@ class LayerGroup(AroundForward):
         input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
         if input is None or not self._pays(input) or any(layer.recompute is True for layer in layers):
             return
+        if first.implementation != "triton":
+            return
         weights = [layer.operands() for layer in layers]
-        if first.implementation != "triton" or any(isinstance(weight.x, DTensor) for weight in weights):
+        if any(isinstance(weight.x, DTensor) for weight in weights):
             return
         known = [layer.known_value() for layer in layers]
         if torch.compiler.is_compiling() and any(value is not None for value in known):

@@ -156,6 +156,10 @@ class QATModule(Evaluation, ABC):
     def adapt(self, model: nn.Module) -> None:
         """Change what a family needs in the model after its layers are swapped, before it is sharded."""
 
+    @abstractmethod
+    def chance(self) -> float | None:
+        """The validation loss of a guess, which a trained start stays under; None if its head is new."""
+
     def resolved(self) -> dict[str, Any]:
         """Hyper-parameters that rebuild the architecture without the source it came from."""
         return {}

@@ -6,6 +6,7 @@ in float64 over batches and processes, not averaged over batches.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from types import MethodType
@@ -68,6 +69,10 @@ class LlamaModule(QATModule):
         self.config = resolve_config(config, self.init_from)
         self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
+
+    def chance(self) -> float:
+        """See `QATModule.chance`: all tokens alike."""
+        return math.log(self.config.vocab_size)
 
     def resolved(self) -> dict[str, Any]:
         """The full transformers config, as plain values, and the teacher's source."""

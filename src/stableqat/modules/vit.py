@@ -75,6 +75,7 @@ class ViTModule(QATModule):
         self.model_args = model_args or {}
         self.label_smoothing = label_smoothing
         self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
+        self._new_head = False  # instead of the start's
         self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
         self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-100)
@@ -112,11 +113,13 @@ class ViTModule(QATModule):
         if (path := weight_file(source)) is not None:
             return _load_file(self, path)
         try:
-            return timm.create_model(
+            model: Any = timm.create_model(
                 f"hf-hub:{source}", pretrained=True, num_classes=self.num_classes, **self.model_args
-            ).train()
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise unreachable(source, error) from error
+        self._new_head = model.pretrained_cfg.get("num_classes") != self.num_classes
+        return model.train()
 
     def check_pretrained(self, source: str) -> None:
         """See `QATModule.check_pretrained`: a local file must exist, or the Hub's model be reachable."""
@@ -142,6 +145,7 @@ class ViTModule(QATModule):
             if key in own and (key not in state or state[key].shape != own[key].shape):
                 had = f"of {len(state[key])} classes" if key in state else "none"
                 state[key] = own[key]
+                self._new_head = True
                 told.append(f"a new classifier of {self.num_classes} classes (the start has {had})")
         if (resampled := _resampled(model, state)) is not None:
             state["pos_embed"], sizes = resampled
@@ -149,6 +153,10 @@ class ViTModule(QATModule):
         if told:
             logger.info("init_from: %s: %s", source, ", ".join(dict.fromkeys(told)))
         return state
+
+    def chance(self) -> float | None:
+        """See `QATModule.chance`: all classes alike, less a margin for classifiers that know little."""
+        return None if self._new_head else 0.99 * math.log(self.num_classes)
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
         """Images must have the model's size and channels; mixup needs even batches."""

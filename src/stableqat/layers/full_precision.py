@@ -1,0 +1,50 @@
+"""The model in full precision, on the weights of the quantized one: what it was before surgery."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stableqat.layers.experts import quantized_experts
+from stableqat.layers.hold import release_weights
+from stableqat.layers.linear import quantized_layers
+
+
+class _Latent(nn.Module):
+    """Stands in for a quantizer and leaves the weight as it is."""
+
+    fuses = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    def implementation(self, weight: Tensor) -> str:
+        return "torch"
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Inside, quantized layers, tied embeddings and experts compute with their latent weights.
+
+    Nothing is copied, and sharded weights work as well. A compiled model compiles anew, unless it is told to
+    run eagerly.
+
+    Args:
+        model: The model. Its quantizers are not among its modules meanwhile, so do not save it inside.
+    """
+    release_weights(model)
+    places: list[tuple[nn.Module, str]] = []
+    places += [(layer, "weight_quantizer") for layer in quantized_layers(model).values()]
+    places += [(module, f"{key}_quantizer") for module, key, _ in quantized_experts(model).values()]
+    quantizers = [module._modules[name] for module, name in places]
+    try:
+        for module, name in places:
+            module._modules[name] = _Latent()
+        yield
+    finally:
+        for (module, name), quantizer in zip(places, quantizers, strict=True):
+            module._modules[name] = quantizer
