@@ -30,6 +30,7 @@ from transformers import (
 import stableqat
 import tiny
 from stableqat.callbacks import HoldWeights
+from stableqat.data.tokenizer import load_tokenizer, train_bpe
 from stableqat.errors import UserError
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.linear import quantized_layers
@@ -192,9 +193,9 @@ def test_one_pattern_may_be_a_string():
 class Adapter(nn.Module):
     """As peft builds it."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: nn.Linear | None = None) -> None:
         super().__init__()
-        self.base_layer = nn.Linear(8, 8)
+        self.base_layer = base or nn.Linear(8, 8)
         self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
         nn.init.zeros_(self.lora_B["default"].weight)
@@ -211,6 +212,37 @@ def test_adapters_are_not_quantized_and_merging_them_afterwards_is_warned_of(cap
     assert list(quantized_layers(model)) == ["0.base_layer", "2.base_layer"]
     stableqat.convert(model)
     assert "0 has an adapter: keep it apart" in caplog.text
+
+
+def test_adapters_train_beside_the_layers_of_a_prepared_model():
+    model = stableqat.prepare(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), bits=2)
+    for name, layer in quantized_layers(model).items():
+        layer.requires_grad_(False)
+        model.set_submodule(name, Adapter(layer))
+    optimizer = torch.optim.AdamW(stableqat.parameter_groups(model, lr=1e-2))
+    x = torch.randn(4, 8)
+    before = model(x)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    trained = model(x)
+    assert trained.square().sum() < before.square().sum()
+    assert torch.equal(stableqat.convert(model)(x), trained)
+    assert len(model[0].base_layer.weight.unique(dim=1)[0].unique()) <= 4
+
+
+def test_prepare_records_the_grids_and_convert_keeps_them():
+    model = stableqat.prepare(llama(), {"*.mlp.*": "dsq", "*": partial(StableQAT, bits=4)}, bits=2)
+    record = model.config.stableqat
+    assert [(kind["method"], kind["bits"]) for kind in record] == [("StableQAT", 4), ("DSQ", 2)]
+    names = [name for kind in record for name in kind["layers"]]
+    assert sorted(names) == sorted(quantized_layers(model))
+    assert stableqat.convert(model).config.stableqat == record
+    refused = llama()
+    with pytest.raises(UserError):
+        stableqat.prepare(refused, bits=2, skip="nothing")
+    assert not hasattr(refused.config, "stableqat")
 
 
 MIXTURE = {
@@ -669,13 +701,28 @@ def blocks() -> dict[str, str]:
 
 
 def test_there_is_an_example_for_each_trainer():
-    assert list(blocks()) == ["transformers' Trainer", "A loop in plain torch", "A LightningModule"]
+    trainers = ["transformers' Trainer", "A loop in plain torch", "A LightningModule"]
+    assert list(blocks()) == [*trainers, "Only the scales"]
 
 
-@pytest.mark.parametrize("heading", blocks())
+def test_the_scales_alone_are_trained():
+    model = llama()
+    given = {"model": model}
+    exec(compile(blocks()["Only the scales"], "docs/trainers.md", "exec"), given)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model(input_ids=ROWS[0]["input_ids"][None], labels=ROWS[0]["labels"][None]).loss.backward()
+    given["optimizer"].step()
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed == {f"{name}.weight_quantizer.scale" for name in quantized_layers(model)}
+
+
+@pytest.mark.parametrize("heading", list(blocks())[:3])
 def test_the_documentation_runs(heading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained(tmp_path / "start")
+    train_bpe(["a b"], 257).save_pretrained(tmp_path / "start")
     # as written, but for the size of things
     code = blocks()[heading].replace("meta-llama/Llama-3.2-1B", str(tmp_path / "start"))
     code = code.replace("max_steps=1000", "max_steps=4").replace("max_epochs=10", "max_epochs=1")
@@ -695,6 +742,7 @@ def test_the_documentation_runs(heading, tmp_path, monkeypatch):
     if "Trainer" in heading:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "llama-2bit", dtype=torch.float32)
         assert torch.equal(logits(loaded), logits(model))
+        assert load_tokenizer(str(tmp_path / "llama-2bit")).eos_token
     if "plain torch" in heading:
         plain = vit()
         plain.load_state_dict(torch.load("deploy.pt", weights_only=True))

@@ -16,8 +16,8 @@ from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.experts import fused_experts, make_plain
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.layers.trial import check_calls, forget_calls
-from stableqat.quantizers import QuantizerSpec
-from stableqat.quantizers.factory import NamedSpec, make_factory
+from stableqat.quantizers import Quantizer, QuantizerSpec
+from stableqat.quantizers.factory import NamedSpec, make_factory, methods
 from stableqat.surgery import HEADS, Choice, SurgeryReport, matches, put_back, quantize_linears
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 _CONVERTED = "_stableqat_converted"
-GRIDS = "stableqat"  # key of a transformers config under which `convert` leaves the grids of the layers
+GRIDS = "stableqat"  # key of a transformers config for the grids of the layers
 
 
 def prepare(
@@ -95,6 +95,7 @@ def prepare_and_report(
         report.check()
         if report.swapped and (calls := check_calls(model, _example(example_inputs))):
             calls.tell()
+        _record_grids(model)
     except UserError:
         put_back(model, {name: linears[name] for name in report.swapped if name in linears})
         raise
@@ -202,10 +203,17 @@ def _record_grids(model: nn.Module) -> None:
         for name, layer in quantized_layers(module).items():
             made = layer.weight_quantizer
             per_channel = made.group_size is not None or made.scale.shape[0] == layer.out_features
-            kinds.setdefault((made.grid.name, made.bits, made.group_size, per_channel), []).append(name)
-        keys = ("grid", "bits", "group_size", "per_channel", "layers")
+            kind = (_method(made), made.grid.name, made.bits, made.group_size, per_channel)
+            kinds.setdefault(kind, []).append(name)
+        keys = ("method", "grid", "bits", "group_size", "per_channel", "layers")
         setattr(config, GRIDS, [dict(zip(keys, (*k, names), strict=True)) for k, names in kinds.items()])
         recorded.append(config)
+
+
+def _method(quantizer: Quantizer) -> str:
+    """A quantizer's class: by its name if it is of this package."""
+    cls = type(quantizer)
+    return cls.__name__ if methods().get(cls.__name__) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _check(model: nn.Module, skip: Sequence[str]) -> None:

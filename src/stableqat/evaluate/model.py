@@ -22,6 +22,8 @@ from stableqat.data.image import PREPROCESSING
 from stableqat.data.tokenizer import check_vocabulary, load_tokenizer
 from stableqat.errors import UserError, first_line
 from stableqat.evaluate.isolation import quiet
+from stableqat.kinds import describe
+from stableqat.model_folder import is_prepared, quantize_again, unreported
 from stableqat.modules.config import pretrained_config
 from stableqat.modules.start import Start, check_start
 from stableqat.modules.vit import image_size
@@ -156,10 +158,7 @@ def _find_run(source: str, tokenizer: str | None, baselines: bool) -> Source:
 def _of_run(source: str, run: Run, tokenizer: Any, start: str | None = None) -> Model:
     """Load a run's trained model, or its start in full precision or quantized."""
     module = run.load() if start is None else run.load_start(quantized=start == "quantized")
-    settings = module.describe()
-    about = "full precision"
-    if "bits" in settings:
-        about = f"{settings['method']}, {settings['bits']} bits, {settings['grid']}"
+    about = _in_words(module.describe())
     if start is not None:
         about = f"its start, {'rounded to nearest, ' if start == 'quantized' else ''}{about}"
     assert module.model is not None
@@ -208,7 +207,7 @@ def _transformers(source: str, tokenizer: Any, about: str) -> Model:
     from transformers import AutoModelForCausalLM
 
     try:
-        with quiet():
+        with quiet(), unreported():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -223,4 +222,16 @@ def _transformers(source: str, tokenizer: Any, about: str) -> Model:
         raise UserError(
             f"{source}: {missing[0]} is missing from its files; copy it again, or correct its config.json"
         )
+    if is_prepared(info["unexpected_keys"]):
+        if not Path(source).expanduser().is_dir():
+            raise UserError(f"{source}: has quantizers, which are read from a folder only; download it")
+        quantize_again(model, Path(source).expanduser())
+        about = _in_words(describe(model))
     return Model(source, model.eval(), about, tokenizer)
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    """How a model is quantized."""
+    if "bits" not in settings:
+        return "full precision"
+    return f"{settings['method']}, {settings['bits']} bits, {settings['grid']}"

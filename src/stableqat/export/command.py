@@ -54,8 +54,8 @@ def export(
     """Writes the quantized weights of a trained model and proves them equal to it.
 
     Args:
-        source: Run folder (its best checkpoint), checkpoint, or folder of a Llama or Qwen3 that
-            `convert(model).save_pretrained` wrote.
+        source: Run folder (its best checkpoint), checkpoint, or folder to which a Llama or
+            Qwen3 was saved with `save_pretrained` after `prepare` or `convert`.
         format: hf (plain safetensors for transformers or timm), compressed-tensors (transformers, vLLM), gguf
             (llama.cpp), onnx (onnxruntime) or torchao.
         out: New folder for the files.

@@ -1,8 +1,8 @@
-"""What to export: the model of a run, a checkpoint or a converted folder, with validation data and tokenizer.
+"""What to export: the model of a run, a checkpoint or a model folder, with validation data and tokenizer.
 
 A run stands for its best checkpoint. Data and tokenizer come from the run's `config.yaml`; without it, or if
 that data is gone, file and model are compared on a fixed random batch, and the report says so. A folder that
-`convert(model).save_pretrained` wrote brings its tokenizer, if one was saved with it.
+a prepared or converted model was saved to brings its tokenizer, if one was saved with it.
 """
 
 from contextlib import nullcontext, suppress
@@ -15,9 +15,9 @@ from torch import Tensor
 from stableqat.data.order import EvaluationOrder
 from stableqat.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
-from stableqat.export.converted import is_model_folder, open_converted
 from stableqat.kinds import kinds
-from stableqat.modules import QATModule
+from stableqat.model_folder import is_model_folder, quantize_again, unreported
+from stableqat.modules import LlamaModule, QATModule
 from stableqat.runs import NoDataError, Run, open_run
 
 ROWS = 16  # in the batch on which file and model are compared
@@ -59,7 +59,7 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     """Load what to export.
 
     Args:
-        source: Run folder, checkpoint or converted folder.
+        source: Run folder, checkpoint, or folder of a prepared or converted model.
         tokenizer: Tokenizer to put beside it; None takes the run's or the folder's.
 
     Raises:
@@ -68,7 +68,7 @@ def load_source(source: str, tokenizer: str | None) -> Source:
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     if is_model_folder(source):
-        return _converted(source, tokenizer)
+        return _of_folder(source, tokenizer)
     run = open_run(source)
     module = run.load()
     batch, batch_of, classes = _rows(run, module)
@@ -111,9 +111,15 @@ def _rows(run: Run, module: QATModule) -> tuple[dict[str, Tensor], str, list[str
     return _random_rows(module), f"random rows: {reason}", classes
 
 
-def _converted(source: str, tokenizer: str | None) -> Source:
-    module = open_converted(source)
+def _of_folder(source: str, tokenizer: str | None) -> Source:
     folder = Path(source).expanduser()
+    module = LlamaModule(config=str(folder), init_from=str(folder))
+    with unreported():
+        module.configure_model()
+    model: Any = module.model
+    prepared = quantize_again(model, folder)
+    module.adapt(model)
+    module.eval()
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = str(folder)
     found: Any = None
@@ -122,7 +128,10 @@ def _converted(source: str, tokenizer: str | None) -> Source:
         check_vocabulary(found, module.config.vocab_size, tokenizer)
     batch = _random_rows(module)
     told = "random rows: a model folder names no data"
-    return Source(module, folder, {}, _kinds(module), None, batch, told, found, None, None)
+    # a converted folder holds values, which any method could have trained
+    more = ["method"] if prepared else []
+    settings = {key: module.describe()[key] for key in more}
+    return Source(module, folder, settings, _kinds(module, *more), None, batch, told, found, None, None)
 
 
 def _kinds(module: QATModule, *more: str) -> list[dict[str, Any]]:

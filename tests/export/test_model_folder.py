@@ -1,4 +1,4 @@
-"""A folder of `convert(model).save_pretrained(...)`: exported as the model that it holds, or one line."""
+"""Folders of prepared and of converted models: read as the model that they hold, or refused in one line."""
 
 import json
 import re
@@ -11,11 +11,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import stableqat
+import words
 from stableqat.cli.main import main
-from stableqat.export.converted import find_scale
+from stableqat.data.tokenizer import train_bpe
 from stableqat.export.packed import pack
 from stableqat.export.source import load_source
+from stableqat.layers.linear import quantized_layers
+from stableqat.model_folder import find_scale
 from stableqat.ops import dequantize_codes, make_grid
+from stableqat.quantizers import STE
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -28,8 +32,8 @@ class Trainer(nn.Module):
         self.net = model
 
 
-def save(folder, family="llama", dtype=torch.float32, config=None, **options):
-    """Save a converted model whose scales were moved; return its file's tensors."""
+def made(family="llama", config=None, **options):
+    """A prepared model whose scales were moved."""
     torch.manual_seed(0)
     keys = {key: x for key, x in (models.CONFIGS[family] | (config or {})).items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys))
@@ -38,6 +42,12 @@ def save(folder, family="llama", dtype=torch.float32, config=None, **options):
         for name, parameter in model.named_parameters():
             if name.endswith(".scale"):
                 parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    return model
+
+
+def save(folder, family="llama", dtype=torch.float32, config=None, **options):
+    """Save a converted model; return its file's tensors."""
+    model = made(family, config, **options)
     stableqat.convert(Trainer(model))  # names in the folder are the model's, not the trainer's
     model.to(dtype).save_pretrained(folder)
     return load_file(folder / "model.safetensors")
@@ -164,9 +174,13 @@ STRETCHED = {"grid": "stretched", "dtype": torch.bfloat16}
         ({}, change(1e-4), f"{LAYER}: its weights lie on no 2-bit integer grid"),
         ({}, change(torch.nan), f"{LAYER} holds NaN or infinity"),
         ({}, record("stableqat", value=None), "names no quantized layers; export the run or checkpoint"),
-        ({}, record("stableqat", value={"a": 1}), "config.json: stableqat: must list mappings of grid, bits"),
+        (
+            {},
+            record("stableqat", value={"a": 1}),
+            "config.json: stableqat: must list mappings of method, grid",
+        ),
         ({}, record("stableqat", value="integer"), "config.json: stableqat: must list mappings"),
-        ({}, record("stableqat", value=[]), "stableqat: must list mappings of grid"),
+        ({}, record("stableqat", value=[]), "stableqat: must list mappings of method"),
         ({}, field("bits", value="2"), "stableqat.bits: '2' is of another type"),
         ({}, field("bits", value=True), "stableqat.bits: True is of another type"),
         ({}, field("bits", value=99), "q_proj: bits: must be a whole.*not 99"),
@@ -191,3 +205,123 @@ def test_what_is_no_converted_folder_is_one_line(options, damage, line, tmp_path
     assert said.startswith("stableqat: ")
     assert re.search(line, said), said
     assert not out.exists()
+
+
+# -- folders of prepared models -----------------------------------------------------------------
+
+
+class Mine(STE):
+    """A method of a user's own."""
+
+
+def prepared(folder, family="llama", **options):
+    """Save a prepared model; return the deployed weights of its layers."""
+    shard = options.pop("shard", "5GB")
+    model = made(family, **options).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    layers = quantized_layers(model)
+    return {name: x.weight_quantizer.quantize(x.weight).dequantize() for name, x in layers.items()}, model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *models.GRIDS.values(),
+        {"bits": 1},
+        {"method": "dsq", "bits": 3, "grid": "stretched", "group_size": 16},
+        {"method": "paretoq", "bits": 4, "per_channel": False},
+        {"method": "stableqat", "bits": 2, "family": "qwen3"},
+        {"method": "scaledste", "bits": 2, "skip": ["lm_head", "*.mlp.*"]},
+    ],
+    ids=str,
+)
+def test_a_prepared_folder_holds_the_trained_model(options, tmp_path):
+    deployed, model = prepared(tmp_path, **options)
+    found = load_source(str(tmp_path), None)
+    tokens = found.batch["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(found.module(tokens), model(input_ids=tokens).logits)
+    packed = pack(found.module, torch.float32, torch.float32)
+    assert packed.keys() == deployed.keys()
+    for name, weight in packed.items():
+        assert torch.equal(weight.dequantize(), deployed[name])
+    assert found.quantizers[0]["method"].lower() == options.get("method", "ste")
+
+
+@pytest.mark.parametrize("verb", ["export", "evaluate", "predict"])
+def test_every_verb_takes_a_prepared_folder(verb, tmp_path, capsys):
+    """In shards, too; in full precision it would be another model."""
+    tokenizer = train_bpe(words.DOCUMENTS, 300)
+    folder = tmp_path / "saved"
+    _, model = prepared(folder, config={"vocab_size": 300}, shard="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    tokenizer.save_pretrained(folder)
+    ids = torch.tensor([tokenizer("grid scale of a row")["input_ids"]])
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.item()
+    source = folder
+    if verb == "export":
+        source = tmp_path / "out"
+        options = ["--format", "hf", "--scale_dtype", "fp32", "--out", str(source)]
+        assert main(["export", str(folder), *options]) == 0
+        assert "| method | STE |" in (source / "README.md").read_text()
+    if verb == "evaluate":
+        words.write_text(tmp_path / "text.jsonl")
+        options = ["--data", str(tmp_path / "text.jsonl"), "--block_size", "16", "--device", "cpu"]
+        assert main(["evaluate", str(folder), *options]) == 0
+        assert "STE, 2 bits, integer" in capsys.readouterr().out
+    capsys.readouterr()
+    options = ["--losses", "true", "--prompt", "grid scale of a row", "--device", "cpu"]
+    assert main(["predict", str(source), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def without(*names, **others):
+    def do(folder):
+        state = load_file(folder / "model.safetensors")
+        kept = {key: x for key, x in state.items() if not key.endswith(names)}
+        kept |= {f"{LAYER}.{key}": torch.ones(value) for key, value in others.items()}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("options", "damage", "line"),
+    [
+        ({}, record("stableqat", value=None), "names no quantized layers"),
+        (
+            {},
+            without(f"{LAYER}.weight_quantizer.scale"),
+            f'{LAYER}: its quantizer is not .*Missing key.*"scale"',
+        ),
+        (
+            {},
+            without("gone", **{"weight_quantizer.scale": (3, 1)}),
+            f"{LAYER}: its quantizer is not .*size mism",
+        ),
+        ({}, field("method", value="DSQ"), 'q_proj: its quantizer is not .*"a_logit"'),
+        (
+            {},
+            field("method", value="mine.Mine"),
+            "quantizer mine.Mine is not of this package; save what .*convert",
+        ),
+        ({"method": Mine}, None, "quantizer .*Mine is not of this package"),
+        ({}, field("bits", value=99), "q_proj: bits: must be a whole.*not 99"),
+        ({}, field("layers", value=[LAYER]), "does not name .*q_proj"),
+        ({}, change(torch.nan), f"{LAYER} holds NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["export", "evaluate"])
+def test_a_prepared_folder_that_is_not_whole_is_one_line(verb, options, damage, line, tmp_path, capsys):
+    prepared(tmp_path / "saved", **options, config={"vocab_size": 300})
+    train_bpe(words.DOCUMENTS, 300).save_pretrained(tmp_path / "saved")
+    if damage is not None:
+        damage(tmp_path / "saved")
+    capsys.readouterr()
+    more = (
+        ["--format", "hf", "--out", str(tmp_path / "out")] if verb == "export" else ["--data", str(tmp_path)]
+    )
+    assert main([verb, str(tmp_path / "saved"), *more]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(line, said), said
