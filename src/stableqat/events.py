@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # What a comparison reads. Means over the layers are listed by name: the tags of layers begin in the same way.
 MEANS = ("flip_rate", "oscillation", "scale_drift", "clipped", "snr_db", "grad_cosine")
 OVERLAY = "overlay"  # a run of means that `stableqat publish` makes for TensorBoard
-COMPARED = ("hp/", "val/", "train/", *(f"quant/{what}" for what in MEANS))
+COMPARED = ("hp/", "val/", "train/", "perf/", *(f"quant/{what}" for what in MEANS))
 
 
 @dataclass

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from stableqat.analysis import report
+from stableqat.analysis import layers, report
 from stableqat.analysis.plot import CAPTIONS, draw_all
 from stableqat.analysis.tables import write_page
+from stableqat.events import Run
 
 
 class Page(HTMLParser):
@@ -54,8 +55,16 @@ def made(tmp_path_factory):
     study.mkdir()
     (study / "study.yaml").write_text(synthetic.PLAN)
     summary = synthetic.summary_of(synthetic.runs(study), study)
+    losses = {method: {1e-3: [3.0, 3.1], 1e-2: [3.2, 3.3]} for method in ("STE", "StableQAT")}
+    runs = [run for bits in (2, 4) for run in synthetic.ended(losses, bits=bits)]
+    for run in runs:
+        run.scalars["perf/tokens_per_s"] = {10: 9e4, 20: 1e5}
+    monkey = pytest.MonkeyPatch()
+    layer = {f"quant/layers.{i}.q_proj/{what}": {10: 0.1} for i in range(2) for what in layers.TAGS}
+    monkey.setattr(layers, "read_run", lambda folder, tags: Run(folder, scalars=layer))
     page = write_page(summary)
-    pictures = draw_all([summary], folder)
+    pictures = draw_all([summary, synthetic.summary_of(runs)], folder)
+    monkey.undo()
     report.write([page], pictures, folder / "compare.html", "tensorboard --logdir .")
     return page, pictures, folder / "compare.html"
 

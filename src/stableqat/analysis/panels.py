@@ -1,4 +1,4 @@
-"""What each picture shows of one study: panels over learning rates, over steps, and of differences.
+"""What each picture shows of one study: panels over learning rates and steps, of differences and of speed.
 
 Each function returns the panels of its picture, which draw on the axes they are given; none if nothing was
 logged. No run that diverged is left out: it counts as the cap in means of losses, and crosses mark it. Top-1
@@ -15,7 +15,8 @@ from stableqat.analysis.arms import LOSS, TOP1, Group, Result
 from stableqat.analysis.comparison import ArmSummary, Summary
 from stableqat.analysis.stability import FLIP_RATE, GRAD_NORM, TRAIN_LOSS
 from stableqat.analysis.statistics import LEVEL, paired
-from stableqat.analysis.style import Style, as_written
+from stableqat.analysis.style import Style, as_written, look_of
+from stableqat.studies.record import Record
 from stableqat.studies.study import short
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _against_lr(
         x = [lr * dodge for lr in found]
         y = [statistics.fmean(seeds) for seeds in found.values()]
         axes.plot(x, y, markersize=4.5, linewidth=1.4, **style)
-        lows, highs = zip(*map(_band, found.values()), strict=True) if found else ((), ())
+        lows, highs = zip(*map(band, found.values()), strict=True) if found else ((), ())
         axes.fill_between(x, lows, highs, color=style["color"], alpha=0.13, linewidth=0)
         lost = [i for i, lr in enumerate(found) if arm.cells[lr].diverged]
         if lost:
@@ -120,7 +121,8 @@ def _against_lr(
     axes.minorticks_off()
 
 
-def _band(seeds: list[float]) -> tuple[float, float]:
+def band(seeds: list[float]) -> tuple[float, float]:
+    """What is drawn around a mean: the 95% t interval, or from smallest to largest of a few seeds."""
     sample = paired(seeds, margin=0.0)
     if len(seeds) < ENOUGH_FOR_T or sample.low is None or sample.high is None:
         return min(seeds), max(seeds)
@@ -164,7 +166,8 @@ def _draw_references(axes: "Axes", summary: Summary, group: Group, tag: str, edg
         margin = 0.05 * (max(heights) - min(heights)) or 0.1
         axes.set_ylim(min(heights) - margin, max(heights) + margin)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, loc="best", framealpha=0.7)
+        below = 0.5, -0.11  # where no data are
+        axes.legend(loc="upper center", bbox_to_anchor=below, ncols=3, fontsize=7, frameon=False)
 
 
 def curves(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
@@ -266,6 +269,32 @@ def differences(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
 
     pairs = dict.fromkeys((each.arm, each.baseline) for each in measured)
     return [partial(draw, arm=arm, baseline=baseline) for arm, baseline in pairs]
+
+
+def speed(summary: Summary, _: dict[str, Style]) -> list[Panel]:
+    """Throughput of each method, and how long its runs took, a point per run."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for arm in summary.fits:
+        for run in arm.runs:
+            for name, tag in {"tokens / s": "perf/tokens_per_s", "images / s": "perf/images_per_s"}.items():
+                if rates := _finite(run, tag):
+                    found.setdefault(name, {}).setdefault(arm.method, []).append(
+                        statistics.median(rates.values())
+                    )
+            record = Record.read(run.folder)
+            if record and record.status == "done":
+                found.setdefault("minutes per run", {}).setdefault(arm.method, []).append(record.seconds / 60)
+
+    def draw(axes: "Axes", name: str) -> None:
+        for place, (method, values) in enumerate(found[name].items()):
+            colour, marker = look_of(method)
+            axes.barh(place, statistics.fmean(values), color=colour, alpha=0.35)
+            axes.plot(values, [place] * len(values), marker, color=colour, markersize=4, linestyle="")
+        axes.set_yticks(range(len(found[name])), [as_written(method) for method in found[name]])
+        axes.set_ylim(max(len(found[name]), 3) - 0.5, -0.5)
+        axes.set_xlabel(name)
+
+    return [partial(draw, name=name) for name in found]
 
 
 def _finite(run: Result, tag: str) -> dict[int, float]:

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stableqat.analysis import panels
+from stableqat.analysis import panels, widths
 from stableqat.analysis.comparison import Summary
+from stableqat.analysis.layers import layers
 from stableqat.analysis.panels import Panel
 from stableqat.analysis.style import Style, as_written, styles_of
 from stableqat.files import whole_file
@@ -35,6 +36,14 @@ CAPTIONS = {
     "differences": "Difference to the baseline, runs of the same learning rate and seed paired: mean and"
     " 95% t interval; left of zero is better than the baseline. Filled: p < 0.05 after Holm's correction."
     " Shaded: the margin of equivalence. The scale is linear up to the lines and logarithmic beyond.",
+    "bits": "Reported loss of each arm at its best learning rate against bits; lines join arms that differ in"
+    " bits alone. Bars over seeds as for the loss; grey: rounding without training; black: full precision.",
+    "lr_bits": "Mean of min(loss, cap) over learning rates and bits, darker is higher; all methods of a"
+    " family share the colours. Bold: the selected learning rate; x: with a diverged run.",
+    "layers": "Signal to noise of quantization by layer, and share of codes that flip in a step, of one run"
+    " per arm: the first seed at its best learning rate that did not diverge.",
+    "speed": "Throughput of each run (median of what it logged) and its time, by method; bars are means. Runs"
+    " that shared a device slowed each other, so compare only methods that shared it alike.",
 }
 
 
@@ -57,6 +66,10 @@ def draw_all(summaries: list[Summary], folder: Path) -> list[Path]:
         "flips": page(panels.flips, (6.0, 3.8), columns=2, share="x"),
         "scale_drift": page(panels.scales, (6.0, 3.8), columns=2, share="x"),
         "differences": page(panels.differences, (4.0, 3.2), columns=3, share="xy"),
+        "bits": page(widths.bits, (6.6, 4.2), columns=2, own=True),
+        "lr_bits": page(widths.maps, (4.4, 2.4), columns=3, own=True),
+        "layers": page(layers, (7.0, 4.2), columns=2, own=True),
+        "speed": page(panels.speed, (5.0, 2.6), columns=3, own=True),
     }
     paths = []
     for name, figure in figures.items():
@@ -75,8 +88,19 @@ def _figure(
     size: tuple[float, float],
     columns: int,
     share: str = "",
+    own: bool = False,
 ) -> "Figure | None":
-    """A figure with the panels of the studies below each other and the legend at the top."""
+    """A figure with the panels of the studies below each other.
+
+    Args:
+        summaries: The studies.
+        styles: Look of each arm.
+        content: What makes the panels of a study.
+        size: Width and height of a panel, in inches.
+        columns: Most panels beside each other.
+        share: Axes that all panels of a study share.
+        own: Whether panels name what they draw themselves; otherwise a legend at the top names the arms.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -84,20 +108,21 @@ def _figure(
     studies = [(summary, drawn) for summary in summaries if (drawn := content(summary, styles))]
     if not studies:
         return None
-    columns = min(columns, max(len(drawn) for _, drawn in studies))
-    rows = [math.ceil(len(drawn) / columns) for _, drawn in studies]
+    beside = [min(columns, len(drawn)) for _, drawn in studies]  # few panels fill the row, too
+    columns = max(beside)
+    rows = [math.ceil(len(drawn) / n) for (_, drawn), n in zip(studies, beside, strict=True)]
     labels = {arm.label: None for summary, _ in studies for arm in summary.fits}
     entries = [Line2D([], [], label=as_written(label), **styles[label]) for label in labels]
     if any(run.diverged for summary, _ in studies for arm in summary.fits for run in arm.runs):
         entries.append(Line2D([], [], label="diverged", color="grey", marker="x", linestyle=""))
     width = size[0] * max(columns, 6 / size[0])
     across = max(1, min(len(entries), int(width / (0.08 * max(map(len, labels)) + 0.95))))
-    height = 0.2 * math.ceil(len(entries) / across)
+    height = 0.0 if own else 0.2 * math.ceil(len(entries) / across)
     height += (size[1] + 0.1) * sum(rows) + 0.3 * len(rows)
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False).flat
-    for (summary, drawn), part, lines in zip(studies, parts, rows, strict=True):
+    for (summary, drawn), part, lines, columns in zip(studies, parts, rows, beside, strict=True):
         part.suptitle(as_written(summary.name), fontweight="bold")
         table = part.subplots(lines, columns, sharex="x" in share, sharey="y" in share, squeeze=False)
         grid = list(table.flat)
@@ -111,7 +136,13 @@ def _figure(
                 axes.set_xlabel("")
             if "y" in share and number % columns:
                 axes.set_ylabel("")
-    figure.legend(
-        handles=entries, loc="outside upper center", ncols=across, fontsize=9, frameon=False, handlelength=3.5
-    )
+    if not own:
+        figure.legend(
+            handles=entries,
+            loc="outside upper center",
+            ncols=across,
+            fontsize=9,
+            frameon=False,
+            handlelength=3.5,
+        )
     return figure

@@ -1,0 +1,93 @@
+"""Pictures over bits, of layers and of speed draw what was measured, and nothing where it was not."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from synthetic import COMMON, ended, references, summary_of
+
+from stableqat.analysis import panels, widths
+from stableqat.analysis.comparison import Summary
+from stableqat.analysis.layers import layers
+from stableqat.analysis.panels import Panel
+from stableqat.analysis.style import LOOKS, styles_of
+from stableqat.events import Run
+from stableqat.studies.record import Record
+
+LOSSES = {"STE": {1e-3: [3.0, 3.2], 1e-2: [3.4, 3.4]}, "StableQAT": {1e-3: [2.9, 3.0], 1e-2: [2.8, 2.8]}}
+
+
+def two_widths() -> Summary:
+    better = {
+        method: {lr: [x - 0.5 for x in losses] for lr, losses in by_lr.items()}
+        for method, by_lr in LOSSES.items()
+    }
+    rounded = COMMON | {"method": "STE", "subcommand": "validate", "seed": 0, "bits": 4}
+    ptq = Run(Path("demo/ptq4"), rounded, {"val/loss": {0: 4.0}})
+    return summary_of([*references(), ptq, *ended(LOSSES), *ended(better, bits=4)])
+
+
+def drawn(panel: Panel):
+    axes = Figure().subplots()
+    panel(axes)
+    return axes
+
+
+def test_loss_against_bits_joins_what_differs_in_bits_alone() -> None:
+    summary = two_widths()
+    (panel,) = widths.bits(summary, styles_of(summary.fits))
+    axes = drawn(panel)
+    lines = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    assert list(lines) == ["STE", "StableQAT", "PTQ", "FP (start)"]
+    assert list(lines["STE"].get_ydata()) == pytest.approx([3.1, 2.6])
+    assert list(lines["StableQAT"].get_ydata()) == pytest.approx([2.8, 2.3])
+    assert list(lines["PTQ"].get_ydata()) == [6.0, 4.0]
+    assert (lines["STE"].get_color(), lines["STE"].get_marker()) == LOOKS["STE"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "4"]
+
+
+def test_a_map_shows_every_learning_rate_and_width() -> None:
+    summary = two_widths()
+    ste, stable = (drawn(panel) for panel in widths.maps(summary, {}))
+    assert (ste.get_title(), stable.get_title()) == ("STE", "StableQAT")
+    assert [text.get_text() for text in ste.texts] == ["3.100", "3.400", "2.600", "2.900"]
+    bold = [text.get_text() for text in stable.texts if text.get_fontweight() == "bold"]
+    assert bold == ["2.800", "2.300"]
+    assert ste.images[0].get_clim() == stable.images[0].get_clim() == pytest.approx((2.3, 3.4))
+
+
+def test_one_width_has_no_picture_over_bits() -> None:
+    summary = summary_of(ended(LOSSES))
+    assert widths.bits(summary, {}) == widths.maps(summary, {}) == []
+    assert layers(summary, {}) == []
+    assert panels.speed(summary, {}) == []
+
+
+def test_speed_is_by_method(tmp_path: Path) -> None:
+    runs = ended({"STE": {1e-3: [3.0, 3.0]}, "FP": {1e-3: [2.9]}})
+    for run, rate in zip(runs, (100.0, 300.0, 500.0), strict=True):
+        run.scalars["perf/tokens_per_s"] = {10: 1.0, 20: rate, 30: 1e4}
+    runs = [Run(tmp_path / run.folder.name, run.hparams, run.scalars) for run in runs]
+    runs[0].folder.mkdir()
+    Record("done", {}, seconds=90.0).write(runs[0].folder)
+    rate, minutes = (drawn(panel) for panel in panels.speed(summary_of(runs), {}))
+    assert (rate.get_xlabel(), minutes.get_xlabel()) == ("tokens / s", "minutes per run")
+    assert [bar.get_width() for bar in rate.patches] == [500.0, 200.0]
+    assert [tick.get_text() for tick in rate.get_yticklabels()] == ["FP", "STE"]
+    assert [bar.get_width() for bar in minutes.patches] == [1.5]
+
+
+def test_a_map_of_layers_has_a_row_per_arm_and_a_column_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"a.q_proj": (10.0, 0.1), "a.k_proj": (12.0, 0.3)}
+
+    def read(folder: Path, tags: tuple[str, ...]) -> Run:
+        scalars = {f"quant/{layer}/snr_db": {10: 5.0, 20: snr} for layer, (snr, _) in values.items()}
+        scalars |= {f"quant/{layer}/flip_rate": {10: 0.1, 20: rate} for layer, (_, rate) in values.items()}
+        return Run(folder, scalars=scalars | {"quant/snr_db": {10: 1.0}, "quant/a.q_proj/clipped": {10: 1.0}})
+
+    monkeypatch.setattr("stableqat.analysis.layers.read_run", read)
+    snr, flips = (drawn(panel) for panel in layers(summary_of(ended(LOSSES)), {}))
+    assert snr.images[0].get_array().tolist() == [[10.0, 12.0]] * 2
+    assert flips.images[0].get_array().tolist() == [[pytest.approx(0.1), pytest.approx(0.2)]] * 2
+    assert [tick.get_text() for tick in snr.get_xticklabels()] == ["q_proj", "k_proj"]
+    assert [tick.get_text() for tick in snr.get_yticklabels()] == ["STE", "StableQAT"]
