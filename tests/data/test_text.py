@@ -276,7 +276,7 @@ class TestEmbedded:
         ]
 
     def test_a_python_without_sources_says_so(self, tmp_path):
-        with pytest.raises(UserError, match="name your own text"):
+        with pytest.raises(UserError, match="name your own source"):
             embedded.stdlib_documents(tmp_path)
 
     def test_the_cache_is_used_and_races_do_no_harm(self, library, tmp_path, monkeypatch):

@@ -140,3 +140,15 @@ def test_processes_weigh_their_losses_by_their_labels(source, monkeypatch):
     mean = sum(module.training_step(half, 0) for half in halves) / 2
     assert mean.item() == pytest.approx(module.loss(batch).item(), rel=1e-6)
     assert sum(module.loss(half) for half in halves).item() / 2 != pytest.approx(mean.item(), rel=1e-3)
+
+
+def test_a_run_starts_at_the_loss_computed_by_hand(source):
+    module = tiny.configured("llama", "fp", config=MODELS["llama"])
+    datamodule, losses = data(source, batch_size=2), tiny.Losses()
+    assert sum(len(rows.conversations) for rows in datamodule.splits.values()) == 1000
+    first = next(iter(datamodule.train_dataloader()))
+    found = [number for row in first["input_ids"] for number in numbers(row)]
+    expected = torch.cat([by_hand(module.model, number) for number in found]).mean().item()
+    tiny.trainer(max_steps=2, callbacks=[losses]).fit(module, datamodule=datamodule)
+    assert losses.values[0] == pytest.approx(expected, abs=1e-5)
+    assert len(losses.values) == 2

@@ -168,11 +168,17 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
 
 @torch.no_grad()
 def evaluate(module: QATModule, batch: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-    """Return the logits of a batch, in float32, and its mean loss in nats."""
+    """Return the logits of a batch, in float32, and its mean loss in nats.
+
+    The logits are those of whole rows, as readers of files compute them; in the loss, conversations of a row
+    do not see one another, as in training.
+    """
     logits = module.eval()(batch[module.input_key]).float()
     scored, labels = logits, batch["labels"]
     if module.family == "text":
-        scored, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        if "position_ids" in batch:
+            scored = module(batch[module.input_key], batch["position_ids"]).float()
+        scored, labels = scored[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return logits, F.cross_entropy(scored, labels, ignore_index=-100).item()
 
 
