@@ -97,7 +97,7 @@ def test_a_listed_document_is_left_out():
 def test_one_document_cannot_be_split(tmp_path, tokenizer):
     path = tmp_path / "one.jsonl"
     path.write_text((json.dumps({"text": TEXTS[0]}) + "\n") * 3)
-    says = "one.jsonl is a single document: put it in a folder beside"
+    says = "one.jsonl is a single document, of which no part is held out: put it into a folder"
     with pytest.raises(UserError, match=says):
         TextDataModule(str(path), tokenizer=str(tokenizer), cache_dir=str(tmp_path / "cache")).setup()
     with pytest.raises(UserError, match=says):

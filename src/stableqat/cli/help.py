@@ -7,8 +7,11 @@ import re
 from textwrap import fill
 from typing import Any
 
+import yaml
+
 from stableqat.cli.signatures import Argument, our_classes, signature, trainer_class
-from stableqat.shipped import shipped_names
+from stableqat.shipped import find_config, shipped_names
+from stableqat.trust import walk
 
 RUN_VERBS = {
     "fit": "train a model, quantized or not",
@@ -20,7 +23,7 @@ INDENT = " " * 36
 QUOTE = "'"
 _USAGE = "stableqat {verb} -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"
 _EXAMPLES = """
-A language model, and a vision transformer, of your own at 4 bits:
+A pretrained language model, and a vision transformer, on your data (defaults in brackets are theirs):
   stableqat {verb} -c llama/finetune --model.init_from DIR --data.source FILE --model.quantizer.bits 4
   stableqat {verb} -c vit/finetune --model.init_from FILE --data.source DIR --model.quantizer.bits 4
 """
@@ -37,7 +40,7 @@ Shipped configurations for -c, each laid over those before it:
 """
 _OTHERS = {
     "model.teacher.weight": Argument("0", "Weight of distillation from the full-precision start, in [0, 1]."),
-    "model.optimizer.lr": Argument("1e-3", "Learning rate of the weights, at its highest."),
+    "model.optimizer.lr": Argument(None, "Highest learning rate of the weights; null: by bits and width."),
     "model.optimizer.weight_decay": Argument(
         "0.01", "Decay of the weights; scales, norms and biases have none."
     ),
@@ -70,11 +73,15 @@ def people_page(verb: str) -> str:
     Args:
         verb: fit, validate or test.
     """
-    known = _known()
+    known, finetune = _known(), _finetune()
     parts = [f"usage: {_USAGE.format(verb=verb)}\n\n{RUN_VERBS[verb].capitalize()}.\n"]
     parts.append(_EXAMPLES.format(verb=verb))
     for title, keys in _GROUPS.items():
-        lines = [_entry(_full(title, key), known[title][key]) for key in keys]
+        family = "vit" if title.endswith("transformers") else "llama"
+        entries = {_full(title, key): known[title][key] for key in keys}
+        lines = [
+            _entry(key, entry, finetune[family].get(key, entry.default)) for key, entry in entries.items()
+        ]
         parts.append("\n".join([f"\n{title}:", *lines, ""]))
     parts.append(_ending(verb))
     return "".join(parts)
@@ -129,12 +136,25 @@ def _full(title: str, key: str) -> str:
     return next((p for start, p in prefixes.items() if title.startswith(start)), "") + key
 
 
-def _entry(key: str, argument: Argument) -> str:
-    """A setting with the first sentence about it and its default."""
+def _finetune() -> dict[str, dict[str, str]]:
+    """The settings of the configurations for pretrained models, by family and key."""
+    return {
+        family: {
+            key.strip(".").replace("init_args.", ""): "null" if value is None else str(value)
+            for key, value in walk(yaml.safe_load(find_config(f"{family}/finetune").read_text()), family)
+            if not isinstance(value, dict)
+        }
+        for family in ("llama", "vit")
+    }
+
+
+def _entry(key: str, argument: Argument, value: str | None) -> str:
+    """A setting with the first sentence about it, and its default."""
     text = re.sub(r":class:`([^`]+)`|`+([^`]+)`+", r"\1\2", argument.text)
     first = re.split(r"(?<=[.;]) (?=[A-Z])", text)[0]
-    default = {"None": "null", "True": "true", "False": "false"}.get(value := argument.default or "", value)
-    shown = f" [{default.strip(QUOTE)}]" if re.fullmatch(r"[\w.'-]+", default) and default != "null" else ""
+    default = {"None": "null", "True": "true", "False": "false"}.get(value or "null", value or "null")
+    plain = re.fullmatch(r"[\w.'-]+", default) and default != "null"
+    shown = f" [{default.strip(QUOTE)}]" if plain else ""
     lines = fill(
         first + shown, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False
     )

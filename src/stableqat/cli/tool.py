@@ -23,8 +23,8 @@ TOOL_VERBS = {
     "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
     "predict": ("stableqat.predict.command", "generate text from prompts, or name the classes of images"),
     "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),
-    "completion": ("stableqat.cli.completion", "print a shell's script that completes verbs and settings"),
     "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),
+    "completion": ("stableqat.cli.completion", "print a completion script for your shell"),
 }
 
 

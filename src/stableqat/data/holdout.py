@@ -43,7 +43,10 @@ def hash_cutoff(share: float, hashes: Iterable[int] = (), source: str = "") -> i
         if lowest < cutoff <= highest:
             return cutoff
     if lowest == highest:
-        raise UserError(f"{source} is a single document: put it in a folder beside a validation file")
+        raise UserError(
+            f"{source} is a single document, of which no part is held out: put it into a folder "
+            "as train.txt beside a validation.txt (or .jsonl, .parquet), or give a document per line as jsonl"
+        )
     return cutoff if highest < 0 else min(max(cutoff, lowest + 1), highest)
 
 

@@ -50,8 +50,8 @@ class ImageDataModule(DataModule):
         label_column: The column of classes; null takes the one that holds class labels, or is named label.
         image_size: Height and width in pixels; null takes the model's on the command line, otherwise 8 for
             the digits and 224 for other images. A model without a size of its own takes this one.
-        batch_size: Images per step and process. null suits it, on the command line, to the model, the source
-            and the device, and otherwise takes 64.
+        batch_size: Images per step and process. On the command line, null takes what fits the model, the
+            source and the device; elsewhere it is 64.
         validation_fraction: Share of each class to hold out if the source has no validation split; the digits
             hold out every fifth image.
         augment: Augment training images: digits are shifted by at most one pixel, other images get the timm

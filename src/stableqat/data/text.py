@@ -81,10 +81,10 @@ class TextDataModule(DataModule):
         attend_across: Let a conversation see those before it in its row. Texts always do: their rows are cut
             from one run of tokens.
         block_size: Tokens per row; the last incomplete row of a split of texts is dropped, and longer
-            conversations are cut. null takes, on the command line, the model's positions, at most 2,048 and
-            fewer for a small source, and otherwise 128.
-        batch_size: Rows per step and process. null suits it, on the command line, to the model, the source
-            and the device, and otherwise takes 16.
+            conversations are cut. On the command line, null takes the model's positions, at most 2,048 and
+            fewer for a small source; elsewhere it is 128.
+        batch_size: Rows per step and process. On the command line, null takes what fits the model, the source
+            and the device; elsewhere it is 16.
         validation_fraction: Share of the documents to hold out, whole and by their hashes, if a source has no
             validation split.
         num_workers: Processes that load batches in advance; 0 loads in the training process.

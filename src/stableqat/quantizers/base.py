@@ -43,7 +43,7 @@ class Quantizer(nn.Module, ABC):
         bits: Storage width of a code, 1 to 8; 1 means the binary grid.
         levels: Number of levels, in place of bits; 3 is ternary.
         grid: integer, stretched, ternary or binary. Default: the method's own for this width.
-        scale_init: signed_mse, mse, max, lsq or absmax_as_step, see `ops.scale_init`.
+        scale_init: signed_mse, mse, max, lsq or absmax_as_step; docs/methods.md has the formulas.
         per_channel: One scale per row, or one for the whole tensor if false.
         group_size: One scale per run of this many inputs in a row.
 

@@ -18,7 +18,8 @@ class StableQAT(Quantizer):
 
     Args:
         weight: The latent weight, `(out, ...)`.
-        amplitude: A: 0 is STE; above 0.225 (with one harmonic) the gradient would change sign.
+        amplitude: A of the series; 0 is STE. Above 0.225 (with one harmonic) the gradient would change its
+            sign.
         harmonics: Number of odd harmonics to keep.
         mask: Weights that receive a gradient: range, levels or none.
         kwargs: See `Quantizer`.
