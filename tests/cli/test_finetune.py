@@ -136,7 +136,7 @@ def test_a_weight_file_says_what_it_is_or_is_asked(named, at, capsys):
     save_file(load_file("starts/vit/model.safetensors"), "vit.safetensors", metadata)
     flags = ["--model.init_from", "vit.safetensors", "--model.model_args", json.dumps(shape)]
     flags += ["--model.model_name", NAME] if named == "flag" else []
-    code = fit("vit", *flags, "--trainer.max_steps", 1, "--data.image_size", 16)
+    code = fit("vit", *flags, "--trainer.max_steps", 1)
     if named is None:
         assert code == 2
         line = capsys.readouterr().err.strip()
@@ -145,6 +145,7 @@ def test_a_weight_file_says_what_it_is_or_is_asked(named, at, capsys):
     else:
         assert code == 0
         assert kept("vit")[0]["model_name"] == NAME
+        assert kept("vit")[1]["image_size"] == 16  # as its positions say; timm has 224 for this name
 
 
 CONTRADICTIONS = {

@@ -258,7 +258,7 @@ CONTENTS = {
         '{"question": "a", "answer": "b"}\n' * 9,
         r"holds pairs \(in question and answer\), not texts: .* a column of text \(question, answer\)",
     ),
-    "one document": ("a.txt", document(1), r"a.txt is a single document"),
+    "one short document": ("a.txt", document(1), r"the validation split .* less than one row of block_size"),
     "too little": (
         "a.jsonl",
         "".join(json.dumps({"text": f"x{n}"}) + "\n" for n in range(3)),

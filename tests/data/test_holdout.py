@@ -11,6 +11,7 @@ from raw import records
 from sample_documents import document
 
 from stableqat.data import TextDataModule
+from stableqat.data.encoder import DocumentEncoder
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
 from stableqat.data.prepare.command import sample, tokenize
 from stableqat.errors import UserError
@@ -94,7 +95,22 @@ def test_a_listed_document_is_left_out():
     ]
 
 
-def test_one_document_cannot_be_split(tmp_path, tokenizer):
+def test_the_end_of_a_single_document_validates(tmp_path, tokenizer):
+    lines = "".join(f"{n} {text[:20]}\n" for n, text in enumerate(TEXTS[:40]))
+    (tmp_path / "book.txt").write_text(lines)
+    options = {"block_size": 8, "cache_dir": str(tmp_path / "cache"), "validation_fraction": 0.25}
+    data = TextDataModule(str(tmp_path / "book.txt"), tokenizer=str(tokenizer), **options)
+    data.setup()
+    texts = {}
+    for split, tokens in data._documents[data.source].tokenized(DocumentEncoder.of(data.tokenizer)).items():
+        (document,) = tokens["input_ids"]
+        texts[split] = data.tokenizer.decode(document, skip_special_tokens=True)
+    assert texts["train"] + texts["validation"] == lines
+    assert texts["train"].endswith("\n")
+    assert 0.25 <= len(texts["validation"]) / len(lines) < 0.3
+
+
+def test_equal_documents_cannot_be_split(tmp_path, tokenizer):
     path = tmp_path / "one.jsonl"
     path.write_text((json.dumps({"text": TEXTS[0]}) + "\n") * 3)
     says = "one.jsonl is a single document, of which no part is held out: put it into a folder"

@@ -48,6 +48,14 @@ def _tokenize(
         return encoder.columns([texts[index] for index in kept])
 
 
+def _cut(row: dict[str, str | None], *, column: str, share: float, end: bool) -> dict[str, str]:
+    """Return the end of a document or what comes before it; the arguments are plain data, as above."""
+    text = row[column] or ""
+    place = int(len(text) * (1 - share))
+    place = text.rfind("\n", 0, place) + 1 or place
+    return {column: text[place:] if end else text[:place]}
+
+
 @dataclass
 class Documents:
     """The documents of one source, by split.
@@ -73,10 +81,24 @@ class Documents:
     @cached_property
     def splits(self) -> dict[str, "Dataset"]:
         """The splits of the source, reduced to the columns that make documents."""
-        return {
+        splits = {
             split: rows.select_columns(self.records.read_from(rows.column_names))
             for split, rows in self._loaded.items()
         }
+        if not self.training or "validation" in splits:
+            return splits
+        alone = len(splits["train"]) == 1 and splits["train"].column_names == [self.text_column]
+        return self._cut(splits) if alone else splits
+
+    def _cut(self, splits: dict[str, "Dataset"]) -> dict[str, "Dataset"]:
+        """Let the end of a single text validate: its share of the characters, from a line's start."""
+        options = {"column": self.text_column, "share": self.validation_fraction}
+        with self._reading("train"):
+            ends = {
+                split: splits["train"].map(_cut, fn_kwargs={**options, "end": split == "validation"})
+                for split in ("train", "validation")
+            }
+        return splits | ends
 
     @cached_property
     def _loaded(self) -> dict[str, "Dataset"]:

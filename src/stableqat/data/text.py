@@ -86,7 +86,7 @@ class TextDataModule(DataModule):
         batch_size: Rows per step and process. On the command line, null takes what fits the model, the source
             and the device; elsewhere it is 16.
         validation_fraction: Share of the documents to hold out, whole and by their hashes, if a source has no
-            validation split.
+            validation split; of a single document, its end.
         num_workers: Processes that load batches in advance; 0 loads in the training process.
         seed: Decides the order; null takes the run's seed (seed_everything).
         cache_dir: Folder for prepared data and trained tokenizers; null takes the default folders of

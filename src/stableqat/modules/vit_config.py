@@ -1,6 +1,9 @@
 """What vision transformers of timm say of themselves: their architecture, and how images are prepared."""
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ def architecture(source: str) -> tuple[str, dict[str, Any]] | None:
         source: Weight file, which may say so in its metadata, model folder or hub name.
     """
     import timm
-    from safetensors import SafetensorError, safe_open
 
     path = Path(source).expanduser()
     if not path.exists():
@@ -26,13 +28,8 @@ def architecture(source: str) -> tuple[str, dict[str, Any]] | None:
     config = _read(path if path.is_dir() else path.parent, "config.json")
     if isinstance(name := config.get("architecture"), str):
         return name, config.get("model_args") or {}
-    file = weight_file(source)
-    if file is not None and file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt") as opened:
-                name = (opened.metadata() or {}).get("architecture")
-        except (OSError, SafetensorError):  # loading the weights says what is wrong
-            name = None
+    with _header(source) as header:
+        name = None if header is None else (header.metadata() or {}).get("architecture")
     return None if name is None else (name, {})
 
 
@@ -58,7 +55,10 @@ def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
         if known := _of_folder(path if path.is_dir() else path.parent):
             return known
     registered = timm.get_pretrained_cfg(model_name)
-    return {} if registered is None else _of_pretrained_cfg(registered.to_dict())
+    known = {} if registered is None else _of_pretrained_cfg(registered.to_dict())
+    if source is not None and (size := _size_of_positions(source)) is not None:
+        known["image_size"] = size
+    return known
 
 
 def takes_one_size(model_name: str, model_args: dict[str, Any]) -> bool:
@@ -67,6 +67,28 @@ def takes_one_size(model_name: str, model_args: dict[str, Any]) -> bool:
 
     registered = timm.get_pretrained_cfg(model_name)
     return bool(registered and registered.fixed_input_size) and not model_args.get("dynamic_img_size")
+
+
+@contextmanager
+def _header(source: str) -> Iterator[Any]:
+    """Open the safetensors file of a local source; None if there is none, or it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    file, opened = weight_file(source), None
+    with ExitStack() as stack:
+        if file is not None and file.suffix == ".safetensors":
+            with suppress(OSError, SafetensorError):  # loading the weights says what is wrong
+                opened = stack.enter_context(safe_open(file, "pt"))
+        yield opened
+
+
+def _size_of_positions(source: str) -> int | None:
+    """The images' size in pixels that the position embeddings of a weight file are for; None if unknown."""
+    with _header(source) as header:
+        if header is None or not {"pos_embed", "patch_embed.proj.weight"} <= set(header.keys()):
+            return None
+        positions = header.get_slice("pos_embed").get_shape()[1]  # of the class token and the like, too
+        return math.isqrt(positions) * header.get_slice("patch_embed.proj.weight").get_shape()[-1]
 
 
 def _of_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
