@@ -42,7 +42,7 @@ ALLOWED = {
     "export": {"api", "data", "kinds", "layers", "model_folder", "modules", "quantizers", "runs"},
     "importing": {"data", "layers", "modules", "ops", "quantizers", "runs"},
     "bench": {"analysis", "construct", "evaluate", "export", "layers", "modules", "quantizers", "shipped"},
-    "analysis": {"events", "studies"},
+    "analysis": {"checkpoints", "events", "studies"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines
     "cli": {
         *("callbacks", "checkpoints", "construct", "data", "modules", "refusals", "runs", "shipped", "trust"),

@@ -41,6 +41,16 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def held_elsewhere(lock: Path) -> bool:
+    """Whether another process holds a lock (`fcntl.lockf`) on a file; a file that is left over is free."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
 def left_over(path: Path) -> bool:
     """Whether this is what a killed process left while it wrote a file or folder with this module."""
     return path.name.startswith(".") and path.name.endswith(".part")

@@ -12,6 +12,12 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+def clock(seconds: float) -> str:
+    """A time as minutes and seconds, 3:07, with hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
 def terminal(*, stderr: bool = False) -> "Console":
     """A console that prints lines as they are: unwrapped, without markup.
 

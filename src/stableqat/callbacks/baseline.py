@@ -44,14 +44,14 @@ class Baseline(L.Callback):
         return {"hp/loss_fp": self.loss_fp, "hp/loss_ptq": self.loss_ptq}
 
     def in_words(self, now: float | None = None) -> str:
-        """Return what is known of the losses, as one line; empty where nothing is measured.
+        """Return what is known of the losses, as one line; empty where nothing is.
 
         Args:
             now: The present validation loss, if there is one.
         """
         known = {"full precision": self.loss_fp, "rounded": self.loss_ptq, "now": nan if now is None else now}
         parts = [f"{loss:.4g} {what}" for what, loss in known.items() if isfinite(loss)]
-        return f"validation loss: {', '.join(parts)}" if isfinite(self.loss_fp) else ""
+        return f"validation loss: {', '.join(parts)}" if parts else ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure before the first step.

@@ -76,6 +76,8 @@ class RunRecord(L.Callback):
             settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
             if describe := getattr(getattr(trainer, "datamodule", None), "describe", None):
                 settings.update(describe())
+        first = {key: settings[key] for key in ("method", "lr") if key in settings}
+        settings = first | settings  # the order of the HParams tab's columns
         keep_report(getattr(pl_module, "surgery", None), trainer)
         metrics = self._metrics(trainer)
         for logger in trainer.loggers:

@@ -15,6 +15,7 @@ from stableqat.errors import UserError
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+LOCK = ".lock"  # held by the process that writes the run
 CHECKPOINTS = "checkpoints"
 SUFFIX = ".ckpt"
 LAST, PREVIOUS, BEST = f"last{SUFFIX}", f"previous{SUFFIX}", f"best{SUFFIX}"

@@ -30,9 +30,11 @@ from stableqat.cli.arguments import CALLBACKS
 from stableqat.cli.help import describe
 from stableqat.cli.inherit import inherit
 from stableqat.cli.messages import OneLineErrors, user_error
+from stableqat.cli.progress import TrainingProgress
 from stableqat.cli.resume import differences, find_resumed, saved_model
 from stableqat.cli.run_folder import check_run_folder, claimed
 from stableqat.cli.sizing import choose
+from stableqat.cli.summary import Summary, say_the_end
 from stableqat.cli.trainer import Trainer
 from stableqat.data.tokenizer import keep_tokenizer
 from stableqat.errors import UserError, first_line
@@ -103,8 +105,10 @@ class QATCommand(LightningCLI):
                 seed_everything_default=0,
                 trainer_defaults={
                     "use_distributed_sampler": False,
+                    "enable_model_summary": False,
                     "callbacks": [
                         LearningRateMonitor("step"),
+                        Summary(),
                         callbacks.RunRecord(),
                         callbacks.Interruption(),
                     ],
@@ -191,7 +195,8 @@ class QATCommand(LightningCLI):
         if settings["enable_progress_bar"] in (None, True) and not any(
             isinstance(callback, AnyProgressBar) for callback in given
         ):
-            self.trainer_defaults["callbacks"].append(ProgressBar())
+            bar = TrainingProgress() if self._verb == "fit" else RichProgressBar()
+            self.trainer_defaults["callbacks"].append(bar)
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
@@ -249,6 +254,10 @@ class QATCommand(LightningCLI):
                 raise
             raise UserError(f"trainer.{named[1]}: {first_line(error)}") from error
 
+    def after_fit(self) -> None:
+        """Say what came of it, and what comes next."""
+        say_the_end(self.trainer, self.model)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
@@ -305,13 +314,3 @@ def _set_level(level: int) -> None:
     """Warnings alone until the run begins, then news too."""
     for name in LOGGERS:
         logging.getLogger(name).setLevel(level)
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's bar; it names no last epoch where the steps alone end the run."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        described = super()._get_train_description(current_epoch)
-        if self.trainer.max_epochs == -1:
-            described = described.replace("/-2", "  ")
-        return described

@@ -13,8 +13,9 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from stableqat.checkpoints.names import CONFIG, last_checkpoints
+from stableqat.checkpoints.names import CONFIG, LOCK, last_checkpoints
 from stableqat.errors import UserError
+from stableqat.files import remove
 
 _NUMBERED = (CSVLogger, TensorBoardLogger)  # a folder for each run
 
@@ -52,8 +53,8 @@ def check_run_folder(log_dir: str, ckpt_path: str | None) -> None:
 def claimed(trainer: L.Trainer, settings: Namespace) -> Iterator[None]:
     """Inside, no other process writes the run's folder; the operating system frees it, however the run ends.
 
-    If another run has taken the folder's number meanwhile, the next number is taken. A folder that is empty
-    at the end is removed.
+    If another run has taken the folder's number meanwhile, the next number is taken. A run that fails before
+    its first step leaves nothing behind, and a folder that is empty at the end is removed.
 
     Args:
         trainer: The trainer.
@@ -78,7 +79,7 @@ def claimed(trainer: L.Trainer, settings: Namespace) -> Iterator[None]:
             break
         except FileExistsError:
             own._version = None
-    lock = folder / ".lock"
+    lock = folder / LOCK
     try:
         with _locked(lock) as held:
             if not held:
@@ -87,7 +88,14 @@ def claimed(trainer: L.Trainer, settings: Namespace) -> Iterator[None]:
                     "--trainer.logger.version"
                 )
             check_run_folder(str(folder), settings.ckpt_path)
-            yield
+            before = set(folder.iterdir())
+            try:
+                yield
+            except BaseException:
+                if settings.ckpt_path is None and trainer.global_step == 0:
+                    for made_here in set(folder.iterdir()) - before:
+                        remove(made_here)
+                raise
     finally:
         for empty in (folder, *made):
             with suppress(OSError):

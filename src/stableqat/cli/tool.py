@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 
 TOOL_VERBS = {
     "sweep": ("stableqat.studies.command", "run the points of one or more studies"),
+    "runs": ("stableqat.analysis.listing", "list runs with their state, losses and size"),
     "compare": (
         "stableqat.analysis.command",
         "make tables, pictures and a report of studies",
@@ -61,9 +62,12 @@ def tool_parser(verb: str) -> Any:
     for name, parameter in parameters.items():
         if get_origin(parameter.annotation) in (list, Sequence):  # jsonargparse alone wants brackets
             listed: dict[str, Any] = {"nargs": "+", "type": get_args(parameter.annotation)[0]}
-            if parameter.kind is parameter.KEYWORD_ONLY:
+            if parameter.default is not parameter.empty:
                 listed["default"] = list(parameter.default)
+            if parameter.kind is parameter.KEYWORD_ONLY:
                 name = f"--{name}"
+            elif "default" in listed:
+                listed["nargs"] = "*"
             parser.add_argument(name, help=texts[parameter.name], **listed)
         elif iskeyword(word := name.removesuffix("_")):  # a flag whose name Python reserves
             told = {"type": parameter.annotation, "help": texts[name], "required": True}

@@ -15,6 +15,7 @@ from rich.table import Table
 from stableqat.studies.job import Job
 from stableqat.studies.pool import expected_seconds
 from stableqat.studies.record import FINAL
+from stableqat.terminal import clock
 
 STATES = ("done", "diverged", "failed", "running", "elsewhere", "waiting")
 
@@ -55,7 +56,7 @@ class Board:
         text = f"[{ended}/{len(self.jobs)}] {job.point.study}/{job.point.name}: {job.record.status}"
         if job.record.status == "failed":
             text += f": {job.record.error}"
-        self.say(f"{text} ({_clock(job.record.seconds)})")
+        self.say(f"{text} ({clock(job.record.seconds)})")
 
     def summary(self, stopped_by: int | None) -> None:
         """Print the outcome of all jobs, and the logs of those that failed."""
@@ -64,7 +65,7 @@ class Board:
             self.say(f"failed: {job.point.folder / 'log.txt'}: {job.record.error}")
         counts = Counter(job.record.status for job in self.jobs)
         text = ", ".join(f"{counts[state]} {state}" for state in counts)
-        self.say(f"{text} in {_clock(time.monotonic() - self.began)}")
+        self.say(f"{text} in {clock(time.monotonic() - self.began)}")
         if failed:
             self.say("the same command retries failed points")
         if stopped_by:
@@ -79,8 +80,8 @@ class Board:
             bar = ProgressBar(total=len(jobs), completed=sum(counts[state] for state in STATES[:3]), width=24)
             table.add_row(study, bar, "  ".join(f"{counts[s]} {s}" for s in STATES if counts[s]))
         left = self.seconds_left()
-        clock = f"{_clock(time.monotonic() - self.began)} elapsed"
-        table.add_row("", clock, f"about {_clock(left)} left" if math.isfinite(left) else "")
+        elapsed = f"{clock(time.monotonic() - self.began)} elapsed"
+        table.add_row("", elapsed, f"about {clock(left)} left" if math.isfinite(left) else "")
         return table
 
     def seconds_left(self) -> float:
@@ -95,8 +96,3 @@ class Board:
                 expected = expected_seconds(job, self.jobs)
                 left += max(0.0, (expected if math.isfinite(expected) else sum(seen) / len(seen)) - spent)
         return left / self.workers
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
