@@ -85,7 +85,7 @@ def test_help_of_a_run_tells_what_people_set(verb, asked, capsys):
         in text
     )
     assert "--data.block_size" in printed
-    assert "--trainer.max_steps Stop training after this number of steps. [-1]" in text
+    assert "--trainer.max_steps Stop training after this number of steps. [300]" in text
     assert max(map(len, printed.splitlines())) <= 105
     assert not re.search(r"``|:class:|\b(None|True|False)\b", printed)
     ending = printed.partition("Shipped configurations for -c")[2].split()
