@@ -63,22 +63,50 @@ def is_prepared(names: Iterable[str]) -> bool:
     return any(QUANTIZER in name for name in names)
 
 
-def quantize_again(model: nn.Module, folder: Path) -> bool:
+def read_grids(folder: Path) -> list[dict[str, Any]]:
+    """Read which layers of a model folder lie on which grid.
+
+    Raises:
+        UserError: If the folder does not say it.
+    """
+    file = folder / "config.json"
+    try:
+        record = json.loads(file.read_text()).get(GRIDS)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not the configuration of a model; copy the folder again") from error
+    if record is None:
+        raise UserError(
+            f"{file.parent}: a model folder that names no quantized layers; export the run or checkpoint "
+            "that it came from, or save what stableqat.prepare or convert returns with save_pretrained"
+        )
+    for kind in record if isinstance(record, list) and record else [None]:
+        if not isinstance(kind, dict) or kind.keys() != _FIELDS.keys():
+            raise UserError(
+                f"{file}: {GRIDS}: must list mappings of {', '.join(_FIELDS)}; save the model again"
+            )
+        if wrong := [key for key in _FIELDS if type(kind[key]) not in _FIELDS[key]]:
+            value = f"{wrong[0]}: {kind[wrong[0]]!r:.60}"
+            raise UserError(f"{file}: {GRIDS}.{value} is of another type; save the model again")
+    return record
+
+
+def quantize_again(model: nn.Module, folder: Path, record: list[dict[str, Any]]) -> bool:
     """Quantize the layers of a loaded model as its folder says, in place.
 
     Args:
         model: The model with the plain weights of the folder, in float32.
         folder: The folder.
+        record: Its `read_grids`.
 
     Returns:
         Whether the folder is a prepared model's, which brings its quantizers; otherwise a converted one's.
 
     Raises:
-        UserError: If the folder does not say how its layers are quantized, or its weights do not fit that.
+        UserError: If the weights do not fit what the folder says.
     """
     state = _quantizers(folder)
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
-    for kind in _record(folder / "config.json"):
+    for kind in record:
         method = kind.pop("method")
         for name in kind.pop("layers"):
             if name not in layers:
@@ -98,27 +126,6 @@ def quantize_again(model: nn.Module, folder: Path) -> bool:
             f"{folder}/config.json: {GRIDS} does not name {lost}, which is quantized; save the model again"
         )
     return bool(state)
-
-
-def _record(file: Path) -> list[dict[str, Any]]:
-    try:
-        record = json.loads(file.read_text()).get(GRIDS)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: not the configuration of a model; copy the folder again") from error
-    if record is None:
-        raise UserError(
-            f"{file.parent}: a model folder that names no quantized layers; export the run or checkpoint "
-            "that it came from, or save what stableqat.prepare or convert returns with save_pretrained"
-        )
-    for kind in record if isinstance(record, list) and record else [None]:
-        if not isinstance(kind, dict) or kind.keys() != _FIELDS.keys():
-            raise UserError(
-                f"{file}: {GRIDS}: must list mappings of {', '.join(_FIELDS)}; save the model again"
-            )
-        if wrong := [key for key in _FIELDS if type(kind[key]) not in _FIELDS[key]]:
-            value = f"{wrong[0]}: {kind[wrong[0]]!r:.60}"
-            raise UserError(f"{file}: {GRIDS}.{value} is of another type; save the model again")
-    return record
 
 
 def _quantizers(folder: Path) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from stableqat.data.tokenizer import check_vocabulary, load_tokenizer
 from stableqat.errors import UserError, first_line
 from stableqat.evaluate.isolation import quiet
 from stableqat.kinds import describe
-from stableqat.model_folder import is_prepared, quantize_again, unreported
+from stableqat.model_folder import is_prepared, quantize_again, read_grids, unreported
 from stableqat.modules.config import pretrained_config
 from stableqat.modules.start import Start, check_start
 from stableqat.modules.vit import image_size
@@ -225,7 +225,8 @@ def _transformers(source: str, tokenizer: Any, about: str) -> Model:
     if is_prepared(info["unexpected_keys"]):
         if not Path(source).expanduser().is_dir():
             raise UserError(f"{source}: has quantizers, which are read from a folder only; download it")
-        quantize_again(model, Path(source).expanduser())
+        folder = Path(source).expanduser()
+        quantize_again(model, folder, read_grids(folder))
         about = _in_words(describe(model))
     return Model(source, model.eval(), about, tokenizer)
 

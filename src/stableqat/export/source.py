@@ -16,7 +16,7 @@ from stableqat.data.order import EvaluationOrder
 from stableqat.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
 from stableqat.kinds import kinds
-from stableqat.model_folder import is_model_folder, quantize_again, unreported
+from stableqat.model_folder import is_model_folder, quantize_again, read_grids, unreported
 from stableqat.modules import LlamaModule, QATModule
 from stableqat.runs import NoDataError, Run, open_run
 
@@ -113,11 +113,12 @@ def _rows(run: Run, module: QATModule) -> tuple[dict[str, Tensor], str, list[str
 
 def _of_folder(source: str, tokenizer: str | None) -> Source:
     folder = Path(source).expanduser()
+    record = read_grids(folder)
     module = LlamaModule(config=str(folder), init_from=str(folder))
     with unreported():
         module.configure_model()
     model: Any = module.model
-    prepared = quantize_again(model, folder)
+    prepared = quantize_again(model, folder, record)
     module.adapt(model)
     module.eval()
     if tokenizer is None and (folder / "tokenizer.json").is_file():
