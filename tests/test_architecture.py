@@ -45,7 +45,8 @@ ALLOWED = {
     "analysis": {"checkpoints", "events", "studies"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines
     "cli": {
-        *("callbacks", "checkpoints", "construct", "data", "modules", "refusals", "runs", "shipped", "trust"),
+        *("callbacks", "checkpoints", "construct", "data", "modules", "quantizers", "refusals", "runs"),
+        *("shipped", "trust"),
     },
     "__init__": set(),
 }

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import words
 from stableqat.cli.main import main
+from stableqat.cli.sizing import _fewest_bits
 from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.modules import SizedAdamW
@@ -95,7 +96,7 @@ def test_a_start_images_and_the_bits_are_enough(at, capsys):
     text = capsys.readouterr().err
     assert f"stableqat: model.model_name {NAME}, model_args {ARGS}, which model.init_from brings" in text
     assert "stableqat: model.num_classes: 3, those of the data (cat, dog, owl)" in text
-    assert "a new classifier of 3 classes (the start has of 5 classes)" in text
+    assert "a new classifier of 3 classes (the start has one of 5)" in text
     model, data, _ = kept("vit")
     assert (model["model_name"], model["model_args"], model["num_classes"]) == (NAME, ARGS, 3)
     assert {key: data[key] for key in OWN} == OWN
@@ -154,6 +155,11 @@ CONTRADICTIONS = {
         ["-c", "llama/smollm2-135m"],
         "model.config.hidden_size: is 576, but starts/llama in init_from",
     ),
+    "one key": (
+        ["--model.config.hidden_size", "64"],
+        "model.config.hidden_size: is 64, but starts/llama in init_from has 32",
+    ),
+    "a model as data": (["--data.source", "starts/llama"], "starts/llama is a model folder, not data"),
     "nothing": (
         ["--model.init_from", "null"],
         "model.config: missing; give an architecture, or set model.in",
@@ -208,3 +214,31 @@ def test_only_the_command_line_chooses_a_learning_rate():
     with pytest.raises(UserError, match="lr: missing"):
         SizedAdamW([parameter])
     assert SizedAdamW([parameter], lr=0.1, weight_decay=0.0).defaults["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [
+        (None, None),
+        ({"class_path": "STE", "init_args": {"bits": 4}}, 4),
+        ({"class_path": "STE", "init_args": {"bits": None, "levels": 3}}, 2),
+        ({"class_path": "STE", "init_args": {"grid": "ternary"}}, 2),
+        ({"class_path": "STE", "init_args": {"grid": "binary"}}, 1),
+        ({"*": {"class_path": "STE", "init_args": {"bits": 4}}, "*.up_proj": None}, 4),
+        ({"*": {"class_path": "STE", "init_args": {"bits": 4}}, "*.q": {"init_args": {"levels": 3}}}, 2),
+    ],
+)
+def test_every_way_to_name_a_width_counts_for_the_learning_rate(quantizer, bits):
+    assert _fewest_bits(quantizer) == bits
+
+
+def test_an_export_of_images_is_a_start(at, capsys):
+    assert fit("vit", "--trainer.max_steps", 1, "--trainer.logger.version", "made") == 0
+    assert main(["export", "lightning_logs/vit/made", "--format", "hf", "--out", "made"]) == 0
+    assert fit("vit", "--model.init_from", "made", "--trainer.max_steps", 1) == 0
+    assert "num_classes" not in kept("vit")[0]["model_args"]
+
+
+def test_a_key_of_the_start_changes_without_the_others(at):
+    flags = ["--model.config.attention_dropout", 0.1, "--baseline.stop_at_chance", "false"]
+    assert fit("llama", *flags, "--trainer.max_steps", 1) == 0

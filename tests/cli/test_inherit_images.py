@@ -209,12 +209,12 @@ def test_a_size_that_the_model_does_not_take_is_refused_from_python(at):
     ("classes", "size", "told"),
     [
         (5, 16, ""),
-        (3, 16, "a new classifier of 3 classes (the start has of 5 classes)"),
+        (3, 16, "a new classifier of 3 classes (the start has one of 5)"),
         (5, 24, "positions resampled from 4x4 to 6x6 patches"),
         (
             3,
             8,
-            "a new classifier of 3 classes (the start has of 5 classes), positions resampled from 4x4 to 2x2",
+            "a new classifier of 3 classes (the start has one of 5), positions resampled from 4x4 to 2x2",
         ),
     ],
 )

@@ -4,6 +4,7 @@ A null learning rate of `SizedAdamW`, null rows and a null batch size of the dat
 interval of validations are filled in, and each is reported. What the user gives stays.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from stableqat.data import ImageDataModule
 from stableqat.data.budget import CHARACTERS_PER_TOKEN
 from stableqat.data.prepared import prepared_manifest
 from stableqat.data.source import TEXT_FORMATS, local_files
+from stableqat.errors import UserError
 from stableqat.modules import QATModule
 from stableqat.modules.sizing import CPU_MEMORY, LONGEST, Size, rows_of_step
+from stableqat.quantizers.options import width_of
 
 VALIDATIONS = 5  # of a run
 VALIDATED_ROWS = 8  # at least, of a small source
@@ -129,8 +132,11 @@ def _fewest_bits(quantizer: Any) -> int | None:
     named = quantizer.as_dict() if isinstance(quantizer, Namespace) else dict(quantizer)
     kinds = [named] if "class_path" in named else list(named.values())
     kinds = [each.as_dict() if isinstance(each, Namespace) else each for each in kinds]
-    bits = [(each.get("init_args") or {}).get("bits") for each in kinds if isinstance(each, dict)]
-    return min((each for each in bits if each is not None), default=None)
+    bits = []
+    for options in [each.get("init_args") or {} for each in kinds if isinstance(each, dict)]:
+        with suppress(UserError):  # the quantizer itself reports options that do not fit together
+            bits.append(width_of(*(options.get(key) for key in ("bits", "levels", "grid"))))
+    return min(bits, default=None)
 
 
 def _on_gpu(trainer: Namespace) -> bool:

@@ -72,6 +72,8 @@ def local_files(
     if path.is_file():
         splits = {"train": [path]}
     elif path.is_dir():
+        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+            raise UserError(f"{source} is a model folder, not data: name a model with model.init_from")
         splits = {}
         for file in sorted(p for p in path.rglob("*") if file_format(p) in formats):
             inside = file.relative_to(path)

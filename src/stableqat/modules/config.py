@@ -64,6 +64,8 @@ def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -
         config = _known_keys(pretrained_config(key, config), where)
     else:
         where = f"{key}." if key == "model.config" else f"{key}: {init_from}: "
+        if init_from is not None and key == "model.config" and "model_type" not in config:
+            config = _of_start(config, init_from)
     resolved = _config_from_keys(config, where)
     _check(resolved, where)
     resolved.use_cache = False
@@ -162,14 +164,26 @@ def compare_configs(config: Any, source: str) -> None:
     Raises:
         UserError: Naming the key and both values, or as `pretrained_config`.
     """
-    own = pretrained_config("init_from", source)
+    _compare_shapes(config.to_dict(), pretrained_config("init_from", source), source)
+
+
+def _compare_shapes(keys: dict[str, Any], own: Any, source: str) -> None:
     for key in _SHAPES:
-        mine, theirs = getattr(config, key, None), getattr(own, key, None)
+        mine, theirs = keys.get(key), getattr(own, key, None)
         if mine != theirs:
             raise UserError(
                 f"model.config.{key}: is {mine}, but {source} in init_from has {theirs}; take the "
                 "architecture from there with --model.config null"
             )
+
+
+def _of_start(keys: dict[str, Any], source: str) -> dict[str, Any]:
+    """Complete keys that do not name a type of model with those of its start."""
+    own = resolve_config(None, source)
+    brought = own.to_dict()
+    _compare_shapes({**brought, **keys}, own, source)
+    del brought["transformers_version"]  # the user writes the rest by hand
+    return {**brought, **keys}
 
 
 def _known_keys(config: Any, where: str) -> dict[str, Any]:

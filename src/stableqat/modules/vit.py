@@ -143,7 +143,7 @@ class ViTModule(QATModule):
                  for part in ("weight", "bias")]  # fmt: skip
         for key in heads:
             if key in own and (key not in state or state[key].shape != own[key].shape):
-                had = f"of {len(state[key])} classes" if key in state else "none"
+                had = f"one of {len(state[key])}" if key in state else "none"
                 state[key] = own[key]
                 self._new_head = True
                 told.append(f"a new classifier of {self.num_classes} classes (the start has {had})")

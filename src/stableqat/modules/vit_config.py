@@ -13,6 +13,8 @@ from stableqat.errors import UserError, first_line
 def architecture(source: str) -> tuple[str, dict[str, Any]] | None:
     """The timm model that pretrained weights are of, with its arguments; None if they do not say.
 
+    The number of classes is not among them: it is the data's.
+
     Args:
         source: Weight file, which may say so in its metadata, model folder or hub name.
     """
@@ -24,13 +26,17 @@ def architecture(source: str) -> tuple[str, dict[str, Any]] | None:
             _, name, options = timm.models.load_model_config_from_hf(source)
         except (OSError, RuntimeError, ValueError) as error:
             raise unreachable(source, error) from error
-        return name, options or {}
+        return name, _shaping(options)
     config = _read(path if path.is_dir() else path.parent, "config.json")
     if isinstance(name := config.get("architecture"), str):
-        return name, config.get("model_args") or {}
+        return name, _shaping(config.get("model_args"))
     with _header(source) as header:
         name = None if header is None else (header.metadata() or {}).get("architecture")
     return None if name is None else (name, {})
+
+
+def _shaping(options: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (options or {}).items() if key != "num_classes"}
 
 
 def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
