@@ -93,6 +93,14 @@ def test_help_of_a_run_tells_what_people_set(verb, asked, capsys):
     assert not {"llama/demo-study", "llama/study/2bit"} & set(ending)
 
 
+@pytest.mark.parametrize("rest", [["al"], ["all", "extra"]])
+def test_help_of_something_else_is_a_mistake(rest, capsys):
+    assert main(["fit", "--help", *rest]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"stableqat: help: takes nothing or all, not {' '.join(rest)}; write --help all\n"
+
+
 def test_every_setting_of_that_page_exists():
     known = run_settings("fit")
     assert {

@@ -53,6 +53,10 @@ LATER = {
         ["-c", "other.yaml", "-c", "llama/ste", "-c", "mixed.yaml"],
         {"*.mlp.down_proj": "STE4", "o_proj": None, "*": "StableQAT2"},
     ),
+    "null for a setting, as a flag": (
+        ["-c", "llama/ste", "--model.quantizer.bits", "null", "--model.quantizer.levels", "3"],
+        "STENone",
+    ),
     "a setting of an entry": (
         ["-c", "other.yaml", "--model.quantizer.*.bits", "4"],
         {"*": "STE4"},

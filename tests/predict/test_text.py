@@ -194,6 +194,15 @@ MISTAKES = [
         ["--prompt", "a", "--losses", "true", "--temperature", "1"],
         "temperature: decides how tokens are drawn",
     ),
+    (["--prompt", "a", "--losses", "true", "--max_new_tokens", "3"], "max_new_tokens: limits completions"),
+    (
+        ["--prompt", "a", "--seed", "1"],
+        "seed: decides how tokens are drawn, and none is; leave it out or set",
+    ),
+    (["--prompt", "a", "--seed", "-1"], "seed: must be at least 0"),
+    (["--prompt", "a", "--temperature", "1", "--top_p", "0"], "top_p: must be above 0 and at most 1, not 0"),
+    (["--prompt", "a", "--top_k", "2"], "top_k: counts the classes of images, and there are none"),
+    (["--images", "digit.png", "--losses", "true"], "losses: score prompts, and there are none"),
     (["--prompt", "a", "--temperature", "-1"], "temperature: must be at least 0"),
     (["--prompt", "a", "--batch_size", "0"], "batch_size: must be at least 1"),
     (["--prompt", "a", "--out", "x.csv"], "out: x.csv must end in .jsonl"),
@@ -213,6 +222,13 @@ def test_a_mistake_is_one_line(arguments, said, run, tmp_path, monkeypatch, caps
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert (tmp_path / "there.jsonl").read_text() == ""
+
+
+def test_a_list_s_flag_given_again_adds_to_it(run, predict):
+    together = predict(run, "--prompt", *PROMPTS, "--losses", "true")
+    apart = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert len(together) == len(PROMPTS)
+    assert predict(run, *apart, "--losses", "true") == together
 
 
 def test_messages_need_a_chat_template(run, tmp_path, capsys):

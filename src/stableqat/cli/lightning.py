@@ -78,6 +78,12 @@ class Parser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
             check_settings(yaml.safe_load(Path(path).read_text()), str(path))
         return super().parse_path(path, *args, **kwargs)
 
+    def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
+        """Parse arguments; jsonargparse alone hands the null of a flag to an inner parser as None."""
+        if not self.exit_on_error:
+            args = [re.sub("=None$", "=null", arg) for arg in args]
+        return super().parse_args(args, *others, **kwargs)
+
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Write settings; jsonargparse alone takes a mapping of factories, and null in it, for a factory."""
         with warnings.catch_warnings():  # so that its union takes the next type

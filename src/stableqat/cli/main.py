@@ -72,9 +72,13 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"stableqat {version('stableqat')}")
         return 0
     if verb in RUN_VERBS and {"-h", "--help"} & set(arguments):
-        if arguments[-1] != "all":
+        asked = next(at for at, argument in enumerate(arguments, 1) if argument in ("-h", "--help"))
+        rest = arguments[asked:]
+        if not rest or rest[0].startswith("-"):
             print(people_page(verb), end="")
             return 0
+        if rest != ["all"]:
+            raise UserError(f"help: takes nothing or all, not {' '.join(rest)}; write --help all")
         arguments = [verb, "--help"]
     if verb in RUN_VERBS:
         arguments = check_arguments(arguments)

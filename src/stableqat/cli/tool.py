@@ -68,7 +68,7 @@ def tool_parser(verb: str) -> Any:
                 name = f"--{name}"
             elif "default" in listed:
                 listed["nargs"] = "*"
-            parser.add_argument(name, help=texts[parameter.name], **listed)
+            _add_up(parser.add_argument(name, help=texts[parameter.name], **listed))
         elif iskeyword(word := name.removesuffix("_")):  # a flag whose name Python reserves
             told = {"type": parameter.annotation, "help": texts[name], "required": True}
             parser.add_argument(f"--{word}", **told)
@@ -77,6 +77,18 @@ def tool_parser(verb: str) -> Any:
             positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD  # if it has no default
             parser.add_function_arguments(function, as_group=False, as_positional=positional, skip=others)
     return parser
+
+
+def _add_up(action: Any) -> None:
+    """Make a list's flag, given again, add to its values; jsonargparse alone keeps the last."""
+    given: list[str] = []
+
+    class Adding(type(action)):  # type: ignore[misc]
+        def __call__(self, parser: Any, settings: Any, values: list[str], flag: str | None = None) -> None:
+            given.extend(values)
+            super().__call__(parser, settings, list(given), flag)
+
+    action.__class__ = Adding
 
 
 def _function(verb: str) -> Callable[..., int]:

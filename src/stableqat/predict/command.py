@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -68,15 +69,9 @@ def predict(
     for key, number in {"max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}.items():
         check_range(key, number, 1)
     check_range("temperature", temperature, 0)
-    check_range("top_p", top_p, 0, 1)
-    for key, unused in {
-        "temperature": losses and temperature,
-        "top_p": top_p < 1 and not temperature,
-    }.items():
-        if unused:
-            raise UserError(
-                f"{key}: decides how tokens are drawn, and none is; leave it out or set temperature"
-            )
+    check_range("seed", seed, 0, below=2**64)
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p: must be above 0 and at most 1, not {top_p}")
     texts = read_prompts(prompts, prompt, answer=not losses)
     files = find_images(images)
     if bool(texts) == bool(files):
@@ -84,6 +79,19 @@ def predict(
         raise UserError(
             f"prompts: {problem}; give --prompts or --prompt to a language model, --images to a ViT"
         )
+    generated = not (losses or files)
+    drawn, undrawn = generated and temperature > 0, "decides how tokens are drawn, and none is"
+    for key, value, used, why in (
+        ("losses", losses, not files, "score prompts, and there are none"),
+        ("max_new_tokens", max_new_tokens, generated, "limits completions, and none is generated"),
+        ("temperature", temperature, generated, undrawn),
+        ("top_p", top_p, drawn, undrawn),
+        ("seed", seed, drawn, undrawn),
+        ("top_k", top_k, bool(files), "counts the classes of images, and there are none"),
+    ):
+        if not used and value != signature(predict).parameters[key].default:
+            remedy = " or set temperature" if generated and why == undrawn else ""
+            raise UserError(f"{key}: {why}; leave it out{remedy}")
     file = None if out is None else new_results(out, endings=(".jsonl", ".csv") if files else (".jsonl",))
     if only_local(source) and not Path(source).expanduser().exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
