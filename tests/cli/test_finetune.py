@@ -20,6 +20,7 @@ from starts import ARGS, NAME, OWN, model_folder, timm_folder
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 QUIET += ["--trainer.enable_model_summary", "false", "--trainer.logger.version", "run"]
+QUIET += ["--baseline.stop_at_chance", "false"]  # the starts are random
 LLAMA = ["--model.init_from", "starts/llama", "--data.source", "words.jsonl", "--model.quantizer.bits", "4"]
 VIT = ["--model.init_from", "starts/vit", "--data.source", "pictures", "--model.quantizer.bits", "4"]
 
