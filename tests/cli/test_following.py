@@ -31,6 +31,14 @@ def test_a_run_says_what_it_is_and_what_comes_next(at, capsys):
     assert [line.removeprefix("next: ") for line in lines if line.startswith("next: ")] == commands
 
 
+def test_a_run_that_keeps_no_checkpoint_names_none(at, capsys):
+    flags = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    assert fit("kept-none", *flags, "--best.enabled", "false", "--last.enabled", "false") == 0
+    err = capsys.readouterr().err
+    assert " now\n" in err
+    assert not [line for line in ("best: ", "checkpoint: ", "next: ") if line in err]
+
+
 def test_a_log_gets_a_line_every_so_often_with_the_steps_of_the_whole_run(at, capsys, monkeypatch):
     monkeypatch.setattr(progress, "FIRST_LINE", -1.0)
     assert fit("lines", "--trainer.max_steps", "3", "--trainer.max_epochs", "-1") == 0

@@ -56,7 +56,7 @@ def say_the_end(trainer: L.Trainer, pl_module: Any) -> None:
         logger.info(baseline.in_words(loss.item()))
     best = next((c for c in callbacks if isinstance(c, BestCheckpoint)), None)
     checkpoints = last_checkpoints(Path(folder))
-    if best is not None and best.best_model_path and best.best_model_score is not None:
+    if best is not None and best.best_model_score is not None and Path(best.best_model_path).is_file():
         logger.info("best: %s %.4g, %s", best.monitor, best.best_model_score.item(), best.best_model_path)
     elif checkpoints:
         logger.info("checkpoint: %s", checkpoints[0])
