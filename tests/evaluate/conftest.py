@@ -29,6 +29,7 @@ def fit(folder, version, quantizer, init_from, **more):
             "class_path": "stableqat.data.TextDataModule",
             "init_args": text | {"cache_dir": str(folder / "cache")},
         },
+        "baseline": {"enabled": False},  # four steps from random weights: no better than chance
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 4,
