@@ -179,7 +179,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(processes, place):
     codes = place.run(version, *fault("FullDisk", step=10), processes=processes)
     assert codes == [2] * processes
     line = place.said()[-1]
-    assert f"{version}/checkpoints/last.ckpt: step 12 could not be saved (File too large)" in line
+    assert f"{version}/checkpoints/last.ckpt: step 12 cannot be saved (File too large)" in line
     assert "Traceback" not in place.log.read_text()
     assert checkpoint(place.at(version))["global_step"] == 9
     assert place.names(version) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
@@ -293,12 +293,12 @@ def test_no_flipped_bit_passes(place, tmp_path):
 def test_a_nan_stops_the_run_and_a_resume_repeats_or_passes_it(place):
     nan = fault("Poison", step=10)
     assert place.run("nan", *nan) == [0]
-    assert "diverged at step 10: the loss is nan" in place.said()[-1]
+    assert any("diverged at step 10: the loss is nan" in line for line in place.said())
     for _ in range(2):
         assert checkpoint(place.at("nan"))["global_step"] == 9
         assert read_run(place.at("nan")).last("hp/diverged") == 1
         place.resume("nan", *nan)
-    assert "diverged at step 10: the loss is nan" in place.said()[-1]
+    assert any("diverged at step 10: the loss is nan" in line for line in place.said())
     place.resume("nan")  # a fault of the machine does not come again
     assert read_run(place.at("nan")).last("hp/diverged") == 0
     assert trace(place.at("nan"))["train/loss"] == trace(place.whole(1))["train/loss"]
