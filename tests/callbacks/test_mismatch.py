@@ -64,7 +64,7 @@ class Toy(L.LightningModule):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight.clone())
         self.net, self.of_output = nn.Sequential(linear), loss
-        quantize_linears(self.net, partial(STE, bits=bits))
+        quantize_linears(self.net, partial(STE, bits=bits, scale_init="mse"))
         nn.init.ones_(self.net[0].weight_quantizer.scale)
         self.net[0].weight_quantizer.scale.data.mul_(torch.linspace(0.5, 2, len(weight))[:, None])
         self.net[0].weight.data.mul_(self.net[0].weight_quantizer.scale.data)
