@@ -62,7 +62,7 @@ COSINE = ["--model.lr_scheduler", "stableqat.modules.CosineWarmup"]
 SETTINGS = {
     # verbs and keys
     "a misspelt verb": (["fitt"], ["fitt is not a verb", "did you mean fit?"]),
-    "an unknown verb": (["prune"], ["prune is not a verb", "fit, validate, test, sweep, compare"]),
+    "an unknown verb": (["zip"], ["zip is not a verb", "fit, validate, test, sweep, runs, compare"]),
     "a stray word": (llama("2"), ["2: not a setting", "--KEY VALUE"]),
     "a flag without its value": (llama("--trainer.max_steps"), ["trainer.max_steps: needs a value"]),
     "a misspelt key of the model": (

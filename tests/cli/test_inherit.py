@@ -42,6 +42,7 @@ def settings(version, *, source="text.jsonl", init_from=None, tokenizer=None, **
             "init_args": {"config": config, "init_from": init_from, **model},
         },
         "data": {"class_path": "stableqat.data.TextDataModule", "init_args": {**text, "cache_dir": "cache"}},
+        "baseline": {"stop_at_chance": False},  # starts are random
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 1,

@@ -55,6 +55,7 @@ def call(version, *, model=None, data=None, verb="fit"):
             "class_path": "stableqat.data.ImageDataModule",
             "init_args": {"source": "pictures", "batch_size": 4, "validation_fraction": 0.3, **(data or {})},
         },
+        "baseline": {"stop_at_chance": False},  # starts are random
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 1,
@@ -141,10 +142,11 @@ def inherit(init_from=None, ckpt_path=None, model_args=None, **given):
 def test_weights_alone_take_what_timm_knows_of_the_architecture(at, tmp_path):
     shutil.copy("start/model.safetensors", tmp_path / "alone.safetensors")
     own = timm.get_pretrained_cfg(NAME)
-    for start in (str(tmp_path / "alone.safetensors"), None):
+    positions = {"img_size": 16}  # tell the size of the images
+    for start, size, known in ((str(tmp_path / "alone.safetensors"), 16, positions), (None, 224, None)):
         _, taken, args = inherit(start)
-        assert (list(taken["mean"]), taken["crop_pct"], taken["image_size"]) == (list(own.mean), 0.9, 224)
-        assert args is None
+        assert (list(taken["mean"]), taken["crop_pct"], taken["image_size"]) == (list(own.mean), 0.9, size)
+        assert args == known
 
 
 def test_a_run_and_its_checkpoint_bring_what_they_were_trained_with(run, at):
