@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import words
+from stableqat.cli.inherit import inherit
 from stableqat.cli.main import main
 from stableqat.cli.sizing import _fewest_bits
 from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -243,3 +245,34 @@ def test_an_export_of_images_is_a_start(at, capsys):
 def test_a_key_of_the_start_changes_without_the_others(at):
     flags = ["--model.config.attention_dropout", 0.1, "--baseline.stop_at_chance", "false"]
     assert fit("llama", *flags, "--trainer.max_steps", 1) == 0
+
+
+def test_weights_of_another_architecture_leave_no_run(at, capsys):
+    assert fit("vit", "--model.model_name", NAME, "--model.model_args", json.dumps({**ARGS, "depth": 2})) == 2
+    assert "weights of another architecture" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not Path("lightning_logs").exists()
+
+
+def test_as_many_classes_of_other_names_get_a_new_classifier(at, capsys):
+    timm_folder(at / "named", classes=3)
+    config = json.loads((at / "named" / "config.json").read_text())
+    for number, (names, new) in enumerate(
+        [
+            (["cat", "dog", "owl"], None),
+            (["dog", "cat", "owl"], True),
+            (["0", "1", "2"], None),
+            (["ant", "bee", "fly"], True),
+        ]
+    ):
+        (at / "named" / "config.json").write_text(json.dumps({**config, "label_names": names}))
+        model = Namespace(
+            class_path="stableqat.modules.ViTModule",
+            init_args=Namespace(num_classes=3 if number else None, new_classifier=None, init_from="named"),
+        )
+        data = Namespace(class_path="stableqat.data.ImageDataModule", init_args=Namespace(source="pictures"))
+        lines = inherit(Namespace(model=model, data=data, ckpt_path=None))
+        assert model.init_args.new_classifier is new
+        assert any("model.new_classifier: true" in line for line in lines) is bool(new)
+    flags = ["--model.init_from", "named", "--trainer.max_steps", 1]
+    assert fit("vit", *flags) == 0
+    assert capsys.readouterr().err.count("a new classifier of 3 classes (the start has one of 3 others)") == 1

@@ -7,6 +7,7 @@ the model's is refused.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stableqat.data import ImageDataModule
 from stableqat.data.prepared import prepared_manifest
 from stableqat.data.tokenizer import clash, load_tokenizer, tokenizer_hash
 from stableqat.errors import LISTED, UserError
-from stableqat.modules.vit_config import architecture, preprocessing, takes_one_size
+from stableqat.modules.vit_config import architecture, label_names, preprocessing, takes_one_size
 from stableqat.runs import Run
 
 
@@ -47,7 +48,7 @@ def inherit(settings: Namespace) -> list[str]:
         taken += _take_architecture(arguments, model)
     if "mean" in arguments and "model_name" in model and arguments.get("source") is not None:
         taken += _take_preprocessing(arguments, model, *next(_starts(settings), (None, None)))
-    if "num_classes" in model and model.num_classes is None:
+    if "num_classes" in model:
         taken += _take_classes(settings.data, model)
     return taken
 
@@ -109,12 +110,35 @@ def _take_architecture(arguments: Namespace, model: Namespace) -> list[str]:
 
 
 def _take_classes(data: Namespace, model: Namespace) -> list[str]:
-    """Count the classes of the data."""
+    """Count the classes of the data, and keep the start's classifier only if they may be its own."""
+    asks = model.get("new_classifier", False) is None and model.get("init_from") is not None
+    had = _classes_of(model.init_from) if asks else None
+    if model.num_classes is not None and (had is None or not data.class_path.endswith("ImageDataModule")):
+        return []
     datamodule: Any = find_class(data.class_path, [ImageDataModule], "data")(**data.init_args.as_dict())
-    names = datamodule.class_names
-    model["num_classes"] = len(names)
-    few = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-    return [f"model.num_classes: {len(names)}, those of the data ({few})"]
+    names, lines = datamodule.class_names, []
+    if model.num_classes is None:
+        model["num_classes"] = len(names)
+        lines.append(f"model.num_classes: {len(names)}, those of the data ({_few(names)})")
+    numbers = [str(label) for label in range(len(names))]  # of classes whose names are unknown
+    if had is not None and len(had) == len(names) and names != had and numbers not in (names, had):
+        model["new_classifier"] = True
+        lines.append(f"model.new_classifier: true, as the start's classes are others ({_few(had)})")
+    return lines
+
+
+def _classes_of(source: str) -> list[str] | None:
+    """The names of a start's classes, in their order; None if they are unknown."""
+    if (checkpoint := find_checkpoint(source, "model.init_from")) is None:
+        return label_names(source)
+    with suppress(UserError, OSError):  # the data may be gone
+        datamodule = Run(checkpoint).data()
+        return datamodule.class_names if isinstance(datamodule, ImageDataModule) else None
+    return None
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
 def _take_preprocessing(

@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 
 _QUANTIZER = "init_args.quantizer"
 # null in a configuration leaves them to the start, the data or the model's size
-_LEFT_OPEN = ("init_args.model_name", "init_args.num_classes", "init_args.optimizer.init_args.lr")
+_LEFT_OPEN = (
+    "init_args.new_classifier",
+    "init_args.model_name",
+    "init_args.num_classes",
+    "init_args.optimizer.init_args.lr",
+)
 
 
 def find_resumed(settings: Namespace) -> str | None:

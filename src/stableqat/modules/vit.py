@@ -7,7 +7,8 @@ all images, whatever smoothing or mixup the training loss uses.
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class ViTModule(QATModule):
         model_args: Further arguments of the timm model, for example img_size, patch_size, in_chans,
             embed_dim, depth, num_heads, drop_rate, drop_path_rate. With a null model_name, null takes the
             start's.
+        new_classifier: Whether to replace the start's classifier even if it has as many classes. null does
+            so, on the command line, if the start's classes are known to have other names or another order.
         label_smoothing: Share of the target that the training loss spreads over all classes.
         mixup_alpha: Strength of mixup; 0 is off.
         cutmix_alpha: Strength of cutmix; 0 is off.
@@ -55,6 +58,7 @@ class ViTModule(QATModule):
         model_name: str | None = "deit_small_patch16_224",
         num_classes: int | None = 1000,
         model_args: dict[str, Any] | None = None,
+        new_classifier: bool | None = None,
         label_smoothing: float = 0.0,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
@@ -73,6 +77,7 @@ class ViTModule(QATModule):
         self.model_name = model_name
         self.num_classes = num_classes
         self.model_args = model_args or {}
+        self.new_classifier = new_classifier
         self.label_smoothing = label_smoothing
         self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
         self._new_head = False  # instead of the start's
@@ -118,18 +123,26 @@ class ViTModule(QATModule):
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise unreachable(source, error) from error
-        self._new_head = model.pretrained_cfg.get("num_classes") != self.num_classes
+        self._new_head = self.new_classifier or model.pretrained_cfg.get("num_classes") != self.num_classes
+        if self.new_classifier:
+            model.reset_classifier(self.num_classes)
         return model.train()
 
     def check_pretrained(self, source: str) -> None:
-        """See `QATModule.check_pretrained`: a local file must exist, or the Hub's model be reachable."""
+        """See `QATModule.check_pretrained`: a local file must fit, or the Hub's model be reachable."""
         import timm
 
-        if weight_file(source) is None:
+        if (path := weight_file(source)) is None:
             try:
                 timm.models.load_model_config_from_hf(source)
             except (OSError, RuntimeError, ValueError) as error:
                 raise unreachable(source, error) from error
+        elif path.suffix not in (".npz", ".npy"):  # timm alone knows what their names mean
+            with _readable(path):
+                state = timm.models.load_state_dict(str(path), weights_only=True)
+                with torch.device("meta"):
+                    model = self.build_model()
+                compare_weights(model, self.fit_state(model, state, str(path)), str(path))
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Transformer blocks."""
@@ -142,8 +155,9 @@ class ViTModule(QATModule):
         heads = [f"{name}.{part}" for name in ([names] if isinstance(names, str) else names)
                  for part in ("weight", "bias")]  # fmt: skip
         for key in heads:
-            if key in own and (key not in state or state[key].shape != own[key].shape):
-                had = f"one of {len(state[key])}" if key in state else "none"
+            same = key in state and key in own and state[key].shape == own[key].shape
+            if key in own and (self.new_classifier or not same):
+                had = f"one of {len(state[key])}{' others' if same else ''}" if key in state else "none"
                 state[key] = own[key]
                 self._new_head = True
                 told.append(f"a new classifier of {self.num_classes} classes (the start has {had})")
@@ -261,7 +275,6 @@ def _resampled(model: Any, state: dict[str, Tensor]) -> tuple[Tensor, str] | Non
 
 def _load_file(module: ViTModule, path: Path) -> nn.Module:
     import timm
-    from safetensors import SafetensorError
 
     model = module.build_model()
 
@@ -270,8 +283,18 @@ def _load_file(module: ViTModule, path: Path) -> nn.Module:
         compare_weights(model, state, str(path))
         return state
 
-    try:
+    with _readable(path):
         timm.models.load_checkpoint(model, str(path), filter_fn=same, weights_only=True)
+    return model
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Report in one line that a weight file is damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
@@ -279,7 +302,6 @@ def _load_file(module: ViTModule, path: Path) -> nn.Module:
         raise UserError(
             f"init_from: {path} is damaged, or holds more than weights ({reason}); take another copy"
         ) from error
-    return model
 
 
 def _mixup(mixup: float, cutmix: float, smoothing: float, classes: int) -> Any:

@@ -39,6 +39,17 @@ def _shaping(options: dict[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (options or {}).items() if key != "num_classes"}
 
 
+def label_names(source: str) -> list[str] | None:
+    """The names of the classes, in their order, that a local model folder brings; None if it brings none.
+
+    Args:
+        source: Weight file, model folder or hub name.
+    """
+    path = Path(source).expanduser()
+    names = _read(path if path.is_dir() else path.parent, "config.json").get("label_names")
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
 def preprocessing(source: str | None, model_name: str) -> dict[str, Any]:
     """How images were resized and normalised for pretrained weights, and their size.
 
