@@ -237,7 +237,8 @@ def test_a_run_like_any_other(tmp_path, monkeypatch, capsys):
     key = "model.model.layers.0.mlp.up_proj.weight_quantizer.scale"
     steps = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1"]
     fresh = ["--model.init_from", run, "--trainer.logger.version", "fresh"]
-    assert main(["fit", *common, *steps, *fresh]) == 0
+    random = ["--baseline.stop_at_chance", "false"]
+    assert main(["fit", *common, *steps, *fresh, *random]) == 0
     scales = torch.load("logs/imported/fresh/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert not torch.allclose(scales[key], began[key], rtol=0.05)  # set from the latent weights
 
