@@ -190,7 +190,7 @@ def settings(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_phases_and_widths_on_the_command_line(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text(yaml.safe_dump(settings(family)))
+    Path("run.yaml").write_text(yaml.safe_dump(settings(family) | {"baseline": {"stop_at_chance": False}}))
 
     def call(verb, version, *flags):
         capsys.readouterr()
