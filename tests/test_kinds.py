@@ -37,7 +37,8 @@ def described(quantizer):
             {
                 "scale_init": "mixed",
                 "bits": 2,
-                "quantizers": "2: STE 2-bit integer, scale_init max; *: STE 2-bit integer, scale_init signed_mse",
+                "quantizers": "2: STE 2-bit integer, scale_init max; "
+                "*: STE 2-bit integer, scale_init signed_mse",
             },
         ),
         (
