@@ -134,6 +134,24 @@ class Rotated(STE):
         super().set_latent(weight, rotate(latent))
 
 
+class Pulled(STE):
+    """A penalty whose gradient is 1 for every weight, and a record of what the clock says."""
+
+    def __init__(self, weight, **options):
+        super().__init__(weight, **options)
+        self.seen = []
+
+    @property
+    def seen_progress(self):
+        return [progress for progress, _ in self.seen]
+
+    def penalty(self, weight):
+        return weight.sum()
+
+    def after_step(self, weight, lr, progress):
+        self.seen.append((round(progress, 6), lr))
+
+
 def rotate(x):
     """Along the last dimension by a Hadamard matrix, orthonormal and its own inverse."""
     matrix = torch.ones(1, 1, dtype=x.dtype)

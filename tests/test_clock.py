@@ -14,21 +14,7 @@ from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import STE
 from stableqat.quantizers.position import Position
 from stableqat.surgery import quantize_linears
-from strangers import Hardening
-
-
-class Pulled(STE):
-    """A penalty whose gradient is 1 for every weight, and a record of its steps."""
-
-    def __init__(self, weight, **options):
-        super().__init__(weight, **options)
-        self.seen = []
-
-    def penalty(self, weight):
-        return weight.sum()
-
-    def after_step(self, weight, lr, progress):
-        self.seen.append(round(progress, 6))
+from strangers import Hardening, Pulled
 
 
 class Overflowing(nn.Module):
@@ -70,7 +56,7 @@ def test_a_second_call_replaces_the_first():
         for _ in range(calls):
             stableqat.follow(model, optimizer, 4)
         take(model, optimizer, 2)
-        assert model.layer.weight_quantizer.seen == [0.25, 0.5]
+        assert model.layer.weight_quantizer.seen_progress == [0.25, 0.5]
         assert model.layer.weight_quantizer.progress == 0.5
     for name, value in weights(once).items():
         assert torch.equal(value, weights(twice)[name])
@@ -83,9 +69,9 @@ def test_another_training_of_the_same_model_needs_no_more_than_a_call():
     take(model, first, 2)
     stableqat.follow(model, second, 10)
     take(model, second, 1)
-    assert model.layer.weight_quantizer.seen == [0.5, 1.0, 0.1]
+    assert model.layer.weight_quantizer.seen_progress == [0.5, 1.0, 0.1]
     take(model, first, 1)  # followed no more
-    assert model.layer.weight_quantizer.seen == [0.5, 1.0, 0.1]
+    assert model.layer.weight_quantizer.seen_progress == [0.5, 1.0, 0.1]
     assert model.layer.weight_quantizer.progress == 0.1
 
 
@@ -97,7 +83,7 @@ def test_parts_of_a_model_may_have_clocks_of_their_own():
     optimizer.zero_grad()
     sum(part(batch()) for part in model).backward()
     optimizer.step()
-    assert [part.layer.weight_quantizer.seen for part in model] == [[0.5], [0.25]]
+    assert [part.layer.weight_quantizer.seen_progress for part in model] == [[0.5], [0.25]]
 
 
 # -- loss scalers -----------------------------------------------------------------------------------
@@ -123,7 +109,7 @@ def test_a_step_that_a_loss_scaler_skips_does_not_count(fused, clips):
             scaler.update()
         assert scaler.get_scale() == 2.0**8
         assert clock.position.step == 2
-    assert model.layer.weight_quantizer.seen == [0.25, 0.5]
+    assert model.layer.weight_quantizer.seen_progress == [0.25, 0.5]
     difference = model.layer.weight.grad - plain.layer.weight.grad
     torch.testing.assert_close(difference, torch.ones_like(difference), rtol=0, atol=1e-5)
 

@@ -18,6 +18,20 @@ def only_local(name: str) -> bool:
     return (name.startswith(("/", ".", "~")) or name.count("/") > 1 or suffix) and not set(":[{") & set(name)
 
 
+def check_source(source: str, *, local: bool = False) -> None:
+    """Refuse a run, checkpoint or model folder that does not exist; other names may be on the Hub.
+
+    Args:
+        source: What the user names.
+        local: Whether it can only be a path.
+
+    Raises:
+        UserError: If it is a path to nothing.
+    """
+    if (local or only_local(source)) and not Path(source).expanduser().exists():
+        raise UserError(f"{source}: there is no such run or checkpoint")
+
+
 def as_it_stands(path: str) -> str:
     """What a message adds to a path that does not exist: that a glob is taken for a name."""
     return " (globs are not expanded)" if set("*?") & set(path) else ""

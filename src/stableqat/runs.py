@@ -22,6 +22,7 @@ from stableqat.checkpoints.write import StreamedCheckpointIO
 from stableqat.construct import arguments
 from stableqat.data.tokenizer import check_vocabulary, clash, keep_tokenizer, load_tokenizer
 from stableqat.errors import UserError, one_line
+from stableqat.files import check_source
 from stableqat.modules import QATModule
 from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
 from stableqat.modules.start import state_dict_follows
@@ -41,9 +42,8 @@ def open_run(source: str) -> "Run":
     Raises:
         UserError: If there is no checkpoint, or it is sharded.
     """
+    check_source(source, local=True)
     path = Path(source).expanduser()
-    if not path.exists():
-        raise UserError(f"{source}: there is no such run or checkpoint")
     best = path / CHECKPOINTS / BEST
     found = best if best.exists() else find_checkpoint(str(path))
     if found is None:

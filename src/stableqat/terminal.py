@@ -1,9 +1,22 @@
 """The terminal, as the verbs write to it."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def quiet_libraries(*, progress: bool = False) -> None:
+    """Silence tokenizers and datasets, whose errors our own messages replace; call it before their import.
+
+    Args:
+        progress: Leave the progress bars of datasets.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    if not progress:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def plain(text: str) -> str:

@@ -10,20 +10,7 @@ import tiny
 from stableqat.callbacks import PrepareQAT
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import STE
-
-
-class Pulled(STE):
-    """A penalty whose gradient is 1 for every weight, and a record of what the clock says."""
-
-    def __init__(self, weight, **options):
-        super().__init__(weight, **options)
-        self.seen = []
-
-    def penalty(self, weight):
-        return weight.sum()
-
-    def after_step(self, weight, lr, progress):
-        self.seen.append((round(progress, 6), lr))
+from strangers import Pulled
 
 
 class Gradients(tiny.L.Callback):
@@ -91,4 +78,4 @@ def test_a_step_that_the_loss_scaler_skips_has_no_after_step(accumulate):
         callbacks=[Overflow()],
     )
     assert scaler.get_scale() == 2.0**9
-    assert [progress for progress, _ in quantizer.seen] == [round(step / 3, 6) for step in (1, 3)]
+    assert quantizer.seen_progress == [round(step / 3, 6) for step in (1, 3)]

@@ -8,7 +8,6 @@ fault of the program keeps its traceback.
 
 import argparse
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from stableqat.cli.arguments import check_arguments
 from stableqat.cli.help import RUN_VERBS, people_page
 from stableqat.cli.tool import TOOL_VERBS, run_tool
 from stableqat.errors import UserError, did_you_mean
-from stableqat.terminal import plain
+from stableqat.terminal import plain, quiet_libraries
 from stableqat.trust import allowing
 
 _OF_RUN_VERBS = re.compile(r"-c$|--(config|ckpt_path|model|data|trainer)\b")
@@ -82,11 +81,7 @@ def _dispatch(arguments: list[str]) -> int:
         arguments = [verb, "--help"]
     if verb in RUN_VERBS:
         arguments = check_arguments(arguments)
-        # Libraries read these once, at import
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own errors say it
-        if not sys.stderr.isatty():
-            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        quiet_libraries(progress=sys.stderr.isatty())
         return import_module("stableqat.cli.lightning").run(arguments)
     if verb == "predict" and any(_OF_RUN_VERBS.match(argument) for argument in arguments):
         raise UserError(

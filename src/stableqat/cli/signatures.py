@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class Argument(NamedTuple):
     text: str
 
 
+@cache
 def our_classes(room: str) -> dict[str, ast.ClassDef]:
     """Return the classes of a folder of this package by name."""
     return classes((OURS / room).glob("*.py"))

@@ -6,13 +6,12 @@ rounded to nearest. torchrun divides the work:
 `torchrun --nproc-per-node 4 --no-python stableqat evaluate ...`.
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from stableqat.errors import UserError, check_range
-from stableqat.files import new_results, only_local
+from stableqat.files import check_source, new_results
+from stableqat.terminal import quiet_libraries
 
 
 def evaluate(
@@ -76,15 +75,12 @@ def evaluate(
     if tasks is None and (tasks_path or num_fewshot is not None or limit is not None):
         raise UserError("tasks: missing; name the tasks that tasks_path, num_fewshot and limit are for")
     file = None if out is None else new_results(out, ".png")
-    for source in sources:  # other names may be on the Hub
-        if only_local(source) and not Path(source).expanduser().exists():
-            raise UserError(f"{source}: there is no such run or checkpoint")
+    for source in sources:
+        check_source(source)
     from stableqat.evaluate.tasks import SEEDS, check_documents, load_tasks, task_names
 
     names = [] if tasks is None else task_names(tasks)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    quiet_libraries()
     # torch is slow to import; mistakes above are refused without it
     from stableqat.evaluate import report
     from stableqat.evaluate.figures import UNRECORDED, Plan, measure

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
-from stableqat.files import new_folder, writing
+from stableqat.files import check_source, new_folder, writing
 from stableqat.terminal import terminal
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def export(
     ):
         if used and format != only:
             raise UserError(f"{key}: is for {only}, not for {format}; leave it out")
-    if not Path(source).expanduser().exists():
-        raise UserError(f"{source}: there is no such run or checkpoint")
+    check_source(source, local=True)
     # torch is slow to import; mistakes above are refused without it
     from stableqat.export import gguf_template
     from stableqat.export.packed import DTYPES, PackedModel, evaluate, pack, quantize_embeddings

@@ -6,7 +6,6 @@ computed once, not for every token.
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from stableqat.errors import UserError, check_range
-from stableqat.files import new_results, only_local, whole_file, writing
+from stableqat.files import check_source, new_results, whole_file, writing
 from stableqat.predict.inputs import find_images, read_prompts
+from stableqat.terminal import quiet_libraries
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -93,11 +93,8 @@ def predict(
             remedy = " or set temperature" if generated and why == undrawn else ""
             raise UserError(f"{key}: {why}; leave it out{remedy}")
     file = None if out is None else new_results(out, endings=(".jsonl", ".csv") if files else (".jsonl",))
-    if only_local(source) and not Path(source).expanduser().exists():
-        raise UserError(f"{source}: there is no such run or checkpoint")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    check_source(source)
+    quiet_libraries()
     # torch is slow to import; mistakes above are refused without it
     import torch
 
