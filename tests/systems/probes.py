@@ -102,11 +102,10 @@ class Collectives(L.Callback):
         self.path = Path(path)
         self.counts: list[dict[str, int]] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for name in self.NAMES:
-            setattr(torch.distributed, name, self._counting(name, getattr(torch.distributed, name)))
-
     def on_train_batch_start(self, *_: Any) -> None:
+        if not self.counts:  # not before: what is measured of the start is no part of a step
+            for name in self.NAMES:
+                setattr(torch.distributed, name, self._counting(name, getattr(torch.distributed, name)))
         self.counts.append({})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -142,4 +142,5 @@ def test_the_rows_after_the_cut_are_those_of_the_undisturbed_run(start, then, ru
 def test_another_mixture_does_not_resume(runs):
     flags = ["--data.source", runs.source.replace(": 2", ": 1"), "--ckpt_path", str(runs.killed("ddp"))]
     assert forked.command(runs.arguments("refused", "one", *flags), runs.folder / "log") == [2]
-    assert "ratio of sources is 1:2, this run's is 1:1: resume with" in (runs.folder / "log").read_text()
+    said = (runs.folder / "log").read_text()
+    assert "ratio of sources is 1:2, this run's is 1:1 (data settings differ); resume with" in said
