@@ -69,7 +69,7 @@ class Clock:
                 self._file(followed)
         self._hooks: list[RemovableHandle] = []
         for optimizer, own in self._by_optimizer.items():
-            # a fused one would undo a loss scale inside its step, after the penalty and skipped or not
+            # a fused one would undo a loss scale inside its step: too late for clipping, guard and penalty
             vars(optimizer)["_step_supports_amp_scaling"] = False
             self._hooks.append(optimizer.register_step_post_hook(self._after))
             if any(each.overrides("penalty") for each in own):

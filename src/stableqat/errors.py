@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from math import inf
 
 LISTED = 12  # names that fit into a message
+LARGEST = float.fromhex("0x1.fffffep127")  # of float32
 
 
 class UserError(ValueError):

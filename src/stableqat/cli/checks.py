@@ -13,9 +13,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from stableqat.errors import UserError, check_range, did_you_mean, first_line
+from stableqat.errors import LARGEST, UserError, check_range, did_you_mean, first_line
 from stableqat.modules import QATModule
-from stableqat.modules.base import LARGEST
 from stableqat.modules.schedule import check_schedule
 from stableqat.trust import walk, words
 

@@ -23,7 +23,7 @@ from stableqat.callbacks.hold import HoldWeights
 from stableqat.callbacks.position import StepPosition
 from stableqat.callbacks.refused import check_trainer, left_out
 from stableqat.checkpoints.read import read_checkpoint
-from stableqat.errors import UserError, check_range
+from stableqat.errors import LARGEST, UserError, check_range
 from stableqat.kinds import describe
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
@@ -39,8 +39,6 @@ from stableqat.quantizers import QuantizerSpec
 from stableqat.surgery import SurgeryReport, quantize_linears
 
 logger = logging.getLogger(__name__)
-
-LARGEST = torch.finfo(torch.float32).max
 
 
 class QATModule(Evaluation, ABC):
@@ -63,8 +61,7 @@ class QATModule(Evaluation, ABC):
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the scheduler from the optimizer; it steps with the optimizer.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
-        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; a control for methods whose
-            gradients are smaller.
+        weight_lr_multiplier: Learning rate of the weights as a share of `lr`; matches smaller gradients.
         compile_model: Compile the inner model with `torch.compile`.
         recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides per
             layer, see `QuantLinear`.
@@ -269,8 +266,6 @@ class QATModule(Evaluation, ABC):
         """Optimizer and scheduler, from the parameters that exist after surgery."""
         assert self.model is not None
         optimizer = self.optimizer(parameter_groups(self.model))
-        # a fused one would undo a loss scale inside its step: too late for clipping and for the guard
-        vars(optimizer)["_step_supports_amp_scaling"] = False
         multipliers = {"weights": self.weight_lr_multiplier, "scales": self.scale_lr_multiplier}
         for group in optimizer.param_groups:
             group["lr"] *= multipliers.get(group["name"], 1.0)
