@@ -49,6 +49,13 @@ MISSPELT = [
         [*FIT, "--ckpt_path", "none.ckpt"],
         "ckpt_path: none.ckpt does not exist; name a checkpoint, or leave it",
     ),
+    (
+        ["fit", "-c", "llama/ste", "-c", "llama/base"],
+        "ste.yaml: changes the model, but nothing before it says",
+    ),
+    (["fit", "--config=llama/ste"], "put the base first, as in -c llama/base -c llama/ste"),
+    (["fit", "-c", "rows.yaml", "-c", "vit/base"], "rows.yaml: changes the data, but nothing before it says"),
+    (["fit", "-c", "twice.yaml"], "twice.yaml: trainer.max_steps: stands twice, in lines 1 and 3, and YAML"),
     (["fit", "-c", "pipe"], "pipe: a pipe, which can be read only once, and settings are read more often"),
     (["evaluate", "none.ckpt"], "none.ckpt: there is no such run or checkpoint"),
     (["export", "none", "--format", "hf", "--out", "out"], "none: there is no such run or checkpoint"),
@@ -76,6 +83,8 @@ FREE = {
         *("--model.quantizer.amplitude", "0.2"),
     ],
     "a user's class named in YAML": ["fit", '--config={"model": {"class_path": "my.Mine"}}', "--model.x=3"],
+    "an overlay of a class that a flag names": ["fit", "--model", "LlamaModule", "-c", "llama/ste"],
+    "settings of the trainer before the base": ["fit", "-c", "llama/fsdp", "-c", "llama/base"],
     "a file that was forgotten": [*FIT, "-c", "--trainer.max_steps=3"],
 }
 
@@ -84,6 +93,10 @@ FREE = {
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("trainer: {max_stepz: 3}")
+    (tmp_path / "rows.yaml").write_text("data: {init_args: {batch_size: 3}}")
+    (tmp_path / "twice.yaml").write_text(
+        "trainer: {max_steps: 1,\n logger: &again {a: [*again]},\n max_steps: 2}"
+    )
     os.mkfifo(tmp_path / "pipe")
 
 

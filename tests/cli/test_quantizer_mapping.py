@@ -134,6 +134,14 @@ REFUSED = {
         ["-c", text({**MIXED, "*.q_proj": "STE"})],
         "model.quantizer: * comes before *.q_proj, and the first match wins; put *.q_proj first",
     ),
+    "a pattern that stands twice": (
+        ["-c", "twice.yaml"],
+        "twice.yaml: model.quantizer.*.mlp.*: stands twice, in lines 4 and 6, and YAML takes only the last",
+    ),
+    "YAML in place of a file": (
+        ["-c", "{model: {init_args: {quantizer: {'*': STE, '*': DSQ}}}}"],
+        "model.quantizer.*: stands twice, in line 1, and YAML",
+    ),
     "an unknown class": (
         ["-c", text({"q_proj": "STEE", **MIXED})],
         "model.quantizer.q_proj: STEE is not a Quantizer that can be imported; did you mean STE?",
@@ -157,6 +165,9 @@ REFUSED = {
 def test_a_mistake_in_a_mapping_is_one_line(case, files, capsys):
     layers, line = REFUSED[case]
     (files / "bits.yaml").write_text(text({"init_args": {"bits": 3}}))
+    entries = ["*.mlp.*", "*.q_proj", "*.mlp.*"]
+    lines = ["model:", "  init_args:", "    quantizer:", *(f'      "{each}": STE' for each in entries)]
+    (files / "twice.yaml").write_text("\n".join(lines))
     assert main(["fit", "-c", "llama.yaml", *layers]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert line in said

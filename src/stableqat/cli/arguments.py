@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stableqat.cli.layers import QUANTIZER, read_layers, settle_quantizer
+from stableqat.cli.layers import QUANTIZER, Layer, read_layers, settle_quantizer
 from stableqat.cli.signatures import our_classes, signature, trainer_class
 from stableqat.errors import LISTED, UserError, nearest
 from stableqat.files import as_it_stands, only_local
@@ -55,9 +55,11 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
         quantizer replaces a mapping of them.
 
     Raises:
-        UserError: If a configuration or a path does not exist, or a key is unknown.
+        UserError: If a configuration or a path does not exist, an overlay comes before its base, or a key is
+            unknown.
     """
     named, layers = read_layers(arguments)
+    _check_bases(layers)
     _check_paths(named)
     settings: list[Setting] = [
         (each.where, *one) for each in layers if not each.inline for one in each.settings
@@ -68,6 +70,19 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     known = our_classes(_ROOMS[QUANTIZER])
     options = set().union(*(_names(known, name) or () for name in known))
     return settle_quantizer(named, layers, options)
+
+
+def _check_bases(layers: Sequence[Layer]) -> None:
+    """Refuse a file that changes a model, or data, whose class comes later or not at all."""
+    for block in ("model", "data"):
+        for layer in layers:
+            if any(_named_classes([("", *one) for one in layer.settings], block)):
+                break
+            if layer.where and any(key.startswith(f"{block}.") for key, _ in layer.settings):
+                raise UserError(
+                    f"{layer.where}changes the {block}, but nothing before it says which {block}; put the "
+                    "base first, as in -c llama/base -c llama/ste"
+                )
 
 
 def _check_paths(arguments: Sequence[str]) -> None:

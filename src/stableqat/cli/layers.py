@@ -49,7 +49,7 @@ def read_layers(arguments: Sequence[str]) -> tuple[list[str], list[Layer]]:
         The arguments with files in place of the names of shipped configurations, and the layers.
 
     Raises:
-        UserError: If a configuration does not exist.
+        UserError: If a configuration does not exist, or holds a key twice.
     """
     named, layers = list(arguments), []
     for at, (flag, value) in enumerate(pairwise(["", *arguments])):
@@ -61,7 +61,7 @@ def read_layers(arguments: Sequence[str]) -> tuple[list[str], list[Layer]]:
             continue
         first = at if start else at - 1
         if re.search(r"[:{\n]", name):
-            layers.append(Layer(first, "", _read(name, name), inline=True))
+            layers.append(Layer(first, "", _read(name), inline=True))
             continue
         path = find_config(name)
         if (other := shipped_config(name)) and not filecmp.cmp(path, other, shallow=False):
@@ -70,7 +70,7 @@ def read_layers(arguments: Sequence[str]) -> tuple[list[str], list[Layer]]:
         text = ""
         with suppress(*_UNREADABLE):
             text = path.read_text()
-        layers.append(Layer(first, f"{path}: ", _read(text, str(path))))
+        layers.append(Layer(first, f"{path}: ", _read(text, f"{path}: ")))
     return named, layers
 
 
@@ -140,10 +140,37 @@ def _kind(layer: Layer, options: Collection[str]) -> Kind | None:
     return kind
 
 
-def _read(text: str, where: str) -> list[tuple[str, Any]]:
+def _read(text: str, where: str = "") -> list[tuple[str, Any]]:
+    root, settings = None, []
     with suppress(*_UNREADABLE):
-        return list(_shortened(walk(yaml.safe_load(text), where)))
-    return []
+        loader = yaml.SafeLoader(text)
+        if root := loader.get_single_node():
+            settings = list(_shortened(walk(loader.construct_document(root), where)))
+    _check_once(root, where)
+    return settings
+
+
+def _check_once(root: yaml.Node | None, where: str) -> None:
+    """Refuse a key that stands twice in a mapping: YAML silently takes the last."""
+    stack, seen = [("", root)], set()
+    while stack:
+        above, node = stack.pop()
+        if id(node) in seen:  # an alias may lead back
+            continue
+        seen.add(id(node))
+        lines: dict[str, int] = {}
+        if isinstance(node, yaml.SequenceNode):
+            stack += [(above, each) for each in node.value]
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, line = f"{above}.{key.value}", key.start_mark.line + 1
+            if name in lines:
+                at = f"lines {lines[name]} and {line}" if lines[name] < line else f"line {line}"
+                raise UserError(
+                    f"{where}{name.strip('.').replace('.init_args', '')}: stands twice, in {at}, and YAML "
+                    "takes only the last; leave one of them out"
+                )
+            lines[name] = line
+            stack.append((name, value))
 
 
 def _shortened(settings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
