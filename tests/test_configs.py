@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 
+import words
 from stableqat import quantizers
 from stableqat.cli.lightning import QATCommand
 from stableqat.cli.main import main
 from stableqat.data.image import PREPROCESSING
+from stableqat.data.tokenizer import train_bpe
+from stableqat.modules import Distillation
 from stableqat.studies.study import read_study
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -110,15 +113,30 @@ def block(key: str) -> str:
         "model.init_args.config",
         "model.init_args.model_args",
         "model.init_args.quantizer",
+        "model.init_args.teacher",
         "trainer.strategy",
     )
     return next((name for name in whole if key.startswith(name)), key)
 
 
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> list[str]:
+    """A full-precision model of the base's shape, which a teacher needs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("start")
+    config = AutoConfig.for_model(**raw("llama", "base")["model"]["init_args"]["config"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_bpe(words.DOCUMENTS, 280).save_pretrained(folder)
+    return ["--model.init_from", str(folder)]
+
+
 @pytest.mark.parametrize(("family", "name"), OVERLAYS)
-def test_an_overlay_changes_what_it_names_and_nothing_else(family, name, command, images):
+def test_an_overlay_changes_what_it_names_and_nothing_else(family, name, command, images, start):
     source = images if family == "vit" and name in SIZES else []
-    base, after = resolved(command(*arguments(family))), resolved(command(*arguments(family, name), *source))
+    both = start if name == "distill" else []
+    base = resolved(command(*arguments(family), *both))
+    after = resolved(command(*arguments(family, name), *source, *both))
     changed = {key for key in base.keys() | after.keys() if base.get(key) != after.get(key)}
     changed.discard("data.init_args.source")
     if source:  # images are prepared as the model of that name wants them
@@ -135,6 +153,13 @@ def test_a_small_configuration_runs(family, name, command):
     assert made.trainer.global_step == 1
     assert torch.isfinite(made.trainer.callback_metrics["val/loss"])
     assert made.model.describe()["method"].lower() == (name if name in METHODS else "fp")
+
+
+def test_distill_trains_on_the_starts_predictions_alone(command, start):
+    argv = ["-c", "llama/finetune", "-c", "llama/distill", *start, "--data.block_size", "32"]
+    made = command(*argv, "--trainer.fast_dev_run", "true", run=True)
+    assert made.model.distillation == Distillation(source=start[1], weight=1.0, temperature=1.0)
+    assert made.trainer.callback_metrics["train/loss"] < 0.7 * made.trainer.callback_metrics["val/loss"]
 
 
 @pytest.mark.parametrize(("family", "name"), [pair for pair in OVERLAYS if pair[1] in SIZES])
@@ -191,8 +216,8 @@ def test_print_config_shows_what_runs(family, command, capsys):
 
 
 def test_both_families_have_the_same_files():
-    """But for overlays of the model alone: sizes, and what saves the memory of language models."""
-    own = SIZES.keys() | {"activation-checkpointing"}
+    """But for overlays of the model alone: sizes, and what only language models have."""
+    own = SIZES.keys() | {"activation-checkpointing", "distill"}
     shared = [{path.stem for path in (ROOT / family).glob("*.yaml")} - own for family in FAMILIES]
     assert shared[0] == shared[1]
     assert shared[0] >= METHODS | STRATEGIES | {"base", "finetune", "debug", "demo"}

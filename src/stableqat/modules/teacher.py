@@ -36,7 +36,7 @@ class Distillation:
     """
 
     source: str | None = None
-    weight: float = 0.5
+    weight: float = 1.0
     temperature: float = 1.0
     hidden_weight: float = 0.0
     offload: bool = False
