@@ -1,5 +1,9 @@
 """The flags of tool verbs."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from stableqat.cli.tool import tool_parser
@@ -19,3 +23,24 @@ BENCH = ["--model", "M", "--batch", "1"]
 )
 def test_a_list_given_again_adds_up(verb, flags, key, values):
     assert tool_parser(verb).parse_args(flags)[key] == values
+
+
+EXPORT = """
+import sys, time
+from stableqat.cli.main import main
+from stableqat.export import source
+source.load_source = lambda *_: print("loading", flush=True) or time.sleep(600)
+sys.exit(main(["export", "run", "--format", "hf", "--out", "new/out"]))
+"""
+
+
+def test_a_verb_that_is_told_to_end_leaves_nothing(tmp_path):
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", EXPORT]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "loading\n"
+        assert list(tmp_path.glob("new/.out.*.part"))
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when done, also after a run that diverged; 1 if points of a study failed; 2 after a user's mistake;
-        130 after Ctrl-C.
+        130 after Ctrl-C; 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

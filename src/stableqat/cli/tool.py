@@ -1,9 +1,13 @@
 """The tool verbs: functions, imported when called; their arguments are flags, their docstrings help."""
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from keyword import iskeyword
+from types import FrameType
 from typing import Any, get_args, get_origin
 
 TOOL_VERBS = {
@@ -30,7 +34,7 @@ TOOL_VERBS = {
 
 
 def run_tool(verb: str, arguments: Sequence[str]) -> int:
-    """Run a tool verb.
+    """Run a tool verb; SIGTERM ends it like an exception, so that it leaves nothing half written.
 
     Args:
         verb: The verb.
@@ -40,7 +44,26 @@ def run_tool(verb: str, arguments: Sequence[str]) -> int:
         The exit code.
     """
     values = vars(tool_parser(verb).parse_args(arguments))
-    return _function(verb)(**{f"{key}_" if iskeyword(key) else key: value for key, value in values.items()})
+    values = {f"{key}_" if iskeyword(key) else key: value for key, value in values.items()}
+    with _terminable():
+        return _function(verb)(**values)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals arrive in no other
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends two; the second would stop the cleaning up
+    raise SystemExit(128 + number)
 
 
 def tool_parser(verb: str) -> Any:
