@@ -365,9 +365,14 @@ MISTAKES = {
         "amplitude: STE has no such option",
     ),
     "an instance": (llama, {"quantizer": STE(torch.ones(2, 2), bits=2)}, "the class STE"),
+    "a factory of something else": (
+        llama,
+        {"quantizer": lambda weight: torch.nn.Identity()},
+        "q_proj: quantizer: the factory returns Identity; it must return a Quantizer",
+    ),
     "a pattern that matches nothing": (llama, {"bits": 2, "skip": ["lm_haed"]}, "lm_haed matches no"),
     "nothing left": (llama, {"bits": 2, "skip": ["*"]}, "none of the 15 linear layers"),
-    "no linear layer": (headless, {"bits": 2}, "none of the 0"),
+    "no linear layer": (headless, {"bits": 2}, "the model has no linear layer"),
     "a head tied to its embedding": (llama, {"bits": 2, "skip": []}, "embed_tokens has the same weight"),
     "two layers with one weight": (
         twins,

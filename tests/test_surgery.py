@@ -15,6 +15,7 @@ from stableqat import QuantLinear, convert, quantize_linears
 from stableqat.errors import UserError
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import DSQ, STE, ParetoQ, StableQAT
+from stableqat.surgery import check_skip
 
 TWO_BITS = partial(STE, bits=2)
 SIZES = {
@@ -100,7 +101,6 @@ def test_real_models_keep_their_parameters_keys_and_ties(model):
 
     assert report.swapped == linears
     assert report.skipped == {skip[0]: f"skip: {skip[0]}"}
-    assert report.unmatched == []
     after = dict(net.named_parameters(remove_duplicate=False))
     assert all(after[name] is parameter for name, parameter in parameters.items())
     new = {f"{name}.weight_quantizer.{p}" for name in linears for p in ("scale", "scale_floor", "a_logit")}
@@ -400,13 +400,27 @@ def test_skip_patterns(skip, swapped):
     assert set(report.skipped) == {"a.up", "a.down", "b.up", "b.head"} - set(swapped)
     assert all(reason.removeprefix("skip: ") in skip for reason in report.skipped.values())
     if skip in (["u"], ["UP"]):
-        assert report.unmatched == skip
+        with pytest.raises(UserError, match=f"skip: {skip[0]} matches no linear layer; correct it"):
+            check_skip(net, skip)
+    else:
+        check_skip(net, skip)
 
 
-def test_unmatched_patterns_are_those_that_match_nothing():
+def test_a_skip_is_refused_where_it_says_nothing_or_too_much():
     net = nn.ModuleDict({"head": nn.Linear(4, 4), "body": nn.Linear(4, 4)})
-    report = quantize_linears(net, TWO_BITS, ["head", "he*", "lm_head"])
-    assert report.unmatched == ["lm_head"]  # he* matches too, though head came first
+    check_skip(net, ["head", "he*", "lm_head"])  # he* matches too, though head came first
+    with pytest.raises(UserError, match="skip: lm_head matches no linear layer"):
+        check_skip(net, ["lm_head"], optional=["head"])
+    with pytest.raises(UserError, match="skip: head, body leaves none of the 2 linear layers to quantize"):
+        check_skip(net, ["head", "body"])
+
+
+def test_a_factory_that_makes_no_quantizer_is_named():
+    net = nn.ModuleDict({"body": nn.Linear(4, 4)})
+    for initialize in (True, False):
+        with pytest.raises(UserError, match="layer body: quantizer: the factory returns Linear; it must"):
+            quantize_linears(net, lambda weight: nn.Linear(4, 4), initialize=initialize)
+    assert type(net["body"]) is nn.Linear
 
 
 def test_the_report_reads_well_and_is_logged(caplog):

@@ -13,12 +13,21 @@ from torch import nn
 
 from stableqat.errors import UserError
 from stableqat.layers.embedding import QuantEmbedding
-from stableqat.layers.experts import fused_experts, make_plain
+from stableqat.layers.experts import make_plain
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.layers.trial import check_calls, forget_calls
 from stableqat.quantizers import Quantizer, QuantizerSpec
 from stableqat.quantizers.factory import NamedSpec, make_factory, methods
-from stableqat.surgery import HEADS, Choice, SurgeryReport, matches, put_back, quantize_linears
+from stableqat.surgery import (
+    HEADS,
+    Choice,
+    SurgeryReport,
+    check_skip,
+    make_quantizer,
+    matches,
+    put_back,
+    quantize_linears,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +91,7 @@ def prepare_and_report(
     """`prepare`, returning its report."""
     skip = [skip] if isinstance(skip, str) else skip
     factory = make_factory(quantizer, options)
-    _check(model, skip)
+    check_skip(model, skip)
     _refuse_adapters(model, skip)
     refuse_another(model, factory, skip)
     linears = {
@@ -164,7 +173,9 @@ def refuse_another(model: nn.Module, quantizer: QuantizerSpec, skip: Sequence[st
         if choice.left(name, quantized=False):
             continue
         factory, own = choice.of(name), layer.weight_quantizer.describe()
-        asked = {"method": "none"} if factory is None else factory(layer.latent.to("meta")).describe()
+        asked: dict[str, Any] = {"method": "none"}
+        if factory is not None:
+            asked = make_quantizer(layer.latent.to("meta"), factory).describe()
         if asked != own:
             key = next(key for key in {**asked, **own} if asked.get(key) != own.get(key))
             raise UserError(
@@ -214,14 +225,3 @@ def _method(quantizer: Quantizer) -> str:
     """A quantizer's class: by its name if it is of this package."""
     cls = type(quantizer)
     return cls.__name__ if methods().get(cls.__name__) is cls else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _check(model: nn.Module, skip: Sequence[str]) -> None:
-    """Refuse a `skip` that leaves no layer to quantize, or has a pattern that matches no layer."""
-    linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    linears += [name for name, _, _ in fused_experts(model)]
-    if all(any(matches(name, pattern) for pattern in skip) for name in linears):
-        raise UserError(f"skip: {', '.join(skip)} leaves none of the {len(linears)} linear layers")
-    for pattern in skip:
-        if pattern not in HEADS and not any(matches(name, pattern) for name in linears):
-            raise UserError(f"skip: {pattern} matches no linear layer; correct it or leave it out")

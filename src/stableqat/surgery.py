@@ -39,7 +39,6 @@ class SurgeryReport:
         swapped: Names of the layers that are now quantized, followed by the parameters of fused experts.
         fused: Number of these parameters.
         skipped: Names of the linear layers left alone, each with the reason.
-        unmatched: Skip patterns that match no linear layer.
         quantized_weights: Number of quantized weights.
         matrix_weights: Number of weights in matrices and convolutions, without embeddings, which are looked
             up, and heads that are left alone.
@@ -53,7 +52,6 @@ class SurgeryReport:
     swapped: list[str] = field(default_factory=list)
     fused: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
-    unmatched: list[str] = field(default_factory=list)
     quantized_weights: int = 0
     matrix_weights: int = 0
     others: dict[str, float] = field(default_factory=dict)
@@ -189,7 +187,7 @@ def quantize_linears(
     for name, linear in chosen.items():
         if linear not in replacements:  # one module under two names stays one module
             try:
-                made = _make_quantizer(linear.weight, factories[name], initialize)
+                made = make_quantizer(linear.weight, factories[name], initialize)
             except UserError as error:
                 raise UserError(f"layer {choice.named(name)}: {error}") from error
             of_input = None if input_quantizer is None else input_quantizer(name, linear)
@@ -210,7 +208,6 @@ def quantize_linears(
     if isinstance(quantizer, Mapping):
         report.patterns = {name: p for p in quantizer for name, own in choice.chosen.items() if own == p}
     group_layers(model, list(replacements.values()))
-    report.unmatched = [pattern for pattern in skip if pattern not in choice.skipping]
     _leave_fast_path(model)
     of_experts = {cast(Tensor, m._parameters[key]) for m, key, _ in quantized_experts(model).values()}
     report.count(model, of_experts | {layer.latent for layer in quantized_layers(model).values()})
@@ -242,6 +239,31 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(part, pattern) for part in (name, *name.split(".")))
 
 
+def check_skip(model: nn.Module, skip: Sequence[str], optional: Sequence[str] = HEADS) -> None:
+    """Refuse a `skip` that leaves nothing to quantize, or a pattern in it that selects nothing.
+
+    Args:
+        model: The model, before or after surgery.
+        skip: The patterns.
+        optional: Patterns that may select nothing, as a default has them for other models.
+
+    Raises:
+        UserError: Naming the pattern.
+    """
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    names += [name for name, _, _ in fused_experts(model)]
+    if not names:
+        raise UserError("the model has no linear layer to quantize")
+    if all(any(matches(name, pattern) for pattern in skip) for name in names):
+        raise UserError(
+            f"skip: {', '.join(skip)} leaves none of the {counted(len(names), 'linear layer')} to quantize; "
+            "skip fewer, or train without a quantizer"
+        )
+    for pattern in skip:
+        if pattern not in optional and not any(matches(name, pattern) for name in names):
+            raise UserError(f"skip: {pattern} matches no linear layer; correct it or leave it out")
+
+
 class Choice:
     """Which layers are left alone, and which factory makes the quantizer of each of the others.
 
@@ -256,15 +278,12 @@ class Choice:
             check_mapping(quantizer)
         self.factories = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
         self.skip = skip
-        self.skipping: set[str] = set()  # patterns of `skip` that match a layer
         self.chosen: dict[str, str] = {}  # pattern by layer
 
     def left(self, name: str, *, quantized: bool) -> str | None:
         """Why a layer is left alone: skipped, or already quantized, which counts for its pattern; or None."""
-        matching = [pattern for pattern in self.skip if matches(name, pattern)]
-        self.skipping.update(matching)
-        if matching:
-            return f"skip: {matching[0]}"
+        if skipping := next((pattern for pattern in self.skip if matches(name, pattern)), None):
+            return f"skip: {skipping}"
         if quantized:
             self.pattern(name)
             return "quantized already"
@@ -312,7 +331,7 @@ def _quantizers_of_experts(
         else:
             rows = as_rows(module, module.get_parameter(key))
             try:
-                made[name] = module, key, _make_quantizer(rows, factory, initialize)
+                made[name] = module, key, make_quantizer(rows, factory, initialize)
             except UserError as error:
                 raise UserError(f"layer {choice.named(name)}: {error}") from error
     return made
@@ -346,10 +365,25 @@ def _freeze(weight: Tensor, quantizer: Quantizer) -> None:
         weight.requires_grad_(False)
 
 
-def _make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool) -> Quantizer:
-    if initialize or weight.is_meta:
-        return factory(weight)
-    quantizer = factory(weight.to("meta")).to_empty(device=weight.device)
+def make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool = True) -> Quantizer:
+    """Call a factory, which may be a user's.
+
+    Args:
+        weight: The weight.
+        factory: Makes its quantizer.
+        initialize: Set the scales from the weight; False leaves them unset (NaN).
+
+    Raises:
+        UserError: If it makes no quantizer.
+    """
+    unset = not (initialize or weight.is_meta)
+    quantizer = factory(weight.to("meta") if unset else weight)
+    if not isinstance(quantizer, Quantizer):
+        made = type(quantizer).__name__
+        raise UserError(f"quantizer: the factory returns {made}; it must return a Quantizer")
+    if not unset:
+        return quantizer
+    quantizer.to_empty(device=weight.device)
     for parameter in quantizer.parameters():
         nn.init.constant_(parameter, torch.nan)  # to be noticed if no state dict follows
     return quantizer

@@ -173,7 +173,7 @@ SETTINGS = {
     ),
     "nothing left to quantize": (
         llama("--model.skip", '["*"]'),
-        ["skip: * leaves none of the 8 linear layers", "quantizer: null"],
+        ["skip: * leaves none of the 8 linear layers to quantize; skip fewer"],
     ),
     # values of the optimizer, scheduler and trainer
     "a negative learning rate": (

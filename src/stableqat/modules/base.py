@@ -36,7 +36,7 @@ from stableqat.modules.start import Start, load_start, state_dict_follows, will_
 from stableqat.modules.start_quantizers import take_quantizers
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerSpec
-from stableqat.surgery import SurgeryReport, quantize_linears
+from stableqat.surgery import SurgeryReport, check_skip, quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -169,15 +169,10 @@ class QATModule(Evaluation, ABC):
         with torch.device("meta"):
             model = self.build_model()
         if quantizer is not None:
+            check_skip(model, self.skip, optional=self.heads)
             report = quantize_linears(model, quantizer, self.skip)
             if not report.swapped:
-                raise UserError(
-                    f"skip: {', '.join(self.skip)} leaves none of the {len(report.skipped)} linear layers to "
-                    "quantize; skip fewer, or set quantizer: null to train in full precision"
-                )
-            # the default may name layers of other models of the family
-            if lost := [pattern for pattern in report.unmatched if pattern not in self.heads]:
-                raise UserError(f"skip: {lost[0]} matches no linear layer; correct or remove it")
+                report.check()
             self.calls = check_calls(model)
 
     def setup(self, stage: str) -> None:
