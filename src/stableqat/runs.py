@@ -49,7 +49,7 @@ def open_run(source: str) -> "Run":
     if found is None:
         raise UserError(f"{source}: neither a run folder nor a checkpoint (.ckpt) of this suite")
     if found.is_dir():
-        raise UserError(f"{found} is sharded; make one file of it first: stableqat consolidate")
+        raise UserError(f"{found} is sharded; make one file of it first: stableqat consolidate {found}")
     return Run(found)
 
 

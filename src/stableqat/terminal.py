@@ -31,6 +31,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
+def size(count: float) -> str:
+    """A number of bytes, in powers of ten: 0.3 MB, 1.6 GB."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
 def terminal(*, stderr: bool = False) -> "Console":
     """A console that prints lines as they are: unwrapped, without markup.
 

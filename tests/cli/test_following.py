@@ -17,6 +17,7 @@ def test_a_run_says_what_it_is_and_what_comes_next(at, capsys):
     assert fit("told", "--trainer.max_steps", "3", "--trainer.val_check_interval", "2") == 0
     lines = [line.removeprefix("stableqat: ") for line in capsys.readouterr().err.splitlines()]
     begin = lines.index("run: logs/llama/told")
+    assert begin < next(number for number, line in enumerate(lines) if line.startswith("start: "))
     assert lines[begin + 1].startswith(
         "trains: 18.7k parameters, quantized by StableQAT, 2 bits, integer grid"
     )
@@ -26,6 +27,10 @@ def test_a_run_says_what_it_is_and_what_comes_next(at, capsys):
     assert end.endswith(" now")
     [best] = [line for line in lines if line.startswith("best: val/loss ")]
     assert Path(best.rpartition(", ")[2]).name == "best.ckpt"
+    kept = list(Path("logs/llama/told/checkpoints").iterdir())
+    assert len(kept) == 3
+    megabytes = sum(file.stat().st_size for file in kept) / 1e6
+    assert f"disk: {megabytes:.1f} MB in 3 checkpoints" in lines
     commands = ["stableqat evaluate logs/llama/told"]
     commands += ["stableqat export logs/llama/told --format gguf --out out/told"]
     assert [line.removeprefix("next: ") for line in lines if line.startswith("next: ")] == commands

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log = folder / "log"
+        self.said: dict[str, str] = {}
         self.done = cache(self._done)
 
     def argv(self, kind: str, version: str, steps: int = STEPS) -> list[str]:
@@ -51,7 +53,9 @@ class Runs:
         return self.folder / "llama" / version / "checkpoints" / "last.ckpt"
 
     def _done(self, kind: str) -> Path:
-        return self.succeed(kind, kind)
+        made = self.succeed(kind, kind)
+        self.said[kind] = self.log.read_text()
+        return made
 
     def copy(self, version: str) -> Path:
         """A copy of the sharded run."""
@@ -82,6 +86,16 @@ def test_the_consolidated_file_is_the_one_the_run_would_have_written(runs, conso
     assert list(one["state_dict"]) == list(made["state_dict"])
     assert one["optimizer_states"][0]["state"]
     assert not list(runs.folder.glob("*.partial"))
+
+
+def test_the_commands_that_the_run_names_take_its_shards(runs):
+    kept = runs.copy("next").parent
+    done = str(runs.done("sharded").parents[1])
+    said = runs.said["sharded"].replace(done, str(kept.parent)).splitlines()
+    commands = [shlex.split(line.partition("next: stableqat ")[2]) for line in said if "next: " in line]
+    assert [command[0] for command in commands] == ["consolidate", "evaluate", "export"]
+    assert main(commands[0]) == main(commands[1]) == 0
+    assert commands[2][1] == commands[1][1] == str(kept / "best.consolidated.ckpt")
 
 
 def test_it_starts_another_run(runs, consolidated, capsys):

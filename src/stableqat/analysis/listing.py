@@ -15,7 +15,7 @@ from stableqat.errors import UserError
 from stableqat.events import Run, find_runs, read_run
 from stableqat.files import held_elsewhere
 from stableqat.studies.record import FILE as RECORD
-from stableqat.terminal import plain, terminal
+from stableqat.terminal import plain, size, terminal
 
 READ = ("hp/", LOSS, TOP1, "val/perplexity", "train/loss")
 COLUMNS = {  # of the table, with the attribute that each shows
@@ -199,8 +199,8 @@ def _cell(row: Row, key: str) -> str:
     if value is None:
         return "-"
     if key == "age":
-        size, unit = next((u for u in UNITS if value >= u[0]), UNITS[-1])
-        return f"{max(value, 0) / size:.0f} {unit}"
+        seconds, unit = next((u for u in UNITS if value >= u[0]), UNITS[-1])
+        return f"{max(value, 0) / seconds:.0f} {unit}"
     if key == "megabytes":
-        return f"{value:.1f} MB" if value < 1000 else f"{value / 1000:.1f} GB"
+        return size(value * 1e6)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

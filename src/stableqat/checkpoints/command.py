@@ -5,10 +5,10 @@ It needs one process, no GPU, and memory for one copy of what the checkpoint hol
 
 from pathlib import Path
 
-from stableqat.checkpoints.names import is_sharded
+from stableqat.checkpoints.names import consolidated, is_sharded
 from stableqat.errors import UserError
 from stableqat.files import whole_file, writing
-from stableqat.terminal import terminal
+from stableqat.terminal import size, terminal
 
 
 def consolidate(checkpoint: str, *, out: str | None = None) -> int:
@@ -33,12 +33,12 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
     from stableqat.checkpoints.read import check_sums, read_checkpoint
     from stableqat.checkpoints.write import StreamedCheckpointIO
 
-    target = Path(out) if out is not None else folder.with_name(f"{folder.stem}.consolidated.ckpt")
+    target = Path(out) if out is not None else consolidated(folder)
     if target.exists():
         raise UserError(f"out: {target} exists already; name a new file")
     check_sums(folder)
     merged = read_checkpoint(folder, optimizers=True)
     with writing(f"out: {target}", "make room, or name another place"), whole_file(target) as part:
         StreamedCheckpointIO().save_checkpoint(merged, part)
-    terminal().print(f"{target}: {target.stat().st_size / 1e9:.2f} GB")
+    terminal().print(f"{target}: {size(target.stat().st_size)}")
     return 0

@@ -29,6 +29,11 @@ def is_sharded(path: Path) -> bool:
     return path.is_dir() and ((path / INDEX).is_file() or (path / REST).is_file())
 
 
+def consolidated(folder: Path) -> Path:
+    """The file beside a sharded checkpoint into which `stableqat consolidate` merges it."""
+    return folder.with_name(f"{folder.stem}.consolidated{SUFFIX}")
+
+
 def last_checkpoints(run: Path) -> list[Path]:
     """The last checkpoint of a run's folder and the one before it, as far as they exist."""
     return [path for name in (LAST, PREVIOUS) if (path := run / CHECKPOINTS / name).exists()]

@@ -114,7 +114,6 @@ class QATCommand(LightningCLI):
                     "enable_model_summary": False,
                     "callbacks": [
                         LearningRateMonitor("step"),
-                        Summary(),
                         callbacks.RunRecord(),
                         callbacks.Interruption(),
                     ],
@@ -198,6 +197,8 @@ class QATCommand(LightningCLI):
         """Build the trainer; whatever it refuses is a setting."""
         settings = self._get(self.config_init, "trainer")
         given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
+        # before those that measure: it says first what the run is
+        kwargs["callbacks"] = [Summary(), *(callback for callback in given if callback is not None)]
         if settings["enable_progress_bar"] in (None, True) and not any(
             isinstance(callback, AnyProgressBar) for callback in given
         ):

@@ -8,8 +8,9 @@ from typing import Any
 import lightning as L
 
 from stableqat.callbacks import Baseline, BestCheckpoint
-from stableqat.checkpoints.names import last_checkpoints
+from stableqat.checkpoints.names import consolidated, last_checkpoints
 from stableqat.errors import counted
+from stableqat.terminal import size
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +57,25 @@ def say_the_end(trainer: L.Trainer, pl_module: Any) -> None:
         logger.info(baseline.in_words(loss.item()))
     best = next((c for c in callbacks if isinstance(c, BestCheckpoint)), None)
     checkpoints = last_checkpoints(Path(folder))
-    if best is not None and best.best_model_score is not None and Path(best.best_model_path).is_file():
-        logger.info("best: %s %.4g, %s", best.monitor, best.best_model_score.item(), best.best_model_path)
+    if best is not None and best.best_model_score is not None and Path(best.best_model_path).exists():
+        checkpoints.insert(0, Path(best.best_model_path))
+        logger.info("best: %s %.4g, %s", best.monitor, best.best_model_score.item(), checkpoints[0])
     elif checkpoints:
         logger.info("checkpoint: %s", checkpoints[0])
     else:
         return
-    run = shlex.quote(str(folder))
-    logger.info("next: stableqat evaluate %s", run)
+    files = [file for each in checkpoints for file in (each, *each.rglob("*")) if file.is_file()]
+    number = counted(len(checkpoints), "checkpoint")
+    logger.info("disk: %s in %s", size(sum(file.stat().st_size for file in files)), number)
+    run = str(folder)
+    if checkpoints[0].is_dir():  # sharded, which only training reads
+        run = str(consolidated(checkpoints[0]))
+        logger.info("next: stableqat consolidate %s", shlex.quote(str(checkpoints[0])))
+    logger.info("next: stableqat evaluate %s", shlex.quote(run))
     if pl_module.surgery is not None:
         out = shlex.quote(f"out/{Path(folder).name}")
-        logger.info("next: stableqat export %s --format %s --out %s", run, FORMATS[pl_module.family], out)
+        made = FORMATS[pl_module.family]
+        logger.info("next: stableqat export %s --format %s --out %s", shlex.quote(run), made, out)
 
 
 def _data(trainer: L.Trainer, steps: int) -> str:
@@ -82,7 +91,7 @@ def _data(trainer: L.Trainer, steps: int) -> str:
 
 def _short(number: int) -> str:
     """A count in three digits, such as 135M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
+    for unit, least in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= least:
+            return f"{number / least:.3g}{unit}"
     return str(number)
