@@ -20,7 +20,8 @@ from stableqat.terminal import plain
 
 log = logging.getLogger(__name__)
 
-# What a comparison reads. Means over the layers are listed by name: the tags of layers begin in the same way.
+# What a comparison reads. Means over the layers are listed by name: in runs of earlier versions the tags of
+# layers begin in the same way.
 MEANS = ("flip_rate", "oscillation", "scale_drift", "clipped", "snr_db", "grad_cosine")
 OVERLAY = "overlay"  # a run of means that `stableqat publish` makes for TensorBoard
 COMPARED = ("hp/", "val/", "train/", "perf/", *(f"quant/{what}" for what in MEANS))
@@ -76,9 +77,11 @@ def read_run(folder: Path, tags: tuple[str, ...] = ("hp/", "val/")) -> Run:
                 for value in event.summary.value:
                     if value.tag == SESSION_START_INFO_TAG:
                         run.hparams = _hparams(value)
-                    elif value.tag.startswith(tags) and value.HasField("simple_value"):
+                    elif not value.tag.startswith(tags) or value.tensor.string_val:
+                        continue  # not asked for, or text
+                    elif value.HasField("simple_value"):
                         seen.setdefault(value.tag, {})[event.step] = value.simple_value
-                    elif value.tag.startswith(tags) and value.HasField("tensor"):
+                    elif value.HasField("tensor"):
                         seen.setdefault(value.tag, {})[event.step] = float(make_ndarray(value.tensor))
         except OSError as error:
             run.problems.append(plain(f"{file}: {error}"))

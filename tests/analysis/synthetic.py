@@ -86,7 +86,7 @@ def series(number: int, lr: float, seed: int, every: int, quantized: bool) -> di
             log("quant/oscillation", step, 0.004 * lr**0.5 * (1 + 0.3 * number))
             log("quant/scale_drift", step, (1 - left) * (0.05 + lr) * (1 + 0.2 * number))
             log("quant/clipped", step, 0.15 + 0.05 * number + 0.1 * lr)
-            log("quant/layers.0.q_proj/flip_rate", step, 0.01)
+            log("layers/layers.0.q_proj/flip_rate", step, 0.01)
         if step % 100 == 0:
             log("val/loss", step, final + (7.5 - final) * left)
     for tag, shift in {"val/loss": 0.0, "val/loss_even": 0.003, "val/loss_odd": -0.003}.items():

@@ -759,13 +759,14 @@ def test_no_escape_of_a_foreign_event_file_or_folder_reaches_the_terminal(
         (["logs/a", "logs/b c"], "tensorboard --logdir logs"),
         (["logs/b c"], "tensorboard --logdir 'logs/b c'"),
         (["logs/a", "other/d"], "tensorboard --logdir_spec a:logs/a,d:other/d"),
+        (["other/d", "other/c"], "tensorboard --logdir_spec d:other/d,c:other/c"),
     ],
 )
 def test_the_last_line_of_a_report_is_a_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[str], command: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in folders:
+    for name in [*folders, "other/published/study"]:
         log_run(Path(name, "ste"), STE | {"lr": 1e-3}, {"val/loss": {10: 3.0}})
     assert compare(folders, out="out") == 0
     assert Path("out/compare.md").read_text().endswith(f"\n\n{command}\n")

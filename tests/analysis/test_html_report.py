@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     for run in runs:
         run.scalars["perf/tokens_per_s"] = {10: 9e4, 20: 1e5}
     monkey = pytest.MonkeyPatch()
-    layer = {f"quant/layers.{i}.q_proj/{what}": {10: 0.1} for i in range(2) for what in layers.TAGS}
+    layer = {f"layers/layers.{i}.q_proj/{what}": {10: 0.1} for i in range(2) for what in layers.TAGS}
     monkey.setattr(layers, "read_run", lambda folder, tags: Run(folder, scalars=layer))
     page = write_page(summary)
     pictures = draw_all([summary, synthetic.summary_of(runs)], folder)

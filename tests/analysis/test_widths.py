@@ -77,13 +77,17 @@ def test_speed_is_by_method(tmp_path: Path) -> None:
     assert [bar.get_width() for bar in minutes.patches] == [1.5]
 
 
-def test_a_map_of_layers_has_a_row_per_arm_and_a_column_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefix", ["layers", "quant"])  # the latter of earlier versions
+def test_a_map_of_layers_has_a_row_per_arm_and_a_column_per_layer(
+    monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
     values = {"a.q_proj": (10.0, 0.1), "a.k_proj": (12.0, 0.3)}
 
     def read(folder: Path, tags: tuple[str, ...]) -> Run:
-        scalars = {f"quant/{layer}/snr_db": {10: 5.0, 20: snr} for layer, (snr, _) in values.items()}
-        scalars |= {f"quant/{layer}/flip_rate": {10: 0.1, 20: rate} for layer, (_, rate) in values.items()}
-        return Run(folder, scalars=scalars | {"quant/snr_db": {10: 1.0}, "quant/a.q_proj/clipped": {10: 1.0}})
+        scalars = {f"{prefix}/{layer}/snr_db": {10: 5.0, 20: snr} for layer, (snr, _) in values.items()}
+        scalars |= {f"{prefix}/{layer}/flip_rate": {10: 0.1, 20: rate} for layer, (_, rate) in values.items()}
+        scalars |= {"quant/snr_db": {10: 1.0}, f"{prefix}/a.q_proj/clipped": {10: 1.0}}
+        return Run(folder, scalars={tag: each for tag, each in scalars.items() if tag.startswith(tags)})
 
     monkeypatch.setattr("stableqat.analysis.layers.read_run", read)
     snr, flips = (drawn(panel) for panel in layers(summary_of(ended(LOSSES)), {}))

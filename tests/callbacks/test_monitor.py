@@ -32,7 +32,7 @@ class Memory(DummyLogger):
         self.rows = {}
 
     def log_metrics(self, metrics, step=None):
-        quant = {key: value for key, value in metrics.items() if key.startswith("quant/")}
+        quant = {key: value for key, value in metrics.items() if key.startswith(("quant/", "layers/"))}
         if quant:
             self.rows.setdefault(step, {}).update(quant)
 
@@ -120,16 +120,16 @@ def test_flips_and_oscillation():
     layer = layer_of(script()[0])
     rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5)
     assert list(rows) == [1, 2, 3, 4, 5]
-    assert [row["quant/layers.x/flip_rate"] for row in rows.values()] == pytest.approx(averages(FLIPS))
-    assert [row["quant/layers.x/oscillation"] for row in rows.values()] == pytest.approx(averages(BACK))
+    assert [row["layers/layers.x/flip_rate"] for row in rows.values()] == pytest.approx(averages(FLIPS))
+    assert [row["layers/layers.x/oscillation"] for row in rows.values()] == pytest.approx(averages(BACK))
 
 
 def test_flips_are_counted_in_every_step_whenever_they_are_logged():
     layer = layer_of(script()[0])
     rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(every_n_steps=2), 5)
     assert list(rows) == [2, 4]
-    assert rows[4]["quant/layers.x/flip_rate"] == pytest.approx(averages(FLIPS)[3])
-    assert rows[4]["quant/layers.x/oscillation"] == pytest.approx(averages(BACK)[3])
+    assert rows[4]["layers/layers.x/flip_rate"] == pytest.approx(averages(FLIPS)[3])
+    assert rows[4]["layers/layers.x/oscillation"] == pytest.approx(averages(BACK)[3])
     rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, log_every_n_steps=5)
     assert list(rows) == [5]
 
@@ -144,7 +144,7 @@ def test_every_0_steps_is_never(every, options):
 def test_a_flip_is_an_optimizer_step_not_a_micro_batch():
     layer = layer_of(script()[0])
     rows = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, accumulate_grad_batches=3)
-    assert [row["quant/layers.x/flip_rate"] for row in rows.values()] == pytest.approx(averages(FLIPS))
+    assert [row["layers/layers.x/flip_rate"] for row in rows.values()] == pytest.approx(averages(FLIPS))
 
 
 def test_a_jump_across_an_8_bit_grid_keeps_its_direction():
@@ -152,21 +152,21 @@ def test_a_jump_across_an_8_bit_grid_keeps_its_direction():
     weights = [[[-120.0, 3.0]], [[120.0, 3.0]], [[121.0, 3.0]]]
     layer = layer_of(weights[0], bits=8)
     rows = fit(Played([(layer.weight, weights)], x=layer), QuantizerMonitor(), 2)
-    assert rows[2]["quant/layers.x/flip_rate"] == pytest.approx(averages([0.5, 0.5])[1])
-    assert rows[2]["quant/layers.x/oscillation"] == 0
+    assert rows[2]["layers/layers.x/flip_rate"] == pytest.approx(averages([0.5, 0.5])[1])
+    assert rows[2]["layers/layers.x/oscillation"] == 0
 
 
 def test_what_one_step_shows():
     """After the last step: codes 0, -1, 1, -1; latent weights 0.25, -1.25, 1.25, -1.25."""
     layer = layer_of(script()[0])
     row = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5)[5]
-    assert row["quant/layers.x/clipped"] == 1 / 4  # 1.25 lies beyond the outermost level
-    assert row["quant/layers.x/scale_at_floor"] == 0
-    assert row["quant/layers.x/scale_drift"] == 0
-    assert [row[f"quant/layers.x/share_of_code_{q}"] for q in (-2, -1, 0, 1)] == [0, 1 / 2, 1 / 4, 1 / 4]
-    assert row["quant/layers.x/level_entropy_bits"] == pytest.approx(1.5)
+    assert row["layers/layers.x/clipped"] == 1 / 4  # 1.25 lies beyond the outermost level
+    assert row["layers/layers.x/scale_at_floor"] == 0
+    assert row["layers/layers.x/scale_drift"] == 0
+    assert [row[f"layers/layers.x/share_of_code_{q}"] for q in (-2, -1, 0, 1)] == [0, 1 / 2, 1 / 4, 1 / 4]
+    assert row["layers/layers.x/level_entropy_bits"] == pytest.approx(1.5)
     signal, noise = 0.25**2 + 3 * 1.25**2, 4 * 0.25**2
-    assert row["quant/layers.x/snr_db"] == pytest.approx(10 * log10(signal / noise), abs=1e-4)
+    assert row["layers/layers.x/snr_db"] == pytest.approx(10 * log10(signal / noise), abs=1e-4)
 
 
 def test_what_is_rounded_is_what_is_shown():
@@ -178,14 +178,14 @@ def test_what_is_rounded_is_what_is_shown():
 
     layer = layer_of(script()[0], method=Mirrored)
     row = fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5)[5]
-    assert [row[f"quant/layers.x/share_of_code_{q}"] for q in (-2, -1, 0, 1)] == [0, 1 / 4, 1 / 4, 1 / 2]
+    assert [row[f"layers/layers.x/share_of_code_{q}"] for q in (-2, -1, 0, 1)] == [0, 1 / 4, 1 / 4, 1 / 2]
 
 
 def test_drift_of_the_scales():
     layer = layer_of([[0.5], [0.5], [0.5], [0.5]], scale=2.0)
     scales = [[[2.0]] * 4, [[4.0], [2.0], [1.0], [0.5]]]
     rows = fit(Played([(layer.weight_quantizer.scale, scales)], x=layer), QuantizerMonitor(), 1)
-    assert rows[1]["quant/layers.x/scale_drift"] == pytest.approx((1 + 0 + 1 + 2) / 4)
+    assert rows[1]["layers/layers.x/scale_drift"] == pytest.approx((1 + 0 + 1 + 2) / 4)
 
 
 def test_every_layer_drifts_by_itself():
@@ -195,23 +195,23 @@ def test_every_layer_drifts_by_itself():
         for power, layer in enumerate(layers.values(), start=1)
     ]
     row = fit(Played(scripts, **layers), QuantizerMonitor(), 1)[1]
-    assert [row[f"quant/layers.{name}/scale_drift"] for name in layers] == [1, 2, 3]
+    assert [row[f"layers/layers.{name}/scale_drift"] for name in layers] == [1, 2, 3]
 
 
 def test_scales_at_their_floor_are_counted():
     layer = layer_of([[0.5], [0.5], [0.5], [0.5]])
     scales = [[[1.0]] * 4, [[-3.0], [1.0], [0.0], [1e-5]], [[1.0]] * 4]
     rows = fit(Played([(layer.weight_quantizer.scale, scales)], x=layer), QuantizerMonitor(), 2)
-    assert rows[1]["quant/layers.x/scale_at_floor"] == 3
-    assert rows[2]["quant/layers.x/scale_at_floor"] == 0
+    assert rows[1]["layers/layers.x/scale_at_floor"] == 3
+    assert rows[2]["layers/layers.x/scale_at_floor"] == 0
 
 
 def test_means_over_layers():
     moving, still = layer_of(script()[0]), layer_of(script()[0], method=DSQ)
     scripts = [(moving.weight, script())]
     row = fit(Played(scripts, x=moving, y=still), QuantizerMonitor(), 1)[1]
-    assert row["quant/layers.y/flip_rate"] == 0
-    assert row["quant/flip_rate"] == pytest.approx(row["quant/layers.x/flip_rate"] / 2)
+    assert row["layers/layers.y/flip_rate"] == 0
+    assert row["quant/flip_rate"] == pytest.approx(row["layers/layers.x/flip_rate"] / 2)
     whats = {key.rsplit("/", 1)[1] for key in row}
     assert len(row) == 3 * len(whats)  # two layers and the mean
 
@@ -269,7 +269,7 @@ def test_tensorboard_shows_every_layer(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="", prefix="my")
     fit(Played([(layer.weight, script())], x=layer), QuantizerMonitor(), 5, logger=logger)
     events = EventAccumulator(str(tmp_path)).Reload()
-    for tag in ("my-quant/flip_rate", "my-quant/layers.x/flip_rate"):
+    for tag in ("my-quant/flip_rate", "my-layers/layers.x/flip_rate"):
         assert [(each.step, each.value) for each in events.Scalars(tag)] == [
             (step, pytest.approx(average)) for step, average in enumerate(averages(FLIPS), start=1)
         ]
@@ -281,7 +281,7 @@ def test_a_sample_of_rows():
     for rows, share in ((64, 0.0), (100, 0.01)):
         layer = layer_of(weights[0])
         logged = fit(Played([(layer.weight, weights)], x=layer), QuantizerMonitor(rows=rows), 1)
-        assert logged[1]["quant/layers.x/flip_rate"] == pytest.approx(0.01 * share)
+        assert logged[1]["layers/layers.x/flip_rate"] == pytest.approx(0.01 * share)
     assert QuantizerMonitor().rows == slice(0, 64)
 
 
@@ -307,7 +307,7 @@ def test_drift_is_counted_from_the_first_start_after_a_resume():
     resumed = QuantizerMonitor()
     resumed.load_state_dict({"start_scales": {"layers.x": started[:, None]}})  # as earlier versions saved it
     rows = fit(Played([(layer.weight_quantizer.scale, scales[1:])], x=layer), resumed, 1)
-    assert rows[1]["quant/layers.x/scale_drift"] == 2.0
+    assert rows[1]["layers/layers.x/scale_drift"] == 2.0
 
 
 class Saved(L.Callback):

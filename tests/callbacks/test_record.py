@@ -1,5 +1,7 @@
 """The same `hp/*` for every run, so that the HParams tab joins methods, learning rates and families."""
 
+import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,11 +13,19 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.plugins.hparams import backend_context
+from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_FLOAT64, DATA_TYPE_STRING
 
 import tiny
 from stableqat.analysis.arms import Result, usable
 from stableqat.callbacks import DivergenceGuard, RunRecord
-from stableqat.events import read_run
+from stableqat.callbacks.tabs import COMPARED_BY
+from stableqat.events import MEANS, read_run
 from stableqat.modules import CosineWarmup
 from stableqat.quantizers import StableQAT
 
@@ -99,7 +109,41 @@ def test_the_hparams_tab_finds_the_run(pair, runs):
     assert set(data) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
     experiment = data["_hparams_/experiment"].experiment
     assert {info.name.tag for info in experiment.metric_infos} == ALL
-    assert {info.name for info in experiment.hparam_infos} == set(run.hparams)
+    assert {info.name for info in experiment.hparam_infos} == {*run.hparams, *COMPARED_BY}
+
+
+@pytest.fixture(scope="module")
+def tensorboard(runs):
+    """TensorBoard's own view of all runs."""
+    multiplexer = EventMultiplexer(size_guidance={"tensors": 0})
+    for (family, method), (_, folder) in runs.items():
+        multiplexer.AddRun(str(folder), f"{family}-{method}")
+    multiplexer.Reload()
+    return TBContext(data_provider=MultiplexerDataProvider(multiplexer, ""))
+
+
+def test_the_hparams_tab_ticks_what_runs_are_compared_by(tensorboard):
+    """TensorBoard takes the columns from the first run, here in full precision, and ticks the first five."""
+    context = backend_context.Context(tensorboard)
+    content = context.hparams_metadata(RequestContext(), "")
+    assert next(iter(content)) == "llama-fp"
+    found = context.experiment_from_metadata(RequestContext(), "", True, content, [])
+    assert {info.name for info in found.hparam_infos[:5]} == {"method", "bits", "grid", "lr", "seed"}
+    kinds = {info.name: info.type for info in found.hparam_infos}
+    assert (kinds["method"], kinds["bits"]) == (DATA_TYPE_STRING, DATA_TYPE_FLOAT64)
+    assert len(kinds) == len(found.hparam_infos) > 10
+
+
+def test_the_custom_scalars_tab_draws_losses_first_and_only_what_runs_log(tensorboard, runs):
+    layout = json.loads(CustomScalarsPlugin(tensorboard).layout_impl(RequestContext(), ""))
+    charts = {c["title"]: [chart["title"] for chart in c["chart"]] for c in layout["category"]}
+    assert list(charts) == ["Loss", "Training", "Quantizers"]
+    assert charts["Loss"] == ["validation", "training", "validation top-1"]
+    tags = {tag for run, _ in runs.values() for tag in run.scalars}
+    wanted = [tag for c in layout["category"] for chart in c["chart"] for tag in chart["multiline"]["tag"]]
+    logged = [any(re.match(each, tag) for tag in tags) for each in wanted if "quant" not in each]
+    assert logged == [True] * 4 + [False]  # no monitor of learning rates here
+    assert {each.strip("^$").removeprefix("quant/") for each in wanted if "quant" in each} <= {*MEANS}
 
 
 def test_the_settings_that_a_comparison_reads_are_flat_and_resolved(runs):

@@ -18,10 +18,11 @@ def test_a_run_says_what_it_is_and_what_comes_next(at, capsys):
     lines = [line.removeprefix("stableqat: ") for line in capsys.readouterr().err.splitlines()]
     begin = lines.index("run: logs/llama/told")
     assert begin < next(number for number, line in enumerate(lines) if line.startswith("start: "))
-    assert lines[begin + 1].startswith(
+    assert lines[begin + 1] == "follow: tensorboard --logdir logs/llama"
+    assert lines[begin + 2].startswith(
         "trains: 18.7k parameters, quantized by StableQAT, 2 bits, integer grid"
     )
-    assert lines[begin + 2] == "plan: 3 steps of 32 tokens, 96 in all"
+    assert lines[begin + 3] == "plan: 3 steps of 32 tokens, 96 in all"
     [start, end] = [line for line in lines if "validation loss: " in line]
     assert end.startswith(start.removeprefix("start: "))
     assert end.endswith(" now")

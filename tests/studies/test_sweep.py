@@ -136,7 +136,9 @@ def test_a_failed_start_run_fails_only_what_begins_from_it() -> None:
 
 def test_why_points_were_not_started_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(write({"a": "finish"}, "start: {args: {act: refuse}}")) == 1
-    assert f"demo/a: failed: not started: {FOLDER / 'start'} failed" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert f"demo/a: failed: not started: {FOLDER / 'start'} failed" in shown
+    assert f"\nfollow: tensorboard --logdir {FOLDER}\n" in shown
 
 
 def test_a_killed_sweep_goes_on_where_it_stopped() -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 from stableqat.analysis.comparison import read_summaries
 from stableqat.analysis.tables import Table, as_json, comma_separated, markdown, write_page
 from stableqat.errors import UserError, check_range
+from stableqat.events import find_runs
 from stableqat.files import hidden_folder, whole_folder, writing
 from stableqat.terminal import plain, terminal
 
@@ -108,10 +109,13 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 
 def _tensorboard(folders: Sequence[Path]) -> str:
-    """The command that opens TensorBoard on some folders."""
+    """The command that opens TensorBoard on some folders, and on no other runs beside them."""
     places = [folder.resolve() for folder in folders]
-    if len({place.parent for place in places}) == 1:
-        where = "--logdir", os.path.relpath(places[0] if len(places) == 1 else places[0].parent)
+    above = {place.parent for place in places}
+    if len(places) == 1:
+        where = "--logdir", os.path.relpath(places[0])
+    elif len(above) == 1 and all(not {run, *run.parents}.isdisjoint(places) for run in find_runs(*above)):
+        where = "--logdir", os.path.relpath(*above)
     else:
         where = "--logdir_spec", ",".join(f"{place.name}:{os.path.relpath(place)}" for place in places)
     return plain(shlex.join(["tensorboard", *where]))

@@ -23,6 +23,7 @@ TAGS = {
     "snr_db": "signal to noise (dB), at the end",
     "flip_rate": "codes that flip per step, mean over training",
 }
+PREFIXES = ("layers/", "quant/")  # the latter in runs of earlier versions
 MOST_ARMS, MOST_NAMES = 24, 30
 
 
@@ -66,8 +67,8 @@ def _shown(arm: ArmSummary) -> Result | None:
 def _by_layer(run: Result) -> dict[str, dict[str, float]]:
     """What was logged of each layer, by quantity and layer."""
     found: dict[str, dict[str, float]] = {what: {} for what in TAGS}
-    for tag, series in read_run(run.folder, ("quant/",)).scalars.items():
-        layer, _, what = tag.removeprefix("quant/").rpartition("/")
+    for tag, series in read_run(run.folder, PREFIXES).scalars.items():
+        layer, _, what = tag.partition("/")[2].rpartition("/")
         finite = [value for _, value in sorted(series.items()) if math.isfinite(value)]
         if layer and what in TAGS and finite:
             found[what][layer] = finite[-1] if what == "snr_db" else statistics.fmean(finite)

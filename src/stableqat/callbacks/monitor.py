@@ -143,7 +143,7 @@ class _Watch:
 
 
 class QuantizerMonitor(L.Callback):
-    """Log `quant/<layer>/<what>` and the mean over layers, `quant/<what>`.
+    """Log the mean over layers, `quant/<what>`, and every layer, `layers/<layer>/<what>`.
 
     Args:
         rows: Rows sampled per layer, the first ones.
@@ -198,7 +198,7 @@ class QuantizerMonitor(L.Callback):
             for what, of_layers in zip(measured, torch.stack(list(measured.values())).tolist(), strict=True):
                 values.setdefault(what, {}).update(zip(watch.names, of_layers, strict=True))
         means = {f"quant/{what}": sum(v.values()) / len(v) for what, v in values.items()}
-        single = {f"quant/{name}/{what}": x for what, v in values.items() for name, x in v.items()}
+        single = {f"layers/{name}/{what}": x for what, v in values.items() for name, x in v.items()}
         for logger in trainer.loggers:
             _log(logger, means, single if self.per_layer else {}, trainer.global_step)
 

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from stableqat.callbacks.baseline import Baseline
 from stableqat.callbacks.divergence import DivergenceGuard
+from stableqat.callbacks.tabs import write_layout, write_settings
 from stableqat.files import whole_file
 from stableqat.surgery import SurgeryReport
 
@@ -76,13 +77,13 @@ class RunRecord(L.Callback):
             settings["gradient_clip_val"] = trainer.gradient_clip_val or 0.0
             if describe := getattr(getattr(trainer, "datamodule", None), "describe", None):
                 settings.update(describe())
-        first = {key: settings[key] for key in ("method", "lr") if key in settings}
-        settings = first | settings  # the order of the HParams tab's columns
         keep_report(getattr(pl_module, "surgery", None), trainer)
-        metrics = self._metrics(trainer)
-        for logger in trainer.loggers:
+        images = getattr(pl_module, "family", None) == "images"
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(settings, metrics, step=trainer.global_step)
+                write_settings(logger, settings, self._metrics(trainer), trainer.global_step)
+                quantized = settings.get("method", "FP") != "FP"
+                write_layout(logger, images=images, quantized=quantized, step=trainer.global_step)
 
     def _log(self, trainer: L.Trainer, finished: bool = False) -> None:
         for logger in trainer.loggers:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from stableqat.callbacks import Baseline, BestCheckpoint
 from stableqat.checkpoints.names import consolidated, last_checkpoints
@@ -27,6 +28,8 @@ class Summary(L.Callback):
             return
         if folder is not None:
             logger.info("run: %s", folder)
+            if isinstance(trainer.logger, TensorBoardLogger):  # its runs, and no others
+                logger.info("follow: tensorboard --logdir %s", shlex.quote(trainer.logger.root_dir))
         count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         described = pl_module.describe()
         method = "in full precision"

@@ -1,6 +1,7 @@
 """What a sweep shows while it works: a live table on a terminal, a line per point anywhere."""
 
 import math
+import shlex
 import signal
 import time
 from collections import Counter
@@ -40,6 +41,8 @@ class Board:
         self.say(f"{len(self.jobs)} points: {', '.join(parts)}; {self.workers} at a time")
         for logs in {job.replaced.parent for job in to_do if job.begins_anew}:
             self.say(f"remains of earlier attempts are moved to {logs}")
+        for folder in dict.fromkeys(job.point.folder.parent for job in self.jobs):
+            self.say(f"follow: tensorboard --logdir {shlex.quote(str(folder))}")
         if not self.console.is_terminal:
             yield
             return
