@@ -59,6 +59,8 @@ def test_a_run_and_its_export(vit, tmp_path, capsys):
     run = shutil.copytree(vit, tmp_path / "run")
     options = ["--format", "hf", "--scale_dtype", "fp32", "--out", str(tmp_path / "hf")]
     assert main(["export", str(run), *options]) == 0
+    card, loss = (tmp_path / "hf" / "README.md").read_text(), read_run(run).last("val/loss")
+    assert f"| validation loss of the run | {loss:.4g} |" in card
     out = tmp_path / "results.json"
     assert call(run, tmp_path / "hf", "--out", out) == 0
     live, folder = (record["images"]["validation"] for record in json.loads(out.read_text())["sources"])
@@ -118,6 +120,7 @@ def test_an_image_folder(timm_folder, folders, tmp_path, capsys):
     told = json.loads((tmp_path / "one.json").read_text())["sources"][0]["images"]["images"]
     assert (told["images"], told["split"]) == (20, "all")
     assert told["classes"] == ["class0", "class1"]
+    assert "top5" not in told  # always 1
     assert "top1/images" in capsys.readouterr().out
     assert call(place, "--data", folders, "--split", "validation") == 2
     assert "split: the data has no validation (it has train)" in capsys.readouterr().err

@@ -80,7 +80,9 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
     assert "weights differ by 0" in told
     assert "no tokenizer, which most programs need: name one with --tokenizer" in told
     assert "random rows: the checkpoint is in no run folder" in told
-    assert "2-bit integer" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "2-bit integer" in card
+    assert f"| loss on the comparison batch | {report['loss']['file']:.4g} (" in card
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 

@@ -112,6 +112,17 @@ def test_top1_and_top5_are_averages_over_images():
     assert 0 < expected["val/top1"] < expected["val/top5"] < 1
 
 
+@pytest.mark.parametrize("classes", [2, 5, 6])
+def test_top5_of_few_classes_is_left_out(classes):
+    module = tiny.configured("vit", "ste", num_classes=classes)
+    rows = tiny.rows("vit", 12)
+    for row in rows:
+        row["labels"] %= classes
+    metrics = evaluated(module, uneven(rows, [12]))
+    assert "val/top1" in metrics
+    assert ("val/top5" in metrics) == (classes > 5)
+
+
 def test_label_smoothing_and_mixup_are_in_the_training_loss():
     batch = tiny.batch("vit")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torchmetrics import Metric
 
 from stableqat.errors import UserError
 from stableqat.evaluate.isolation import isolated
@@ -107,7 +106,5 @@ def _validate(trainer: L.Trainer, pl_module: Any) -> float:
             batch = trainer.strategy.batch_to_device(batch)
             trainer.strategy.validation_step(batch, number)
         loss: float = pl_module.val_loss.compute()["loss"].item()
-    for metric in pl_module.children():
-        if isinstance(metric, Metric):
-            metric.reset()
+    pl_module.reset_metrics()
     return loss

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from stableqat.data import ImageDataModule
 from stableqat.data.order import EvaluationOrder
 from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
 from stableqat.evaluate.text import pick_split
-from stableqat.modules.metrics import MeanLoss
+from stableqat.modules.metrics import MeanLoss, accuracies
 from stableqat.modules.vit import image_size
 
 
@@ -49,8 +49,8 @@ def classify(
         share: This process's share of the images.
 
     Returns:
-        `top1`, `top5`, `loss` in nats, number of `images`, the `split`, names of `classes`, and `confusion`,
-        with one row per true class and one column per predicted class.
+        `top1`, `top5` of more than five classes, `loss` in nats, number of `images`, the `split`, names of
+        `classes`, and `confusion`, with one row per true class and one column per predicted class.
 
     Raises:
         UserError: If images or classes do not fit the model, or there is no such split.
@@ -60,11 +60,8 @@ def classify(
     found = pick_split("the data", split, splits)
     images, classes = splits[found], datamodule.num_classes
     count = len(images) if rows is None else min(rows, len(images))
-    metrics = {
-        "top1": MulticlassAccuracy(classes, average="micro", ignore_index=-100),
-        "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes), ignore_index=-100),
-        "confusion": MulticlassConfusionMatrix(classes, ignore_index=-100),
-    }
+    ranked = accuracies(classes)
+    metrics = {**ranked, "confusion": MulticlassConfusionMatrix(classes, ignore_index=-100)}
     loss = MeanLoss().to(device)
     for metric in metrics.values():
         metric.to(device)
@@ -78,8 +75,7 @@ def classify(
             metric.update(logits, labels)
     values = {name: metric.compute() for name, metric in metrics.items()}
     return {
-        "top1": values["top1"].item(),
-        "top5": values["top5"].item(),
+        **{name: values[name].item() for name in ranked},
         "loss": loss.compute()["loss"].item(),
         "images": int(values["confusion"].sum()),
         "split": part_of(found if splits.keys() - {"train"} else "all", count, len(images)),

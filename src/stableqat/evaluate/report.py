@@ -80,7 +80,7 @@ def figures(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]
         yield f"perplexity/{data}", told["perplexity"], None
         yield f"loss/{data}", told["loss"], None
     for data, told in record.get("images", {}).items():
-        for what in ("top1", "top5", "loss"):
+        for what in (name for name in ("top1", "top5", "loss") if name in told):
             yield f"{what}/{data}", told[what], None
     accuracies = []
     for task, told in record.get("tasks", {}).items():

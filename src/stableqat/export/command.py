@@ -152,11 +152,6 @@ def export(
     return 0
 
 
-def _check_libraries(format: str) -> None:
-    if missing := [name for name in LIBRARIES[format] if find_spec(name.replace("-", "_")) is None]:
-        raise UserError(f"format: {format} needs {', '.join(missing)}; pip install 'stableqat[export]'")
-
-
 def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> None:
     from safetensors import SafetensorError
 
@@ -243,8 +238,8 @@ def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], pa
         "quantized": "; ".join(report["grids"]),
         **{key: settings[key] for key in ("method", "mask", "scale_init") if key in settings},
         "steps": found.step,
-        "validation loss of the run": found.val_loss,
-        "loss on the comparison batch": f"{report['loss']['file']:.4f} ({found.batch_of})",
+        "validation loss of the run": None if found.val_loss is None else f"{found.val_loss:.4g}",
+        "loss on the comparison batch": f"{report['loss']['file']:.4g} ({found.batch_of})",
         "bits per quantized weight": report["bits_a_weight"],
     }
     lines = [f"| {key} | {value} |" for key, value in facts.items() if value is not None]

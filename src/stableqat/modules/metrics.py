@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 
 
 class MeanLoss(Metric):
@@ -43,6 +44,18 @@ class MeanLoss(Metric):
             even, odd = (self.totals / self.counts).float()
             losses |= {"loss_even": even, "loss_odd": odd}
         return losses
+
+
+def accuracies(classes: int) -> dict[str, MulticlassAccuracy]:
+    """Top-1, and top-5 where there are more than five classes: with fewer it is always 1.
+
+    Args:
+        classes: How many classes there are.
+    """
+    sizes = (1, 5) if classes > 5 else (1,)
+    return {
+        f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro", ignore_index=-100) for k in sizes
+    }
 
 
 class Evaluation(L.LightningModule):
@@ -81,6 +94,10 @@ class Evaluation(L.LightningModule):
         for values, in_progress_bar in ((metrics, True), (halves, False)):
             named = {f"{stage}/{key}": value for key, value in values.items()}
             self.log_dict(named, prog_bar=in_progress_bar, sync_dist=True)
-        for metric in self.children():
+        self.reset_metrics()
+
+    def reset_metrics(self) -> None:
+        """Forget what the metrics have seen."""
+        for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()

@@ -16,11 +16,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 from stableqat.errors import UserError, did_you_mean, first_line
 from stableqat.modules.base import QATModule
-from stableqat.modules.metrics import MeanLoss
+from stableqat.modules.metrics import MeanLoss, accuracies
 from stableqat.modules.start import compare_weights
 from stableqat.modules.vit_config import unreachable, weight_file
 
@@ -83,10 +82,7 @@ class ViTModule(QATModule):
         self._new_head = False  # instead of the start's
         self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
-        self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-100)
-        self.top5 = MulticlassAccuracy(
-            num_classes, average="micro", top_k=min(5, num_classes), ignore_index=-100
-        )
+        self.accuracies = nn.ModuleDict(accuracies(num_classes))
 
     def build_model(self) -> nn.Module:
         """See `QATModule.build_model`."""
@@ -238,12 +234,12 @@ class ViTModule(QATModule):
         logits, labels = self(batch["pixel_values"]).float(), batch["labels"]
         loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
         self.val_loss.update(loss.double().sum(), (labels != -100).sum(), batch_idx)
-        self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
+        for metric in self.accuracies.values():
+            metric.update(logits, labels)
 
     def measured(self, loss: Tensor) -> dict[str, Tensor]:
         """Accuracies over all images."""
-        return {"top1": self.top1.compute(), "top5": self.top5.compute()}
+        return {name: metric.compute() for name, metric in self.accuracies.items()}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Class probabilities, `(batch, classes)`."""
