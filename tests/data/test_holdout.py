@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from raw import records
@@ -108,6 +109,26 @@ def test_the_end_of_a_single_document_validates(tmp_path, tokenizer):
     assert texts["train"] + texts["validation"] == lines
     assert texts["train"].endswith("\n")
     assert 0.25 <= len(texts["validation"]) / len(lines) < 0.3
+
+
+@pytest.mark.parametrize("size", ["name", "train:300"])
+def test_a_single_document_tokenized_is_cut_where_a_raw_one_is(size, tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("".join(f"{n} {text[:20]}\n" for n, text in enumerate(TEXTS[:200])))
+    made, chosen = str(tmp_path / "out"), str(tokenizer) if size == "name" else size
+    options = {"block_size": 8, "validation_fraction": 0.25}
+    tokenize(input=str(tmp_path / "book.txt"), tokenizer=chosen, out=made, num_proc=1, **options)
+    options |= {"tokenizer": f"{made}/tokenizer", "cache_dir": str(tmp_path / "cache")}
+    raw, tokenized = (TextDataModule(source, **options) for source in (str(tmp_path / "book.txt"), made))
+    raw.setup()
+    tokenized.setup()
+    for split in ("train", "validation"):
+        mine, theirs = (data.splits[split] for data in (raw, tokenized))
+        assert len(mine) == len(theirs) > 10
+        keys = list(enumerate(range(len(mine))))
+        assert torch.equal(mine[keys]["input_ids"], theirs[keys]["input_ids"])
+    told = json.loads(Path(made, "manifest.json").read_text())
+    assert told["validation"] == "0.25 of the only document, its end, held out"
+    assert told["splits"]["validation"]["documents"] == 1
 
 
 def test_equal_documents_cannot_be_split(tmp_path, tokenizer):

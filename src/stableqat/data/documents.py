@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stableqat.data.chat import BadRecordError, Format, Records, numbered, recognise
 from stableqat.data.encoder import Encoder, token_features
-from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
+from stableqat.data.holdout import HeldOut, cut, document_hash, hash_cutoff
 from stableqat.data.prepare.corpus import find_record
 from stableqat.data.source import TEXT_FORMATS, caching, find_fault, load_splits
 from stableqat.errors import UserError
@@ -50,10 +50,7 @@ def _tokenize(
 
 def _cut(row: dict[str, str | None], *, column: str, share: float, end: bool) -> dict[str, str]:
     """Return the end of a document or what comes before it; the arguments are plain data, as above."""
-    text = row[column] or ""
-    place = int(len(text) * (1 - share))
-    place = text.rfind("\n", 0, place) + 1 or place
-    return {column: text[place:] if end else text[:place]}
+    return {column: cut(row[column] or "", share)[end]}
 
 
 @dataclass

@@ -4,7 +4,7 @@ A document is held out if the hash of its text, as a number in [0, 1), is below 
 counts: a raw folder, the set that `data tokenize` makes of it, a sample of it and a mixture of them validate
 on the same documents, equal documents stay on one side, and a smaller share is a subset of a larger one. The
 price: the share is met on average, not exactly. If no hash of a few documents is below it, the document with
-the lowest one is held out. Images are held out evenly from each class.
+the lowest one is held out. Of a single document the end is. Images are held out evenly from each class.
 """
 
 import hashlib
@@ -50,6 +50,18 @@ def hash_cutoff(share: float, hashes: Iterable[int] = (), source: str = "") -> i
     return cutoff if highest < 0 else min(max(cutoff, lowest + 1), highest)
 
 
+def cut(text: str, share: float) -> tuple[str, str]:
+    """A single document as what trains and what validates: its end, from a line's start.
+
+    Args:
+        text: The document.
+        share: Share of its characters that validates, at least.
+    """
+    place = int(len(text) * (1 - share))
+    place = text.rfind("\n", 0, place) + 1 or place
+    return text[:place], text[place:]
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Which documents of a train split do not train.
@@ -57,10 +69,21 @@ class HeldOut:
     Args:
         cutoff: Documents with a hash below it validate.
         listed: Sorted hashes of the documents of other splits, which do not train as well.
+        end: Share of each document's end that validates, where the train split is a single one.
     """
 
     cutoff: int
     listed: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    end: float = 0
+
+    def parts(self, text: str) -> list[tuple[str, str]]:
+        """What becomes of a document of the train split: splits and texts; nothing if it is left out."""
+        split = self.split(document_hash(text))
+        if split == "train" and self.end:
+            return [
+                each for each in zip(("train", "validation"), cut(text, self.end), strict=True) if each[1]
+            ]
+        return [] if split is None else [(split, text)]
 
     def split(self, number: int) -> Literal["train", "validation"] | None:
         """The split that a document of the train split goes to, by its hash; None leaves it out."""

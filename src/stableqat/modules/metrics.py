@@ -46,7 +46,7 @@ class MeanLoss(Metric):
         return losses
 
 
-def accuracies(classes: int) -> dict[str, MulticlassAccuracy]:
+def accuracies(classes: int) -> dict[str, Metric]:
     """Top-1, and top-5 where there are more than five classes: with fewer it is always 1.
 
     Args:

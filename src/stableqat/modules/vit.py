@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import MetricCollection
 
 from stableqat.errors import UserError, did_you_mean, first_line
 from stableqat.modules.base import QATModule
@@ -82,7 +83,7 @@ class ViTModule(QATModule):
         self._new_head = False  # instead of the start's
         self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
-        self.accuracies = nn.ModuleDict(accuracies(num_classes))
+        self.accuracies = MetricCollection({**accuracies(num_classes)}, compute_groups=False)
 
     def build_model(self) -> nn.Module:
         """See `QATModule.build_model`."""
@@ -234,12 +235,11 @@ class ViTModule(QATModule):
         logits, labels = self(batch["pixel_values"]).float(), batch["labels"]
         loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
         self.val_loss.update(loss.double().sum(), (labels != -100).sum(), batch_idx)
-        for metric in self.accuracies.values():
-            metric.update(logits, labels)
+        self.accuracies.update(logits, labels)
 
     def measured(self, loss: Tensor) -> dict[str, Tensor]:
         """Accuracies over all images."""
-        return {name: metric.compute() for name, metric in self.accuracies.items()}
+        return self.accuracies.compute()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Class probabilities, `(batch, classes)`."""

@@ -88,7 +88,8 @@ def tokenize(
         block_size: Tokens per row.
         out: New folder for train-*.arrow, validation-*.arrow, tokenizer/ and manifest.json.
         num_proc: Processes that tokenize.
-        validation_fraction: Share of the documents held out where the input has no validation files.
+        validation_fraction: Share of the documents held out where the input has no validation files; of a
+            single document, its end.
         text_column: Column that holds the text; default: what the input's manifest says, or text.
         format: What the records are: text, messages, prompt (and completion), or instruction (input and
             output). Default: what their columns say.

@@ -18,7 +18,7 @@ import numpy as np
 
 from stableqat.data.chat import BadRecordError, Records
 from stableqat.data.encoder import Encoder
-from stableqat.data.holdout import HeldOut, document_hash
+from stableqat.data.holdout import HeldOut
 from stableqat.data.prepare.corpus import Record, document
 from stableqat.errors import UserError
 
@@ -57,12 +57,11 @@ class Work:
         left_out = 0
         for number, record in enumerate(batch.records, batch.first):
             if text := document(record, self.records, batch.name, number)[1]:
-                split: str | None = batch.split
-                if split == "train" and (split := self.held_out.split(document_hash(text))) is None:
-                    left_out += 1
-                else:
-                    texts.setdefault(str(split), []).append(text)
-                    numbers.setdefault(str(split), []).append(number)
+                parts = self.held_out.parts(text) if batch.split == "train" else [(batch.split, text)]
+                left_out += not parts
+                for split, part in parts:
+                    texts.setdefault(split, []).append(part)
+                    numbers.setdefault(split, []).append(number)
         encoded = Encoded()
         for split, some in texts.items():
             try:

@@ -8,6 +8,7 @@ interruptions.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,13 +100,19 @@ def write_tokens(
             "vocab_size": len(chosen),
             "eos_token_id": chosen.eos_token_id,
             "block_size": block_size,
-            "validation": "the input's own" if fraction is None else f"{fraction} of the hashes, held out",
+            "validation": _validation(fraction, held_out),
             "sample": {key: sampled[key] for key in _ORIGIN if key in sampled},
             **({"chat_template_sha256": template_hash(chosen)} if records.are_conversations else {}),
             "splits": splits,
         }
     )
     return splits
+
+
+def _validation(fraction: float | None, held_out: HeldOut) -> str:
+    if fraction is None:
+        return "the input's own"
+    return f"{fraction} of {'the only document, its end' if held_out.end else 'the hashes'}, held out"
 
 
 def read_sample(folder: Path) -> dict[str, Any]:
@@ -139,8 +146,12 @@ def _held_out(
         files = (file for name in names for file in splits.get(name, ()))
         return (document_hash(text) for file in files for text in documents(file, records))
 
-    cutoff = 0 if fraction is None else hash_cutoff(fraction, hashes("train"), source)
-    return HeldOut(cutoff, np.unique(np.fromiter(hashes("validation", "test"), np.int64)))
+    others = np.unique(np.fromiter(hashes("validation", "test"), np.int64))
+    if fraction is None:
+        return HeldOut(0, others)
+    if not records.are_conversations and len(list(islice(hashes("train"), 2))) == 1:
+        return HeldOut(0, others, end=fraction)
+    return HeldOut(hash_cutoff(fraction, hashes("train"), source), others)
 
 
 def _training_texts(files: list[CorpusFile], records: Records, held_out: HeldOut) -> Iterator[str]:
@@ -148,9 +159,10 @@ def _training_texts(files: list[CorpusFile], records: Records, held_out: HeldOut
     for file in files:
         left = _BPE_CHARACTERS // len(files)
         for text in documents(file, records):
-            if held_out.split(document_hash(text)) == "train":
-                yield text
-                left -= len(text)
+            for split, part in held_out.parts(text):
+                if split == "train":
+                    yield part
+                    left -= len(part)
             if left <= 0:
                 break
 
