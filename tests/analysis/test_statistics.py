@@ -257,6 +257,24 @@ def test_what_is_identical_or_capped_counts_in_no_family() -> None:
     assert "(tests: loss: 2, reported loss: 1, lr sensitivity: 1, worst loss: 0)" in notes(comparison)
 
 
+def test_flat_curves_are_identical_and_only_losses_at_the_cap_are_capped() -> None:
+    arms = {"ste": STE, "stable": STABLE}
+    flat = {(name, lr, seed): 3.0 + seed / 10 for name in arms for lr in LRS for seed in range(3)}
+    verdicts = {key: each.verdict for key, each in by_key(summary_of(runs(flat, arms))).items()}
+    assert {each for (name, *_), each in verdicts.items() if name == "StableQAT"} == {"identical"}
+    lost = {key: None for key in flat} | {("ste", 1e-3, 9): 3.0}
+    found = by_key(summary_of(runs(lost, arms)))
+    assert found["StableQAT", "lr sensitivity", None].verdict == "capped"
+
+
+def test_one_learning_rate_has_no_sensitivity() -> None:
+    arms = {"ste": STE, "stable": STABLE}
+    losses = {(name, 1e-3, seed): 3.0 + seed for name in arms for seed in range(3)}
+    comparison = summary_of(runs(losses, arms))
+    assert "lr sensitivity" not in {each.quantity for each in comparison.differences}
+    assert "lr sensitivity" not in comparison.rows[0]
+
+
 def test_each_bit_width_has_its_own_baseline(tmp_path: Path) -> None:
     arms = {
         f"{name}{bits}": arm | {"bits": bits} for bits in (3, 4) for name, arm in (("s", STE), ("q", STABLE))
@@ -290,7 +308,7 @@ def test_a_study_of_one_arm_at_one_learning_rate_has_nothing_to_compare() -> Non
     comparison = summary_of(runs({("ste", 1e-3, 0): 3.0}, {"ste": STE}))
     assert comparison.differences == []
     assert "Differences: none" in notes(comparison)
-    assert comparison.fits[0].sensitivity.mean == 0.0
+    assert comparison.fits[0].sensitivity.mean is None
     (study,) = json.loads(as_json([write_page(comparison)]))["studies"]
     assert study["differences"] == []
 

@@ -71,9 +71,7 @@ def find_differences(
                 for (quantity, lr), ours in _quantities(arm, lrs).items():
                     pair = ours, theirs[quantity, lr]
                     if all(pair):
-                        assert arm.cap is not None
-                        unchanged = 0.0 if quantity == "lr sensitivity" else arm.cap.loss
-                        figures = _tested(*pair, plan.margin, unchanged)
+                        figures = _tested(*pair, plan.margin, _at_cap(arm, quantity, ours))
                         figures |= {"arm": arm.label, "baseline": baseline.label}
                         found.append(Difference(quantity=quantity, lr=lr, **figures))
     for quantity in QUANTITIES:
@@ -118,13 +116,23 @@ def _quantities(arm: "ArmSummary", lrs: Sequence[float]) -> dict[tuple[str, floa
     return found
 
 
+def _at_cap(arm: "ArmSummary", quantity: str, values: Mapping[Any, float]) -> set[Any]:
+    """The seeds whose value says only that the arm's losses are at the cap; a curve may be flat below it."""
+    assert arm.cap is not None
+    assert arm.sensitivity is not None
+    if quantity == "lr sensitivity":
+        worst = arm.sensitivity.worst_by_seed
+        return {seed for seed, value in values.items() if value == 0 and worst[seed] == arm.cap.loss}
+    return {seed for seed, value in values.items() if value == arm.cap.loss}
+
+
 def _tested(
-    ours: Mapping[Any, float], theirs: Mapping[Any, float], margin: float, unchanged: float
+    ours: Mapping[Any, float], theirs: Mapping[Any, float], margin: float, at_cap: set[Any]
 ) -> dict[str, Any]:
-    """The figures of a difference between values by seed; `unchanged` is the value at the cap."""
+    """The figures of a difference between values by seed; `at_cap` are the seeds of which ours is the cap."""
     shared = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     sample, word = paired([our - their for our, their in shared], margin), "-"
     if sample.mean == 0 and sample.n > 1 and all(our == their for our, their in shared):
         sample = replace(sample, p=None, p_equivalence=None)
-        word = "capped" if all(our == unchanged for our, _ in shared) else "identical"
+        word = "capped" if at_cap >= ours.keys() & theirs.keys() else "identical"
     return asdict(sample) | {"verdict": word, "unpaired": len(ours.keys() ^ theirs.keys())}

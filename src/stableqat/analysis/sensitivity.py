@@ -45,7 +45,7 @@ class Sensitivity:
     """How an arm's loss depends on the learning rate.
 
     Attributes:
-        by_seed: Seed to LR sensitivity, for seeds with all learning rates.
+        by_seed: Seed to LR sensitivity, for seeds with all learning rates; empty if there is only one.
         worst_by_seed: Seed to the worst loss, for the same seeds.
         band: The usable learning rates; None if a seed never gets below the cap.
     """
@@ -77,7 +77,7 @@ def sensitivity(lrs: Sequence[float], losses: Sequence[Mapping[Any, float]], cap
     rows = {seed: row for seed, row in rows.items() if all(map(math.isfinite, row))}
     bands = [find_band(lrs, row, cap) for row in rows.values()] if len(lrs) > 1 else []
     return Sensitivity(
-        {seed: statistics.fmean(row) - min(row) for seed, row in rows.items()},
+        {seed: statistics.fmean(row) - min(row) for seed, row in rows.items()} if len(lrs) > 1 else {},
         {seed: max(row) for seed, row in rows.items()},
         _mean([band for band in bands if band]) if bands and all(bands) else None,
     )
