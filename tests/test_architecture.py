@@ -24,7 +24,7 @@ ALLOWED = {
     "quantizers": {"ops"},
     "layers": {"ops", "quantizers"},
     "surgery": {"layers", "quantizers"},
-    "kinds": {"layers", "surgery"},
+    "kinds": {"layers", "quantizers", "surgery"},
     "parameters": {"layers", "quantizers"},
     "api": {"layers", "quantizers", "surgery"},
     "clock": {"layers", "quantizers"},

@@ -8,7 +8,7 @@ from torch import nn
 import stableqat
 from stableqat.api import prepare_and_report
 from stableqat.errors import UserError
-from stableqat.kinds import describe, kinds
+from stableqat.kinds import deployed_bytes, describe, kinds
 from stableqat.quantizers import STE, StableQAT
 
 FOUR, TWO = partial(STE, bits=4), partial(STE, bits=2)
@@ -68,6 +68,19 @@ def test_kinds_follow_the_order_of_the_mapping_and_count_layers():
     ]
     assert found == [("2", "STE", 4, 1, 64), ("0", "FP", None, 1, 0), ("*", "STE", 2, 1, 128)]
     assert [kind["layers"] for kind in kinds(model)] == [1, 1]  # without a report only what is there
+
+
+def test_the_size_counts_bits_of_codes_and_two_bytes_of_all_else():
+    model = net()  # 256 weights and 28 biases
+    assert deployed_bytes(model) == 2 * (256 + 28)
+    prepare_and_report(model, {"2": FOUR, "0": None, "*": TWO}, ())
+    assert deployed_bytes(model) == 64 * 4 / 8 + 128 * 2 / 8 + 2 * (4 + 16) + 2 * (64 + 28)
+    tied = net()
+    tied[1].weight = nn.Parameter(tied[1].weight[:8].detach())
+    tied.append(nn.Embedding(8, 8)).append(tied[0])
+    whole = deployed_bytes(tied)
+    tied[3].weight = tied[1].weight
+    assert deployed_bytes(tied) == whole - 2 * 64
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""The kinds of quantizers that a model has, for tables, TensorBoard and reports."""
+"""What quantizers a model has, and what it weighs with them, for tables, TensorBoard and reports."""
 
+import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stableqat.layers.experts import quantized_experts
 from stableqat.layers.linear import quantized_layers
+from stableqat.quantizers import Quantizer
 from stableqat.surgery import SurgeryReport
 
 _PLACE = ("pattern", "layers", "weights")  # of a kind, beside what its quantizers are
@@ -23,8 +25,7 @@ def kinds(model: nn.Module, report: SurgeryReport | None = None) -> list[dict[st
         the hyper-parameters of its quantizers. A pattern of layers in full precision has the method FP.
     """
     patterns = {} if report is None else report.patterns
-    made = {n: (layer.weight_quantizer, layer.latent) for n, layer in quantized_layers(model).items()}
-    made |= {n: (q, m.get_parameter(key)) for n, (m, key, q) in quantized_experts(model).items()}
+    made = _quantized(model)
     found: dict[tuple[object, ...], dict[str, Any]] = {}
     for name in dict.fromkeys([*patterns, *made]):
         chosen = {"pattern": patterns[name]} if name in patterns else {}
@@ -66,3 +67,26 @@ def describe(model: nn.Module, report: SurgeryReport | None = None) -> dict[str,
         where = kind.get("pattern", f"{kind['layers']} layers")
         words.append(f"{where}: {', '.join([what, *others])}")
     return {**mixed, "quantizers": "; ".join(words)}
+
+
+def deployed_bytes(model: nn.Module) -> int:
+    """The bytes of a model's parameters as an export packs them.
+
+    `bits / 8` of each quantized weight, for its code, and two of each scale and of every parameter that is
+    not quantized; what is tied counts once. A file may take more: metadata, a tokenizer, codes in wider
+    fields, scales in float32; or less, with quantized embeddings.
+
+    Args:
+        model: The model, quantized or not; values are not read, so it may be on the meta device.
+    """
+    quantized = {weight: quantizer for quantizer, weight in _quantized(model).values()}
+    others = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if p not in quantized and p not in others)
+    codes = sum(weight.numel() * quantizer.bits for weight, quantizer in quantized.items())
+    return math.ceil(codes / 8) + 2 * (sum(each.scale.numel() for each in quantized.values()) + rest)
+
+
+def _quantized(model: nn.Module) -> dict[str, tuple[Quantizer, Tensor]]:
+    """The quantizer and the latent weight of quantized layers and of fused experts, by name."""
+    made = {n: (layer.weight_quantizer, layer.latent) for n, layer in quantized_layers(model).items()}
+    return made | {n: (q, m.get_parameter(key)) for n, (m, key, q) in quantized_experts(model).items()}

@@ -56,7 +56,7 @@ def made(tmp_path_factory):
     (study / "study.yaml").write_text(synthetic.PLAN)
     summary = synthetic.summary_of(synthetic.runs(study), study)
     losses = {method: {1e-3: [3.0, 3.1], 1e-2: [3.2, 3.3]} for method in ("STE", "StableQAT")}
-    runs = [run for bits in (2, 4) for run in synthetic.ended(losses, bits=bits)]
+    runs = [run for bits in (2, 4) for run in synthetic.ended(losses, bits=bits, deployed_mb=bits)]
     for run in runs:
         run.scalars["perf/tokens_per_s"] = {10: 9e4, 20: 1e5}
     monkey = pytest.MonkeyPatch()

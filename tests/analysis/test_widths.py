@@ -11,6 +11,7 @@ from stableqat.analysis.comparison import Summary
 from stableqat.analysis.layers import layers
 from stableqat.analysis.panels import Panel
 from stableqat.analysis.style import LOOKS, styles_of
+from stableqat.analysis.tables import markdown, write_page
 from stableqat.events import Run
 from stableqat.studies.record import Record
 
@@ -44,6 +45,64 @@ def test_loss_against_bits_joins_what_differs_in_bits_alone() -> None:
     assert list(lines["PTQ"].get_ydata()) == [6.0, 4.0]
     assert (lines["STE"].get_color(), lines["STE"].get_marker()) == LOOKS["STE"]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "4"]
+
+
+def sized(*widths: int) -> Summary:
+    """Some widths with their sizes, and full precision."""
+    size = {2: 3.0, 4: 5.0}
+    runs = [Run(run.folder, run.hparams | {"deployed_mb": 12.0}, run.scalars) for run in references()[:1]]
+    for bits in widths:
+        losses = {
+            m: {lr: [x - 0.5 * (bits == 4) for x in y] for lr, y in by_lr.items()}
+            for m, by_lr in LOSSES.items()
+        }
+        runs += ended(losses, bits=bits, deployed_mb=size[bits])
+        rounded = COMMON | {"method": "STE", "subcommand": "validate", "bits": bits}
+        rounded |= {"deployed_mb": size[bits], "seed": 0}
+        runs.append(Run(Path(f"demo/ptq{bits}"), rounded, {"val/loss": {0: 6.0 - 3.4 * (bits == 4)}}))
+    return summary_of(runs)
+
+
+def test_loss_against_size_has_a_front_of_what_nothing_smaller_beats() -> None:
+    summary = sized(2, 4)
+    (panel,) = widths.sizes(summary, styles_of(summary.fits))
+    axes = drawn(panel)
+    lines = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    assert list(lines) == ["STE", "StableQAT", "PTQ", "FP (start)", "Pareto front"]
+    assert list(lines["StableQAT"].get_xdata()) == pytest.approx([3.0, 5.0], rel=0.01)
+    assert list(lines["StableQAT"].get_ydata()) == pytest.approx([2.8, 2.3])
+    assert list(lines["PTQ"].get_xdata()) == [3.0, 5.0]
+    assert (list(lines["FP (start)"].get_xdata()), list(lines["FP (start)"].get_ydata())) == ([12.0], [3.1])
+    # full precision is larger and worse here, and the front ends at its size
+    front = zip(lines["Pareto front"].get_xdata(), lines["Pareto front"].get_ydata(), strict=True)
+    assert [tuple(map(float, point)) for point in front] == [
+        (3.0, pytest.approx(2.8)),
+        (5.0, pytest.approx(2.3)),
+        (12.0, pytest.approx(2.3)),
+    ]
+    axes.figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1  # beside the data
+
+
+def test_sizes_are_a_column_and_tell_no_arms_apart() -> None:
+    summary = sized(2, 4)
+    found = {row["arm"]: row["deployed MB"] for row in summary.rows}
+    assert found == {
+        "FP (start)": 12.0,
+        **{
+            f"{name} {bits}-bit": size
+            for name in ("PTQ", "STE", "StableQAT")
+            for bits, size in ((2, 3.0), (4, 5.0))
+        },
+    }
+    assert "| deployed MB |" in markdown(page := write_page(summary))
+    assert "Deployed MB: the packed weights" in page.notes
+
+
+def test_without_sizes_there_is_neither_picture_nor_column() -> None:
+    assert widths.sizes(two_widths(), {}) == []
+    assert "deployed MB" not in two_widths().rows[0]
+    assert widths.sizes(sized(2), {}) == []  # one size
 
 
 def test_a_map_shows_every_learning_rate_and_width() -> None:

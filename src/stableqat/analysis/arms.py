@@ -29,6 +29,7 @@ LOSS, TOP1 = "val/loss", "val/top1"
 COLUMNS = ("method", "bits", "grid", "mask")
 KINDS = ("fp", "ptq", "fit")
 NAMED = "named"  # the name in the study, if hyper-parameters do not tell arms apart
+SIZE = "deployed_mb"  # of the packed weights
 UNSET = "unset"  # a run of an earlier version, or an argument that only some arms log
 
 
@@ -82,7 +83,7 @@ class Result:
     @property
     def shared(self) -> dict[str, Any]:
         """The hyper-parameters that the runs of an arm share."""
-        own = ("lr", "seed", "subcommand", "quantized_share")
+        own = ("lr", "seed", "subcommand", "quantized_share", SIZE)
         return {key: value for key, value in self.hparams.items() if key not in own}
 
     @property
@@ -121,6 +122,11 @@ class Arm:
     def method(self) -> str:
         """The name of the arm's method."""
         return str(self.hparams.get("method"))
+
+    @property
+    def megabytes(self) -> float | None:
+        """What its packed weights take; None in runs of earlier versions."""
+        return next((run.hparams[SIZE] for run in self.runs if SIZE in run.hparams), None)
 
     @property
     def lrs(self) -> list[float]:

@@ -311,7 +311,8 @@ def _figures(tags: tuple[str, str], loss: float | None, runs: list[Result], arm:
     figures |= {"reported loss" + part: loss, "perplexity" + part: perplexity}
     figures["top-1" + ALL * bool(part)] = _mean(runs, TOP1)
     figures |= dict.fromkeys(("recovered", "lr sensitivity", "usable octaves", "worst loss"))
-    return figures | {"diverged": None, "divergence rate": None, "runs": len(arm.runs)}
+    figures |= {"diverged": None, "divergence rate": None, "runs": len(arm.runs)}
+    return figures | {"deployed MB": arm.megabytes}
 
 
 def _finals(runs: Sequence[Result], tag: str) -> list[float]:

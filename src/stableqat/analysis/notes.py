@@ -52,6 +52,11 @@ def notes(summary: Summary) -> str:
             " Flip rate: mean over training; oscillation, scale drift, gradient cosine: at its end; of the"
             " runs that did not diverge."
         )
+    if any("deployed MB" in row for row in table):
+        texts.append(
+            "Deployed MB: the packed weights in millions of bytes, codes in their bits, scales and all that"
+            " is not quantized in 16."
+        )
     if len(summary.quantized) > 1:
         texts.append(_about_marks(summary))
     if summary.quantized:

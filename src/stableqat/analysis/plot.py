@@ -38,6 +38,9 @@ CAPTIONS = {
     " Shaded: the margin of equivalence. The scale is linear up to the lines and logarithmic beyond.",
     "bits": "Reported loss of each arm at its best learning rate against bits; lines join arms that differ in"
     " bits alone. Bars over seeds as for the loss; grey: rounding without training; black: full precision.",
+    "sizes": "Reported loss of each arm at its best learning rate against the size of its packed weights:"
+    " codes in their bits, scales and all that is not quantized in 16. Grey steps (the Pareto front): the"
+    " lowest loss of what is no larger.",
     "lr_bits": "Mean of min(loss, cap) over learning rates and bits, darker is higher; all methods of a"
     " family share the colours. Bold: the selected learning rate; x: with a diverged run.",
     "layers": "Signal to noise of quantization by layer, and share of codes that flip in a step, of one run"
@@ -67,6 +70,7 @@ def draw_all(summaries: list[Summary], folder: Path) -> list[Path]:
         "scale_drift": page(panels.scales, (6.0, 3.8), columns=2, share="x"),
         "differences": page(panels.differences, (4.0, 3.2), columns=3, share="xy"),
         "bits": page(widths.bits, (6.6, 4.2), columns=2, own=True),
+        "sizes": page(widths.sizes, (6.6, 4.2), columns=2, own=True),
         "lr_bits": page(widths.maps, (4.4, 2.4), columns=3, own=True),
         "layers": page(layers, (7.0, 4.2), columns=2, own=True),
         "speed": page(panels.speed, (5.0, 2.6), columns=3, own=True),

@@ -205,6 +205,8 @@ def _text(key: str, row: dict[str, Any]) -> str:
     if key == "lr sensitivity":
         one_sided = {"lower": " (upward)", "upper": " (downward)"}
         return f"{value:.4f}" + one_sided.get(row["edge"], "")
+    if key == "deployed MB":
+        return format(value, ".3g" if value < 100 else ".0f")
     forms = {"top-1": ".1%", "recovered": ".0%", "divergence rate": ".0%", "perplexity": ".2f"}
     forms |= {"reported loss": ".4f", "worst loss": ".4f"}
     if form := forms.get(key.partition(",")[0]):  # without the half of validation

@@ -1,4 +1,4 @@
-"""Pictures over bit widths: loss against bits, and maps of the loss over learning rates and bits.
+"""Pictures over bit widths: loss against bits and size, and maps of the loss over learning rates and bits.
 
 A line is all arms that differ in their bits only. Each arm is drawn at its best learning rate, with the loss
 that is reported for it.
@@ -6,7 +6,7 @@ that is reported for it.
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,35 +26,100 @@ def bits(summary: Summary, _: dict[str, Style]) -> list[Panel]:
 
     def draw(axes: "Axes", images: bool) -> None:
         trained, rounded = _lines(summary, "fit", images), _lines(summary, "ptq", images)
-        variants: dict[str, int] = {}
-        for number, (name, arms) in enumerate(trained.items()):
-            method = next(iter(arms.values())).method
-            colour, marker = look_of(method)
-            variants[method] = variants.get(method, -1) + 1
-            x = [width + 0.03 * (number - (len(trained) - 1) / 2) for width in arms]  # side by side
-            samples = [list(arm.selected.by_seed.values()) for arm in arms.values() if arm.selected]
-            y = [statistics.fmean(sample) for sample in samples]
-            look = {"color": colour, "marker": marker, "linestyle": LINES[variants[method] % len(LINES)]}
-            axes.plot(x, y, markersize=5, linewidth=1.4, label=as_written(name), **look)
-            for place, sample in zip(x, samples, strict=True):
-                axes.plot([place, place], band(sample), color=colour, linewidth=1.4)
-        for number, (name, arms) in enumerate(rounded.items()):
-            losses = {width: loss for width, arm in arms.items() if (loss := _reported(arm)) is not None}
-            look = {"color": "grey", "marker": ".", "linestyle": LINES[(number + 1) % len(LINES)]}
-            axes.plot(list(losses), list(losses.values()), linewidth=0.9, label=as_written(name), **look)
+        _draw_lines(axes, trained, rounded, lambda arm, shift: arm.hparams["bits"] + 0.03 * shift)
         for arm in summary.arms:
             if arm.kind == "fp" and arm.images == images and (loss := _reported(arm)) is not None:
                 axes.axhline(loss, color="black", linewidth=0.9, label=as_written(arm.label), zorder=1)
         widths = sorted({width for arms in trained.values() for width in arms})
         axes.set_xticks(widths, [short(width) for width in widths])
-        axes.set_xlabel("bits")
-        axes.set_ylabel("validation loss (nats)")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=8, frameon=False, handlelength=3.5)
-        if len(families) > 1:
-            axes.set_title("images" if images else "text", fontsize=9)
+        _finish(axes, "bits", images if len(families) > 1 else None)
 
     families = [images for images in (False, True) if _several(_lines(summary, "fit", images).values())]
     return [partial(draw, images=images) for images in families]
+
+
+def sizes(summary: Summary, _: dict[str, Style]) -> list[Panel]:
+    """Reported loss against deployed size and its Pareto front, for each family of two sizes or more."""
+
+    def draw(axes: "Axes", images: bool) -> None:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        trained, rounded = (_weighed(_lines(summary, kind, images)) for kind in ("fit", "ptq"))
+        _draw_lines(axes, trained, rounded, lambda arm, shift: (arm.megabytes or 0.0) * 1.012**shift)
+        known = [arm for each in (trained, rounded) for arms in each.values() for arm in arms.values()]
+        known += [arm for arm in summary.arms if arm.method == "FP" and arm.images == images]
+        found = []
+        for arm in known:
+            if arm.megabytes and (loss := _reported(arm)) is not None:
+                found.append((arm.megabytes, loss))
+                if arm.method == "FP":
+                    marker, label = {"fp": "*", "fit": "."}[arm.kind], as_written(arm.label)
+                    axes.plot(*found[-1], marker, color="black", markersize=8, label=label)
+        front = pareto(found)
+        x, y = zip(*front, (max(place for place, _ in found), front[-1][1]), strict=True)
+        axes.step(x, y, where="post", color="0.85", linewidth=6, zorder=0, label="Pareto front")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(base=10, subs=[1, 2, 3, 5, 7]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        _finish(axes, "deployed size (MB)", images if len(families) > 1 else None)
+
+    def several(images: bool) -> bool:
+        lines = _weighed(_lines(summary, "fit", images))
+        return len({arm.megabytes for arms in lines.values() for arm in arms.values()}) > 1
+
+    families = [images for images in (False, True) if several(images)]
+    return [partial(draw, images=images) for images in families]
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of which no other is smaller and has a loss as low, from the smallest to the lowest.
+
+    Args:
+        points: Sizes and losses.
+    """
+    front: list[tuple[float, float]] = []
+    for size, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((size, loss))
+    return front
+
+
+def _draw_lines(
+    axes: "Axes", trained: Lines, rounded: Lines, place: Callable[[ArmSummary, float], float]
+) -> None:
+    """Draw the reported loss of arms.
+
+    Args:
+        axes: Where.
+        trained: Lines of arms that train.
+        rounded: Lines of arms that are only rounded.
+        place: The abscissa of an arm; its second argument sets lines side by side.
+    """
+    variants: dict[str, int] = {}
+    for number, (name, arms) in enumerate(trained.items()):
+        method = next(iter(arms.values())).method
+        colour, marker = look_of(method)
+        variants[method] = variants.get(method, -1) + 1
+        x = [place(arm, number - (len(trained) - 1) / 2) for arm in arms.values()]
+        samples = [list(arm.selected.by_seed.values()) for arm in arms.values() if arm.selected]
+        y = [statistics.fmean(sample) for sample in samples]
+        look = {"color": colour, "marker": marker, "linestyle": LINES[variants[method] % len(LINES)]}
+        axes.plot(x, y, markersize=5, linewidth=1.4, label=as_written(name), **look)
+        for at, sample in zip(x, samples, strict=True):
+            axes.plot([at, at], band(sample), color=colour, linewidth=1.4)
+    for number, (name, arms) in enumerate(rounded.items()):
+        losses = {place(arm, 0.0): loss for arm in arms.values() if (loss := _reported(arm)) is not None}
+        look = {"color": "grey", "marker": ".", "linestyle": LINES[(number + 1) % len(LINES)]}
+        axes.plot(list(losses), list(losses.values()), linewidth=0.9, label=as_written(name), **look)
+
+
+def _finish(axes: "Axes", abscissa: str, images: bool | None) -> None:
+    axes.set_xlabel(abscissa)
+    axes.set_ylabel("validation loss (nats)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=8, frameon=False, handlelength=3.5)
+    if images is not None:
+        axes.set_title("images" if images else "text", fontsize=9)
 
 
 def maps(summary: Summary, _: dict[str, Style]) -> list[Panel]:
@@ -114,6 +179,12 @@ def _reported(arm: ArmSummary) -> float | None:
 
 def _several(lines: Iterable[dict[float, ArmSummary]]) -> bool:
     return len({width for arms in lines for width in arms}) > 1
+
+
+def _weighed(lines: Lines) -> Lines:
+    """The arms of lines whose size is known."""
+    found = {name: {k: arm for k, arm in arms.items() if arm.megabytes} for name, arms in lines.items()}
+    return {name: arms for name, arms in found.items() if arms}
 
 
 def _lines(summary: Summary, kind: str, images: bool) -> Lines:

@@ -24,7 +24,7 @@ from stableqat.callbacks.position import StepPosition
 from stableqat.callbacks.refused import check_trainer, left_out
 from stableqat.checkpoints.read import read_checkpoint
 from stableqat.errors import LARGEST, UserError, check_range
-from stableqat.kinds import describe
+from stableqat.kinds import deployed_bytes, describe
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.clipping import clip_gradients
@@ -311,4 +311,5 @@ class QATModule(Evaluation, ABC):
         method = describe(self.model, self.surgery)
         multipliers = {key: getattr(self, key) for key in ("scale_lr_multiplier", "weight_lr_multiplier")}
         share = {"quantized_share": round(self.surgery.quantized_share, 4)} if self.surgery else {}
-        return {**method, **share, **multipliers, "seed": self.seed}
+        size = {"deployed_mb": round(deployed_bytes(self.model) / 1e6, 6)}
+        return {**method, **share, **size, **multipliers, "seed": self.seed}
