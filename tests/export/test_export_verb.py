@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from stableqat.cli.main import main
@@ -84,6 +84,30 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
     assert "2-bit integer" in card
     assert f"| loss on the comparison batch | {report['loss']['file']:.4g} (" in card
     assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("named", ["config", "start"])
+def test_what_is_not_quantized_has_the_type_of_the_start(named, tmp_path, capsys):
+    """Of a bfloat16 model that a run starts from, whether the run takes its architecture or gives it."""
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**models.CONFIGS["llama"]))
+    plain.to(torch.bfloat16).save_pretrained(tmp_path / "start")
+    given = {"config": models.CONFIGS["llama"] if named == "config" else None}
+    made = LlamaModule(**given, init_from=str(tmp_path / "start"), quantizer=partial(STE, bits=2))
+    trainer = tiny.trainer(max_steps=1)
+    trainer.fit(made, tiny.loader("llama", count=4, batch_size=4))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
+
+    for format, own in (("hf", "bf16"), ("onnx", "fp32")):
+        out = tmp_path / format
+        assert main(["export", str(tmp_path / "run.ckpt"), "--format", format, "--out", str(out)]) == 0
+        assert json.loads((out / "export.json").read_text())["dtype"] == own
+        assert f"left, in {own}: model.embed_tokens" in capsys.readouterr().out
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    options = ["--format", "hf", "--dtype", "fp32", "--out", str(tmp_path / "asked")]
+    assert main(["export", str(tmp_path / "run.ckpt"), *options]) == 0
+    assert json.loads((tmp_path / "asked" / "export.json").read_text())["dtype"] == "fp32"
 
 
 def test_constants_too_large_for_one_onnx_file_lie_beside_it(trained, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import tiny_packed as models
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from stableqat.errors import UserError
 from stableqat.export import gguf_blocks
@@ -142,12 +143,35 @@ def test_other_types_of_scales(format, scale_dtype, tmp_path):
     assert_equal(format, model, logits, tmp_path)
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gguf", "torchao"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gguf", "torchao", "hf"])
 def test_what_is_left_in_bfloat16(format, tmp_path):
     model, logits = models.packed("qwen3", "integer-2", dtype=torch.bfloat16)
     assert_equal(format, model, logits, tmp_path)
     embedding = model.model.get_input_embeddings().weight
     assert torch.equal(embedding, embedding.bfloat16().float())
+    if format == "gguf":
+        return
+    stored = load_file(tmp_path / "model.safetensors")
+    (kept,) = (tensor for name, tensor in stored.items() if name.startswith("model.embed_tokens.weight"))
+    assert kept.dtype == torch.bfloat16
+    computes = torch.bfloat16 if format == "compressed-tensors" else torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)  # in the type that the file names
+    assert loaded.dtype == computes
+    with torch.no_grad():
+        theirs = loaded.eval()(input_ids=model.input, use_cache=False).logits
+    assert torch.allclose(theirs.float(), logits, atol=0.02 if computes == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize(("grid", "scale"), [("integer-4", torch.float16), ("integer-2", torch.bfloat16)])
+def test_plain_values_take_the_type_of_the_rest_only_where_it_holds_them(grid, scale, tmp_path):
+    model, logits = models.packed("llama", grid, dtype=torch.bfloat16, scale_dtype=scale)
+    assert_equal("hf", model, logits, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    fits = grid == "integer-2"  # whose levels are powers of two
+    assert stored.dtype == (torch.bfloat16 if fits else torch.float32)
+    named = json.loads((tmp_path / "config.json").read_text())["dtype"]
+    assert named == str(stored.dtype).removeprefix("torch.")
+    assert bool(writer("hf").notes(model)) is not fits
 
 
 @pytest.mark.parametrize(
@@ -229,11 +253,6 @@ def test_binary(tmp_path):
 @pytest.mark.parametrize(
     ("format", "options", "reason"),
     [
-        (
-            "hf",
-            {"dtype": torch.bfloat16, "grid": "integer-4"},
-            "would round; take --dtype fp32, or compressed",
-        ),
         ("compressed-tensors", {"quantizer": {"bits": 8, "grid": "stretched"}}, "9-bit.*take torchao"),
         ("compressed-tensors", {"grid": "stretched-4", "storage_bits": 4}, "_proj needs 5-bit.*or take 8"),
         ("gguf", {"quantizer": {"bits": 8, "grid": "stretched"}}, "8-bit stretched grid; take compressed"),

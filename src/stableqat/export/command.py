@@ -60,8 +60,9 @@ def export(
             (llama.cpp), onnx (onnxruntime) or torchao.
         out: New folder for the files.
         dtype: Type of what is not quantized: norms, biases and, without embedding_bits, embeddings. Default:
-            fp16 for compressed-tensors, because vLLM computes in the type of the file and rounds a float32
-            file to bfloat16; fp32 for all other formats.
+            that of the weights that the run started from, but fp32 for onnx, and fp16 instead of fp32 for
+            compressed-tensors, because vLLM computes in the type of the file and rounds a float32 file to
+            bfloat16.
         scale_dtype: Type to which scales are rounded, in the model, before it is evaluated and written.
         storage_bits: For compressed-tensors, store narrower codes in 4 or 8 bits, which every GPU kernel of
             vLLM and SGLang reads; the values stay the same.
@@ -97,8 +98,8 @@ def export(
     given = None if template is None else gguf_template.read(Path(template).expanduser())
     with new_folder(out) as part:
         found = load_source(source, tokenizer)
-        dtype = dtype or ("fp16" if format == "compressed-tensors" else "fp32")
-        types = DTYPES[dtype], DTYPES[scale_dtype]
+        chosen = dtype or _default_dtype(format, found.dtype)
+        types = DTYPES[chosen], DTYPES[scale_dtype]
         packed = PackedModel(
             found.module,
             {},
@@ -130,7 +131,7 @@ def export(
                 "source": str(found.checkpoint),
                 "step": found.step,
                 "val_loss": found.val_loss,
-                "dtype": dtype,
+                "dtype": chosen,
                 "scale_dtype": scale_dtype,
                 "quantizers": found.quantizers,
                 **_sizes(writer, packed, part),
@@ -150,6 +151,15 @@ def export(
             (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     _tell(report, found, out)
     return 0
+
+
+def _default_dtype(format: str, of_start: str | None) -> str:
+    """The start's type, where the format takes it."""
+    if format == "onnx":
+        return "fp32"
+    if format == "compressed-tensors" and of_start != "bf16":
+        return "fp16"
+    return of_start or "fp32"
 
 
 def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> None:
@@ -277,7 +287,8 @@ def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
     lines = [
         f"{folder}: {report['format']} of {found.checkpoint}{step}",
         f"{size}; {bits}",
-        f"{report['layers_packed']} layers quantized ({'; '.join(report['grids'])}); left: {left}",
+        f"{report['layers_packed']} layers quantized ({'; '.join(report['grids'])}); "
+        f"left, in {report['dtype']}: {left}",
         *report["notes"],
         f"read back: weights differ by {weights:g}, logits by {logits:.1e}",
         f"loss on {report['batch']}: {losses}",

@@ -1,11 +1,12 @@
 """Plain weights in safetensors for plain transformers or timm: not packed, but they run everywhere.
 
-Quantized weights are stored as the values that they stand for. `--dtype bf16` halves the file if those values
-fit bfloat16's eight bits of precision, which few do; values that it would round are refused.
+Quantized weights are stored as the values that they stand for: in the type of all others if it holds them,
+otherwise in float32, which `config.json` then names. bfloat16's eight bits of precision hold few grids.
 """
 
 import json
 from contextlib import redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,15 @@ from stableqat.export.packed import PackedModel
 
 
 def check(packed: PackedModel) -> None:
-    """Refuse values that the file's type would round.
-
-    Raises:
-        UserError: Naming the layer.
-    """
-    for name, weight in packed.layers.items():
-        value = weight.dequantize()
-        if not torch.equal(value.to(packed.dtype).float(), value):
-            raise UserError(
-                f"hf: {name} has values that {packed.dtype} would round; take --dtype fp32, or "
-                "compressed-tensors, which stores codes and scales apart"
-            )
+    """Accept every model: plain weights hold any grid."""
 
 
 def write(packed: PackedModel, folder: Path) -> None:
     """Write weights and configuration."""
-    state = packed.baked()
-    save(packed, folder, {k: v.to(packed.dtype) if v.is_floating_point() else v for k, v in state.items()})
+    values = {f"{name}.weight": weight.dequantize() for name, weight in packed.layers.items()}
+    own = _type(packed)
+    values = {name: value.to(own) for name, value in values.items()}
+    save(replace(packed, dtype=own), folder, packed.rest() | values)
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
@@ -54,8 +46,21 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def notes(packed: PackedModel) -> list[str]:
-    """Return nothing: the file holds plain weights."""
-    return []
+    """Return whether the quantized weights have a type of their own."""
+    if _type(packed) == packed.dtype:
+        return []
+    return [f"quantized weights are float32, because {_name(packed.dtype)} would round their values"]
+
+
+def _type(packed: PackedModel) -> torch.dtype:
+    """Return the type of the quantized weights: that of the others, unless it would round a value."""
+    values = (weight.dequantize() for weight in packed.layers.values())
+    exact = all(torch.equal(value.to(packed.dtype).float(), value) for value in values)
+    return packed.dtype if exact else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_language_model(format: str, packed: PackedModel) -> None:
@@ -93,7 +98,7 @@ def save_config(packed: PackedModel, folder: Path, quantization: dict[str, Any] 
     else:
         config = packed.model.config.to_dict()
         config["architectures"] = [type(packed.model).__name__]
-        config["dtype"] = str(packed.dtype).removeprefix("torch.")
+        config["dtype"] = _name(packed.dtype)
         config["use_cache"] = True
         for key in ("_name_or_path", GRIDS):  # path of the start; grids of a converted folder
             config.pop(key, None)

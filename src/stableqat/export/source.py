@@ -15,6 +15,7 @@ from torch import Tensor
 from stableqat.data.order import EvaluationOrder
 from stableqat.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from stableqat.errors import UserError
+from stableqat.export.packed import DTYPES
 from stableqat.kinds import kinds
 from stableqat.model_folder import is_model_folder, quantize_again, read_grids, unreported
 from stableqat.modules import LlamaModule, QATModule
@@ -53,6 +54,12 @@ class Source:
     val_loss: float | None
     images: dict[str, Any] | None = None
     classes: list[str] | None = None
+
+    @property
+    def dtype(self) -> str | None:
+        """Type of the weights that it started from; None if unknown."""
+        of_start = getattr(getattr(self.module, "config", None), "dtype", None)
+        return next((name for name, each in DTYPES.items() if each is of_start), None)
 
 
 def load_source(source: str, tokenizer: str | None) -> Source:

@@ -6,6 +6,7 @@ group.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def write(packed: PackedModel, folder: Path) -> None:
     state |= {f"{name}.weight": _tensor(weight) for name, weight in packed.layers.items()}
     tensors, metadata = flatten_tensor_state_dict(state)
     save_file(tensors, folder / FILE, metadata={**metadata, "format": "pt"})
-    hf.save_config(packed, folder, _quantization(packed))
+    computes = replace(packed, dtype=torch.float32)  # as its tensors do, whatever the type of the rest
+    hf.save_config(computes, folder, _quantization(packed))
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:

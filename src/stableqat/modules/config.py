@@ -39,7 +39,7 @@ _SHAPES = (
 
 
 def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -> Any:
-    """The transformers config of a model.
+    """The transformers config of a model; its `dtype` is that of the start's weights, in which exports go.
 
     Args:
         config: Keys of a config, a folder or a hub name; None takes that of `init_from`.
@@ -68,6 +68,9 @@ def resolve_config(config: dict[str, Any] | str | None, init_from: str | None) -
             config = _of_start(config, init_from)
     resolved = _config_from_keys(config, where)
     _check(resolved, where)
+    if resolved.dtype is None and key == "model.config" and init_from is not None:
+        with suppress(UserError):  # loading the start reports what is wrong with it
+            resolved.dtype = resolve_config(None, init_from).dtype
     resolved.use_cache = False
     return resolved
 

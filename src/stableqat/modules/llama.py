@@ -8,6 +8,7 @@ in float64 over batches and processes, not averaged over batches.
 import json
 import math
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from types import MethodType
 from typing import Any
@@ -85,9 +86,8 @@ class LlamaModule(QATModule):
         """See `QATModule.build_model`."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(
-            self.config, dtype=torch.float32, trust_remote_code=False
-        ).train()
+        config = deepcopy(self.config)  # which keeps the type of the start
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
 
     def load_pretrained(self, source: str) -> nn.Module:
         """See `QATModule.load_pretrained`: a transformers folder or hub name, loaded as float32."""
