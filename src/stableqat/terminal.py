@@ -32,7 +32,9 @@ def clock(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes, in powers of ten: 0.3 MB, 1.6 GB."""
+    """A number of bytes, in powers of ten: 12 kB, 0.3 MB, 1.6 GB."""
+    if count < 1e5:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 

@@ -99,8 +99,26 @@ def test_the_table_aligns(logs, capsys):
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split()[:4] == ["name", "family", "method", "bits"]
     [line] = [line for line in lines if "version_10" in line]
-    assert line.split()[1:10] == ["text", "STE", "2", "integer", "0.001", "finished", "8/8", "3.5", "7.25"]
+    assert line.split()[1:10] == ["text", "STE", "2", "integer", "1e-3", "finished", "8/8", "3.5", "7.25"]
     assert line.index("STE") == heading.index("method")
+
+
+def test_published_copies_are_listed_where_they_are_asked_for(tmp_path, capsys):
+    log_run(tmp_path / "logs/llama/mine", STE | {"lr": 1e-3}, finished(3.0))
+    for name in ("a", "b"):
+        log_run(tmp_path / "logs/published/study" / name, STE | {"lr": 1e-3}, finished(3.5))
+    said = " left out; name a published folder to list its runs"
+    copies = ["logs/published/study/a", "logs/published/study/b"]
+    for folders, names, left in (
+        (["logs"], ["logs/llama/mine"], ["2 published runs" + said]),
+        (["logs/published"], copies, []),
+        (["logs/published/study"], copies, []),
+        (["logs", "logs/published/study/a"], ["logs/llama/mine", copies[0]], ["1 published run" + said]),
+    ):
+        assert main(["runs", *(str(tmp_path / each) for each in folders), "--sort", "name"]) == 0
+        _, *lines = capsys.readouterr().out.splitlines()
+        assert [str(Path(line.split()[0]).relative_to(tmp_path)) for line in lines[: len(names)]] == names
+        assert lines[len(names) :] == left
 
 
 def test_a_run_that_another_process_writes_is_running(tmp_path, capsys):

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from stableqat.analysis.arms import LOSS, TOP1
 from stableqat.checkpoints.names import CONFIG, LOCK, last_checkpoints
-from stableqat.errors import UserError
+from stableqat.errors import UserError, counted
 from stableqat.events import Run, find_runs, read_run
 from stableqat.files import held_elsewhere
 from stableqat.studies.record import FILE as RECORD
+from stableqat.studies.study import short
 from stableqat.terminal import plain, size, terminal
 
 READ = ("hp/", LOSS, TOP1, "val/perplexity", "train/loss")
@@ -33,6 +34,7 @@ COLUMNS = {  # of the table, with the attribute that each shows
     "size": "megabytes",
     "age": "age",
 }
+PUBLISHED = "published"  # where `publish` puts its copies by default
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -82,7 +84,8 @@ def runs(
     """Lists the runs under some folders, those of sweeps too.
 
     Args:
-        folders: The folders; lightning_logs if there are none.
+        folders: The folders; lightning_logs if there are none. What lies in a folder named `published` is
+            left out, unless you name that folder or one inside it.
         sort: What to sort by; the youngest run, or the lowest number, comes first.
         json: Print a list of objects instead of a table; losses and times are not rounded.
 
@@ -92,9 +95,13 @@ def runs(
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"folders: {folder} is not a folder; name one that holds runs")
-    found = sorted({path for folder in folders for path in _folders(Path(folder))})
+    found, copies = set[Path](), set[Path]()
+    for place in map(Path, folders):
+        own = _folders(place)
+        copies |= (published := {path for path in own if PUBLISHED in path.relative_to(place).parts})
+        found |= own - published
     key = {"loss": "best_loss", "size": "megabytes"}.get(sort, sort)
-    rows = sorted(map(_row, found), key=lambda row: _order(getattr(row, key)))
+    rows = sorted(map(_row, sorted(found)), key=lambda row: _order(getattr(row, key)))
     console = terminal()
     if json:
         console.print(_as_json(rows))
@@ -103,6 +110,8 @@ def runs(
     else:
         for line in _table(rows):
             console.print(line)
+    if (left := len(copies - found)) and not json:
+        console.print(f"{counted(left, 'published run')} left out; name a published folder to list its runs")
     return 0
 
 
@@ -203,4 +212,6 @@ def _cell(row: Row, key: str) -> str:
         return f"{max(value, 0) / seconds:.0f} {unit}"
     if key == "megabytes":
         return size(value * 1e6)
+    if key == "lr":
+        return short(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
