@@ -22,6 +22,7 @@ from stableqat.layers.group import group_layers
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
 from stableqat.quantizers.factory import check_mapping
+from stableqat.terminal import progress
 
 logger = logging.getLogger(__name__)
 
@@ -184,15 +185,17 @@ def quantize_linears(
             chosen[name], factories[name] = module, factory
     _refuse_shared(model, chosen, tied)
     replacements: dict[nn.Linear, QuantLinear] = {}
-    for name, linear in chosen.items():
-        if linear not in replacements:  # one module under two names stays one module
-            try:
-                made = make_quantizer(linear.weight, factories[name], initialize)
-            except UserError as error:
-                raise UserError(f"layer {choice.named(name)}: {error}") from error
-            of_input = None if input_quantizer is None else input_quantizer(name, linear)
-            replacements[linear] = QuantLinear.from_linear(linear, made, of_input)
-            replacements[linear].recompute = recompute
+    with progress(len(chosen)) as show:
+        for number, (name, linear) in enumerate(chosen.items(), 1):
+            if linear not in replacements:  # one module under two names stays one module
+                try:
+                    made = make_quantizer(linear.weight, factories[name], initialize)
+                except UserError as error:
+                    raise UserError(f"layer {choice.named(name)}: {error}") from error
+                of_input = None if input_quantizer is None else input_quantizer(name, linear)
+                replacements[linear] = QuantLinear.from_linear(linear, made, of_input)
+                replacements[linear].recompute = recompute
+            show(number, f"quantized {number} of {counted(len(chosen), 'layer')}")
     experts = _quantizers_of_experts(model, choice, initialize, report)
     choice.check()
     for name, linear in chosen.items():  # once every weight has its quantizer: all layers or none

@@ -1,10 +1,17 @@
 """The terminal, as the verbs write to it."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Timer
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+WAIT = 2.0  # seconds until a bar appears
 
 
 def quiet_libraries(*, progress: bool = False) -> None:
@@ -47,3 +54,35 @@ def terminal(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(total: float | None, done: int = 0) -> Iterator[Callable[[float, str], None]]:
+    """Show a bar on a terminal, on stderr, if the work takes longer than a moment.
+
+    Args:
+        total: The number at which the bar is full; None if unknown.
+        done: The number at which it starts.
+
+    Yields:
+        A function that moves the bar to a number and sets its text.
+    """
+    if not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes the first
+        yield lambda now, text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    texts = TextColumn("{task.description}", markup=False)
+    columns = (texts, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("", total=total, completed=done)
+    timer = Timer(WAIT, bar.start)
+    timer.start()
+    try:
+        yield lambda now, text: bar.update(task, completed=now, description=text)
+    finally:
+        timer.cancel()
+        timer.join()
+        if bar.live.is_started:
+            bar.stop()

@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tiny
 from stableqat.cli.main import main
 from stableqat.data.embedded import DIGITS_MEAN, DIGITS_STD
-from stableqat.export import source
+from stableqat.export import command, source
 from stableqat.modules import LlamaModule, ViTModule
 from stableqat.quantizers import STE
 from stableqat.runs import open_run
@@ -57,10 +58,13 @@ def refused(tmp_path, capsys):
     return call
 
 
-def test_a_report_lies_beside_the_files(trained, tmp_path, capsys):
+def test_a_report_lies_beside_the_files(trained, tmp_path, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(command, "progress", lambda total: nullcontext(lambda now, _: shown.append(now)))
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "deep" / "model"
     assert main(["export", str(trained), "--format", "compressed-tensors", "--out", str(out)]) == 0
+    assert shown == [0, 1, 2, 3, 4, 5]
     told = capsys.readouterr().out
     report = json.loads((out / "export.json").read_text())
     assert report["dtype"] == "fp16"  # in which vLLM computes then

@@ -1,6 +1,7 @@
 """Text and losses: the same from every place that holds the weights, and what a plain loop computes."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 import stableqat
 from stableqat.cli.main import main
 from stableqat.evaluate.model import find
-from stableqat.predict import text
+from stableqat.predict import command, text
 from stableqat.runs import open_run
 
 PROMPTS = ["grid scale", "the step of a row", "bits"]
@@ -108,7 +109,9 @@ def test_a_folder_s_own_generation_settings_do_not_apply(run, predict, tmp_path)
     assert predict(tmp_path, *options) == predict(run, *options)
 
 
-def test_prompts_of_files(run, predict, tmp_path):
+def test_prompts_of_files(run, predict, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(command, "progress", lambda total: nullcontext(lambda *told: shown.append(told)))
     (tmp_path / "a.txt").write_text("grid scale\n\n the step\u2028of a row\r\n", encoding="utf-8")
     lines = predict(run, "--prompts", tmp_path / "a.txt", "--max_new_tokens", 3, "--prompt", "bits")
     assert [line["prompt"] for line in lines] == ["grid scale", " the step\u2028of a row", "bits"]
@@ -121,6 +124,7 @@ def test_prompts_of_files(run, predict, tmp_path):
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
     out = tmp_path / "new" / "out.jsonl"
     assert predict(run, "--prompts", tmp_path / "b.jsonl", "--max_new_tokens", 8, "--out", out) == []
+    assert shown == [(1, "1 of 3"), (2, "2 of 3"), (3, "3 of 3")]  # not of the lines on stdout
     chat, same, other = map(json.loads, out.read_text().splitlines())
     assert chat["completion"] == same["completion"] != other["completion"]
     assert chat["messages"] == messages

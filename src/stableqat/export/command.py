@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stableqat.errors import UserError
 from stableqat.files import check_source, new_folder, writing
-from stableqat.terminal import terminal
+from stableqat.terminal import progress, terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,8 @@ def export(
     from stableqat.export.source import load_source
 
     given = None if template is None else gguf_template.read(Path(template).expanduser())
-    with new_folder(out) as part:
+    with new_folder(out) as part, progress(5) as show:
+        show(0, "reading the model")
         found = load_source(source, tokenizer)
         chosen = dtype or _default_dtype(format, found.dtype)
         types = DTYPES[chosen], DTYPES[scale_dtype]
@@ -115,16 +116,20 @@ def export(
         )
         writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
         writer.check(packed)  # what does not depend on layers, before anything is computed
+        show(1, "evaluating the model")
         _, trained = evaluate(found.module, found.batch)
         losses = {"trained": trained}
         if embedding_bits is not None:
             quantize_embeddings(found.module, embedding_bits)
             losses["embeddings_quantized"] = evaluate(found.module, found.batch)[1]
+        show(2, "rounding to the types of the file")
         packed = replace(packed, layers=pack(found.module, *types))
         writer.check(packed)
         logits, losses["file"] = evaluate(found.module, found.batch)
         with writing(f"out: {out}", "nothing is left of it, name another folder"):
+            show(3, "writing")
             _write(writer, found, packed, part)
+            show(4, "reading back")
             differences = _compare(format, writer.read(packed, part), packed, logits)
             report: dict[str, Any] = {
                 "format": format,
@@ -149,6 +154,7 @@ def export(
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 report["sha256"][path.relative_to(part).as_posix()] = digest
             (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+            show(5, "written")
     _tell(report, found, out)
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TextIO
 from stableqat.errors import UserError, check_range
 from stableqat.files import check_source, new_results, whole_file, writing
 from stableqat.predict.inputs import find_images, read_prompts
-from stableqat.terminal import quiet_libraries
+from stableqat.terminal import progress, quiet_libraries
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -125,8 +125,12 @@ def predict(
         stack.enter_context(torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bf16"))
         stack.enter_context(isolated(model.network))
         torch.manual_seed(seed)
-        for line in lines:
+        count = len(texts or files)
+        # lines on stdout show by themselves how far it is
+        show = (lambda *_: None) if file is None else stack.enter_context(progress(count))
+        for number, line in enumerate(lines, 1):
             write(line)
+            show(number, f"{number:,} of {count:,}")
     return 0
 
 

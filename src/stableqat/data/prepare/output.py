@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,26 +150,6 @@ class Output:
     def discard(self) -> None:
         """Delete the unfinished output."""
         shutil.rmtree(self.part)
-
-
-@contextmanager
-def progress(total: float | None, done: int) -> Iterator[Callable[[float, str], None]]:
-    """Show a bar on a terminal.
-
-    Args:
-        total: The number at which the bar is full; None if unknown.
-        done: The number at which it starts.
-
-    Yields:
-        A function that moves the bar to a number and sets its text.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda now, text: bar.update(task, completed=now, description=text)
 
 
 class Shards:

@@ -22,9 +22,10 @@ from stableqat.data.budget import CHARACTERS_PER_TOKEN, Budget
 from stableqat.data.chat import Records
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
 from stableqat.data.prepare.corpus import Corpus, CorpusFile, document, documents, find_corpus, read
-from stableqat.data.prepare.output import Output, Shards, progress
+from stableqat.data.prepare.output import Output, Shards
 from stableqat.data.source import TEXT_FORMATS
 from stableqat.errors import UserError
+from stableqat.terminal import progress
 
 #: Tokens of the validation documents, as a share of those of the training documents.
 VALIDATION_SHARE = 0.01

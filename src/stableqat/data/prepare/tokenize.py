@@ -19,7 +19,7 @@ from stableqat.data.encoder import ConversationEncoder, DocumentEncoder, Encoder
 from stableqat.data.holdout import HeldOut, document_hash, hash_cutoff
 from stableqat.data.prepare.corpus import CorpusFile, Record, documents, read
 from stableqat.data.prepare.encode import Batch, Work, encode_all
-from stableqat.data.prepare.output import Output, Shards, progress
+from stableqat.data.prepare.output import Output, Shards
 from stableqat.data.prepared import SAMPLE, check_content, read_field, read_manifest
 from stableqat.data.tokenizer import (
     BPE_MIN_VOCAB,
@@ -32,6 +32,7 @@ from stableqat.data.tokenizer import (
 )
 from stableqat.errors import UserError
 from stableqat.files import whole_folder
+from stableqat.terminal import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
