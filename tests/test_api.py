@@ -206,7 +206,9 @@ class Adapter(nn.Module):
 
 def test_adapters_are_not_quantized_and_merging_them_afterwards_is_warned_of(caplog):
     model = nn.Sequential(Adapter(), nn.ReLU(), Adapter())
-    with pytest.raises(UserError, match=r"^layer 0\.lora_A\.default: an adapter, .* add lora_A to skip$"):
+    with pytest.raises(
+        UserError, match=r"^layer 0\.lora_A\.default: an adapter, .*: skip lora_A, lora_B and the heads$"
+    ):
         stableqat.prepare(model, bits=2)
     stableqat.prepare(model, bits=2, skip="lora_*")
     assert list(quantized_layers(model)) == ["0.base_layer", "2.base_layer"]

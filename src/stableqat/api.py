@@ -195,12 +195,17 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _refuse_adapters(model: nn.Module, skip: Sequence[str]) -> None:
     """Refuse to quantize adapters: one of a pair starts at zero, and would stay there."""
-    for name, below in _adapters(model):
-        if not any(matches(f"{name}.{below}" if name else below, pattern) for pattern in skip):
-            raise UserError(
-                f"layer {name}.{below}: an adapter, which would stay at zero in few bits; merge adapters "
-                f"before the model is prepared, or keep them beside it: add {below.split('.')[0]} to skip"
-            )
+    left = [
+        (name, below)
+        for name, below in _adapters(model)
+        if not any(matches(f"{name}.{below}" if name else below, pattern) for pattern in skip)
+    ]
+    if left:
+        own = dict.fromkeys(below.split(".")[0] for _, below in left)
+        raise UserError(
+            f"layer {'.'.join(left[0])}: an adapter, which would stay at zero in few bits; merge adapters "
+            f"before the model is prepared, or keep them beside it: skip {', '.join(own)} and the heads"
+        )
 
 
 def _record_grids(model: nn.Module) -> None:
