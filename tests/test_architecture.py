@@ -70,6 +70,7 @@ FOREIGN = {
 LONGEST = 400  # lines of a file
 # what a module keeps beside constants, and why
 STATE = {
+    "data/image.py": {"_READ"},  # a context variable: one command's modules share what one has read
     "data/prepare/encode.py": {"_work"},  # of a worker process, which is told once what to do
     "modules/start.py": {"_STATE_DICT_FOLLOWS"},  # a context variable: who loads says so to who builds
 }

@@ -14,6 +14,8 @@ import words
 from stableqat.cli.inherit import inherit
 from stableqat.cli.main import main
 from stableqat.cli.sizing import _fewest_bits
+from stableqat.data import image
+from stableqat.data.source import load_splits
 from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash
 from stableqat.errors import UserError
 from stableqat.modules import SizedAdamW
@@ -94,8 +96,11 @@ def test_a_start_a_text_and_the_bits_are_enough(at, capsys):
     assert AutoModelForCausalLM.from_pretrained("out").config.hidden_size == 32
 
 
-def test_a_start_images_and_the_bits_are_enough(at, capsys):
+def test_a_start_images_and_the_bits_are_enough(at, capsys, monkeypatch):
+    read = []
+    monkeypatch.setattr(image, "load_splits", lambda *a, **k: read.append(a) or load_splits(*a, **k))
     assert fit("vit", "--trainer.max_steps", 5) == 0
+    assert read == [("pictures", None)]  # once, for the classes, the batch and the training
     text = capsys.readouterr().err
     assert f"stableqat: model.model_name {NAME}, model_args {ARGS}, which model.init_from brings" in text
     assert "stableqat: model.num_classes: 3, those of the data (cat, dog, owl)" in text

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import stableqat.data.image
-import stableqat.data.text  # noqa: F401 - makes the classes known by their short names
+import stableqat.data.text  # makes the classes known by their short names
 from stableqat import callbacks
 from stableqat.callbacks.interruption import EXIT_CODE
 from stableqat.callbacks.refused import check_trainer
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     """
     _configure_logging()
     register_strategies()
-    with wall():
+    with wall(), stableqat.data.image.reads_once():
         QATCommand(arguments)
     return 0
 

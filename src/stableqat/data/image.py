@@ -4,7 +4,9 @@ Training images go through timm's augmentation, evaluation images through its re
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,6 +37,17 @@ PREPROCESSING: dict[str, Any] = {
 BATCH_SIZE = 64
 _DIGITS_FRACTION = 0.2
 _MOST_CLASSES = 1_000_000
+_READ: ContextVar[dict[tuple[Any, ...], dict[str, "Dataset"]]] = ContextVar("read")
+
+
+@contextmanager
+def reads_once() -> Iterator[None]:
+    """Inside, data modules of the same source share what the first has read: folders of files are slow."""
+    token = _READ.set({})
+    try:
+        yield
+    finally:
+        _READ.reset(token)
 
 
 class ImageDataModule(DataModule):
@@ -178,7 +191,10 @@ class ImageDataModule(DataModule):
 
         assert self.source is not None
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "training": self.training}
-        splits = load_splits(self.source, self.name, formats=IMAGE_FORMATS, **options)
+        read, key = _READ.get({}), (self.source, self.name, *options.values())
+        if key not in read:
+            read[key] = load_splits(self.source, self.name, formats=IMAGE_FORMATS, **options)
+        splits = read[key]
         features = next(iter(splits.values())).features
         columns = ", ".join(features)
 
