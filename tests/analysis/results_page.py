@@ -384,6 +384,7 @@ GIVEN_IN_RESULTS = [
     "(constant-b2-lr3-s31)",
     *(
         "stableqat compare lightning_logs/published/study-2bit-seeds",
+        "tensorboard --logdir lightning_logs/published/study-2bit-seeds",
         "stableqat sweep configs/llama/study/2bit.yaml",
         "stableqat compare lightning_logs/study-2bit.",
     ),
