@@ -25,6 +25,7 @@ if os.environ.get("STABLEQAT_TEST_GPU") != "1":
     if _interpreter_works():  # Triton reads this once, at its import
         os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asking it in vain takes half a minute
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
 
 # how long an example takes says how busy the machine is, not whether the code is right

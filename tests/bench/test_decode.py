@@ -241,8 +241,8 @@ def test_two_models_at_a_time_are_held(home, monkeypatch):
 
     monkeypatch.setattr(decode, "_packed", counted(decode._packed))
     monkeypatch.setattr(decode, "_warm", counted(decode._warm))
-    decode.measure_decode(read_architecture(str(home / "llama.yaml")), [4, 2], "integer", 8, 1, CPU, print)
-    assert held == [0, 0, *[1] * 9]  # before each of four models and seven engines
+    decode.measure_decode(read_architecture(str(home / "llama.yaml")), [4], "integer", 8, 1, CPU, print)
+    assert held == [0, 0, *[1] * 6]  # before each of three models and five engines
 
 
 @pytest.mark.parametrize(

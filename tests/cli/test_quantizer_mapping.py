@@ -94,15 +94,15 @@ def test_a_class_over_a_class_keeps_its_settings_as_ever(files):
         "--model.quantizer.bits=3",
     ]
     assert RESET not in check_arguments(argv)
-    argv = ["fit", "-c", "mixed.yaml", "-c", "llama/ste"]
-    assert check_arguments(argv)[3] == RESET
+    argv = ["fit", "-c", "llama.yaml", "-c", "mixed.yaml", "-c", "llama/ste"]
+    assert check_arguments(argv)[3] == check_arguments(argv)[6] == RESET
     assert check_arguments(check_arguments(argv)) == check_arguments(argv)  # as a process of a run gets them
 
 
 def test_a_study_may_lay_a_class_over_a_mapping(files, monkeypatch):
     monkeypatch.setenv("STABLEQAT_STUDY", "1")
-    argv = ["fit", "-c", "mixed.yaml", "--model.quantizer=STE"]
-    assert check_arguments(argv) == [*argv[:-1], RESET, argv[-1]]
+    argv = ["fit", "-c", "llama.yaml", "-c", "mixed.yaml", "--model.quantizer=STE"]
+    assert check_arguments(argv) == [*argv[:3], RESET, *argv[3:-1], RESET, argv[-1]]
 
 
 REFUSED = {

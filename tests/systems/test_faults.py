@@ -109,11 +109,12 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("faults"))
 
 
-def test_twenty_kills(place):
+@pytest.mark.parametrize("number", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills(number, place):
     """At any time of a run's life, many of them in the middle of writing a checkpoint."""
     kills, versions, finished = 0, iter(range(100)), []
-    version = f"killed-{next(versions)}"
-    while kills < 20:
+    version = f"killed-{number}-{next(versions)}"
+    while kills < number:
         resume = ["--ckpt_path", "last"] if (place.at(version) / "checkpoints" / "last.ckpt").exists() else []
         if not resume:
             shutil.rmtree(place.at(version), ignore_errors=True)
@@ -122,7 +123,7 @@ def test_twenty_kills(place):
         kills += code != 0
         if code == 0:
             finished.append(version)
-            version = f"killed-{next(versions)}"
+            version = f"killed-{number}-{next(versions)}"
     place.resume(version)
     for each in [*finished, version]:
         place.assert_undisturbed(each)

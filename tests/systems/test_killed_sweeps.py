@@ -26,7 +26,7 @@ grid:
   arm:
     ste: {{configs: configs/llama/ste.yaml}}
     stableqat: {{configs: configs/llama/stableqat.yaml}}
-  lr: [1.0e-3, 1.0e-2]
+  lr: 1.0e-3
 """
 
 
@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory):
 def test_a_sweep_killed_three_times_ends_with_the_same_table(undisturbed):
     folder, expected = undisturbed
     moments = random.Random(0)
-    for begun in (1, 2, 4):
+    for begun in (1, 2, 3):
         killed = begin(folder, "killed")
         while len(list((folder / "killed").glob("*/log.txt"))) < begun:
             time.sleep(0.05)
@@ -70,7 +70,7 @@ def test_two_sweeps_at_once_run_each_point_once(undisturbed):
     for log in (folder / "shared").glob("*/log.txt"):
         assert log.read_text().count("$ stableqat") == 1
     records = [json.loads(file.read_text()) for file in (folder / "shared").glob("*/sweep.json")]
-    assert [record["status"] for record in records] == ["done"] * 5
+    assert [record["status"] for record in records] == ["done"] * 3
 
 
 def test_a_run_that_was_told_to_stop_is_not_done_even_without_checkpoints(undisturbed):
