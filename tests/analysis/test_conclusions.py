@@ -167,8 +167,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 def test_marks_tie_as_the_tests_do(tmp_path: Path) -> None:
     """DSQ is not shown to be worse than StableQAT, STE is; a column of losses at the cap has no best."""
     losses = {"STE": STE, "DSQ": minus({1e-2: -0.099}), "StableQAT": minus({1e-2: -0.1})}
-    for by_lr in losses.values():
-        by_lr |= {1.0: [math.nan] * 4}
+    losses = {arm: by_lr | {1.0: [math.nan] * 4} for arm, by_lr in losses.items()}
     (tmp_path / "study.yaml").write_text("compare: {margin: 0.01}\n")
     summary = summary_of([*references(), *ended(losses)], tmp_path)
     assert summary.best["lr 1e-2"] == summary.best["reported loss"] == {"DSQ", "StableQAT"}
