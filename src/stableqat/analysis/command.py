@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 from stableqat.analysis.comparison import read_summaries
+from stableqat.analysis.listing import PUBLISHED
 from stableqat.analysis.tables import Table, as_json, comma_separated, markdown, write_page
 from stableqat.errors import UserError, check_range
 from stableqat.events import find_runs
@@ -70,7 +71,7 @@ def compare(folders: list[str], *, out: str | None = None) -> int:
     return 0
 
 
-def publish(folders: list[str], *, out: str = "lightning_logs/published", points: int = 100) -> int:
+def publish(folders: list[str], *, out: str = f"lightning_logs/{PUBLISHED}", points: int = 100) -> int:
     """Copies studies for publication: their event files, thinned.
 
     Args:

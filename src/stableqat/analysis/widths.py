@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stableqat.analysis.comparison import ArmSummary, Summary
 from stableqat.analysis.panels import Panel, band
@@ -25,16 +25,17 @@ def bits(summary: Summary, _: dict[str, Style]) -> list[Panel]:
     """Reported loss against bits, a line per method, for each family of two widths or more."""
 
     def draw(axes: "Axes", images: bool) -> None:
-        trained, rounded = _lines(summary, "fit", images), _lines(summary, "ptq", images)
-        _draw_lines(axes, trained, rounded, lambda arm, shift: arm.hparams["bits"] + 0.03 * shift)
+        trained, rounded = lines[images], _lines(summary, "ptq", images)
+        _draw_lines(axes, trained, rounded, lambda arm, shift: _width(arm) + 0.03 * shift)
         for arm in summary.arms:
             if arm.kind == "fp" and arm.images == images and (loss := _reported(arm)) is not None:
                 axes.axhline(loss, color="black", linewidth=0.9, label=as_written(arm.label), zorder=1)
-        widths = sorted({width for arms in trained.values() for width in arms})
+        widths = sorted(_places(trained, _width))
         axes.set_xticks(widths, [short(width) for width in widths])
         _finish(axes, "bits", images if len(families) > 1 else None)
 
-    families = [images for images in (False, True) if _several(_lines(summary, "fit", images).values())]
+    lines = {images: _lines(summary, "fit", images) for images in (False, True)}
+    families = [images for images in lines if len(_places(lines[images], _width)) > 1]
     return [partial(draw, images=images) for images in families]
 
 
@@ -44,7 +45,7 @@ def sizes(summary: Summary, _: dict[str, Style]) -> list[Panel]:
     def draw(axes: "Axes", images: bool) -> None:
         from matplotlib.ticker import LogLocator, NullLocator
 
-        trained, rounded = (_weighed(_lines(summary, kind, images)) for kind in ("fit", "ptq"))
+        trained, rounded = lines[images], _weighed(_lines(summary, "ptq", images))
         _draw_lines(axes, trained, rounded, lambda arm, shift: (arm.megabytes or 0.0) * 1.012**shift)
         known = [arm for each in (trained, rounded) for arms in each.values() for arm in arms.values()]
         known += [arm for arm in summary.arms if arm.method == "FP" and arm.images == images]
@@ -64,11 +65,8 @@ def sizes(summary: Summary, _: dict[str, Style]) -> list[Panel]:
         axes.xaxis.set_major_formatter("{x:g}")
         _finish(axes, "deployed size (MB)", images if len(families) > 1 else None)
 
-    def several(images: bool) -> bool:
-        lines = _weighed(_lines(summary, "fit", images))
-        return len({arm.megabytes for arms in lines.values() for arm in arms.values()}) > 1
-
-    families = [images for images in (False, True) if several(images)]
+    lines = {images: _weighed(_lines(summary, "fit", images)) for images in (False, True)}
+    families = [images for images in lines if len(_places(lines[images], lambda arm: arm.megabytes)) > 1]
     return [partial(draw, images=images) for images in families]
 
 
@@ -177,8 +175,14 @@ def _reported(arm: ArmSummary) -> float | None:
     return next((v for key, v in arm.figures.items() if key.startswith("reported loss")), None)
 
 
-def _several(lines: Iterable[dict[float, ArmSummary]]) -> bool:
-    return len({width for arms in lines for width in arms}) > 1
+def _width(arm: ArmSummary) -> float:
+    width: float = arm.hparams["bits"]
+    return width
+
+
+def _places(lines: Lines, place: Callable[[ArmSummary], Any]) -> set[Any]:
+    """Where the arms of lines lie on an axis."""
+    return {place(arm) for arms in lines.values() for arm in arms.values()}
 
 
 def _weighed(lines: Lines) -> Lines:

@@ -5,6 +5,7 @@ otherwise in float32, which `config.json` then names. bfloat16's eight bits of p
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -26,8 +27,8 @@ def check(packed: PackedModel) -> None:
 
 def write(packed: PackedModel, folder: Path) -> None:
     """Write weights and configuration."""
-    values = {f"{name}.weight": weight.dequantize() for name, weight in packed.layers.items()}
-    own = _type(packed)
+    values = packed.values()
+    own = _type(values.values(), packed.dtype)
     values = {name: value.to(own) for name, value in values.items()}
     save(replace(packed, dtype=own), folder, packed.rest() | values)
 
@@ -47,16 +48,16 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 def notes(packed: PackedModel) -> list[str]:
     """Return whether the quantized weights have a type of their own."""
-    if _type(packed) == packed.dtype:
+    one_by_one = (weight.dequantize() for weight in packed.layers.values())
+    if _type(one_by_one, packed.dtype) == packed.dtype:
         return []
     return [f"quantized weights are float32, because {_name(packed.dtype)} would round their values"]
 
 
-def _type(packed: PackedModel) -> torch.dtype:
+def _type(values: Iterable[Tensor], others: torch.dtype) -> torch.dtype:
     """Return the type of the quantized weights: that of the others, unless it would round a value."""
-    values = (weight.dequantize() for weight in packed.layers.values())
-    exact = all(torch.equal(value.to(packed.dtype).float(), value) for value in values)
-    return packed.dtype if exact else torch.float32
+    exact = all(torch.equal(value.to(others).float(), value) for value in values)
+    return others if exact else torch.float32
 
 
 def _name(dtype: torch.dtype) -> str:

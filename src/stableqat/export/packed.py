@@ -85,10 +85,13 @@ class PackedModel:
             left.pop("lm_head.weight")
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in left.items()}
 
+    def values(self) -> dict[str, Tensor]:
+        """The quantized weights as plain float32 tensors."""
+        return {f"{name}.weight": weight.dequantize() for name, weight in self.layers.items()}
+
     def baked(self) -> dict[str, Tensor]:
         """All weights as plain float32 tensors."""
-        packed = {f"{name}.weight": weight.dequantize() for name, weight in self.layers.items()}
-        return {k: v.float() if v.is_floating_point() else v for k, v in self.rest().items()} | packed
+        return {k: v.float() if v.is_floating_point() else v for k, v in self.rest().items()} | self.values()
 
     def plain(self) -> nn.Module:
         """A new model with these weights: plain layers, no quantizers, no hooks."""
