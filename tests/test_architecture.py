@@ -29,6 +29,7 @@ ALLOWED = {
     "api": {"layers", "quantizers", "surgery"},
     "clock": {"layers", "quantizers"},
     "data": set(),
+    "landscape": {"quantizers"},
     "checkpoints": {"trust"},
     "callbacks": {"api", "checkpoints", "clock", "evaluate", "layers", "ops", "quantizers", "surgery"},
     "modules": {
@@ -60,6 +61,7 @@ FOREIGN = {
     "api": {"lightning", "transformers", "timm", "datasets"},
     "clock": {"lightning", "transformers", "timm", "datasets"},
     "data": {"stableqat.quantizers"},
+    "landscape": {"transformers", "timm", "datasets"},
     "bench": {"construct", "lightning", "transformers", "timm", "datasets"},
     "events": {"lightning", "transformers", "timm", "datasets", "torch"},
     "analysis": {"lightning", "transformers", "timm", "datasets", "torch"},
