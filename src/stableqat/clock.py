@@ -8,7 +8,6 @@ suite's training systems do.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stableqat.errors import UserError
-from stableqat.layers.experts import as_rows, from_rows, quantized_experts
-from stableqat.layers.linear import quantized_layers
+from stableqat.layers.latent import latent_weights
 from stableqat.quantizers import Quantizer
 from stableqat.quantizers.base import local
 from stableqat.quantizers.position import Position
@@ -63,7 +61,8 @@ class Clock:
         self.position = position
         self._penalized: set[Optimizer] = set()  # the step to come has its penalties
         self._by_optimizer: dict[Optimizer, list[_Followed]] = {each: [] for each in optimizers}
-        for followed in _weights(model):
+        for weight in latent_weights(model).values():
+            followed = _Followed(*weight)
             followed.quantizer.position = position
             if followed.active:
                 self._file(followed)
@@ -148,15 +147,7 @@ class Clock:
 
 
 class _Followed(NamedTuple):
-    """A quantizer with its weight.
-
-    Attributes:
-        quantizer: The quantizer.
-        parameter: The parameter that it quantizes.
-        to_rows: Makes the weight that the quantizer sees of the parameter.
-        from_rows: Its inverse.
-        group: Number of the parameter group that has it.
-    """
+    """A `LatentWeight`, and the number of the parameter group that has it."""
 
     quantizer: Quantizer
     parameter: Tensor
@@ -192,16 +183,3 @@ class _Followed(NamedTuple):
         self.quantizer.after_step(rows, float(lr), progress)
         if rows.data_ptr() != weight.data_ptr():  # a copy: transposed experts
             weight.copy_(self.from_rows(rows))
-
-
-def _weights(model: nn.Module) -> Iterator[_Followed]:
-    for layer in quantized_layers(model).values():
-        yield _Followed(layer.weight_quantizer, layer.latent, _same, _same)
-    for module, key, quantizer in quantized_experts(model).values():
-        parameter = module.get_parameter(key)
-        back = partial(from_rows, module, shape=parameter.shape)
-        yield _Followed(quantizer, parameter, partial(as_rows, module), back)
-
-
-def _same(weight: Tensor) -> Tensor:
-    return weight

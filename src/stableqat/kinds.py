@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stableqat.layers.experts import quantized_experts
-from stableqat.layers.linear import quantized_layers
+from stableqat.layers.latent import latent_weights
 from stableqat.quantizers import Quantizer
 from stableqat.surgery import SurgeryReport
 
@@ -88,5 +87,4 @@ def deployed_bytes(model: nn.Module) -> int:
 
 def _quantized(model: nn.Module) -> dict[str, tuple[Quantizer, Tensor]]:
     """The quantizer and the latent weight of quantized layers and of fused experts, by name."""
-    made = {n: (layer.weight_quantizer, layer.latent) for n, layer in quantized_layers(model).items()}
-    return made | {n: (q, m.get_parameter(key)) for n, (m, key, q) in quantized_experts(model).items()}
+    return {name: (each.quantizer, each.parameter) for name, each in latent_weights(model).items()}

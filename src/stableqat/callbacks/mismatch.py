@@ -23,8 +23,7 @@ from torch import Tensor
 
 from stableqat.callbacks.throughput import untimed
 from stableqat.errors import UserError, check_range
-from stableqat.layers.hold import release_weights
-from stableqat.layers.linear import quantized_layers
+from stableqat.landscape.space import Direction, Point, WeightSpace, dot, norm
 
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the surrogate's gradient
 
@@ -75,7 +74,7 @@ class GradientMismatch(L.Callback):
             return
         self._seen_step = step
         probe = _Probe(trainer, pl_module, batch, self.sigma)
-        if not probe.scales:
+        if not len(probe.space):
             return
         first = step * self.directions  # the same directions in every run and process
         with untimed(trainer):
@@ -107,9 +106,7 @@ class _Probe:
 
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, sigma: float) -> None:
         self.trainer, self.pl_module, self.batch, self.sigma = trainer, pl_module, batch, sigma
-        layers = [each for each in quantized_layers(pl_module).values() if each.weight.requires_grad]
-        # keyed by weight, as layers may share one
-        self.scales = {each.weight: each.weight_quantizer.quantize(each.weight).scale for each in layers}
+        self.space = WeightSpace(pl_module)
 
     def slopes(self, seeds: range) -> tuple[Tensor, Tensor, Tensor]:
         """Measure slopes of the loss, one per direction of noise.
@@ -121,39 +118,33 @@ class _Probe:
             Slope along the surrogate's unit gradient at both ends of the noise, slope along the noise, and
             the component of the noise along that gradient.
         """
-        release_weights(self.pl_module)
         gradient = self._unit_gradient()
-        start = [weight.detach().clone() for weight in self.scales]
-        try:
+        with self.space.kept() as start:
             losses = [[self._loss_at(start, gradient, seed, signs) for signs in CORNERS] for seed in seeds]
-        finally:
-            with torch.no_grad():
-                for weight, before in zip(self.scales, start, strict=True):
-                    weight.copy_(before)
-        shared = torch.stack([self._component(gradient, seed) for seed in seeds])
+        shared = torch.stack([dot(gradient, self.space.noise(seed)) for seed in seeds])
         table = torch.stack([torch.stack(row) for row in losses]).float()
         table = self.trainer.strategy.reduce(table, reduce_op="mean").cpu().double()
         signs = torch.tensor(CORNERS, dtype=table.dtype)
         across, along = (table @ signs / (len(CORNERS) * self.sigma)).T
         return along, across, shared.cpu().double()
 
-    def _unit_gradient(self) -> list[Tensor]:
+    def _unit_gradient(self) -> Point:
         """Return the surrogate's gradient by weights in units of their scales, of length 1 in total."""
+        weights = list(self.space.weights.values())
         with _unnoticed(self.pl_module):
-            found = torch.autograd.grad(self._loss(), list(self.scales), materialize_grads=True)
+            found = torch.autograd.grad(self._loss(), weights, materialize_grads=True)
         mean = [self.trainer.strategy.reduce(each, reduce_op="mean") for each in found]
-        scaled = [_scaled(each, scale) for each, scale in zip(mean, self.scales.values(), strict=True)]
-        norm = torch.stack([each.norm() for each in scaled]).norm()
-        return [each.div_(norm) for each in scaled]
+        scaled = list(self.space.in_steps(mean))  # the chain rule
+        length = norm(scaled)
+        return [each.div_(length) for each in scaled]
 
     @torch.no_grad()
-    def _loss_at(
-        self, start: list[Tensor], gradient: list[Tensor], seed: int, signs: Sequence[int]
-    ) -> Tensor:
-        rows = zip(self.scales.items(), start, gradient, self._noise(seed), strict=True)
-        for (weight, scale), before, unit, noise in rows:
-            offset = noise.mul_(signs[0]).add_(unit, alpha=signs[1])
-            weight.copy_(torch.add(before, _scaled(offset, scale), alpha=self.sigma))
+    def _loss_at(self, start: Point, gradient: Point, seed: int, signs: Sequence[int]) -> Tensor:
+        directions: tuple[Direction, Direction] = (self.space.noise(seed), gradient)
+        steps = [
+            (sign * self.sigma, self.space.in_steps(d)) for sign, d in zip(signs, directions, strict=True)
+        ]
+        self.space.move(start, *steps)
         with _unnoticed(self.pl_module):
             return self._loss()
 
@@ -161,16 +152,6 @@ class _Probe:
         with self.trainer.precision_plugin.forward_context():
             loss: Tensor = self.pl_module.loss(self.batch)  # type: ignore[operator]
         return loss
-
-    def _component(self, gradient: list[Tensor], seed: int) -> Tensor:
-        pairs = zip(gradient, self._noise(seed), strict=True)
-        return torch.stack([torch.vdot(unit.flatten(), noise.flatten()) for unit, noise in pairs]).sum()
-
-    def _noise(self, seed: int) -> Iterator[Tensor]:
-        """Yield the direction of a seed, weight by weight; drawn again each time to save memory."""
-        generator = torch.Generator(self.pl_module.device).manual_seed(seed)
-        for weight in self.scales:
-            yield torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
 
 
 def _cosine(along: Tensor, across: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,11 +167,6 @@ def _cosine_of(moments: Tensor) -> Tensor:
     along, square, product, shared = moments
     rest = square - 2 * along * product + along * along * shared
     return along / (along * along + rest).sqrt()
-
-
-def _scaled(values: Tensor, scale: Tensor) -> Tensor:
-    """Multiply `values` by the scale of their row or group."""
-    return (values.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
 
 
 @contextmanager
