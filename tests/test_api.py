@@ -234,6 +234,34 @@ def test_adapters_train_beside_the_layers_of_a_prepared_model():
     assert len(model[0].base_layer.weight.unique(dim=1)[0].unique()) <= 4
 
 
+class WeightNormed(Adapter):
+    """As peft's DoRA: a magnitude over the norm of the weight and what the adapter adds to it."""
+
+    def __init__(self, base: nn.Linear | None = None) -> None:
+        super().__init__(base)
+        self.lora_magnitude_vector = nn.ModuleDict({"default": nn.Linear(8, 1, bias=False)})
+
+    def forward(self, x):
+        norm = self.base_layer.weight.norm(dim=1)
+        return self.lora_magnitude_vector["default"].weight / norm * super().forward(x)
+
+
+def test_an_adapter_that_was_trained_on_latent_weights_is_not_converted():
+    x = torch.randn(4, 8)
+    first = nn.Sequential(WeightNormed(), nn.ReLU(), WeightNormed())
+    stableqat.prepare(first, bits=2, skip="lora_*", example_inputs=x)
+    expected = first(x)
+    assert torch.equal(stableqat.convert(first)(x), expected)
+    last = stableqat.prepare(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), bits=2)
+    for name, layer in quantized_layers(last).items():
+        last.set_submodule(name, WeightNormed(layer))
+    with pytest.raises(
+        UserError, match=r"^layer 0: its adapter was trained on the latent weight, .* prepared"
+    ):
+        stableqat.convert(last)
+    assert len(quantized_layers(last)) == 2
+
+
 def test_prepare_records_the_grids_and_convert_keeps_them():
     model = stableqat.prepare(llama(), {"*.mlp.*": "dsq", "*": partial(StableQAT, bits=4)}, bits=2)
     record = model.config.stableqat

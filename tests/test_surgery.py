@@ -424,15 +424,21 @@ def test_a_factory_that_makes_no_quantizer_is_named():
 
 
 def test_the_report_reads_well_and_is_logged(caplog):
-    net = nn.ModuleDict({"head": nn.Linear(4, 4), "body": nn.Linear(4, 4)})
+    blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)}) for _ in range(3))
+    net = nn.ModuleDict({"head": nn.Linear(4, 4), "blocks": blocks, "patches": nn.Conv2d(1, 4, 2)})
     with caplog.at_level(logging.INFO, logger="stableqat.surgery"):
-        report = quantize_linears(net, TWO_BITS, ["head"])
-    assert str(report) == (
-        "1 linear layer quantized, 100.0% of the matrix weights outside embeddings and heads; "
-        "1 left alone: head (skip: head)"
-    )
-    assert caplog.messages == [str(report)]
-    assert "\nquantized:\n  body: STE 2-bit integer\n" in report.lines()
+        report = quantize_linears(net, {"down": None, "*": TWO_BITS}, ["head"])
+    assert caplog.messages == [
+        "3 linear layers quantized, 42.9% of the matrix weights outside embeddings and heads",
+        "left alone: head (skip: head)",
+        "left alone: blocks.0.down and 2 more (quantizer: down is null)",
+        "left alone: patches (14.3% of the weights)",
+    ]
+    for number in range(3):
+        assert f"\n  blocks.{number}.up: STE 2-bit integer (*)\n" in report.lines()
+        assert f"\n  blocks.{number}.down: quantizer: down is null\n" in report.lines()
+    report.check()
+    assert "down and 2 more (quantizer: down is null); patches (14.3% of the" in caplog.messages[-1]
 
 
 def test_a_model_that_is_only_looked_at_is_not_reported(caplog):

@@ -15,7 +15,7 @@ from stableqat.errors import UserError
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.experts import make_plain
 from stableqat.layers.linear import QuantLinear, quantized_layers
-from stableqat.layers.trial import check_calls, forget_calls
+from stableqat.layers.trial import check_calls, forget_calls, is_shown
 from stableqat.quantizers import Quantizer, QuantizerSpec
 from stableqat.quantizers.factory import NamedSpec, make_factory, methods
 from stableqat.surgery import (
@@ -132,13 +132,22 @@ def convert(model: Model) -> Model:
         The same model.
 
     Raises:
-        UserError: If the model has no quantized layer.
+        UserError: If the model has no quantized layer, or an adapter computes with a latent weight, as DoRA
+            does on a prepared model. The model is then unchanged.
     """
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
     if not layers:
         raise UserError("the model has no quantized layer to convert; prepare it first")
     names = {name for name, _ in layers}
-    if beside := [name for name, _ in _adapters(model) if f"{name}.base_layer" in names]:
+    beside = [name for name in dict(_adapters(model)) if f"{name}.base_layer" in names]
+    for name in beside:
+        adapter = model.get_submodule(name)
+        if getattr(adapter, "lora_magnitude_vector", None) and not is_shown(adapter):  # DoRA
+            raise UserError(
+                f"layer {name}: its adapter was trained on the latent weight, which convert replaces; add "
+                "DoRA adapters before the model is prepared, or use LoRA"
+            )
+    if beside:
         logger.warning("%s has an adapter: keep it apart; a merged weight leaves its grid", beside[0])
     _record_grids(model)
     forget_calls(model)

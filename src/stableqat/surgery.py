@@ -77,26 +77,30 @@ class SurgeryReport:
                 f"{', '.join(list(reasons)[:3])}; only layers that compute what nn.Linear does are"
             )
         if self.quantized_share < 0.5:
-            logger.warning("less than half of the model is quantized: %s", self)
+            left = "; ".join(self.left_alone()[:3])
+            logger.warning("less than half of the model is quantized: %s; left alone: %s", self, left)
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{name} ({why})" for name, why in self.skipped.items())
-        quantized, left = counted(len(self.swapped) - self.fused, "linear layer"), len(self.skipped)
+        layers = counted(len(self.swapped) - self.fused, "linear layer")
         fused = f" and {counted(self.fused, 'parameter')} of fused experts" if self.fused else ""
-        largest = sorted(self.others, key=self.others.__getitem__, reverse=True)
-        others = "".join(f"; {name} ({self.others[name]:.1%} of the weights)" for name in largest[:3])
-        more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
-        return (
-            f"{quantized}{fused} quantized, {self.quantized_share:.1%} of the matrix "
-            f"weights outside embeddings and heads; {left} left alone: {reasons or 'none'}{others}{more}"
-        )
+        share = f"{self.quantized_share:.1%} of the matrix weights outside embeddings and heads"
+        return f"{layers}{fused} quantized, {share}"
+
+    def left_alone(self) -> list[str]:
+        """What is not quantized, in a line per reason, and the largest matrices outside linear layers."""
+        lines = []
+        for why in dict.fromkeys(self.skipped.values()):
+            first, *more = [name for name, reason in self.skipped.items() if reason == why]
+            lines.append(f"{first}{f' and {len(more)} more' if more else ''} ({why})")
+        largest = sorted(self.others, key=self.others.__getitem__, reverse=True)[:3]
+        return [*lines, *(f"{name} ({self.others[name]:.1%} of the weights)" for name in largest)]
 
     def lines(self) -> str:
         """The whole report, one line per layer."""
         left = {**self.skipped, **{name: f"{part:.2%} of the weights" for name, part in self.others.items()}}
         by = {name: f" ({pattern})" for name, pattern in self.patterns.items()}
         chosen = [f"  {name}: {self.kinds[name]}{by.get(name, '')}" for name in self.swapped]
-        parts = [str(self).partition(";")[0], "", "quantized:", *chosen]
+        parts = [str(self), "", "quantized:", *chosen]
         return "\n".join([*parts, "", "left alone:", *[f"  {k}: {why}" for k, why in left.items()], ""])
 
     def count(self, model: nn.Module, quantized: set[Tensor]) -> None:
@@ -216,6 +220,8 @@ def quantize_linears(
     report.count(model, of_experts | {layer.latent for layer in quantized_layers(model).values()})
     if not any(parameter.is_meta for parameter in model.parameters()):  # or the model is only looked at
         logger.info("%s", report)
+        for left in report.left_alone():
+            logger.info("left alone: %s", left)
     return report
 
 

@@ -54,6 +54,15 @@ MISSPELT = [
         "ste.yaml: changes the model, but nothing before it says",
     ),
     (["fit", "--config=llama/ste"], "put the base first, as in -c llama/base -c llama/ste"),
+    (
+        ["fit", "-c", "vit/finetune", "-c", "llama/distill"],
+        "distill.yaml: model.teacher: a setting of LlamaModule, but the model is ViTModule; leave it or the "
+        "whole file out",
+    ),
+    (
+        ["fit", "-c", "vit/base", "--data.block_size", "8"],
+        "data.block_size: a setting of TextDataModule, but the data is ImageDataModule; leave it out",
+    ),
     (["fit", "-c", "rows.yaml", "-c", "vit/base"], "rows.yaml: changes the data, but nothing before it says"),
     (["fit", "-c", "twice.yaml"], "twice.yaml: trainer.max_steps: stands twice, in lines 1 and 3, and YAML"),
     (["fit", "-c", "pipe"], "pipe: a pipe, which can be read only once, and settings are read more often"),

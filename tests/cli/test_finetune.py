@@ -258,7 +258,7 @@ def test_weights_of_another_architecture_leave_no_run(at, capsys):
     assert not Path("lightning_logs").exists()
 
 
-def test_as_many_classes_of_other_names_get_a_new_classifier(at, capsys):
+def test_as_many_classes_of_other_names_get_a_new_classifier(at, capsys, monkeypatch):
     timm_folder(at / "named", classes=3)
     config = json.loads((at / "named" / "config.json").read_text())
     for number, (names, new) in enumerate(
@@ -278,6 +278,13 @@ def test_as_many_classes_of_other_names_get_a_new_classifier(at, capsys):
         lines = inherit(Namespace(model=model, data=data, ckpt_path=None))
         assert model.init_args.new_classifier is new
         assert any("model.new_classifier: true" in line for line in lines) is bool(new)
+    monkeypatch.setattr(  # as timm reads a model of the Hub
+        "timm.models.load_model_config_from_hf",
+        lambda name: ({**config["pretrained_cfg"], "label_names": names}, NAME, ARGS),
+    )
+    model.init_args = Namespace(num_classes=3, new_classifier=None, init_from="someone/vit")
+    lines = inherit(Namespace(model=model, data=data, ckpt_path=None))
+    assert "model.new_classifier: true, as the start's classes are others (ant, bee, fly)" in lines
     flags = ["--model.init_from", "named", "--trainer.max_steps", 1]
     assert fit("vit", *flags) == 0
     assert capsys.readouterr().err.count("a new classifier of 3 classes (the start has one of 3 others)") == 1

@@ -140,7 +140,15 @@ REFUSED = {
     ),
     "YAML in place of a file": (
         ["-c", "{model: {init_args: {quantizer: {'*': STE, '*': DSQ}}}}"],
-        "model.quantizer.*: stands twice, in line 1, and YAML",
+        "model.quantizer.*: stands twice, and YAML takes only the last",
+    ),
+    "a flag that names a pattern twice": (
+        ["--model.quantizer", "{'*': {class_path: STE}, '*': {class_path: DSQ}}"],
+        "model.quantizer.*: stands twice, and YAML takes only the last",
+    ),
+    "one setting twice in a joined flag": (
+        ["--model.quantizer={'*': {class_path: STE, init_args: {bits: 2, bits: 3}}}"],
+        "model.quantizer.*.bits: stands twice, and YAML takes only the last",
     ),
     "an unknown class": (
         ["-c", text({"q_proj": "STEE", **MIXED})],

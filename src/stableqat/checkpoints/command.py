@@ -35,10 +35,11 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
 
     target = Path(out) if out is not None else consolidated(folder)
     if target.exists():
-        raise UserError(f"out: {target} exists already; name a new file")
+        merged = "use it as it is, or " if out is None else ""
+        raise UserError(f"out: {target} exists already; {merged}name a new file with --out")
     check_sums(folder)
-    merged = read_checkpoint(folder, optimizers=True)
+    content = read_checkpoint(folder, optimizers=True)
     with writing(f"out: {target}", "make room, or name another place"), whole_file(target) as part:
-        StreamedCheckpointIO().save_checkpoint(merged, part)
+        StreamedCheckpointIO().save_checkpoint(content, part)
     terminal().print(f"{target}: {size(target.stat().st_size)}")
     return 0

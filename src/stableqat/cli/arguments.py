@@ -122,6 +122,13 @@ def _check_keys(verb: str, settings: Sequence[Setting], left: Sequence[Setting])
         for depth, part in enumerate(parts):
             names = known.get(".".join(parts[:depth]))
             if part and names and part not in names:
+                block = ".".join(parts[:depth])
+                if other := _other_class(block, part):
+                    named = list(_named_classes([*settings, *left], block))[-1].rpartition(".")[2]
+                    raise UserError(
+                        f"{where}{block}.{part}: a setting of {other}, but the {block} is {named}; leave "
+                        f"{'it or the whole file' if where else 'it'} out"
+                    )
                 keys = [f"{b}.{n}".strip(".") for b, inside in known.items() for n in inside or ()]
                 if near := nearest_key(key, keys):
                     remedy = f"did you mean {near}?"
@@ -130,6 +137,13 @@ def _check_keys(verb: str, settings: Sequence[Setting], left: Sequence[Setting])
                 else:
                     remedy = f"choose one of {', '.join(sorted(names))}"
                 raise UserError(f"{where}{key}: unknown key; {remedy}")
+
+
+def _other_class(block: str, option: str) -> str | None:
+    """The class of this package for a block that takes an option which the given one does not."""
+    made = our_classes(_ROOMS[block]) if block in ("model", "data") else {}
+    whole = [name for name in made if name.endswith("Module")]
+    return next((name for name in whole if option in (_names(made, name) or ())), None)
 
 
 def nearest_key(key: str, options: Sequence[str]) -> str | None:

@@ -49,7 +49,7 @@ def read_layers(arguments: Sequence[str]) -> tuple[list[str], list[Layer]]:
         The arguments with files in place of the names of shipped configurations, and the layers.
 
     Raises:
-        UserError: If a configuration does not exist, or holds a key twice.
+        UserError: If a configuration does not exist, or it or a flag holds a key twice.
     """
     named, layers = list(arguments), []
     for at, (flag, value) in enumerate(pairwise(["", *arguments])):
@@ -57,6 +57,9 @@ def read_layers(arguments: Sequence[str]) -> tuple[list[str], list[Layer]]:
         name = value.removeprefix(start)
         if not (start or flag in ("-c", "--config")) or name.startswith("-"):
             if value.startswith("--"):
+                key, equals, joined = value.partition("=")
+                given = joined if equals else "".join(arguments[at + 1 : at + 2])
+                _check_once(_node(given), above=key.removeprefix("--"))
                 layers.append(Layer(at, "", list(_shortened(flags(arguments[at : at + 2])))))
             continue
         first = at if start else at - 1
@@ -141,18 +144,23 @@ def _kind(layer: Layer, options: Collection[str]) -> Kind | None:
 
 
 def _read(text: str, where: str = "") -> list[tuple[str, Any]]:
-    root, settings = None, []
+    root, settings = _node(text), []
     with suppress(*_UNREADABLE):
-        loader = yaml.SafeLoader(text)
-        if root := loader.get_single_node():
-            settings = list(_shortened(walk(loader.construct_document(root), where)))
+        if root is not None:
+            settings = list(_shortened(walk(yaml.SafeLoader("").construct_document(root), where)))
     _check_once(root, where)
     return settings
 
 
-def _check_once(root: yaml.Node | None, where: str) -> None:
-    """Refuse a key that stands twice in a mapping: YAML silently takes the last."""
-    stack, seen = [("", root)], set()
+def _node(text: str) -> yaml.Node | None:
+    with suppress(*_UNREADABLE):
+        return yaml.SafeLoader(text).get_single_node()
+    return None
+
+
+def _check_once(root: yaml.Node | None, where: str = "", above: str = "") -> None:
+    """Refuse a key that stands twice in a mapping, also in one below a key: YAML silently takes the last."""
+    stack, seen = [(above, root)], set()
     while stack:
         above, node = stack.pop()
         if id(node) in seen:  # an alias may lead back
@@ -164,10 +172,10 @@ def _check_once(root: yaml.Node | None, where: str) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             name, line = f"{above}.{key.value}", key.start_mark.line + 1
             if name in lines:
-                at = f"lines {lines[name]} and {line}" if lines[name] < line else f"line {line}"
+                at = f", in lines {lines[name]} and {line}" if lines[name] < line else ""
                 raise UserError(
-                    f"{where}{name.strip('.').replace('.init_args', '')}: stands twice, in {at}, and YAML "
-                    "takes only the last; leave one of them out"
+                    f"{where}{name.strip('.').replace('.init_args', '')}: stands twice{at}, and YAML takes "
+                    "only the last; leave one of them out"
                 )
             lines[name] = line
             stack.append((name, value))

@@ -111,6 +111,11 @@ def forget_calls(model: nn.Module) -> None:
                 owner.detach()
 
 
+def is_shown(module: nn.Module) -> bool:
+    """Whether `show_weights` lets a module see fake-quantized weights."""
+    return any(isinstance(getattr(h, "__self__", None), _Shown) for h in module._forward_pre_hooks.values())
+
+
 def check_calls(
     model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 ) -> Calls | None:
@@ -127,8 +132,7 @@ def check_calls(
         UserError: As in `try_calls`, or if the model does not take the given example.
     """
     calls = None
-    inputs = example or example_inputs(model)
-    if inputs is not None:
+    if (inputs := example or example_inputs(model)) is not None:
         try:
             calls = try_calls(model, *inputs[0], **inputs[1])
         except UserError:
@@ -157,8 +161,7 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
     kind = getattr(model, "main_input_name", None)
     if kind == "input_ids":
         given = {k: v.to(first.device) for k, v in model.dummy_inputs.items()}  # type: ignore[operator, union-attr]
-        entries = getattr(config, "vocab_size", None)
-        if isinstance(entries, int):
+        if isinstance(entries := getattr(config, "vocab_size", None), int):
             given = {k: v if v.is_floating_point() or v.is_meta else v % entries for k, v in given.items()}
         if first.is_meta:  # without a cache, transformers reads the values of the positions
             given["use_cache"] = True
@@ -168,8 +171,7 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
         return (), {kind: torch.zeros(shape, **options)}
     if kind == "input_values":
         return (), {kind: torch.zeros(2, 16_000, **options)}
-    told = getattr(model, "pretrained_cfg", None)
-    if isinstance(told, dict) and "input_size" in told:
+    if isinstance(told := getattr(model, "pretrained_cfg", None), dict) and "input_size" in told:
         convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         channels = told["input_size"][0] if convolution is None else convolution.in_channels
         size = getattr(getattr(model, "patch_embed", None), "img_size", None) or told["input_size"][1:]
@@ -327,9 +329,7 @@ class _FirstForward(AroundForward):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: try the module with these inputs, once."""
-        if torch.compiler.is_compiling() or module in self.done:
-            return
-        if _recorded() or "_is_replica" in vars(module):
+        if module in self.done or _recorded() or "_is_replica" in vars(module):
             return
         own = set(quantized_layers(module).values())
         where = {p.device.type for p in module.parameters()}
@@ -351,7 +351,7 @@ class _FirstForward(AroundForward):
 
 def _recorded() -> bool:
     """Whether the operations of a forward are recorded in a graph, which a trial would end up in."""
-    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

@@ -40,13 +40,20 @@ def _shaping(options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def label_names(source: str) -> list[str] | None:
-    """The names of the classes, in their order, that a local model folder brings; None if it brings none.
+    """The names of the classes, in their order, that pretrained weights bring; None if they bring none.
 
     Args:
         source: Weight file, model folder or hub name.
     """
-    path = Path(source).expanduser()
-    names = _read(path if path.is_dir() else path.parent, "config.json").get("label_names")
+    import timm
+
+    path, config = Path(source).expanduser(), {}
+    if path.exists():
+        config = _read(path if path.is_dir() else path.parent, "config.json")
+    else:
+        with suppress(OSError, RuntimeError, ValueError):  # `check_pretrained` reports it
+            config = timm.models.load_model_config_from_hf(source)[0]
+    names = config.get("label_names")
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
