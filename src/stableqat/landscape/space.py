@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from stableqat.errors import UserError, did_you_mean
 from stableqat.layers.hold import release_weights
 from stableqat.layers.latent import LatentWeight, latent_weights
-from stableqat.quantizers import QuantizedWeight
+from stableqat.quantizers import QuantizedWeight, Quantizer
 
 Point = list[Tensor]
 Direction = Iterable[Tensor]
@@ -62,6 +62,11 @@ class WeightSpace:
     def size(self) -> int:
         """Number of weights that are numbers."""
         return sum(weight.numel() for weight in self.weights.values())
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the model fake-quantizes now; it does not inside `full_precision(model)`."""
+        return any(isinstance(module, Quantizer) for module in self._model.modules())
 
     # -- points ------------------------------------------------------------------------------------
 

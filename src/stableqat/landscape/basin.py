@@ -1,0 +1,91 @@
+"""How wide the basin is in steps of the grid, and whether a gradient points back into it.
+
+Rounding moves a weight by up to half a grid step. Where the loss climbs within that distance, the nearest
+codeword lies outside of the basin. The radius along a direction is the least length at which the loss is
+`rise` above that at the weights, on either side; directions are normalised to a root mean square of one grid
+step, so the radius is in steps. It finds the first crossing among lengths that double, then halves the
+interval on a logarithmic scale.
+"""
+
+from math import inf, sqrt
+
+import torch
+from torch import Tensor
+
+from stableqat.errors import check_range
+from stableqat.landscape.curvature import gradient, mean_loss
+from stableqat.landscape.space import Direction, Losses, Point, WeightSpace, dot, norm
+
+SHORTEST, LONGEST = 2.0**-8, 2.0**6  # steps of the grid
+HALVINGS = 6  # of a factor of two: 1.1%
+
+
+def of_one_step(space: WeightSpace, direction: Direction) -> Point:
+    """A direction scaled so that the root mean square of its entries is one grid step."""
+    found = list(direction)
+    length = norm(space.per_step(found)) / sqrt(space.size)
+    return [each / length for each in found]
+
+
+def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: float = 0.1) -> float:
+    """The distance at which the loss has risen, along a direction and its opposite.
+
+    Args:
+        space: The weights, which return to where they are.
+        losses: The loss.
+        direction: The direction; its length does not matter.
+        rise: By how much, in units of the loss.
+
+    Returns:
+        The distance in steps of the grid; infinity if it is more than 64.
+
+    Raises:
+        UserError: If `rise` is not above 0.
+    """
+    check_range("rise", rise, 1e-12)
+    unit = of_one_step(space, direction)
+    with space.kept() as start:
+        limit = mean_loss(losses) + rise
+
+        def beyond(length: float) -> bool:
+            ends = []
+            for side in (length, -length):
+                space.move(start, (side, unit))
+                ends.append(mean_loss(losses))
+            return not bool((torch.stack(ends) <= limit).all())  # NaN is beyond
+
+        high = SHORTEST
+        while not beyond(high):
+            high *= 2
+            if high > LONGEST:
+                return inf
+        low = high / 2
+        for _ in range(HALVINGS):
+            middle = sqrt(low * high)
+            low, high = (low, middle) if beyond(middle) else (middle, high)
+    return sqrt(low * high)
+
+
+def inward(space: WeightSpace, losses: Losses, reference: Point, at: Point | None = None) -> float:
+    """The cosine of the descent direction at a point with the way from the weights to a reference.
+
+    Args:
+        space: The weights, which return to where they are.
+        losses: The loss.
+        reference: A point in the basin.
+        at: Where to take the gradient, such as the deployed point; None takes it at the weights.
+
+    Returns:
+        `cos(-grad f(at), reference - w)`: above 0 if a step of descent leads towards the reference; NaN if a
+        gradient or the way is 0.
+    """
+    with space.kept() as start:
+        if at is not None:
+            space.set(at)
+        slopes = gradient(space, losses)
+        way = torch._foreach_sub(reference, start)
+    return _cosine(slopes, way).neg().item()
+
+
+def _cosine(a: Direction, b: Direction) -> Tensor:
+    return dot(a, b) / (norm(a) * norm(b))
