@@ -1,0 +1,1 @@
+"""Post-training quantization: starts without training, on the grids of the training methods."""

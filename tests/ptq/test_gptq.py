@@ -1,0 +1,112 @@
+"""GPTQ by hand, against exhaustive search, and where calibration tells little."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from stableqat import ops
+from stableqat.ptq.gptq import SecondMoment, gptq
+from stableqat.quantizers import STE
+
+H = torch.tensor([[4.0, 2, 1], [2, 3, 1], [1, 1, 2]])
+
+
+def unit(weight, bits=4, **options):
+    """A quantizer whose levels are the integers."""
+    quantizer = STE(weight, bits=bits, **options)
+    quantizer.scale.data.fill_(1.0)
+    quantizer.scale_floor.data.fill_(1e-6)
+    return quantizer
+
+
+@pytest.mark.parametrize(
+    ("row", "codes", "error", "nearest"),
+    [((0.4, 0.4, 0.4), (0, 1, 0), 0.92, 2.72), ((0.45, 0.4, -0.3), (0, 1, 0), 1.08, 1.68)],
+)
+def test_the_worked_example(row, codes, error, nearest):
+    weight = torch.tensor([row])
+    made = gptq(weight, H, unit(weight), damping=0.0)
+    assert made.weight.codes.tolist() == [list(codes)]
+    assert made.error == pytest.approx(error, abs=2e-3)
+    assert made.nearest == pytest.approx(nearest, abs=2e-3)
+
+
+def correlated(inputs, rows=64, seed=0):
+    """A second moment whose inputs depend on one another, as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inputs, inputs, generator=generator) * torch.linspace(2, 0.1, inputs)
+    moment = SecondMoment(inputs, torch.device("cpu"))
+    x = torch.randn(rows, inputs, generator=generator) @ mix
+    for part in x.split(7):
+        moment.add(part)
+    assert torch.allclose(moment.value, 2 / rows * x.T @ x, rtol=1e-4, atol=1e-4)
+    return moment.value, x
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_it_beats_rounding_to_nearest_by_far(bits, act_order, group_size):
+    hessian, x = correlated(256, rows=1024)
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(1))
+    quantizer = STE(weight, bits=bits, group_size=group_size)
+    made = gptq(weight, hessian, quantizer, act_order=act_order)
+    assert made.error < 0.7 * made.nearest
+    value = made.weight.dequantize()
+    measured = 2 / len(x) * (x @ (weight - value).T).square().sum().item()
+    assert made.error == pytest.approx(measured, rel=1e-3)
+    settled = weight.clone()
+    quantizer.settle(settled, made.weight)  # any run holds it
+    assert torch.equal(quantizer.quantize(settled).dequantize(), value)
+
+
+def test_one_input_after_the_other_is_the_textbook():
+    """Without blocks and orders: optimal brain surgery, with the inverse of what is left, step by step."""
+    hessian, _ = correlated(160)
+    weight = torch.randn(5, 160, generator=torch.Generator().manual_seed(2))
+    quantizer = STE(weight, bits=3)
+    made = gptq(weight, hessian, quantizer, act_order=False)
+    h = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(160)
+    w, scale = weight.double(), quantizer.effective_scale().double()
+    left = list(range(160))
+    for i in range(160):
+        inverse = torch.linalg.inv(h[left][:, left])
+        code = ops.quantize_codes(w[:, i : i + 1].float(), scale.float(), grid=quantizer.grid)
+        error = (w[:, i : i + 1] - code * scale) / inverse[0, 0]
+        w[:, left] -= error * inverse[0]
+        w[:, i : i + 1] = code * scale
+        left = left[1:]
+    assert (made.weight.dequantize().double() - w).abs().gt(1e-5).double().mean() < 0.01
+
+
+def test_inputs_that_calibration_never_reaches_are_rounded_to_nearest():
+    hessian, _ = correlated(64)
+    hessian[:, 10:20] = hessian[10:20] = 0
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    quantizer = STE(weight, bits=3)
+    made = gptq(weight, hessian, quantizer)
+    assert made.unseen == 10
+    assert torch.equal(made.weight.codes[:, 10:20], quantizer.quantize(weight).codes[:, 10:20])
+
+
+def test_too_few_inputs_take_more_damping_and_broken_ones_are_refused():
+    hessian, _ = correlated(64, rows=3)
+    weight = torch.randn(8, 64)
+    assert gptq(weight, hessian, STE(weight, bits=3), damping=1e-7).damping > 1e-7
+    with pytest.raises(ValueError, match="take more data"):
+        gptq(weight, hessian - 100 * torch.eye(64), STE(weight, bits=3))
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(weight, hessian * torch.nan, STE(weight, bits=3))
+
+
+@pytest.mark.parametrize("options", [{"grid": "stretched", "bits": 2}, {"levels": 3}, {"bits": 1}])
+def test_every_grid(options):
+    hessian, _ = correlated(96, rows=512)
+    weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(4))
+    make = partial(STE, **options)
+    made = gptq(weight, hessian, make(weight))
+    assert made.error < made.nearest
+    quantizer, settled = make(weight), weight.clone()
+    quantizer.settle(settled, made.weight)
+    assert torch.equal(quantizer.quantize(settled).dequantize(), made.weight.dequantize())
