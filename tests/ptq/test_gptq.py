@@ -95,7 +95,7 @@ def test_too_few_inputs_take_more_damping_and_broken_ones_are_refused():
     weight = torch.randn(8, 64)
     assert gptq(weight, hessian, STE(weight, bits=3), damping=1e-7).damping > 1e-7
     with pytest.raises(ValueError, match="take more data"):
-        gptq(weight, hessian - 100 * torch.eye(64), STE(weight, bits=3))
+        gptq(weight, -hessian, STE(weight, bits=3))
     with pytest.raises(ValueError, match="not finite"):
         gptq(weight, hessian * torch.nan, STE(weight, bits=3))
 
