@@ -26,6 +26,7 @@ _ERROR_PER_WEIGHT = 1e-3
 _LEARNING_RATE = 3e-2
 
 
+@torch.enable_grad()
 def adaround(weight: Tensor, hessian: Tensor, quantizer: Quantizer, *, steps: int = 1000) -> Rounded:
     """Round a weight onto its quantizer's grid.
 

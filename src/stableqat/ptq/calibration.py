@@ -5,7 +5,7 @@ is kept for all calibration batches: `rows x tokens x width` values. So the mode
 device's memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class BlockInputs:
 
     Attributes:
         number: The block's number.
+        block: The block.
         layers: Its quantized layers by their full names.
         inputs: One entry per batch: the arguments of the block's forward.
     """
@@ -37,25 +38,25 @@ class BlockInputs:
     layers: dict[str, QuantLinear]
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False)
 
-    def run(self, see: Callable[[str, Tensor], None] | None = None) -> None:
-        """Run the block in full precision on all batches.
+    def activations(self) -> Iterator[dict[Tensor, list[str]]]:
+        """Run the block in full precision, batch by batch.
 
-        Args:
-            see: Called with the name and the input of each quantized layer.
+        Yields:
+            By activation, `(..., in)`: the names of the quantized layers that it flows into.
         """
-        handles = []
-        for name, layer in self.layers.items():
-
-            def seen(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                assert see is not None
-                see(name, args[0])
-
-            if see is not None:
-                handles.append(layer.register_forward_pre_hook(seen))
+        seen: dict[Tensor, list[str]] = {}
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda module, args, name=name: seen.setdefault(args[0], []).append(name)
+            )
+            for name, layer in self.layers.items()
+        ]
         try:
-            with full_precision(self.block):
-                for args, kwargs in self.inputs:
+            for args, kwargs in self.inputs:
+                with torch.no_grad(), full_precision(self.block):
                     self.block(*args, **kwargs)
+                yield seen
+                seen.clear()
         finally:
             for handle in handles:
                 handle.remove()
