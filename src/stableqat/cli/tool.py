@@ -25,6 +25,7 @@ TOOL_VERBS = {
         "stableqat.export.command",
         "write packed weights for a runtime, proven equal to the model",
     ),
+    "ptq": ("stableqat.ptq.command", "round a model without training, to a run"),
     "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
     "predict": ("stableqat.predict.command", "generate text from prompts, or name the classes of images"),
     "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),

@@ -107,9 +107,9 @@ def gptq(
                 scale[:, group] = _scale_of(w[:, i : i + size], quantizer)
             codes[:, this] = ops.quantize_codes(w[:, this], scale[:, group], grid=grid)
             levels[:, this] = ops.dequantize_codes(codes[:, this], scale[:, group], grid.zero_point, w.dtype)
-            error = (w[:, this] - levels[:, this]) / factor[i, i]
-            w[:, i:stop] -= error * factor[i, i:stop]
-            errors[:, i - start] = error[:, 0]
+            difference = (w[:, this] - levels[:, this]) / factor[i, i]
+            w[:, i:stop] -= difference * factor[i, i:stop]
+            errors[:, i - start] = difference[:, 0]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
     back = torch.argsort(order)
     codes, levels = codes[:, back], levels[:, back]

@@ -89,24 +89,23 @@ def lapq(
     if (least := loss()) > min(losses):  # the parabola is only a guide
         least, at_p = min(losses), by_norm[int(np.argmin(losses))]
     tell(f"p {p:.2f}: loss {least:.4f}; Powell's method over {len(layers)} layers")
-    found = {"loss": least, "factors": np.ones(len(layers))}
-    count = 0
+    factors_of_least, count = np.ones(len(layers)), 0
 
     def of(factors: np.ndarray) -> float:
-        nonlocal count
+        nonlocal count, least, factors_of_least
         count += 1
         scales = zip(at_p.items(), factors, strict=True)
         _set(layers, {name: scale * float(factor) for (name, scale), factor in scales})
         value = loss()
-        if value < found["loss"]:
-            found.update(loss=value, factors=factors.copy())
+        if value < least:
+            least, factors_of_least = value, factors.copy()
             tell(f"{count} of {evaluations}: loss {value:.4f}")
         return value if np.isfinite(value) else 1e9
 
     bounds = [(0.5, 2.0)] * len(layers)
     minimize(of, np.ones(len(layers)), method="Powell", bounds=bounds, options={"maxfev": evaluations})
-    _set(layers, {n: s * float(f) for (n, s), f in zip(at_p.items(), found["factors"], strict=True)})
-    return float(found["loss"])
+    _set(layers, {n: s * float(f) for (n, s), f in zip(at_p.items(), factors_of_least, strict=True)})
+    return least
 
 
 def _set(layers: dict[str, QuantLinear], scales: dict[str, Tensor]) -> None:
