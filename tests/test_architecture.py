@@ -52,6 +52,7 @@ ALLOWED = {
     "predict": {"data", "evaluate"},
     "export": {"api", "data", "kinds", "layers", "model_folder", "modules", "quantizers", "runs"},
     "importing": {"data", "layers", "modules", "ops", "quantizers", "runs"},
+    "ptq": {"data", "evaluate", "layers", "modules", "ops", "quantizers", "runs"},
     "bench": {"analysis", "construct", "evaluate", "export", "layers", "modules", "quantizers", "shipped"},
     "analysis": {"checkpoints", "events", "studies"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines

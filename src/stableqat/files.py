@@ -84,11 +84,11 @@ def hidden_folder(beside: Path, prefix: str) -> Iterator[Path]:
         The folder.
     """
     for old in beside.glob(f"{prefix}*.part"):
-        if lock := _locked(old):
+        if lock := lock_folder(old):
             shutil.rmtree(old, ignore_errors=True)
             os.close(lock)
     folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=beside))
-    lock = _locked(folder)
+    lock = lock_folder(folder)
     try:
         yield folder
     finally:
@@ -97,8 +97,12 @@ def hidden_folder(beside: Path, prefix: str) -> Iterator[Path]:
             os.close(lock)
 
 
-def _locked(folder: Path) -> int | None:
-    """A file descriptor that holds the lock on a folder; None where another process holds it."""
+def lock_folder(folder: Path) -> int | None:
+    """Lock a folder for this process.
+
+    Returns:
+        A file descriptor that holds the lock until it is closed; None where another process holds it.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

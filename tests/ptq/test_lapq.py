@@ -30,8 +30,8 @@ def test_it_lowers_the_loss_and_leaves_the_best_scales_in_place():
 
     layers = quantized_layers(module.model)
     before, told = loss(), []
-    found = lapq(layers, loss, evaluations=150, tell=told.append)
+    found = lapq(layers, loss, evaluations=150, tell=lambda count, text: told.append(text))
     assert found < before - 1e-3
     assert loss() == pytest.approx(found, abs=1e-6)
-    assert any("Powell" in line for line in told)
+    assert len(told) > 100
     assert np.isfinite(found)

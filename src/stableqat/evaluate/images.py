@@ -55,7 +55,7 @@ def classify(
     Raises:
         UserError: If images or classes do not fit the model, or there is no such split.
     """
-    _check(model, datamodule)
+    check_images(model, datamodule)
     splits = datamodule.splits
     found = pick_split("the data", split, splits)
     images, classes = splits[found], datamodule.num_classes
@@ -95,7 +95,16 @@ def channels(model: Any, otherwise: int = 3) -> int:
     return getattr(patches, "in_channels", otherwise)
 
 
-def _check(model: Any, datamodule: ImageDataModule) -> None:
+def check_images(model: Any, datamodule: ImageDataModule) -> None:
+    """Refuse images or classes that do not fit a model.
+
+    Args:
+        model: Vision transformer of timm.
+        datamodule: Its images.
+
+    Raises:
+        UserError: Naming what differs.
+    """
     given = datamodule.image_size, datamodule.in_chans
     taken = image_size(model) or given[0], channels(model, given[1])
     if taken != given:

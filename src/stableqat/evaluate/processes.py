@@ -33,6 +33,11 @@ class Share:
             dist.all_reduce(value)
         return value
 
+    def broadcast(self, value: Tensor) -> None:
+        """Set a tensor to the first process's, in place."""
+        if self.count > 1:
+            dist.broadcast(value, 0)
+
     def gather(self, value: Tensor) -> list[Tensor]:
         """Collect a tensor from each process."""
         gathered = [torch.empty_like(value) for _ in range(self.count)]

@@ -8,6 +8,7 @@ text. Conversations are rendered by the model's chat template, and lie in rows a
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ Split = Literal["train", "validation", "test"]
 _ENDED = "each ended by EOS"
 _RENDERED = "rendered by the chat template; the assistant's tokens count"
 DOCUMENTS = 4096  # per batch: a whole text's tokens as Python integers would take ten times the memory
+FEW_DOCUMENTS = 16  # per batch, where a part of the text is enough
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def read_text(
     text_column: str = "text",
     split: Split | None = None,
     documents: Join = "eos",
+    drawn: int | None = None,
+    seed: int = 0,
 ) -> Text:
     """Read a source and encode it.
 
@@ -78,6 +82,9 @@ def read_text(
         text_column: Column that holds the text.
         split: Split to use; None takes test, else validation, else everything.
         documents: How to join documents.
+        drawn: Read only as much as fills this many rows, of documents in random order that `eos` joins; of a
+            tokenized set and of conversations everything is there anyway.
+        seed: Of the order.
 
     Raises:
         UserError: If there is no such source, split or column, or the text does not fill a row.
@@ -105,11 +112,14 @@ def read_text(
         found, conversations = pick_split(source, split, raw.splits), raw.records.are_conversations
         if conversations and documents != "eos":
             raise UserError(f"documents: {source} holds {raw.records.words}; leave {documents} out")
-        column = (text or "" for batch in raw.splits[found].iter(1000) for text in batch.get(text_column, ()))
+        given = raw.splits[found] if drawn is None else raw.splits[found].shuffle(seed, keep_in_memory=True)
+        column = (text or "" for batch in given.iter(1000) for text in batch.get(text_column, ()))
         if conversations:
             tokens = raw.encoded(ConversationEncoder.of(tokenizer, raw.records), found)
+        elif documents == "eos":
+            tokens = _documents(column, tokenizer, None if drawn is None else drawn * block_size)
         else:
-            tokens = (_documents if documents == "eos" else _joined)(column, tokenizer)
+            tokens = _joined(column, tokenizer)
         if "validation" not in raw.splits and "test" not in raw.splits:
             found = "all"
     if conversations:
@@ -142,10 +152,11 @@ def pick_split(source: str, split: str | None, splits: Collection[str]) -> str:
     return split
 
 
-def _documents(texts: Iterator[str], tokenizer: Any) -> "Dataset":
-    encode, given, rows = DocumentEncoder.of(tokenizer), filter(None, texts), []
-    while batch := list(islice(given, DOCUMENTS)):
+def _documents(texts: Iterator[str], tokenizer: Any, most: int | None) -> "Dataset":
+    encode, given, rows, left = DocumentEncoder.of(tokenizer), filter(None, texts), [], most or inf
+    while left > 0 and (batch := list(islice(given, DOCUMENTS if most is None else FEW_DOCUMENTS))):
         rows.append(np.concatenate(encode(batch)))
+        left -= len(rows[-1])
     return _dataset(rows)
 
 

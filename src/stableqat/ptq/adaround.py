@@ -32,15 +32,10 @@ def adaround(weight: Tensor, hessian: Tensor, quantizer: Quantizer, *, steps: in
 
     Args:
         weight: Latent weight, `(out, in)`.
-        hessian: `(in, in)`, see `gptq.SecondMoment`.
+        hessian: `(in, in)`, finite; see `Moments`.
         quantizer: Its grid and scales, which stay as they are.
         steps: Steps of Adam.
-
-    Raises:
-        ValueError: If the matrix is not finite.
     """
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the inputs of calibration are not finite")
     grid, original = quantizer.grid, weight.detach().float()
     made = quantizer.quantize(weight)
     scale = made.scale_of_blocks(1).float().expand_as(original)

@@ -15,31 +15,7 @@ from stableqat.quantizers import QuantizedWeight, Quantizer
 
 _BLOCK = 128  # inputs whose errors are spread among themselves first
 _MORE_DAMPING = 10.0
-_ATTEMPTS = 4
-
-
-class SecondMoment:
-    """`(2/n) sum x x^T` over a layer's inputs, added up in float32.
-
-    Args:
-        inputs: Number of the layer's inputs.
-        device: Where the sum is kept.
-    """
-
-    def __init__(self, inputs: int, device: torch.device) -> None:
-        self.sum = torch.zeros(inputs, inputs, device=device)
-        self.rows = 0
-
-    def add(self, x: Tensor) -> None:
-        """Add inputs `(..., in)`."""
-        x = x.detach().flatten(0, -2).float()
-        self.sum.addmm_(x.T, x)
-        self.rows += len(x)
-
-    @property
-    def value(self) -> Tensor:
-        """The matrix, `(in, in)`."""
-        return self.sum * (2 / max(self.rows, 1))
+_LEAST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -74,66 +50,63 @@ def gptq(
 
     Args:
         weight: Latent weight, `(out, in)`.
-        hessian: `(in, in)`.
+        hessian: `(in, in)`, finite; see `Moments`.
         quantizer: Its grid and, per row or group, its scales.
-        damping: Added to the diagonal, as a share of its mean; ten times more, up to a thousand times, where
+        damping: Added to the diagonal, as a share of its mean; ten times more, as often as it takes, where
             the matrix is singular all the same.
         act_order: Round inputs in the order of falling diagonal. A group's scales then come from the weights
             as they are; without it, from those that earlier groups have changed.
-
-    Raises:
-        ValueError: If the matrix is not finite, or singular with any damping.
     """
-    grid, scale = quantizer.grid, quantizer.effective_scale().float()
-    scale = scale.expand(len(weight), -1).clone()
-    groups, original = scale.shape[1], weight.float()
+    grid, original = quantizer.grid, weight.float()
+    scale = quantizer.effective_scale().float().expand(len(weight), -1).clone()
+    groups = scale.shape[1]
     size = weight.shape[1] // groups
     unseen = hessian.diagonal() == 0
     h = hessian.clone()
-    h.diagonal()[unseen] = 1.0
+    h.diagonal()[unseen] = 1.0 if unseen.all() else hessian.diagonal()[~unseen].mean()
     order = torch.arange(len(h), device=h.device)
     if act_order:
         order = torch.argsort(h.diagonal(), descending=True, stable=True)
     factor, used = _inverse_factor(h[order][:, order], damping)
-    w = original[:, order]
+    w = original.T[order]  # (in, out), so that an input's weights lie together
     codes, levels = torch.empty_like(w, dtype=torch.int8), torch.empty_like(w)
     group_of = (order // size).tolist()
-    for start in range(0, len(h), _BLOCK):
-        stop = min(start + _BLOCK, len(h))
-        errors = w.new_zeros(len(w), stop - start)
+    block = _BLOCK if groups == 1 else size * max(1, _BLOCK // size)  # a group's weights are up to date
+    for start in range(0, len(h), block):
+        stop = min(start + block, len(h))
+        errors = torch.empty_like(w[start:stop])
         for i in range(start, stop):
-            this, group = slice(i, i + 1), slice(group_of[i], group_of[i] + 1)
+            group = slice(group_of[i], group_of[i] + 1)
             if groups > 1 and not act_order and i % size == 0:
-                scale[:, group] = _scale_of(w[:, i : i + size], quantizer)
-            codes[:, this] = ops.quantize_codes(w[:, this], scale[:, group], grid=grid)
-            levels[:, this] = ops.dequantize_codes(codes[:, this], scale[:, group], grid.zero_point, w.dtype)
-            difference = (w[:, this] - levels[:, this]) / factor[i, i]
-            w[:, i:stop] -= difference * factor[i, i:stop]
-            errors[:, i - start] = difference[:, 0]
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
+                scale[:, group] = _scale_of(w[i : i + size].T, quantizer)
+            own, column = scale[:, group], w[i].unsqueeze(1)
+            code = ops.quantize_codes(column, own, grid=grid)
+            level = ops.dequantize_codes(code, own, grid.zero_point, w.dtype)
+            codes[i], levels[i] = code[:, 0], level[:, 0]
+            errors[i - start] = (w[i] - levels[i]) / factor[i, i]
+            w[i + 1 : stop] -= torch.outer(factor[i, i + 1 : stop], errors[i - start])
+        w[stop:] -= factor[start:stop, stop:].T @ errors
     back = torch.argsort(order)
-    codes, levels = codes[:, back], levels[:, back]
+    codes, levels = codes[back].T.contiguous(), levels[back].T
     made = quantizer.quantize(weight)
-    own_scale = scale if made.scale.shape == scale.shape else scale[:1, :1]
-    rounded = replace(made, codes=codes, scale=own_scale.to(made.scale.dtype))
+    own = scale if made.scale.shape == scale.shape else scale[:1, :1]
+    rounded = replace(made, codes=codes, scale=own.to(made.scale.dtype))
     error, nearest = (output_error(original - v, hessian) for v in (levels, made.dequantize().float()))
     return Rounded(rounded, error, nearest, int(unseen.sum()), used)
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper Cholesky factor of the inverse, and the damping that it took."""
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the inputs of calibration are not finite")
-    mean = hessian.diagonal().mean()
-    for attempt in range(_ATTEMPTS):
-        used = damping * _MORE_DAMPING**attempt
+    mean, used = hessian.diagonal().mean(), damping
+    assert mean > 0
+    while True:
         damped = hessian + used * mean * torch.eye(len(hessian), device=hessian.device)
         lower, info = torch.linalg.cholesky_ex(damped)
         if info == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if info == 0:
             return upper, used
-    raise ValueError("the inputs of calibration depend on one another; take more data or more damping")
+        used = max(_MORE_DAMPING * used, _LEAST_DAMPING)
 
 
 def _scale_of(weight: Tensor, quantizer: Quantizer) -> Tensor:

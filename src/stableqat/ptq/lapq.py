@@ -53,7 +53,7 @@ def lapq(
     loss: Callable[[], float],
     *,
     evaluations: int = 2000,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Callable[[float, str], None] = lambda count, text: None,
 ) -> float:
     """Set the scales of all layers.
 
@@ -61,7 +61,7 @@ def lapq(
         layers: The quantized layers of a model, whose scales are set in place.
         loss: The model's loss on calibration data.
         evaluations: How often Powell's method may compute the loss.
-        tell: Reports progress.
+        tell: Is called with the number of evaluations so far, and what they found.
 
     Returns:
         The loss that the scales lead to.
@@ -76,7 +76,7 @@ def lapq(
         _set(layers, scales)
         by_norm.append(scales)
         losses.append(loss())
-        tell(f"p {p:.2f}: loss {losses[-1]:.4f}")
+        tell(len(losses), f"p {p:.2f}: loss {losses[-1]:.4f}")
     curve = np.polynomial.Polynomial.fit(NORMS, losses, 2).convert()
     best = NORMS[int(np.argmin(losses))]
     bowl = curve.coef[2] if len(curve.coef) > 2 else 0.0
@@ -88,8 +88,7 @@ def lapq(
     _set(layers, at_p)
     if (least := loss()) > min(losses):  # the parabola is only a guide
         least, at_p = min(losses), by_norm[int(np.argmin(losses))]
-    tell(f"p {p:.2f}: loss {least:.4f}; Powell's method over {len(layers)} layers")
-    factors_of_least, count = np.ones(len(layers)), 0
+    factors_of_least, count = np.ones(len(layers)), len(losses)
 
     def of(factors: np.ndarray) -> float:
         nonlocal count, least, factors_of_least
@@ -99,7 +98,7 @@ def lapq(
         value = loss()
         if value < least:
             least, factors_of_least = value, factors.copy()
-            tell(f"{count} of {evaluations}: loss {value:.4f}")
+        tell(count, f"lapq: loss {least:.4f}")
         return value if np.isfinite(value) else 1e9
 
     bounds = [(0.5, 2.0)] * len(layers)

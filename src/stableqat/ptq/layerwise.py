@@ -1,23 +1,21 @@
 """Rounds a model layer by layer, each against what flows into it once the blocks before are rounded."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stableqat.errors import UserError
-from stableqat.layers.linear import quantized_layers
-from stableqat.modules import QATModule
-from stableqat.ptq.calibration import Batch, BlockInputs, block_inputs
-from stableqat.ptq.gptq import Rounded, SecondMoment
+from stableqat.evaluate.processes import Share
+from stableqat.layers.linear import QuantLinear
+from stableqat.ptq.gptq import Rounded, output_error
+from stableqat.ptq.moments import Moments
+from stableqat.ptq.stream import Block, Stream
 from stableqat.quantizers import Quantizer
 
-logger = logging.getLogger(__name__)
-
 Method = Callable[[Tensor, Tensor, Quantizer], Rounded]
-"""Rounds a latent weight, given its second moment and its quantizer with scales."""
+"""Rounds a latent weight, given the Hessian of its output's error and its quantizer with scales."""
 
 
 @dataclass(frozen=True)
@@ -28,64 +26,89 @@ class LayerRecord:
         name: The layer.
         error: Squared error of its output, relative to the output's square.
         nearest: The same for rounding to nearest.
+        inputs: Number of its inputs.
+        rows: How many input vectors calibrated it.
         unseen: Number of inputs that were 0 in all of the calibration data.
-        damping: Share of the mean diagonal that was added to the second moment.
+        damping: Share of the mean diagonal that was added to the Hessian.
     """
 
     name: str
     error: float
     nearest: float
+    inputs: int
+    rows: int
     unseen: int
     damping: float
 
 
-def round_layers(
-    module: QATModule, batches: Sequence[Batch], device: torch.device, method: Method
-) -> list[LayerRecord]:
-    """Round every quantized layer of the module's blocks; weights and scales are set in place.
+def nearest(weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Rounded:
+    """The method that rounds to nearest."""
+    made = quantizer.quantize(weight)
+    error = output_error(weight.float() - made.dequantize().float(), hessian)
+    return Rounded(made, error, error, int((hessian.diagonal() == 0).sum()), 0.0)
 
-    Layers outside of the blocks are rounded to nearest.
+
+def round_block(
+    block: Block, stream: Stream, method: Method, share: Share, *, bias_correction: bool = False
+) -> list[LayerRecord]:
+    """Round the quantized layers of a block; weights, scales and biases are set in place.
+
+    A layer that calibration never reaches is rounded to nearest, and has no record.
 
     Args:
-        module: The configured training system, in evaluation mode.
-        batches: Calibration data, as arguments of the model's forward.
-        device: Where blocks run.
+        block: The block.
+        stream: The calibration data that flows into it.
         method: How a layer is rounded.
+        share: This process's share of the calibration data.
+        bias_correction: Add to each bias what rounding takes from the output's mean.
 
     Raises:
-        UserError: If a layer's inputs are not finite, or say too little.
+        UserError: If the inputs of a layer are not finite.
     """
-    assert module.model is not None
-    records: list[LayerRecord] = []
-    for inputs in block_inputs(module.model, module.blocks(module.model), batches, device):
-        moments = _moments(inputs)
-        for name, layer in inputs.layers.items():
-            if name not in moments:
-                logger.warning("%s: calibration never reaches it; it is rounded to nearest", name)
-                continue
-            quantizer, hessian = layer.weight_quantizer, moments[name]
-            latent = quantizer.latent(layer.weight).detach()
-            try:
-                made = method(latent, hessian, quantizer)
-            except ValueError as error:
-                raise UserError(f"data: {name}: {error}") from error
-            quantizer.settle(layer.weight, made.weight)
-            whole = float(((latent.float() @ hessian) * latent.float()).sum())
-            record = LayerRecord(name, made.error / whole, made.nearest / whole, made.unseen, made.damping)
-            records.append(record)
-    reached = {record.name for record in records}
-    if left := [name for name in quantized_layers(module.model) if name not in reached]:
-        logger.warning("rounded to nearest: %s", ", ".join(left))
+    records = []
+    moments = _moments(block, stream, share)
+    for name, layer in block.layers.items():
+        if name in moments:
+            records.append(_round(name, layer, moments[name], method, bias_correction))
+            for tensor in layer.parameters():
+                share.broadcast(tensor.detach())  # devices may differ in a last digit
     return records
 
 
-def _moments(inputs: BlockInputs) -> dict[str, Tensor]:
-    """The second moment of what flows into each layer; layers that share an input share it."""
-    moments: dict[str, SecondMoment] = {}
-    for activations in inputs.activations():
+def _round(
+    name: str, layer: QuantLinear, moments: Moments, method: Method, bias_correction: bool
+) -> LayerRecord:
+    quantizer, hessian = layer.weight_quantizer, moments.hessian
+    if not torch.isfinite(hessian).all():
+        raise UserError(
+            f"data: {name}: its inputs are not finite on the calibration data; look for NaN in the model, or "
+            "take other data"
+        )
+    latent = quantizer.latent(layer.weight).detach().clone()
+    made = method(latent, hessian, quantizer)
+    quantizer.settle(layer.weight, made.weight)
+    if bias_correction and layer.bias is not None:
+        layer.bias.data += (latent - made.weight.dequantize()).float() @ moments.mean
+    whole = max(output_error(latent.float(), hessian), torch.finfo(torch.float32).tiny)
+    return LayerRecord(
+        name=name,
+        error=made.error / whole,
+        nearest=made.nearest / whole,
+        inputs=len(hessian),
+        rows=moments.rows,
+        unseen=made.unseen,
+        damping=made.damping,
+    )
+
+
+def _moments(block: Block, stream: Stream, share: Share) -> dict[str, Moments]:
+    """The moments of what flows into each layer; layers that share an input share them."""
+    moments: dict[str, Moments] = {}
+    for activations in stream.inputs(block):
         for x, names in activations.items():
-            first = moments.get(names[0]) or SecondMoment(x.shape[-1], x.device)
+            first = moments.get(names[0]) or Moments(x.shape[-1], x.device)
             first.add(x)
             moments.update(dict.fromkeys(names, first))
-    values = {moment: moment.value for moment in set(moments.values())}
-    return {name: values[moment] for name, moment in moments.items()}
+    for each in dict.fromkeys(moments.values()):
+        each.total(share)
+    return moments

@@ -1,6 +1,7 @@
 """What to round: a model as a training system, with what belongs to it and the data that calibrates it."""
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +11,18 @@ import torch
 
 from stableqat.data.tokenizer import load_tokenizer
 from stableqat.errors import UserError, counted
-from stableqat.evaluate.images import EvaluationImages
+from stableqat.evaluate.images import EvaluationImages, check_images
 from stableqat.evaluate.model import is_run
 from stableqat.evaluate.text import pick_split, read_text
 from stableqat.modules import LlamaModule, QATModule, ViTModule
 from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
+from stableqat.modules.vit import image_size
 from stableqat.modules.vit_config import architecture, preprocessing
-from stableqat.ptq.calibration import Batch
+from stableqat.ptq.stream import Batch
 from stableqat.quantizers import QuantizerFactory
 from stableqat.runs import open_run
+
+MOST_TOKENS = 2048  # of a row of text, unless the user says so
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,10 @@ class Subject:
     """A model to round.
 
     Attributes:
-        module: The training system, quantized and not yet configured.
+        module: The training system, configured and in evaluation mode.
         tokenizer: A language model's tokenizer.
         images: How images are resized and normalised, as arguments of `ImageDataModule`.
-        data: Settings of the run's data, for the run that is written; None for others.
+        data: Settings of the data module for the run that is written; None for text without any.
     """
 
     module: QATModule
@@ -39,63 +43,91 @@ class Subject:
 
 
 def find_subject(source: str, quantizer: QuantizerFactory, skip: Sequence[str] | None) -> Subject:
-    """Find a model and what belongs to it.
+    """Load a model and what belongs to it.
 
     Args:
-        source: Run, checkpoint, transformers or timm folder, or Hub name.
+        source: Run, checkpoint, transformers or timm folder, or Hub name of a language model.
         quantizer: Makes the quantizer of each weight.
         skip: Layers to leave alone; None takes the run's, or the heads.
 
     Raises:
-        UserError: If there is no such model.
+        UserError: If there is no such model, or it cannot be quantized that way.
     """
     options: dict[str, Any] = {"quantizer": quantizer} | ({} if skip is None else {"skip": list(skip)})
     if is_run(source):
         run = open_run(source)
         start = {**ONLY_FOR_TRAINING, "init_from": str(run.checkpoint), **options}
-        module = rebuild(QATModule, run.checkpoint, run.content, **start)
-        tokenizer = run.load_tokenizer(module, None) if module.family == "text" else None
-        return Subject(module, tokenizer, run.preprocessing or {}, run.settings("data") or None)
+        module = _configured(rebuild(QATModule, run.checkpoint, run.content, **start))
+        if module.family == "text":
+            return Subject(module, run.load_tokenizer(module, None), data=run.settings("data") or None)
+        images = {**(run.preprocessing or {}), "image_size": image_size(module.model) or run.image_size}
+        return Subject(module, images=images, data=run.settings("data") or None)
     if (made := _timm_config(source)) is not None:
         name, arguments, classes = made
-        module = ViTModule(
-            model_name=name, model_args=arguments, num_classes=classes, init_from=source, **options
+        module = _configured(
+            ViTModule(model_name=name, model_args=arguments, num_classes=classes, init_from=source, **options)
         )
-        return Subject(module, images=preprocessing(source, name))
-    return Subject(LlamaModule(init_from=source, **options), load_tokenizer(source))
+        images = preprocessing(source, name)
+        data = {"class_path": "stableqat.data.ImageDataModule", "init_args": images}
+        return Subject(module, images=images, data=data)
+    tokenizer = load_tokenizer(source)
+    return Subject(_configured(LlamaModule(init_from=source, **options)), tokenizer)
+
+
+def _configured(module: QATModule) -> QATModule:
+    module.configure_model()
+    return module.eval()
 
 
 def _timm_config(source: str) -> tuple[str, dict[str, Any], int] | None:
     """Architecture, arguments and number of classes of a folder of timm's; None for any other source."""
     file = Path(source).expanduser() / "config.json"
-    keys = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        keys = json.loads(file.read_text()) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}); copy it again") from error
     found = architecture(source) if isinstance(keys, dict) and "architecture" in keys else None
     return None if found is None else (*found, int(keys.get("num_classes", 1000)))
 
 
 def calibration_batches(
-    subject: Subject, source: str, *, samples: int, block_size: int, batch_size: int, seed: int
+    subject: Subject,
+    source: str,
+    *,
+    text_column: str,
+    samples: int,
+    block_size: int | None,
+    batch_size: int,
+    seed: int,
 ) -> list[Batch]:
     """Draw rows of text or images, the same on every machine.
 
     Args:
         subject: The model.
         source: Text or images; its training split is taken, or all of it.
+        text_column: Column that holds the text.
         samples: Number of rows.
-        block_size: Tokens per row of text.
+        block_size: Tokens per row of text; None takes 2048, at most what the model takes.
         batch_size: Rows per batch.
         seed: Another seed draws other rows.
 
-    Returns:
-        Batches with labels.
-
     Raises:
-        UserError: If there is no such source, or it has too few rows.
+        UserError: If there is no such source, it does not fit the model, or has too few rows.
     """
     if subject.module.family == "text":
-        rows: Any = read_text(source, subject.tokenizer, block_size=block_size, split="train").rows
+        rows: Any = read_text(
+            source,
+            subject.tokenizer,
+            block_size=_tokens(subject.module, block_size),
+            text_column=text_column,
+            split="train",
+            drawn=samples,
+            seed=seed,
+        ).rows
     else:
-        splits = EvaluationImages(source, **subject.images).splits
+        images = EvaluationImages(source, augment=False, **subject.images)
+        check_images(subject.module.model, images)
+        splits = images.splits
         rows = splits[pick_split(source, "train" if "train" in splits else None, splits)]
     if len(rows) < samples:
         raise UserError(
@@ -105,3 +137,19 @@ def calibration_batches(
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     parts = [drawn[at : at + batch_size] for at in range(0, samples, batch_size)]
     return [rows[[(seed, 0, index) for index in part]] for part in parts]
+
+
+def _tokens(module: QATModule, asked: int | None) -> int:
+    limit = getattr(getattr(module, "config", None), "max_position_embeddings", MOST_TOKENS)
+    if asked is not None and asked > limit:
+        raise UserError(f"block_size: {asked} tokens, but the model takes {limit}; lower it")
+    return asked or min(MOST_TOKENS, limit)
+
+
+def fingerprint(module: QATModule, batches: Sequence[Batch]) -> int:
+    """A number that changes with the weights and with the calibration data."""
+    tensors = [*module.state_dict().values(), *(tensor for batch in batches for tensor in batch.values())]
+    number = 0
+    for tensor in tensors:
+        number = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), number)
+    return number
