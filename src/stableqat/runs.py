@@ -47,7 +47,7 @@ def open_run(source: str) -> "Run":
     best = path / CHECKPOINTS / BEST
     found = best if best.exists() else find_checkpoint(str(path))
     if found is None:
-        raise UserError(f"{source}: neither a run folder nor a checkpoint (.ckpt) of this suite")
+        raise UserError(f"{source}: neither a run folder nor a checkpoint (.ckpt) of this suite; name one")
     if found.is_dir():
         raise UserError(f"{found} is sharded; make one file of it first: stableqat consolidate {found}")
     return Run(found)

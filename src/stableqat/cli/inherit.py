@@ -46,7 +46,7 @@ def inherit(settings: Namespace) -> list[str]:
     model = settings.model.get("init_args") or Namespace()
     if "model_name" in model:
         taken += _take_architecture(arguments, model)
-    if "mean" in arguments and "model_name" in model and arguments.get("source") is not None:
+    if "mean" in arguments and model.get("model_name") is not None and arguments.get("source") is not None:
         taken += _take_preprocessing(arguments, model, *next(_starts(settings), (None, None)))
     if "num_classes" in model:
         taken += _take_classes(settings.data, model)

@@ -204,6 +204,8 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
             name = str(file.parent) if file.is_file() else source
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        if path.is_dir() and not file.exists():
+            raise UserError(f"tokenizer: {source} holds none; name a tokenizer's folder or file") from error
         fault = f"cannot be loaded from disk or the Hub ({first_line(error)})"
         raise UserError(f"tokenizer {source} {fault}: check it") from error
     if not tokenizer.is_fast:

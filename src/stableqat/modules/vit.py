@@ -67,7 +67,10 @@ class ViTModule(QATModule):
     ) -> None:
         super().__init__(skip=skip, **options)
         if model_name is None:
-            raise UserError("model.model_name: missing; name a timm model, such as vit_small_patch16_224")
+            raise UserError(
+                "model.model_name: missing; name a timm model, such as vit_small_patch16_224, or set "
+                "model.init_from to take its own"
+            )
         if num_classes is None:
             raise UserError("model.num_classes: missing; give the number of classes of the data")
         if num_classes < 2:
