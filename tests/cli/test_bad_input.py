@@ -119,7 +119,8 @@ SETTINGS = {
         llama("--model.quantizer", "LSQ"),
         [
             "model.quantizer: LSQ is not a Quantizer",
-            "choose one of DSQ, ParetoQ, PermutedStableQAT, STE, ScaledSTE, StableQAT",
+            "choose one of DSQ, ParetoQ, PermutedStableQAT, STE, STEAtNoise, STEAtRandomRounding, "
+            "STEAtWeight, ScaledSTE, StableQAT",
         ],
     ),
     "a misspelt module": (

@@ -160,8 +160,8 @@ def test_meta_then_initialize(method):
     for bits in WIDTHS:
         weight = make_weight()
         for options in GRANULARITIES:
-            direct = method(weight, bits=bits, **options)
-            later = method(weight.to("meta"), bits=bits, **options)
+            direct = method(weight, bits=bits, **options).eval()
+            later = method(weight.to("meta"), bits=bits, **options).eval()
             assert all(t.is_meta for t in later.state_dict().values())
             assert later(weight.to("meta")).is_meta
             later.to_empty(device="cpu").initialize(weight)
@@ -231,7 +231,7 @@ def test_a_scale_never_acts_as_zero_or_changes_its_sign(method):
     for bits in WIDTHS:
         for bad in (0.0, -0.3):
             weight = make_weight(requires_grad=True)
-            quantizer = method(weight, bits=bits)
+            quantizer = method(weight, bits=bits).eval()  # what is deployed
             floor = 1e-4 * quantizer.scale.detach().clone()
             with torch.no_grad():
                 quantizer.scale.copy_(bad * floor.sign())
@@ -276,7 +276,7 @@ def test_a_scale_that_is_nan_is_loud(method):
 def test_autocast(method):
     """Masters in float32: the value comes in the compute type, rounded once, gradients in float32."""
     weight = make_weight(requires_grad=True)
-    quantizer = method(weight, bits=2)
+    quantizer = method(weight, bits=2).eval()
     with torch.autocast("cpu", torch.bfloat16):
         value = quantizer(weight)
     assert value.dtype == torch.bfloat16

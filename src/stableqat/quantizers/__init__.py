@@ -4,6 +4,7 @@ from stableqat.quantizers.base import Quantizer, QuantizerFactory, QuantizerSpec
 from stableqat.quantizers.controls import PermutedStableQAT, ScaledSTE
 from stableqat.quantizers.dsq import DSQ
 from stableqat.quantizers.paretoq import ParetoQ
+from stableqat.quantizers.places import STEAtNoise, STEAtRandomRounding, STEAtWeight
 from stableqat.quantizers.quantized_weight import QuantizedWeight
 from stableqat.quantizers.stableqat import StableQAT
 from stableqat.quantizers.ste import STE
@@ -17,6 +18,9 @@ __all__ = [
     "Quantizer",
     "QuantizerFactory",
     "QuantizerSpec",
+    "STEAtNoise",
+    "STEAtRandomRounding",
+    "STEAtWeight",
     "ScaledSTE",
     "StableQAT",
 ]
