@@ -9,7 +9,14 @@ import pytest
 import torch
 import yaml
 
-from stableqat.callbacks import DivergenceGuard, Evaluate, GradientMismatch, LastCheckpoint, QuantizerMonitor
+from stableqat.callbacks import (
+    DivergenceGuard,
+    Evaluate,
+    GradientMismatch,
+    LastCheckpoint,
+    QuantizerMonitor,
+    Trajectory,
+)
 from stableqat.cli.main import main
 from stableqat.errors import UserError
 
@@ -390,6 +397,7 @@ OUT_OF_RANGE = [
     (QuantizerMonitor, "monitor", {"rows": [0, -1], "every_n_steps": [-1]}),
     (GradientMismatch, "mismatch", {"every_n_steps": [-1], "directions": [1, -1], "sigma": [0.0, nan, inf]}),
     (Evaluate, "evaluate", {"every_n_steps": [-1], "stride": [0, -8], "limit": [0, -3], "batch_size": [0]}),
+    (Trajectory, "trajectory", {"every_n_steps": [-1], "batches": [0, -1]}),
     (LastCheckpoint, "last", {"every_n_train_steps": [0, -1]}),
 ]
 

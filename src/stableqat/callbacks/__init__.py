@@ -11,6 +11,7 @@ from stableqat.callbacks.monitor import QuantizerMonitor
 from stableqat.callbacks.prepare import PrepareQAT
 from stableqat.callbacks.record import RunRecord
 from stableqat.callbacks.throughput import Throughput
+from stableqat.callbacks.trajectory import Trajectory
 
 __all__ = [
     "Baseline",
@@ -25,4 +26,5 @@ __all__ = [
     "QuantizerMonitor",
     "RunRecord",
     "Throughput",
+    "Trajectory",
 ]

@@ -63,9 +63,9 @@ class Baseline(L.Callback):
         if not hasattr(pl_module, "chance") or not sum(trainer.num_val_batches):
             return  # not a training system of this suite, or nothing to validate on
         with full_precision(pl_module), torch.compiler.set_stance("force_eager"):
-            self.loss_fp = _validate(trainer, pl_module)
+            self.loss_fp = validation_loss(trainer, pl_module)
         if quantized_layers(pl_module):
-            self.loss_ptq = _validate(trainer, pl_module)
+            self.loss_ptq = validation_loss(trainer, pl_module)
         for each in trainer.loggers:
             each.log_metrics(self.losses, step=trainer.global_step)
         if trainer.is_global_zero:
@@ -94,11 +94,17 @@ class Baseline(L.Callback):
 
 
 @torch.no_grad()
-def _validate(trainer: L.Trainer, pl_module: Any) -> float:
-    """Return the loss that a validation would log, without its hooks and logs."""
+def validation_loss(trainer: L.Trainer, pl_module: Any, batches: int | None = None) -> float:
+    """The loss that a validation would log, without its hooks and logs.
+
+    Args:
+        trainer: Has the validation data.
+        pl_module: A training system of this suite.
+        batches: At most this many batches, the first ones; None takes those of a validation.
+    """
     loader: Any = trainer.val_dataloaders
     loader = loader[0] if isinstance(loader, list) else loader
-    numbers = range(int(min(trainer.num_val_batches[0], sys.maxsize)))
+    numbers = range(int(min(trainer.num_val_batches[0], sys.maxsize if batches is None else batches)))
     with trainer.precision_plugin.forward_context(), isolated(pl_module.model):
         for number, batch in zip(numbers, loader, strict=False):  # a loader may draw a seed as it begins
             batch = trainer.precision_plugin.convert_input(batch)

@@ -104,15 +104,22 @@ class RunRecord(L.Callback):
         }
 
 
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """The run's folder, if its first logger has made one; `trainer.log_dir` would ask the other processes."""
+    for logger in trainer.loggers[:1]:
+        folder = Path(logger.log_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else None
+        if folder is not None and folder.is_dir():
+            return folder
+    return None
+
+
 def keep_report(report: SurgeryReport | None, trainer: L.Trainer) -> None:
     """Write the surgery report, with each layer and the quantized share, to the run's folder."""
     if report is None or not trainer.is_global_zero:
         return
-    for logger in trainer.loggers[:1]:  # trainer.log_dir would ask the other processes
-        folder = Path(logger.log_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else None
-        if folder is not None and folder.is_dir():
-            with whole_file(folder / SURGERY) as part:
-                part.write_text(report.lines())
+    if (folder := run_folder(trainer)) is not None:
+        with whole_file(folder / SURGERY) as part:
+            part.write_text(report.lines())
 
 
 def _validated_rows(trainer: L.Trainer) -> int | None:

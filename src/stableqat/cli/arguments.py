@@ -25,6 +25,7 @@ CALLBACKS = {
     "monitor": "QuantizerMonitor",
     "mismatch": "GradientMismatch",
     "throughput": "Throughput",
+    "trajectory": "Trajectory",
     "evaluate": "Evaluate",
     "best": "BestCheckpoint",
     "last": "LastCheckpoint",

@@ -121,15 +121,18 @@ class WeightSpace:
         for each in self._places.values():
             yield each.quantizer.quantize(each.to_rows(each.parameter))
 
-    def deployed(self, quantized: Iterable[QuantizedWeight] | None = None) -> Point:
-        """The weights as the quantizers deploy them.
+    def dequantized(self, quantized: Iterable[QuantizedWeight]) -> Iterator[Tensor]:
+        """The values of codes and scales, one weight at a time, shaped like the weights.
 
         Args:
-            quantized: Codes and scales, one per weight; None takes those of the present weights.
+            quantized: One per weight.
         """
-        forms = self.quantized() if quantized is None else quantized
-        pairs = zip(self._places.values(), forms, strict=True)
-        return [each.from_rows(form.dequantize()) for each, form in pairs]
+        for each, form in zip(self._places.values(), quantized, strict=True):
+            yield each.from_rows(form.dequantize())
+
+    def deployed(self) -> Point:
+        """The present weights as the quantizers deploy them."""
+        return list(self.dequantized(self.quantized()))
 
     def in_steps(self, direction: Direction) -> Iterator[Tensor]:
         """A direction given in units of each weight's grid step, in units of the weights."""
