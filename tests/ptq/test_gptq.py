@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stableqat import ops
+from stableqat.ptq.adaround import adaround
 from stableqat.ptq.gptq import gptq
 from stableqat.ptq.moments import Moments
 from stableqat.quantizers import STE
@@ -79,6 +80,43 @@ def test_one_input_after_the_other_is_the_textbook():
         w[:, i : i + 1] = code * scale
         left = left[1:]
     assert (made.weight.dequantize().double() - w).abs().gt(1e-5).double().mean() < 0.01
+
+
+def test_groups_take_their_scales_from_weights_that_are_up_to_date():
+    """Also where a group does not begin where a block of inputs does: 96 is no divisor of 128."""
+    hessian, _ = correlated(288, rows=2048)
+    weight = torch.randn(4, 288, generator=torch.Generator().manual_seed(5))
+    quantizer = STE(weight, bits=3, group_size=96)
+    made = gptq(weight, hessian, quantizer, act_order=False)
+    inverse = torch.linalg.inv(hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(288))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    w, scale = weight.clone(), quantizer.effective_scale().clone()
+    for i in range(288):  # without blocks
+        group = slice(i // 96, i // 96 + 1)
+        if i % 96 == 0:
+            scale[:, group] = ops.initial_scale(w[:, i : i + 96], (4, 1), quantizer.grid, "signed_mse")
+        code = ops.quantize_codes(w[:, i : i + 1], scale[:, group], grid=quantizer.grid)
+        error = (w[:, i : i + 1] - code * scale[:, group]) / factor[i, i]
+        w[:, i:] -= error * factor[i, i:]
+    assert torch.allclose(made.weight.scale, scale, rtol=1e-3)
+    assert not torch.allclose(made.weight.scale, quantizer.effective_scale(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", [gptq, partial(adaround, steps=200)])
+def test_negative_scales(method):
+    """A grid that is turned around is the same problem as the negated row on the grid as it is."""
+    hessian, _ = correlated(64, rows=512)
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(6))
+    results = []
+    for sign in (1, -1):
+        quantizer = STE(weight, bits=2, scale_init="mse")
+        quantizer.scale.data *= sign
+        quantizer.scale_floor.data *= sign
+        results.append(method(weight * sign, hessian, quantizer))
+    own, turned = results
+    assert torch.equal(own.weight.codes, turned.weight.codes)
+    assert turned.error == pytest.approx(own.error, rel=1e-5)
+    assert turned.error < turned.nearest
 
 
 def test_inputs_that_calibration_never_reaches_are_rounded_to_nearest():

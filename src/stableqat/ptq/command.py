@@ -28,7 +28,7 @@ def ptq(
     levels: int | None = None,
     grid: Literal["integer", "stretched"] | None = None,
     group_size: int | None = None,
-    skip: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
     data: str | None = None,
     text_column: str = "text",
     samples: int = 128,
@@ -110,10 +110,10 @@ def ptq(
         "batch_size": batch_size,
         "seed": seed,
     }
-    record = {"source": source, "data": data, "skip": skip, **given, **vars(settings), **drawn}
+    record = {"source": source, "data": data, "skip": list(skip), **given, **vars(settings), **drawn}
     with processes(device) as (share, place), new_folder(out) if share.rank == 0 else nullcontext() as part:
         with share.first_alone():
-            subject = find_subject(source, factory, skip)
+            subject = find_subject(source, factory, skip, data)
             batches = [] if data is None else calibration_batches(subject, data, **drawn)
         module = subject.module
         if data is not None and len(batches) < share.count:
@@ -133,5 +133,5 @@ def ptq(
                 (part / RECORD).write_text(json.dumps(record | made, indent=1))
     remove(kept.folder)
     terminal().print("\n".join([f"{out}: {kinds(module)}, rounded by {method}", *in_words(outcome)]))
-    terminal().print(f"next: stableqat evaluate {out}")
+    terminal().print(f"next: stableqat evaluate {out} --data {data or 'DATA'}")
     return 0

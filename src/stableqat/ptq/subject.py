@@ -42,18 +42,19 @@ class Subject:
     data: dict[str, Any] | None = None
 
 
-def find_subject(source: str, quantizer: QuantizerFactory, skip: Sequence[str] | None) -> Subject:
+def find_subject(source: str, quantizer: QuantizerFactory, skip: Sequence[str], data: str | None) -> Subject:
     """Load a model and what belongs to it.
 
     Args:
         source: Run, checkpoint, transformers or timm folder, or Hub name of a language model.
         quantizer: Makes the quantizer of each weight.
-        skip: Layers to leave alone; None takes the run's, or the heads.
+        skip: Layers to leave alone; none for the run's, or the heads.
+        data: What calibrates it.
 
     Raises:
         UserError: If there is no such model, or it cannot be quantized that way.
     """
-    options: dict[str, Any] = {"quantizer": quantizer} | ({} if skip is None else {"skip": list(skip)})
+    options: dict[str, Any] = {"quantizer": quantizer} | ({"skip": list(skip)} if skip else {})
     if is_run(source):
         run = open_run(source)
         start = {**ONLY_FOR_TRAINING, "init_from": str(run.checkpoint), **options}
@@ -68,8 +69,9 @@ def find_subject(source: str, quantizer: QuantizerFactory, skip: Sequence[str] |
             ViTModule(model_name=name, model_args=arguments, num_classes=classes, init_from=source, **options)
         )
         images = preprocessing(source, name)
-        data = {"class_path": "stableqat.data.ImageDataModule", "init_args": images}
-        return Subject(module, images=images, data=data)
+        arguments = {"source": data or source, **images}  # without a source, images would be the digits
+        settings = {"class_path": "stableqat.data.ImageDataModule", "init_args": arguments}
+        return Subject(module, images=images, data=settings)
     tokenizer = load_tokenizer(source)
     return Subject(_configured(LlamaModule(init_from=source, **options)), tokenizer)
 
