@@ -29,7 +29,7 @@ ALLOWED = {
     "api": {"layers", "quantizers", "surgery"},
     "clock": {"layers", "quantizers"},
     "data": set(),
-    "landscape": {"layers", "quantizers"},
+    "landscape": {"analysis", "evaluate", "events", "layers", "modules", "quantizers", "runs"},
     "checkpoints": {"trust"},
     "callbacks": {
         "api",

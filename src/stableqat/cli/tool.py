@@ -27,6 +27,7 @@ TOOL_VERBS = {
     ),
     "ptq": ("stableqat.ptq.command", "round a model without training, to a run"),
     "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
+    "landscape": ("stableqat.landscape.command", "measure the loss around the weights of runs"),
     "predict": ("stableqat.predict.command", "generate text from prompts, or name the classes of images"),
     "data sample": ("stableqat.data.prepare.command", "draw documents from a corpus, local or on the Hub"),
     "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stableqat.errors import check_range
 from stableqat.landscape.curvature import gradient, mean_loss
-from stableqat.landscape.space import Direction, Losses, Point, WeightSpace, dot, norm
+from stableqat.landscape.space import Direction, Losses, ParameterSpace, Point, WeightSpace, dot, norm
 
 SHORTEST, LONGEST = 2.0**-8, 2.0**6  # steps of the grid
 HALVINGS = 6  # of a factor of two: 1.1%
@@ -66,7 +66,7 @@ def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: fl
     return sqrt(low * high)
 
 
-def inward(space: WeightSpace, losses: Losses, reference: Point, at: Point | None = None) -> float:
+def inward(space: ParameterSpace, losses: Losses, reference: Point, at: Point | None = None) -> float:
     """The cosine of the descent direction at a point with the way from the weights to a reference.
 
     Args:

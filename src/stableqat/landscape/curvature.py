@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stableqat.errors import UserError, check_range
-from stableqat.landscape.space import Direction, Losses, Point, WeightSpace, dot, norm
+from stableqat.landscape.space import Direction, Losses, ParameterSpace, Point, dot, norm
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def mean_loss(losses: Losses) -> Tensor:
     return torch.stack([loss().float() for loss in losses]).mean()
 
 
-def gradient(space: WeightSpace, losses: Losses) -> Point:
+def gradient(space: ParameterSpace, losses: Losses) -> Point:
     """The gradient of the mean loss at the present weights."""
     weights = list(space.weights.values())
     total = [torch.zeros_like(weight) for weight in weights]
@@ -32,7 +32,7 @@ def gradient(space: WeightSpace, losses: Losses) -> Point:
     return total
 
 
-def hessian_product(space: WeightSpace, losses: Losses, direction: Direction) -> Point:
+def hessian_product(space: ParameterSpace, losses: Losses, direction: Direction) -> Point:
     """The Hessian of the mean loss at the present weights, times a direction.
 
     Raises:
@@ -71,7 +71,7 @@ class Quadratic(NamedTuple):
         return self.loss + length * self.slope + length**2 * self.curvature / 2
 
 
-def quadratic(space: WeightSpace, losses: Losses, direction: Direction) -> Quadratic:
+def quadratic(space: ParameterSpace, losses: Losses, direction: Direction) -> Quadratic:
     """The quadratic model of the mean loss along a direction, from the present weights."""
     by = list(direction)
     slope = dot(gradient(space, losses), by)
@@ -95,7 +95,7 @@ class Eigenpair(NamedTuple):
 
 
 def top_eigenvectors(
-    space: WeightSpace, losses: Losses, count: int = 1, *, steps: int = 20, seed: int = 0
+    space: ParameterSpace, losses: Losses, count: int = 1, *, steps: int = 20, seed: int = 0
 ) -> list[Eigenpair]:
     """The eigenvectors of the largest eigenvalues of the Hessian at the present weights.
 

@@ -4,17 +4,18 @@ Points of a slice share the batches, and no value leaves the device before the l
 `start + t (end - start)`, t = 0 and t = 1 are the very points. A plane lies through three points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor
 
 from stableqat.errors import UserError
 from stableqat.landscape.curvature import mean_loss
-from stableqat.landscape.space import Losses, Point, WeightSpace, dot, norm
+from stableqat.landscape.space import Losses, ParameterSpace, Point, dot, norm
 
 
-def line(space: WeightSpace, losses: Losses, start: Point, end: Point, shares: Sequence[float]) -> Tensor:
+def line(space: ParameterSpace, losses: Losses, start: Point, end: Point, shares: Sequence[float]) -> Tensor:
     """The mean loss on the line through two points.
 
     Args:
@@ -38,43 +39,58 @@ def line(space: WeightSpace, losses: Losses, start: Point, end: Point, shares: S
 class Plane:
     """The plane through three points, with perpendicular axes of unit length.
 
+    Lengths and angles are those of the first `measured` tensors. The others are carried along, so that the
+    three points are the very points: they are an affine function of the two coordinates.
+
     Args:
         origin: The point (0, 0).
         first: A point on the positive first axis.
         second: A point with a positive second coordinate.
+        measured: How many tensors of a point make its coordinates; None takes all.
 
     Attributes:
-        axes: The two unit directions.
+        axes: The two directions.
 
     Raises:
         UserError: If the points lie on a line.
     """
 
-    def __init__(self, origin: Point, first: Point, second: Point) -> None:
-        self.origin = origin
-        across = torch._foreach_sub(first, origin)
-        length = norm(across)
+    def __init__(self, origin: Point, first: Point, second: Point, measured: int | None = None) -> None:
+        self.origin, self._measured = origin, len(origin) if measured is None else measured
+        across = list(torch._foreach_sub(first, origin))
+        length = norm(self._own(across))
         torch._foreach_div_(across, length)
-        upward = torch._foreach_sub(second, origin)
-        whole = norm(upward)
-        torch._foreach_sub_(upward, torch._foreach_mul(across, dot(upward, across)))
-        height = norm(upward)
+        upward = list(torch._foreach_sub(second, origin))
+        whole = norm(self._own(upward))
+        along = dot(self._own(upward), self._own(across))
+        torch._foreach_sub_(upward, torch._foreach_mul(across, along))
+        height = norm(self._own(upward))
         if not (length > 0 and height > 1e-4 * whole):
             raise UserError("the three points of a plane lie on one line; take others")
         torch._foreach_div_(upward, height)
-        self.axes = (list(across), list(upward))
+        self.axes = (across, upward)
 
-    def place(self, point: Point) -> tuple[float, float, float]:
-        """The coordinates of a point's projection, and the point's distance from the plane."""
-        offset = torch._foreach_sub(point, self.origin)
-        x, y = (dot(offset, axis) for axis in self.axes)
-        away = (norm(offset).square() - x.square() - y.square()).clamp(min=0).sqrt()
-        across, upward, distance = torch.stack([x, y, away]).tolist()
-        return across, upward, distance
+    def place(self, point: Iterable[Tensor]) -> tuple[float, float, float]:
+        """The coordinates of a point's projection, and the point's distance from the plane.
+
+        Args:
+            point: Its measured tensors, which are read one at a time; more are ignored.
+        """
+        total = torch.zeros(3, dtype=torch.float64, device=self.origin[0].device)
+        own = (self._own(each) for each in (self.origin, *self.axes))
+        for value, start, *axes in zip(point, *own, strict=False):
+            offset = (value - start).flatten()
+            products = [torch.dot(offset, each.flatten()) for each in (*axes, offset)]
+            total += torch.stack(products)
+        across, upward, square = total.tolist()
+        return across, upward, sqrt(max(square - across**2 - upward**2, 0.0))
+
+    def _own(self, point: Point) -> Point:
+        return point[: self._measured]
 
 
 def surface(
-    space: WeightSpace, losses: Losses, plane: Plane, xs: Sequence[float], ys: Sequence[float]
+    space: ParameterSpace, losses: Losses, plane: Plane, xs: Sequence[float], ys: Sequence[float]
 ) -> Tensor:
     """The mean loss on a plane.
 

@@ -6,7 +6,7 @@ model itself is never copied. The trade-off: a move writes all weights once, in 
 of each per direction, which is little beside a forward pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,34 +25,26 @@ Losses = Sequence[Callable[[], Tensor]]
 """Losses at the present weights, one per batch and each a scalar; what is measured is their mean."""
 
 
-class WeightSpace:
-    """The space of a model's latent weights that train, on the model's own Parameters.
+class ParameterSpace:
+    """Some parameters of a model as one vector.
 
     Args:
-        model: A model with quantized layers.
-        layers: Names of the layers to take; None takes all.
+        model: The model.
+        weights: The parameters by name, whole ones.
 
     Attributes:
-        weights: The parameters, by the name of their layer.
+        weights: The parameters.
 
     Raises:
-        UserError: If there is no such layer, or weights are sharded.
+        UserError: If a parameter is sharded.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str] | None = None) -> None:
-        known = {name: each for name, each in latent_weights(model).items() if each.parameter.requires_grad}
-        for name in layers or ():
-            if name not in known:
-                raise UserError(f"layers: no quantized layer is called {name}; {did_you_mean(name, known)}")
-        self._places: dict[str, LatentWeight] = (
-            known if layers is None else {name: known[name] for name in layers}
-        )
-        self.weights = {name: each.parameter for name, each in self._places.items()}
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self._model, self.weights = model, dict(weights)
         if any(isinstance(weight, DTensor) for weight in self.weights.values()):
             raise UserError(
                 "the weights are sharded, and a direction needs whole ones; use one process or ddp"
             )
-        self._model = model
 
     def __len__(self) -> int:
         """Number of weights that are tensors."""
@@ -67,8 +59,6 @@ class WeightSpace:
     def quantizes(self) -> bool:
         """Whether the model fake-quantizes now; it does not inside `full_precision(model)`."""
         return any(isinstance(module, Quantizer) for module in self._model.modules())
-
-    # -- points ------------------------------------------------------------------------------------
 
     def get(self) -> Point:
         """A copy of the weights."""
@@ -114,7 +104,34 @@ class WeightSpace:
         finally:
             self.set(start)
 
-    # -- quantizers --------------------------------------------------------------------------------
+    def noise(self, seed: int) -> "Noise":
+        """Standard normal noise of a seed, drawn anew each time to save memory."""
+        return Noise(self, seed)
+
+
+class WeightSpace(ParameterSpace):
+    """The space of a model's latent weights that train, with their quantizers.
+
+    Args:
+        model: A model with quantized layers.
+        layers: Names of the layers to take; None takes all.
+
+    Attributes:
+        weights: The parameters, by the name of their layer.
+
+    Raises:
+        UserError: If there is no such layer, or weights are sharded.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str] | None = None) -> None:
+        known = {name: each for name, each in latent_weights(model).items() if each.parameter.requires_grad}
+        for name in layers or ():
+            if name not in known:
+                raise UserError(f"layers: no quantized layer is called {name}; {did_you_mean(name, known)}")
+        self._places: dict[str, LatentWeight] = (
+            known if layers is None else {name: known[name] for name in layers}
+        )
+        super().__init__(model, {name: each.parameter for name, each in self._places.items()})
 
     def quantized(self) -> Iterator[QuantizedWeight]:
         """The deployed form of the present weights, one by one."""
@@ -144,12 +161,6 @@ class WeightSpace:
         for each, values in zip(self._places.values(), direction, strict=True):
             yield each.from_rows(_times(each.to_rows(values), each.quantizer.effective_scale().reciprocal()))
 
-    # -- directions --------------------------------------------------------------------------------
-
-    def noise(self, seed: int) -> "Noise":
-        """Standard normal noise of a seed, drawn anew each time to save memory."""
-        return Noise(self, seed)
-
 
 @dataclass(frozen=True)
 class Noise:
@@ -160,7 +171,7 @@ class Noise:
         seed: Its seed.
     """
 
-    space: WeightSpace
+    space: ParameterSpace
     seed: int
 
     def __iter__(self) -> Iterator[Tensor]:
