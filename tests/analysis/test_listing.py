@@ -103,6 +103,19 @@ def test_the_table_aligns(logs, capsys):
     assert line.index("STE") == heading.index("method")
 
 
+def test_a_table_that_is_too_wide_leaves_out_what_matters_least(logs, monkeypatch, capsys):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    heads = []
+    for width in (400, len(str(logs)) + 90, 20):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(["runs", str(logs)]) == 0
+        heads.append(capsys.readouterr().out.splitlines()[0])
+    assert all(word in heads[0] for word in ("family", "grid", "full precision", "size", "steps"))
+    assert "family" not in heads[1]
+    assert len(heads[1].rstrip()) <= len(str(logs)) + 90
+    assert heads[2].split() == ["name", "method", "bits", "lr", "state", "best", "rounded", "age"]
+
+
 def test_published_copies_are_listed_where_they_are_asked_for(tmp_path, capsys):
     log_run(tmp_path / "logs/llama/mine", STE | {"lr": 1e-3}, finished(3.0))
     for name in ("a", "b"):

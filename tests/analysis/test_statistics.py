@@ -300,7 +300,7 @@ def test_one_seed_has_differences_but_no_tests() -> None:
             None,
             "-",
         )
-    assert [table.title for table in write_page(comparison).tables] == [""]
+    assert [table.title for table in write_page(comparison).tables] == ["", "Loss by learning rate"]
     assert "Differences: not tested" in notes(comparison)
 
 

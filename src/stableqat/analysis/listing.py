@@ -34,6 +34,7 @@ COLUMNS = {  # of the table, with the attribute that each shows
     "size": "megabytes",
     "age": "age",
 }
+SPARE = ("family", "grid", "full precision", "size", "steps")  # left out of a table that is too wide, in turn
 PUBLISHED = "published"  # where `publish` puts its copies by default
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -108,7 +109,7 @@ def runs(
     elif not rows:
         console.print(f"no runs under {plain(', '.join(folders))}")
     else:
-        for line in _table(rows):
+        for line in _table(rows, console.width if console.is_terminal else None):
             console.print(line)
     if (left := len(copies - found)) and not json:
         console.print(f"{counted(left, 'published run')} left out; name a published folder to list its runs")
@@ -187,18 +188,24 @@ def _as_json(rows: Sequence[Row]) -> str:
     return json.dumps([asdict(row) for row in rows], indent=1)
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    """The lines of the table, with a heading."""
-    cells = [list(COLUMNS), *[[_cell(row, key) for key in COLUMNS.values()] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = [column in ("name", "family", "method", "grid", "state") for column in COLUMNS]
-    return [
-        "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in cells
+def _table(rows: Sequence[Row], room: int | None = None) -> list[str]:
+    """The lines of the table, with a heading.
+
+    Args:
+        rows: The runs.
+        room: Characters of a line; None for as many as the table takes.
+    """
+    table = {head: [head, *(_cell(row, key) for row in rows)] for head, key in COLUMNS.items()}
+    widths = {head: max(map(len, cells)) for head, cells in table.items()}
+    for head in SPARE:
+        if room is not None and sum(widths.values()) + 2 * (len(widths) - 1) > room:
+            del table[head], widths[head]
+    left = ("name", "family", "method", "grid", "state")
+    columns = [
+        [cell.ljust(widths[head]) if head in left else cell.rjust(widths[head]) for cell in cells]
+        for head, cells in table.items()
     ]
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def _cell(row: Row, key: str) -> str:

@@ -1,9 +1,9 @@
 """A comparison as text: Markdown to read, CSV and JSON to compute with.
 
-Markdown begins with what the comparison says, and has up to three tables: losses, how calm training was, and
-the differences from the baseline; columns that no arm fills are left out. CSV has the first two, one row per
-arm, unrounded. JSON has everything down to the single runs, with null for values that are not finite, so that
-any parser reads it.
+Markdown begins with what the comparison says, and has up to four tables: what the arms reach, their losses by
+learning rate, how calm training was, and the differences from the baseline; columns that no arm fills are
+left out. CSV has the first three, one row per arm, unrounded. JSON has everything down to the single runs,
+with null for values that are not finite, so that any parser reads it.
 """
 
 import csv
@@ -61,10 +61,20 @@ def write_page(summary: Summary) -> Page:
     calm = [key for key in table[0] if key in FIGURES]
     hidden = {*summary.columns, *calm, "edge", "divergence rate"}
     keys = [key for key in table[0] if key not in hidden]
-    places = ((i, j, row["arm"], key) for i, row in enumerate(table, 1) for j, key in enumerate(keys))
-    trained = [arm.kind == "fit" for arm in summary.arms]
-    best = {(i, j) for i, j, arm, key in places if trained[i - 1] and arm in summary.best.get(key, ())}
-    tables = [Table("", _lines(table, keys), frozenset(best))]
+    rates = [key for key in keys if key.startswith("lr ") and key != "lr sensitivity"]
+    trained = {arm.label for arm in summary.arms if arm.kind == "fit"}
+
+    def marked(title: str, rows: list[dict[str, Any]], keys: list[str]) -> Table:
+        places = ((i, j, row["arm"], key) for i, row in enumerate(rows, 1) for j, key in enumerate(keys))
+        best = {(i, j) for i, j, arm, key in places if arm in trained & {*summary.best.get(key, ())}}
+        return Table(title, _lines(rows, keys), frozenset(best))
+
+    if len(rates) > 1:  # what they come to first, as the rates may be many
+        tables = [marked("", table, [key for key in keys if key not in rates])]
+        fits = [row for row in table if any(row[key] is not None for key in rates)]
+        tables.append(marked("Loss by learning rate", fits, ["arm", *rates]))
+    else:
+        tables = [marked("", table, keys)]
     if calm:
         fits = [row for row in table if row.get("divergence rate") is not None]
         tables.append(Table("Training", _lines(fits, ["arm", "divergence rate", *calm])))

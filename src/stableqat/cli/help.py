@@ -32,8 +32,7 @@ All settings:
   stableqat {verb} --help all                  Lightning's Trainer, callbacks, optimizers
   stableqat {verb} --model.help LlamaModule    or ViTModule
   stableqat {verb} --data.help TextDataModule  or ImageDataModule
-  stableqat {verb} -c CONFIG ... --print_config
-                                             what would run
+  stableqat {verb} -c CONFIG --print_config    what would run
 
 Shipped configurations for -c, each laid over those before it:
 {names}

@@ -96,7 +96,8 @@ def export(
     from stableqat.export.source import load_source
 
     given = None if template is None else gguf_template.read(Path(template).expanduser())
-    with new_folder(out) as part, progress(5) as show:
+    evaluations = 2 if embedding_bits is None else 4  # each takes twice as long as reading or writing
+    with new_folder(out) as part, progress(6 + evaluations) as show:
         show(0, "reading the model")
         found = load_source(source, tokenizer)
         chosen = dtype or _default_dtype(format, found.dtype)
@@ -120,16 +121,17 @@ def export(
         _, trained = evaluate(found.module, found.batch)
         losses = {"trained": trained}
         if embedding_bits is not None:
+            show(3, "rounding the embeddings")
             quantize_embeddings(found.module, embedding_bits)
             losses["embeddings_quantized"] = evaluate(found.module, found.batch)[1]
-        show(2, "rounding to the types of the file")
+        show(1 + evaluations, "rounding to the types of the file")
         packed = replace(packed, layers=pack(found.module, *types))
         writer.check(packed)
         logits, losses["file"] = evaluate(found.module, found.batch)
         with writing(f"out: {out}", "nothing is left of it, name another folder"):
-            show(3, "writing")
+            show(3 + evaluations, "writing")
             _write(writer, found, packed, part)
-            show(4, "reading back")
+            show(4 + evaluations, "reading back")
             differences = _compare(format, writer.read(packed, part), packed, logits)
             report: dict[str, Any] = {
                 "format": format,
@@ -154,7 +156,7 @@ def export(
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 report["sha256"][path.relative_to(part).as_posix()] = digest
             (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-            show(5, "written")
+            show(6 + evaluations, "written")
     _tell(report, found, out)
     return 0
 
