@@ -3,7 +3,7 @@
 #
 #   bash configs/llama/ptq-table.sh MODEL CALIBRATION TEXT OUT [GROUP_SIZE]
 #
-# Runs go to OUT, the table to OUT/table.json. Started again, it goes on where it was interrupted.
+# Runs go to OUT, tables to OUT/table-BITS.json. Started again, it goes on where it was interrupted.
 # SAMPLES and BLOCK set the rows of calibration, EVALUATIONS how long LAPQ searches, on 8 of the rows.
 set -e
 model=$1 calibration=$2 text=$3 out=$4 group=${5:-128}
@@ -15,12 +15,17 @@ for bits in 4 3 2; do
             [ -d "$run" ] && continue
             options=(--method $method --bits $bits --out "$run" --data "$calibration" --block_size "$block")
             [ "$size" = row ] || options+=(--group_size "$size")
-            [ $method = lapq ] && options+=(--samples $((samples < 8 ? samples : 8)) --evaluations "$evaluations")
-            [ $method = lapq ] || options+=(--samples "$samples")
+            if [ $method = lapq ]; then
+                options+=(--samples $((samples < 8 ? samples : 8)) --batch_size 4 --evaluations "$evaluations")
+            else
+                options+=(--samples "$samples")
+            fi
             stableqat ptq "$model" "${options[@]}"
         done
     done
+    [ -e "$out/table-$bits.json" ] && continue
+    rm -f "$out/unfinished.json"
+    stableqat evaluate "$model" "$out"/*-$bits-* --data "$text" --documents blank-line \
+        --block_size "$block" --out "$out/unfinished.json"
+    mv "$out/unfinished.json" "$out/table-$bits.json"
 done
-rm -f "$out/table.json"
-stableqat evaluate "$model" "$out"/*-[234]-* --data "$text" --documents blank-line --block_size "$block" \
-    --out "$out/table.json"
