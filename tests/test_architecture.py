@@ -29,7 +29,9 @@ ALLOWED = {
     "api": {"layers", "quantizers", "surgery"},
     "clock": {"layers", "quantizers"},
     "data": set(),
-    "landscape": {"analysis", "evaluate", "events", "layers", "modules", "quantizers", "runs"},
+    "landscape": {
+        *("analysis", "checkpoints", "evaluate", "events", "layers", "modules", "quantizers", "runs"),
+    },
     "checkpoints": {"trust"},
     "callbacks": {
         "api",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_a_study_with_rounded_runs_and_full_precision(llama, fit, tmp_path, caps
     assert value == pytest.approx(loss(open_run(str(rounded)).load(), open_run(str(folder))), rel=1e-5)
     assert distance > 0
     assert "full precision" in capsys.readouterr().err
+    study = tmp_path / "study"
+    study.mkdir()
+    for each in ("run", "gptq", "start"):
+        shutil.copytree(folder.parent / each, study / each)
+    for each in ("validated", "broken"):
+        (study / each).mkdir()
+        (study / each / "config.yaml").write_text("{}")
+    (study / "broken" / "checkpoints").mkdir()
+    assert call(study, out=tmp_path / "all", parts="ends") == 0
+    told = capsys.readouterr().err
+    assert "broken" in told
+    assert "validated" not in told
+    assert [path.name for path in (tmp_path / "all").glob("*.json")] == ["run.json"]
 
 
 def test_it_resumes_and_adds_what_is_new(llama, tmp_path, monkeypatch):
@@ -144,7 +158,7 @@ def test_mistakes_are_one_line(llama, tmp_path, capsys):
     assert "runs: none was trained with quantizers" in refused(capsys, start, out=tmp_path / "new")
     assert "there is no such run" in refused(capsys, tmp_path / "nowhere", out=tmp_path / "new")
     (tmp_path / "empty").mkdir()
-    assert "is no run, and holds none" in refused(capsys, tmp_path / "empty", out=tmp_path / "new")
+    assert "runs: none was trained" in refused(capsys, tmp_path / "empty", out=tmp_path / "new")
     assert "rise: must be at least" in refused(capsys, folder, out=tmp_path / "new", rise=0)
     assert not (tmp_path / "new").exists()
     (tmp_path / "out" / "run.json").write_text("{")

@@ -100,7 +100,7 @@ def landscape(
                     unfinished.write_text(json.dumps(record, indent=1))
                 console.print(f"{name}: {part}")
             records[name] = record
-        table = [_row(name, record) for name, record in records.items()]
+        table = [_row(name, record, trained[name], settings.rise) for name, record in records.items()]
         with whole_file(folder / "landscape.csv") as unfinished:
             unfinished.write_text(_comma_separated(table))
         pictures = draw(records, {name: run.folder for name, run in trained.items()}, folder)
@@ -111,25 +111,31 @@ def landscape(
 
 def _found(sources: Sequence[str]) -> "tuple[dict[str, Run], dict[str, Run]]":
     """The runs that were trained and those that were only rounded, by name."""
+    from stableqat.checkpoints.names import CHECKPOINTS
     from stableqat.evaluate.model import is_run, labels
     from stableqat.runs import open_run
 
-    paths: list[str] = []
+    console = terminal(stderr=True)
+    found: dict[str, Run] = {}
     for source in sources:
-        path = Path(source).expanduser()
-        inside = sorted({str(each.parent) for each in path.rglob("config.yaml")}) if path.is_dir() else []
-        held = [source] if is_run(source) else [each for each in inside if is_run(each)]
-        if not held:
-            raise UserError(f"runs: {source} is no run, and holds none")
-        paths += held
+        if is_run(source):
+            found[source] = open_run(source)
+            continue
+        for folder in sorted(path.parent for path in Path(source).expanduser().rglob("config.yaml")):
+            if not (folder / CHECKPOINTS).is_dir():  # a run that only validated, for example
+                continue
+            try:
+                found[str(folder)] = open_run(str(folder))
+            except UserError as error:
+                console.print(f"{error}; it is left out")
     trained: dict[str, Run] = {}
     rounded: dict[str, Run] = {}
-    for held_at, name in labels(paths).items():
-        run = open_run(held_at)
+    names = labels(found)
+    for path, run in found.items():
         if run.content["hyper_parameters"].get("quantizer") is None:
-            terminal(stderr=True).print(f"{held_at}: is in full precision; it is left out")
+            console.print(f"{path}: is in full precision; it is left out")
         else:
-            (trained if run.step else rounded)[name.replace("/", "-")] = run
+            (trained if run.step else rounded)[names[path].replace("/", "-")] = run
     if not trained:
         raise UserError("runs: none was trained with quantizers; name runs of stableqat fit or sweep")
     return trained, rounded
@@ -186,8 +192,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
-def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, record: dict[str, Any], run: "Run", rise: float) -> dict[str, Any]:
     """A run's line of the table: None where it is not measured, or not finite."""
+    from statistics import median
+
+    from stableqat.landscape.trajectory import first_entry
+
     row: dict[str, Any] = {"run": name}
     if "ends" in record:
         losses = record["ends"]["loss"]
@@ -200,11 +210,10 @@ def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
         row["inward at w"] = record["inward"]["start_at_weights"]
         row["inward at Q(w)"] = record["inward"]["start_at_deployed"]
     if "basin" in record:
-        from statistics import median
-
         found = record["basin"].values()
         radii = [each["random"] for each in found if each["random"] is not None]
         row["radius / step"] = median(radii) if radii else None
+    row["first entry"] = None if run.folder is None else first_entry(run.folder, rise)
     return row
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableqat.analysis.style import as_written
-from stableqat.events import read_run
 from stableqat.files import whole_file
+from stableqat.landscape.trajectory import losses_over_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,6 @@ ANCHORS = {
     "trained": ("trained", "^"),
     "trained_deployed": ("trained, deployed", "*"),
 }
-LOSSES = {"landscape/loss_latent": "latent", "landscape/loss_deployed": "deployed"}
 
 
 def draw(records: dict[str, dict[str, Any]], folders: dict[str, Path | None], out: Path) -> list[Path]:
@@ -127,8 +126,7 @@ def _basin(record: dict[str, Any]) -> "Panel":
 def _trajectory(folder: Path | None) -> "Panel | None":
     if folder is None:
         return None
-    scalars = read_run(folder, ("landscape/",)).scalars
-    found = {name: scalars[tag] for tag, name in LOSSES.items() if tag in scalars}
+    found = losses_over_steps(folder)
     if not found:
         return None
 

@@ -62,8 +62,9 @@ class Plane:
         torch._foreach_div_(across, length)
         upward = list(torch._foreach_sub(second, origin))
         whole = norm(self._own(upward))
-        along = dot(self._own(upward), self._own(across))
-        torch._foreach_sub_(upward, torch._foreach_mul(across, along))
+        for _ in range(2):  # once leaves an error of rounding
+            along = dot(self._own(upward), self._own(across))
+            torch._foreach_sub_(upward, torch._foreach_mul(across, along))
         height = norm(self._own(upward))
         if not (length > 0 and height > 1e-4 * whole):
             raise UserError("the three points of a plane lie on one line; take others")
