@@ -202,7 +202,8 @@ def test_a_contradiction_is_one_line_before_training(name, at, capsys):
     ],
 )
 def test_fewer_bits_learn_faster_and_wider_models_slower(bits, width, lr):
-    assert Size(width, 1, 1).learning_rate(bits) == lr
+    assert Size(width, 1, 1).learning_rate(bits, "text") == lr
+    assert Size(width, 1, 1).learning_rate(bits, "images") == pytest.approx(lr / 10)
 
 
 def test_a_step_suits_the_source_and_its_parts_the_device():

@@ -55,7 +55,7 @@ def choose(settings: Namespace) -> list[str]:
             lines += _choose_batch(settings, data, size, train)
         if asks["lr"]:
             bits = _fewest_bits(model.get("quantizer"))
-            optimizer.lr = size.learning_rate(bits)
+            optimizer.lr = size.learning_rate(bits, module.family)
             how = "full precision" if bits is None else f"{bits} bits"
             lines.append(f"model.optimizer.lr: {optimizer.lr:g}, for {how} at width {size.width}")
     if trainer.val_check_interval == "auto":

@@ -1,8 +1,11 @@
 """What suits a pretrained model where its user says nothing: the learning rate, and the size of a step.
 
-The learning rates are the best of a few on SmolLM2-135M (width 576): 300 steps of 16,384 tokens, AdamW, a
-cosine. A wider model takes a smaller one, in proportion to 1 / width, as usual for Adam; a narrower one takes
-the same. A step has as many tokens, or `IMAGES` images, in as many parts as the device needs.
+The learning rates of language models are the best of a few on SmolLM2-135M (width 576): 300 steps of 16,384
+tokens, AdamW, a cosine. Vision transformers take a tenth: at 3e-4 a pretrained ViT-S of 4 bits forgets its
+classes, at 3e-5 it does not (docs/notes.md); published recipes, for four times the batch, have 2e-4 to 5.5e-4
+(arXiv 2210.06707, 2302.02210). A wider model takes a smaller one, in proportion to 1 / width, as usual for
+Adam; a narrower one takes the same. A step has as many tokens, or `IMAGES` images, in as many parts as the
+device needs.
 """
 
 from collections.abc import Iterable
@@ -18,7 +21,8 @@ from stableqat.errors import UserError
 from stableqat.modules.base import QATModule
 
 WIDTH = 576
-FEW_BITS, LR_FEW_BITS, LR = 3, 1e-3, 3e-4  # up to 3 bits, and above
+FEW_BITS = 3
+LR = {"text": (1e-3, 3e-4), "images": (1e-4, 3e-5)}  # up to so few bits, and above
 TOKENS, IMAGES = 2**14, 128
 LONGEST = 2048  # tokens of a row
 STEPS_PER_EPOCH = 8  # at least: of a small source, a step takes fewer rows
@@ -32,8 +36,8 @@ class SizedAdamW(torch.optim.AdamW):
 
     Args:
         params: Parameters, or groups of them.
-        lr: Learning rate. null takes, on the command line, 1e-3 for at most 3 bits and 3e-4 for more, times
-            576 / width for models wider than 576.
+        lr: Learning rate. null takes, on the command line, 1e-3 for at most 3 bits and 3e-4 for more, a tenth
+            of it for images, times 576 / width for models wider than 576.
         options: Those of torch's AdamW.
 
     Raises:
@@ -87,13 +91,15 @@ class Size:
             sum(taken + given for _, taken, given in found),
         )
 
-    def learning_rate(self, bits: int | None) -> float:
+    def learning_rate(self, bits: int | None, family: str) -> float:
         """The peak learning rate of AdamW.
 
         Args:
             bits: The fewest of any layer; None in full precision.
+            family: text or images.
         """
-        lr = LR_FEW_BITS if bits is not None and bits <= FEW_BITS else LR
+        few, more = LR[family]
+        lr = few if bits is not None and bits <= FEW_BITS else more
         return float(f"{lr * min(1.0, WIDTH / self.width):.2g}")
 
     def parts(self, rows: int, memory: float, mixed: bool) -> int:
