@@ -3,8 +3,8 @@
 Rounding moves a weight by up to half a grid step. Where the loss climbs within that distance, the nearest
 codeword lies outside of the basin. The radius along a direction is the least length at which the loss is
 `rise` above that at the weights, on either side; directions are normalised to a root mean square of one grid
-step, so the radius is in steps. It finds the first crossing among lengths that double, then halves the
-interval on a logarithmic scale.
+step, so the radius is in steps. From a quarter of a step, lengths halve or double to an interval of a factor
+of two that begins inside and ends beyond, which is then halved on a logarithmic scale.
 """
 
 from math import inf, sqrt
@@ -16,7 +16,7 @@ from stableqat.errors import check_range
 from stableqat.landscape.curvature import gradient, mean_loss
 from stableqat.landscape.space import Direction, Losses, ParameterSpace, Point, WeightSpace, dot, norm
 
-SHORTEST, LONGEST = 2.0**-8, 2.0**6  # steps of the grid
+FIRST, SHORTEST, LONGEST = 2.0**-2, 2.0**-20, 2.0**6  # steps of the grid
 HALVINGS = 6  # of a factor of two: 1.1%
 
 
@@ -37,7 +37,7 @@ def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: fl
         rise: By how much, in units of the loss.
 
     Returns:
-        The distance in steps of the grid; infinity if it is more than 64.
+        The distance in steps of the grid; infinity if it is more than 64, 0 if it is too small to find.
 
     Raises:
         UserError: If `rise` is not above 0.
@@ -54,7 +54,11 @@ def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: fl
                 ends.append(mean_loss(losses))
             return not bool((torch.stack(ends) <= limit).all())  # NaN is beyond
 
-        high = SHORTEST
+        high = FIRST
+        while beyond(high / 2):
+            high /= 2
+            if high < SHORTEST:
+                return 0.0
         while not beyond(high):
             high *= 2
             if high > LONGEST:
