@@ -21,7 +21,7 @@ test-shuffled: $(STAMP)
 
 # kernels and quantizers on a GPU, which `make test` does not use
 test-gpu: $(STAMP)
-	STABLEQAT_TEST_GPU=1 $(BIN)/python -m pytest tests/ops tests/quantizers tests/layers/test_linear.py
+	STABLEQAT_TEST_GPU=1 $(BIN)/python -m pytest tests/ops tests/quantizers tests/layers/test_linear.py tests/modules/test_graphed.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests

@@ -47,6 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first: a worker that got one last would keep the others waiting."""
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     items.sort(key=lambda item: "systems" not in item.path.parts)
     if (seed := config.getoption("shuffle")) is not None:
         chance = random.Random(seed)

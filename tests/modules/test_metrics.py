@@ -129,7 +129,7 @@ def test_label_smoothing_and_mixup_are_in_the_training_loss():
     def loss(**options):
         module = tiny.configured("vit", "ste", **options)
         np.random.seed(0)  # where timm draws the share of each image from
-        return module.loss(batch).item(), module
+        return module.loss(module.augment(batch)).item(), module
 
     plain, module = loss()
     smooth, _ = loss(label_smoothing=0.3)

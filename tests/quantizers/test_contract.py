@@ -199,7 +199,6 @@ def test_casts(method):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_method
 def test_moves_to_a_gpu(method):
     weight = make_weight()

@@ -3,15 +3,21 @@
 A run has diverged if its loss, a weight or a scale is not finite, or if the moving average of the loss (EMA
 0.9) stays above the initial loss + 1 for 20 steps. A step whose loss is not finite is skipped. Divergence is
 a result, not an error: the run ends normally, with exit code 0.
+
+A fused optimizer skips a step by itself, told so by a tensor on its device. Then nothing waits for the loss:
+it is judged a step later, or when somebody asks.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from stableqat.errors import check_range
 from stableqat.quantizers.base import local
@@ -45,10 +51,17 @@ class DivergenceGuard(L.Callback):
         self.decay = decay
         self.check_parameters_every = check_parameters_every
         self.initial_loss: float | None = None
-        self.diverged = False
+        self._diverged = False
         self._average = 0.0
         self._steps_above = 0
         self._micro_losses: list[Tensor] = []
+        self._unjudged: Callable[[], None] | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run has diverged."""
+        self._catch_up()
+        return self._diverged
 
     @property
     def suspicious(self) -> bool:
@@ -59,15 +72,36 @@ class DivergenceGuard(L.Callback):
         """Collect the loss of a micro-batch, already divided by the number of micro-batches."""
         self._micro_losses.append(loss.detach())
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Check the step's loss before any weight changes."""
-        loss = trainer.strategy.reduce(torch.stack(self._micro_losses).sum(), reduce_op="mean").item()
+        loss = trainer.strategy.reduce(torch.stack(self._micro_losses).sum(), reduce_op="mean")
         self._micro_losses.clear()
         if scaler := getattr(trainer.precision_plugin, "scaler", None):  # the loss here is scaled
-            loss /= scaler.get_scale()
-        if not isfinite(loss):
+            loss = loss / scaler.get_scale()
+        judge = partial(self._judge, trainer, pl_module, trainer.global_step)
+        if self.diverged:  # since the step before
+            drop = True
+        elif optimizer.defaults.get("fused") and not scaler:
+            optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
+            self._unjudged = partial(_when_arrived, loss.to("cpu", non_blocking=True), _mark(loss), judge)
+            drop = False
+        else:
+            value = loss.item()
+            judge(value)
+            drop = not isfinite(value)
+        if drop:
             pl_module.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
-            self._stop(trainer, pl_module, f"the loss is {loss}")
+
+    def _catch_up(self) -> None:
+        unjudged, self._unjudged = self._unjudged, None
+        if unjudged is not None:
+            unjudged()
+
+    def _judge(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int, loss: float) -> None:
+        if not isfinite(loss):
+            self._stop(trainer, pl_module, step, f"the loss is {loss}")
             return
         if self.initial_loss is None:
             self.initial_loss = self._average = loss
@@ -79,11 +113,13 @@ class DivergenceGuard(L.Callback):
                 f"the average loss {self._average:.3f} has stayed above the initial {self.initial_loss:.3f} "
                 f"+ {self.margin} for {self.patience} steps"
             )
-            self._stop(trainer, pl_module, reason)
+            self._stop(trainer, pl_module, step, reason)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Check the parameters themselves now and then, as a clipped infinity gives a finite loss."""
-        if not self.diverged and trainer.global_step % self.check_parameters_every == 0:
+        if trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._catch_up()
+        if not self._diverged and trainer.global_step % self.check_parameters_every == 0:
             self.check_parameters(trainer, pl_module)
 
     def check_parameters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
@@ -97,11 +133,12 @@ class DivergenceGuard(L.Callback):
         if trainer.strategy.reduce(bad, reduce_op="sum") == 0:
             return True
         if not self.diverged:
-            self._stop(trainer, pl_module, "a parameter is not finite")
+            self._stop(trainer, pl_module, trainer.global_step, "a parameter is not finite")
         return False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to decide like the uninterrupted one."""
+        self._catch_up()
         return {"initial_loss": self.initial_loss, "average": self._average, "steps_above": self._steps_above}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,12 +147,28 @@ class DivergenceGuard(L.Callback):
         self._average = state_dict["average"]
         self._steps_above = state_dict["steps_above"]
 
-    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, reason: str) -> None:
-        self.diverged = True
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int, reason: str) -> None:
+        self._diverged = True
         trainer.should_stop = True
         names = _non_finite(pl_module)
         blame = f"; not finite: {', '.join(names)}" if names else ""
-        logger.warning("diverged at step %d: %s%s", trainer.global_step, reason, blame)
+        logger.warning("diverged at step %d: %s%s", step, reason, blame)
+
+
+def _mark(tensor: Tensor) -> torch.cuda.Event | None:
+    """Mark this place among a GPU's work."""
+    if not tensor.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _when_arrived(value: Tensor, mark: torch.cuda.Event | None, judge: Callable[[float], None]) -> None:
+    """Judge a value that is on its way to the host."""
+    if mark is not None:
+        mark.synchronize()
+    judge(value.item())
 
 
 @torch.no_grad()

@@ -118,7 +118,9 @@ class _Watch:
         return {
             "flip_rate": self._flip_rate.clone(),
             "oscillation": self._oscillation.clone(),
-            "scale_drift": torch.segment_reduce(drift, "mean", lengths=self._lengths(self.scales_of_layer)),
+            "scale_drift": torch.segment_reduce(
+                drift, "mean", lengths=self._lengths(self.scales_of_layer), unsafe=True
+            ),
             "snr_db": 10 * torch.log10(signal / noise),
             "level_entropy_bits": -torch.special.xlogy(share, share).sum(1) / log(2),
             **(occupancy if grid.bits <= MOST_BITS_BY_LEVEL else {}),
@@ -127,7 +129,7 @@ class _Watch:
         }
 
     def _of_layers(self, of_blocks: Tensor, reduce: str = "mean") -> Tensor:
-        return torch.segment_reduce(of_blocks, reduce, lengths=self._blocks_of_layer)
+        return torch.segment_reduce(of_blocks, reduce, lengths=self._blocks_of_layer, unsafe=True)
 
     def _weights(self) -> list[Tensor]:
         with torch.no_grad():

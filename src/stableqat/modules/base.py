@@ -27,13 +27,13 @@ from stableqat.errors import LARGEST, UserError, check_range
 from stableqat.kinds import deployed_bytes, describe
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
-from stableqat.modules.clipping import clip_gradients
 from stableqat.modules.hyperparameters import rebuild, save_plain_hyperparameters
 from stableqat.modules.metrics import Evaluation
 from stableqat.modules.parallel import checkpoint_activations, shard, states_by_name
 from stableqat.modules.schedule import end_with_run, place
 from stableqat.modules.start import Start, load_start, state_dict_follows, will_be_loaded
 from stableqat.modules.start_quantizers import take_quantizers
+from stableqat.modules.training import Training
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerSpec
 from stableqat.surgery import SurgeryReport, check_skip, quantize_linears
@@ -41,7 +41,7 @@ from stableqat.surgery import SurgeryReport, check_skip, quantize_linears
 logger = logging.getLogger(__name__)
 
 
-class QATModule(Evaluation, ABC):
+class QATModule(Training, Evaluation, ABC):
     """Base of the training systems; knows no method by name.
 
     Attributes:
@@ -63,6 +63,8 @@ class QATModule(Evaluation, ABC):
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
         weight_lr_multiplier: Learning rate of the weights as a share of `lr`; matches smaller gradients.
         compile_model: Compile the inner model with `torch.compile`.
+        graphed: Replay each step's forward and backward as CUDA graphs, without launching their kernels one
+            by one. None tries it on a single GPU and keeps it where it is faster.
         recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides per
             layer, see `QuantLinear`.
         activation_checkpointing: Save the input of each transformer block only, and compute the block again
@@ -85,6 +87,7 @@ class QATModule(Evaluation, ABC):
         scale_lr_multiplier: float = 0.1,
         weight_lr_multiplier: float = 1.0,
         compile_model: bool = False,
+        graphed: bool | None = None,
         recompute: bool | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -103,6 +106,7 @@ class QATModule(Evaluation, ABC):
         self.scale_lr_multiplier = scale_lr_multiplier
         self.weight_lr_multiplier = weight_lr_multiplier
         self.compile_model = compile_model
+        self.graphed = graphed
         self.recompute = recompute
         self.activation_checkpointing = activation_checkpointing
         self.model: nn.Module | None = None
@@ -121,10 +125,6 @@ class QATModule(Evaluation, ABC):
     @abstractmethod
     def check_pretrained(self, source: str) -> None:
         """Refuse a source that `load_pretrained` cannot find, without loading its weights."""
-
-    @abstractmethod
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The training loss of a batch, a scalar; logs nothing and needs no trainer."""
 
     @abstractmethod
     def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
@@ -177,6 +177,7 @@ class QATModule(Evaluation, ABC):
 
     def setup(self, stage: str) -> None:
         """Make the checks that the command line makes before data is prepared."""
+        super().setup(stage)
         check_trainer(self.trainer)
         if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
             self.check_data(datamodule)
@@ -272,6 +273,7 @@ class QATModule(Evaluation, ABC):
 
     def on_train_start(self) -> None:
         """Set the schedule for this run's steps; check that the optimizer has every trainable parameter."""
+        super().on_train_start()
         assert self.model is not None
         for config in self.trainer.lr_scheduler_configs:
             place(config.scheduler, self._scheduled_steps)
@@ -283,22 +285,6 @@ class QATModule(Evaluation, ABC):
     def configure_callbacks(self) -> list[L.Callback]:
         """The callbacks that these modules need in every trainer."""
         return [HoldWeights(), StepPosition(), FollowTraining()]
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        """Clip the gradient; log its norm before clipping where the step is logged."""
-        logged = self.trainer._logger_connector.should_update_logs
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        norm = clip_gradients(optimizer, gradient_clip_val or 0.0, by_norm=by_norm, measure=logged)
-        if logged and norm is not None:
-            self.log("train/grad_norm", norm)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Log the loss, and return what is differentiated."""
-        loss = self.loss(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        return loss
 
     @property
     def seed(self) -> int:

@@ -186,7 +186,7 @@ class LlamaModule(QATModule):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the next token over the batch's labels that are not -100.
 
-        The model itself shifts the labels. See `training_step` for several processes.
+        The model itself shifts the labels. See `share` for several processes.
         """
         assert self.model is not None
         options: dict[str, Any] = {}
@@ -200,18 +200,15 @@ class LlamaModule(QATModule):
             **options,
         ).loss
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Log the loss, and return what is differentiated: the mean over the labels of all processes.
+    def share(self, batch: dict[str, Tensor]) -> Tensor | float:
+        """See `Training.share`: a process counts by its labels, as processes average their gradients.
 
-        Processes average their gradients, so each weighs its mean by its share of the labels. Accumulated
-        batches weigh the same, however many labels they have.
+        Accumulated batches count alike, however many labels they have.
         """
-        loss = self.loss(batch)
-        if self.trainer.world_size > 1:
-            labels = (batch["labels"][:, 1:] != IGNORED).sum().to(loss.dtype)
-            loss = loss * (labels / self.trainer.strategy.reduce(labels.clone(), reduce_op="mean"))
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        return loss
+        if self.trainer.world_size == 1:
+            return 1.0
+        labels = (batch["labels"][:, 1:] != IGNORED).sum().float()
+        return labels / self.trainer.strategy.reduce(labels.clone(), reduce_op="mean")
 
     def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
         """See `QATModule.example_batch`."""

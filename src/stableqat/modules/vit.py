@@ -211,13 +211,18 @@ class ViTModule(QATModule):
         assert self.model is not None
         return self.model(pixel_values)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy, with label smoothing or mixup where they are on."""
-        images, labels = batch["pixel_values"], batch["labels"]
+    def augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Training.augment`: mixup and cutmix, whose labels are probabilities, smoothed already."""
         if self.mixup is None:
-            return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        images, targets = self.mixup(images.clone(), labels)  # mixes in place
-        return F.cross_entropy(self(images), targets)
+            return batch
+        images, targets = self.mixup(batch["pixel_values"].clone(), batch["labels"])  # mixes in place
+        return {"pixel_values": images, "labels": targets}
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy of classes, with label smoothing where it is on, or of probabilities."""
+        images, labels = batch["pixel_values"], batch["labels"]
+        smoothing = 0.0 if labels.is_floating_point() else self.label_smoothing
+        return F.cross_entropy(self(images), labels, label_smoothing=smoothing)
 
     def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
         """See `QATModule.example_batch`."""

@@ -1,0 +1,210 @@
+"""The loss of a training step as two CUDA graphs: forward and backward are one launch each, not thousands.
+
+Where batches or layers are small, a GPU waits for launches. A graph replays the kernels of one forward or
+backward, on memory of its own, whatever Python would do in between; so it serves batches of one shape, and
+nothing but batch, weights and random numbers may change from step to step. The kernels are the same, in the
+same order: values are bit for bit those of a step launched kernel by kernel.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+
+from stableqat.errors import UserError, one_line
+from stableqat.layers.hold import release_weights
+from stableqat.ops.once_differentiable import once_differentiable
+from stableqat.quantizers import Quantizer
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+_WARM_UP = 3
+_TIMED = 5
+_WORTH = 0.97  # of the time that launches take
+_ROOM = 0.4  # of the device's memory: a graph's own comes on top of it
+
+
+class GraphedLoss:
+    """A loss whose forward and backward are replayed for batches shaped like the first.
+
+    Other batches, such as an epoch's last, smaller one, are launched as usual.
+
+    Args:
+        model: Its trainable parameters get the gradients.
+        loss: The loss of a batch.
+        always: Whether to keep the graphs even if they are not faster.
+        accumulates: Whether gradients of several batches add up before a step.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Batch], Tensor], *, always: bool, accumulates: bool
+    ) -> None:
+        self.model, self.loss, self.always, self.accumulates = model, loss, always, accumulates
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.batch: Batch | None = None
+        self.graphs: _Graphs | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Compute the loss of a batch, differentiable once."""
+        if self.batch is None:
+            self.batch = {key: value.clone() for key, value in batch.items()}
+            self._capture()
+        if self.graphs is None or not _alike(batch, self.batch):
+            return self.loss(batch)
+        for key, value in batch.items():
+            self.batch[key].copy_(value)
+        loss: Tensor = _Replay.apply(self.graphs, self.accumulates, *self.parameters)
+        return loss
+
+    def _capture(self) -> None:
+        assert self.batch is not None
+        device = self.parameters[0].device
+        release_weights(self.model)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.random.fork_rng([device]), _uncached(), _no_schedule(self.model):
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UP):
+                        self._launch()
+                    launched = _seconds(self._launch)
+                if not self.always and _used(device) > _ROOM:
+                    raise _Unfit("it would take too much of the device's memory")
+                torch.cuda.empty_cache()  # what launched steps leave there, the graphs can use
+                graphs = _Graphs(self.loss, self.batch, self.parameters, stream)
+                replayed = _seconds(graphs.replay)
+        except (RuntimeError, _Unfit) as error:
+            reason = one_line(error)
+            if self.always:
+                raise UserError(f"model.graphed: this step cannot be captured: {reason}") from error
+            logger.info("steps are launched kernel by kernel: a graph cannot hold them (%s)", reason)
+            return
+        finally:
+            torch.cuda.current_stream(device).wait_stream(stream)
+        times = f"{1e3 * replayed:.1f} ms for forward and backward, {1e3 * launched:.1f} ms launched"
+        if self.always or replayed < _WORTH * launched:
+            self.graphs = graphs
+            logger.info("steps are replayed as CUDA graphs: %s", times)
+        else:
+            logger.info("steps are launched kernel by kernel: as CUDA graphs, %s", times)
+
+    def _launch(self) -> None:
+        assert self.batch is not None
+        loss = self.loss(self.batch)
+        torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+
+class _Graphs:
+    """The captured forward and backward, and the tensors that they read and write."""
+
+    def __init__(
+        self,
+        loss: Callable[[Batch], Tensor],
+        batch: Batch,
+        parameters: list[nn.Parameter],
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # the loader's thread may pin memory meanwhile
+        with torch.cuda.graph(self.forward, stream=stream, capture_error_mode="thread_local"):
+            self.loss = loss(batch)
+        self.scale = torch.ones_like(self.loss)
+        pool = self.forward.pool()
+        with torch.cuda.graph(self.backward, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.gradients = torch.autograd.grad(self.loss, parameters, self.scale, allow_unused=True)
+        self.loss = self.loss.detach()
+
+    def replay(self) -> None:
+        """Run both."""
+        self.forward.replay()
+        self.backward.replay()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graphs: _Graphs, accumulates: bool, *parameters: Tensor) -> Tensor:
+        graphs.forward.replay()
+        ctx.graphs, ctx.accumulates = graphs, accumulates
+        return graphs.loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        graphs = ctx.graphs
+        graphs.scale.copy_(scale)
+        graphs.backward.replay()
+        if ctx.accumulates:  # autograd copies a tensor that others hold too
+            return None, None, *graphs.gradients
+        return None, None, *(None if each is None else each.detach() for each in graphs.gradients)
+
+
+def why_not_graphed(trainer: L.Trainer, module: Any) -> str | None:
+    """Say why the steps of a run cannot be replayed, as far as is known before the first step."""
+    if trainer.strategy.root_device.type != "cuda":
+        return "it needs a CUDA device"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return "it works in a run of one process, as gradients are exchanged while they are computed"
+    if module.activation_checkpointing:
+        return "it does not go with activation_checkpointing"
+    return None
+
+
+class _Unfit(Exception):
+    """Why this step is not captured."""
+
+
+class _Unread:
+    @property
+    def progress(self) -> float:
+        raise _Unfit("a quantizer follows the progress of training, which a graph would not")
+
+
+@contextmanager
+def _no_schedule(model: nn.Module) -> Iterator[None]:
+    """Refuse quantizers that ask how far training is."""
+    quantizers = [each for each in model.modules() if isinstance(each, Quantizer)]
+    positions = [each.position for each in quantizers]
+    for each in quantizers:
+        each.position = _Unread()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for each, position in zip(quantizers, positions, strict=True):
+            each.position = position
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """The autocast region around, without its cache: what is in it would not be computed again."""
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+        yield
+
+
+def _alike(batch: Batch, other: Batch) -> bool:
+    return batch.keys() == other.keys() and all(
+        value.shape == other[key].shape and value.dtype == other[key].dtype for key, value in batch.items()
+    )
+
+
+def _used(device: torch.device) -> float:
+    """The largest share of a device's memory that has been in use."""
+    return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    work()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(_TIMED):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / _TIMED

@@ -1,0 +1,75 @@
+"""One training step: the loss of a batch, launched kernel by kernel or replayed; clipping its gradient."""
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+from stableqat.errors import UserError
+from stableqat.modules.clipping import clip_gradients
+from stableqat.modules.graphed import Batch, GraphedLoss, why_not_graphed
+
+
+class Training(L.LightningModule):
+    """What a training system does with a batch.
+
+    Attributes:
+        model: The model that trains.
+        graphed: Replay forward and backward as CUDA graphs; None decides by their time.
+    """
+
+    model: nn.Module | None
+    graphed: bool | None
+    _graphed_loss: GraphedLoss | None = None
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The training loss of a batch, a scalar; logs nothing and needs no trainer."""
+
+    def augment(self, batch: Batch) -> Batch:
+        """Change a batch at random, as training does before the loss."""
+        return batch
+
+    def share(self, batch: Batch) -> Tensor | float:
+        """What a batch counts in the mean over processes, relative to the mean process's."""
+        return 1.0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Log the loss, and return what is differentiated."""
+        compute = self._graphed_loss or self.loss
+        loss = compute(self.augment(batch)) * self.share(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def setup(self, stage: str) -> None:
+        """Refuse graphs where steps cannot be replayed.
+
+        Raises:
+            UserError: If the settings ask for them.
+        """
+        if stage == "fit" and self.graphed and (reason := why_not_graphed(self.trainer, self)):
+            raise UserError(f"model.graphed: {reason}; remove it")
+
+    def on_train_start(self) -> None:
+        """Replay the steps to come if the settings allow it; the first one shows whether they can be."""
+        assert self.model is not None
+        if self.graphed is not False and why_not_graphed(self.trainer, self) is None:
+            accumulates = self.trainer.accumulate_grad_batches > 1
+            self._graphed_loss = GraphedLoss(
+                self.model, self.loss, always=bool(self.graphed), accumulates=accumulates
+            )
+
+    def on_train_end(self) -> None:
+        """Free the graphs' memory."""
+        self._graphed_loss = None
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip the gradient; log its norm before clipping where the step is logged."""
+        logged = self.trainer._logger_connector.should_update_logs
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        norm = clip_gradients(optimizer, gradient_clip_val or 0.0, by_norm=by_norm, measure=logged)
+        if logged and norm is not None:
+            self.log("train/grad_norm", norm)
