@@ -22,14 +22,14 @@ class Annealed(STE):
 
 
 def fitted(family, method, graphed, *, steps=6, ckpt_path=None, callbacks=(), options=None, **trainer):
-    """Train on batches of 4, 4 and 3; return the module and its losses."""
+    """Train on batches of 4, 4 and 2; return the module and its losses."""
     optimizer = partial(torch.optim.AdamW, lr=1e-2, fused=True)
     module = tiny.module(family, method, graphed=graphed, optimizer=optimizer, **(options or {}))
     losses = tiny.Losses()
     defaults = {"accelerator": "gpu", "precision": "bf16-mixed", "gradient_clip_val": 0.5}
     made = tiny.trainer(max_steps=steps, callbacks=[losses, *callbacks], **(defaults | trainer))
     L.seed_everything(3)
-    data = tiny.loader(family, count=11, batch_size=4)
+    data = tiny.loader(family, count=10, batch_size=4)
     made.fit(module, data, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module, losses.values, made
 

@@ -50,24 +50,3 @@ def test_half_precision_masters_are_refused(precision):
     mixed = precision.replace("true", "mixed")
     with pytest.raises(UserError, match=f"trainer.precision: {precision} .*take {mixed}"):
         trainer.fit(tiny.module("llama"), tiny.loader("llama"), tiny.loader("llama"))
-
-
-@pytest.mark.parametrize("family", ["llama", "vit"])
-def test_a_compiled_model_keeps_its_names(family):
-    compiled, eager = (tiny.configured(family, "dsq", compile_model=flag) for flag in (True, False))
-    assert compiled.model._compiled_call_impl is not None
-    assert compiled.state_dict().keys() == eager.state_dict().keys()
-
-
-@pytest.mark.slow
-def test_a_compiled_model_trains_as_an_eager_one():
-    traces = []
-    for flag in (True, False):
-        losses = tiny.Losses()
-        torch.manual_seed(0)
-        trainer = tiny.trainer(max_steps=3, callbacks=[losses])
-        trainer.fit(
-            tiny.module("llama", "stableqat", compile_model=flag), tiny.loader("llama"), tiny.loader("llama")
-        )
-        traces.append(losses.values)
-    assert traces[0] == pytest.approx(traces[1], rel=1e-5)

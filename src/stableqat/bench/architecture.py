@@ -28,6 +28,7 @@ _TRAINING = {
     "scale_lr_multiplier",
     "weight_lr_multiplier",
     "compile_model",
+    "graphed",
     "recompute",
     "teacher",
 }

@@ -62,7 +62,7 @@ class Baseline(L.Callback):
             return
         if not hasattr(pl_module, "chance") or not sum(trainer.num_val_batches):
             return  # not a training system of this suite, or nothing to validate on
-        with full_precision(pl_module), torch.compiler.set_stance("force_eager"):
+        with full_precision(pl_module):
             self.loss_fp = validation_loss(trainer, pl_module)
         if quantized_layers(pl_module):
             self.loss_ptq = validation_loss(trainer, pl_module)

@@ -27,6 +27,7 @@ from stableqat.errors import LARGEST, UserError, check_range
 from stableqat.kinds import deployed_bytes, describe
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
+from stableqat.modules.compiled import compile_blocks, compiles
 from stableqat.modules.hyperparameters import rebuild, save_plain_hyperparameters
 from stableqat.modules.metrics import Evaluation
 from stableqat.modules.parallel import checkpoint_activations, shard, states_by_name
@@ -62,7 +63,8 @@ class QATModule(Training, Evaluation, ABC):
         lr_scheduler: Makes the scheduler from the optimizer; it steps with the optimizer.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
         weight_lr_multiplier: Learning rate of the weights as a share of `lr`; matches smaller gradients.
-        compile_model: Compile the inner model with `torch.compile`.
+        compile_model: Compile each transformer block with `torch.compile`, for training. None tries to on a
+            GPU.
         graphed: Replay each step's forward and backward as CUDA graphs, without launching their kernels one
             by one. None tries it on a single GPU and keeps it where it is faster.
         recompute: Recompute fake-quantized weights in the backward instead of saving them; None decides per
@@ -86,7 +88,7 @@ class QATModule(Training, Evaluation, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
         weight_lr_multiplier: float = 1.0,
-        compile_model: bool = False,
+        compile_model: bool | None = None,
         graphed: bool | None = None,
         recompute: bool | None = None,
         activation_checkpointing: bool = False,
@@ -223,11 +225,16 @@ class QATModule(Training, Evaluation, ABC):
                 show_weights(model, self.calls)
                 self.calls.tell()
         self.adapt(model)
+        if self._compiles():
+            compile_blocks(self.blocks(model), required=bool(self.compile_model))
         if self.activation_checkpointing:
             checkpoint_activations(self.blocks(model))
-        if self.compile_model:
-            model.compile()
         return report
+
+    def _compiles(self) -> bool:
+        if self.compile_model is None and (trainer := self._trainer) is not None:
+            return compiles(trainer.strategy.root_device)
+        return bool(self.compile_model)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

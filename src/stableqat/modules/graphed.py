@@ -82,7 +82,7 @@ class GraphedLoss:
                 graphs = _Graphs(self.loss, self.batch, self.parameters, stream)
                 replayed = _seconds(graphs.replay)
         except (RuntimeError, _Unfit) as error:
-            reason = one_line(error)
+            reason = one_line(_first(error))
             if self.always:
                 raise UserError(f"model.graphed: this step cannot be captured: {reason}") from error
             logger.info("steps are launched kernel by kernel: a graph cannot hold them (%s)", reason)
@@ -155,6 +155,13 @@ def why_not_graphed(trainer: L.Trainer, module: Any) -> str | None:
     if module.activation_checkpointing:
         return "it does not go with activation_checkpointing"
     return None
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that broke a capture, which the end of the capture hides behind another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 class _Unfit(Exception):

@@ -18,6 +18,7 @@ from stableqat.errors import UserError
 # what the model is the same without: left out where a checkpoint's model is only evaluated or read
 ONLY_FOR_TRAINING: dict[str, Any] = {
     "compile_model": False,
+    "graphed": False,
     "activation_checkpointing": False,
     "lean_loss": False,
     "teacher": None,

@@ -27,6 +27,8 @@ from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.start import state_dict_follows
 from stableqat.modules.teacher import Distillation, Teacher
 
+_LARGE = 2**14  # entries of a vocabulary from which the loss is lean
+
 
 class LlamaModule(QATModule):
     """A quantized Llama or Qwen3 causal language model.
@@ -35,7 +37,7 @@ class LlamaModule(QATModule):
         config: The architecture: keys of a transformers config (`model_type: llama` or `qwen3`), or a local
             folder or hub name that has one. None takes it from `init_from`.
         lean_loss: Compute the loss chunk by chunk, without the logits of a whole batch; equal up to rounding.
-            For vocabularies of tens of thousands.
+            None does so for vocabularies of 16,384 entries and more.
         teacher: Distillation from a full-precision model; None trains on the data alone.
         skip: Linear layers that stay in full precision, by name patterns.
         options: Those of `QATModule`.
@@ -53,12 +55,11 @@ class LlamaModule(QATModule):
         *,
         config: dict[str, Any] | str | None = None,
         skip: Sequence[str] = heads,
-        lean_loss: bool = False,
+        lean_loss: bool | None = None,
         teacher: Distillation | None = None,
         **options: Any,
     ) -> None:
         super().__init__(skip=skip, **options)
-        self.lean_loss = lean_loss
         self.distillation: Distillation | None = None
         if teacher is not None and teacher.is_on:
             self.distillation = replace(teacher, source=teacher.source or self.init_from)
@@ -68,6 +69,7 @@ class LlamaModule(QATModule):
                 )
         self.teacher: Teacher | None = None  # no module: nothing saves, shards or optimizes it
         self.config = resolve_config(config, self.init_from)
+        self.lean_loss = self.config.vocab_size >= _LARGE if lean_loss is None else lean_loss
         self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
 

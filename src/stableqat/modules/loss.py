@@ -4,8 +4,9 @@ The logits of 4 x 2048 tokens over 128k entries take 4 GiB in float32, and cross
 tensors of that size. Here the forward takes a chunk of logits, its loss and, at once, the gradient of
 that loss; what the chunk sends to hidden states and weight is added up in float32, the chunk forgotten.
 Three products a chunk, as many as without chunks: nothing is recomputed. The logits are those of the plain
-loss, in the compute type, and the loss is float32. (PyTorch 2.15's `linear_cross_entropy` returns a loss in
-the type of its input: under bfloat16 two digits, and another loss than the plain one.)
+loss, in the compute type, and the loss is float32; on a GPU one kernel makes it and its gradient. (PyTorch
+2.15's `linear_cross_entropy` returns a loss in the type of its input: under bfloat16 two digits, and another
+loss than the plain one.)
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +22,15 @@ from stableqat.layers.embedding import effective_weight
 from stableqat.layers.linear import QuantLinear
 from stableqat.ops.once_differentiable import once_differentiable
 
-IGNORED = -100
+IGNORED = ops.IGNORED
 LOGITS = 2**27  # elements of a chunk's logits, 512 MiB in float32
 
-RowLoss = Callable[[Tensor, slice], Tensor]
-"""Losses `(rows,)` of some rows, from their float32 logits `(rows, vocab)` and the slice of these rows."""
+RowLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""Losses `(rows,)` in float32 of some rows, from their logits `(rows, vocab)` and the slice of these rows.
+
+With the gradient of their sum by the logits, in the logits' type, if the third argument asks for it: the
+logits then belong to a graph. It may overwrite the logits.
+"""
 
 
 def lean_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,7 +66,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
     dtype = ops.compute_dtype(hidden)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     losses = [
-        row_loss(F.linear(rows[part].to(dtype), weight, bias).float(), part)
+        row_loss(F.linear(rows[part].to(dtype), weight, bias), part, False)[0]
         for part in _chunks(rows.shape[0], weight.shape[0])
     ]
     return torch.cat(losses).view(labels.shape)
@@ -147,19 +152,16 @@ class _RowLosses(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         for part in _chunks(hidden.shape[0], weight.shape[0]):
             h = hidden[part].to(dtype)
-            with torch.set_grad_enabled(differentiate):
-                logits = F.linear(h.detach().requires_grad_(differentiate), w, b).float()
-                loss = row_loss(logits, part).sum()
-            total += loss.detach()
-            if not differentiate:
+            with torch.set_grad_enabled(differentiate):  # a graph, so that autograd need not keep the logits
+                h = h.detach().requires_grad_(differentiate)
+                losses, gradient = row_loss(F.linear(h, w, b), part, differentiate)
+            total += losses.sum()
+            if gradient is None:
                 continue
-            at_logits = get_gradient_edge(logits)
-            del logits  # the gradient needs none
-            gradient = torch.autograd.grad(loss, at_logits)[0].to(dtype)
             if by_hidden is not None:
                 by_hidden[part] = gradient @ w
             if by_weight is not None:
-                _add_product(by_weight, gradient.T, h)
+                _add_product(by_weight, gradient.T, h.detach())
             if by_bias is not None:
                 by_bias += gradient.sum(0, dtype=torch.float32)
         ctx.save_for_backward(by_hidden, by_weight, by_bias)
@@ -184,11 +186,36 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _cross_entropy(labels: Tensor) -> RowLoss:
-    def losses(logits: Tensor, part: slice) -> Tensor:
-        return F.cross_entropy(logits, labels[part], ignore_index=IGNORED, reduction="none")
+def by_autograd(losses_of: Callable[[Tensor, slice], Tensor]) -> RowLoss:
+    """A loss of rows whose gradient comes from autograd.
 
-    return losses
+    Args:
+        losses_of: Losses `(rows,)` from float32 logits `(rows, vocab)` and the slice of these rows.
+    """
+
+    def row_loss(logits: Tensor, part: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        dtype, exact = logits.dtype, logits.float()
+        losses = losses_of(exact, part)
+        if not differentiate:
+            return losses, None
+        at_logits = get_gradient_edge(exact)
+        del exact, logits  # the gradient needs neither
+        gradient = torch.autograd.grad(losses.sum(), at_logits)[0].to(dtype)
+        return losses.detach(), gradient
+
+    return row_loss
+
+
+def _cross_entropy(labels: Tensor) -> RowLoss:
+    plain = by_autograd(
+        lambda logits, part: F.cross_entropy(logits, labels[part], ignore_index=IGNORED, reduction="none")
+    )
+
+    def row_loss(logits: Tensor, part: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        fused = ops.fused_cross_entropy(logits, labels[part]) if differentiate else None
+        return fused or plain(logits, part, differentiate)
+
+    return row_loss
 
 
 def _chunks(rows: int, vocab: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stableqat.errors import UserError
-from stableqat.modules.loss import IGNORED, sum_over_rows
+from stableqat.modules.loss import IGNORED, by_autograd, sum_over_rows
 
 
 @dataclass
@@ -151,7 +151,7 @@ class DistillationLoss:
     ) -> Tensor:
         """See `lean_cross_entropy`; `hidden_states` are the student's."""
         counted = labels != IGNORED
-        row_loss = partial(self._rows, labels.flatten(), self.hidden.flatten(0, -2))
+        row_loss = by_autograd(partial(self._rows, labels.flatten(), self.hidden.flatten(0, -2)))
         loss = sum_over_rows(hidden, weight, bias, row_loss) / counted.sum()
         if self.states is None:
             return loss

@@ -1,5 +1,6 @@
 """Mathematics of fake quantization: grids, surrogates, initial scales, forward and backward."""
 
+from stableqat.ops.cross_entropy import IGNORED, fused_cross_entropy
 from stableqat.ops.dispatch import implementation
 from stableqat.ops.fake_quantize import (
     compute_dtype,
@@ -16,6 +17,7 @@ from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, KernelForm, Permuted, Surrogate, Tanh
 
 __all__ = [
+    "IGNORED",
     "TOGETHER",
     "Constant",
     "Fourier",
@@ -34,6 +36,7 @@ __all__ = [
     "dequantize_codes",
     "fake_quantize",
     "fake_quantize_many",
+    "fused_cross_entropy",
     "implementation",
     "initial_scale",
     "make_grid",

@@ -41,11 +41,19 @@ def implementation(x: Tensor, surrogate: Surrogate) -> Literal["triton", "torch"
         `triton` for float32, bfloat16 and float16 on an NVIDIA GPU (Ampere or later) with a surrogate that
         declares its kernel; `torch` otherwise, and everywhere if the environment says `STABLEQAT_KERNELS=0`.
     """
+    return "triton" if kernels_serve(x) and surrogate.kernel is not None else "torch"
+
+
+def kernels_serve(x: Tensor) -> bool:
+    """Whether this suite's kernels take a tensor, by its type and device.
+
+    Args:
+        x: The tensor.
+    """
     if not (_WANTED and x.is_cuda and x.dtype in _TYPES) or isinstance(x, DTensor):
-        return "torch"
+        return False
     # Dynamo cannot ask the device; a compiler for GPUs needs one of this kind itself
-    able = torch.compiler.is_compiling() or _able(x.device.index)
-    return "triton" if able and surrogate.kernel is not None else "torch"
+    return torch.compiler.is_compiling() or _able(x.device.index)
 
 
 @cache
