@@ -1,7 +1,7 @@
 """Compiled blocks train as plain ones do, and evaluate as what they are."""
 
 import copy
-import logging
+from functools import partial
 
 import pytest
 import torch
@@ -17,15 +17,6 @@ class Block(nn.Linear):
 
     def forward(self, x):
         return super().forward(x).sin()
-
-
-class Opaque(nn.Linear):
-    """A block that the compiler gives up on."""
-
-    def forward(self, x):
-        if torch.compiler.is_compiling():
-            raise torch._dynamo.exc.InternalTorchDynamoError("no way to trace this")
-        return super().forward(x)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit"])
@@ -44,15 +35,19 @@ def test_a_model_on_a_cpu_is_not_compiled_unless_asked():
     assert not any("forward" in vars(block) for block in module.blocks(module.model))
 
 
+def fails(*_):
+    raise RuntimeError("compiled")
+
+
 def test_evaluation_is_plain():
     block = Block(4, 4)
     compile_blocks([block], required=True)
-    block.forward.compiled = None  # to call it would fail
+    block.forward.compiled = fails
     x = torch.randn(2, 4)
     with torch.no_grad():
         block(x)
     block.eval()(x)
-    with pytest.raises(TypeError):
+    with pytest.raises(RuntimeError, match="compiled"):
         block.train()(x)
 
 
@@ -66,20 +61,35 @@ def test_a_copy_computes_with_its_own_weights():
 
 
 def test_a_block_that_cannot_be_compiled_stays_plain_or_is_refused(caplog):
+    def compiled(forward, x):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no way to trace this")
+
     x = torch.randn(2, 4)
-    block = Opaque(4, 4)
-    compile_blocks([block], required=False)
-    with caplog.at_level(logging.WARNING):
-        expected = nn.Linear.forward(block, x)
-        assert torch.equal(block(x), expected)
-        assert torch.equal(block(x), expected)
-    assert [r.getMessage().split(":")[0].split(" (")[0] for r in caplog.records] == [
-        "Opaque cannot be compiled"
+    for required in (False, True):
+        block = Block(4, 4)
+        compile_blocks([block], required=required)
+        block.forward.compiled = compiled
+        if required:
+            with pytest.raises(
+                UserError, match=r"compile_model: Block cannot be compiled \(no way .*; remove"
+            ):
+                block(x)
+        else:
+            assert torch.equal(block(x), Block.forward(block, x))
+            assert torch.equal(block(x), Block.forward(block, x))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Block cannot be compiled (no way to trace this): it trains as it is"
     ]
-    block = Opaque(4, 4)
-    compile_blocks([block], required=True)
-    with pytest.raises(UserError, match=r"model.compile_model: Opaque cannot be compiled .*; remove it"):
-        block(x)
+
+
+def test_one_compilation_serves_all_blocks_of_a_model_and_no_other(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for number in (1, 2):
+        torch._dynamo.utils.counters.clear()
+        config = {**tiny.LLAMA, "num_hidden_layers": 3}
+        module = tiny.configured("llama", "stableqat", config=config, compile_model=True).train()
+        module.loss(module.example_batch(2, tokens=8)).backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, number
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def bench(
     methods: Sequence[str] = ("all",),
     bits: int = 4,
     rival: Sequence[str] = (),
-    modes: Sequence[Literal["eager", "compiled", "graphed"]] = ("eager", "compiled"),
+    modes: Sequence[Literal["eager", "compiled", "graphed"]] = (),
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] | None = None,
     rounds: int = 10,
     seeds: int = 3,
@@ -66,8 +66,9 @@ def bench(
         bits: Width of the methods, and of torchao's layer, which is measured if torchao is installed.
         rival: FILE.py:FACTORY, your own function that takes an nn.Linear and returns the module to replace
             it; each is an arm.
-        modes: eager; compiled, the whole model by torch.compile; graphed, forward and backward as one CUDA
-            graph. Full precision runs in the same modes.
+        modes: eager; compiled, block by block, as fit does on several GPUs; graphed, compiled blocks replayed
+            as CUDA graphs, as fit does on one. Full precision runs in the same modes. Default: eager and
+            compiled on a CPU, eager and graphed on a GPU.
         precision: As for Lightning's Trainer. Default: bf16-mixed on a GPU, 32-true on a CPU.
         rounds: Timed passes per arm.
         seeds: Number of different inputs, used in turn.
@@ -112,6 +113,7 @@ def bench(
 
     where = _device(device)
     on_gpu = where.type == "cuda"
+    modes = modes or ("eager", "graphed" if on_gpu else "compiled")
     if "graphed" in modes and not on_gpu:
         raise UserError("modes: graphed needs a CUDA device; remove it")
     precision = precision or ("bf16-mixed" if on_gpu else "32-true")

@@ -1,9 +1,9 @@
 """Time and memory of all arms in one run, in turn pass by pass, so a drift of the machine affects all alike.
 
 Between passes gradients are dropped and every weight is overwritten with its own value, so that nothing
-computed from it can be reused, as after an optimizer's step. Modes: `eager`; `compiled`, the whole model by
-`torch.compile`; `graphed`, forward and backward as one CUDA graph on a static input, which tells launches
-from work. Arms share weights, optimizer states and, when graphed, the graphs' memory.
+computed from it can be reused, as after an optimizer's step. Modes: `eager`; `compiled`, block by block, as
+`fit` does on several GPUs; `graphed`, compiled blocks whose forward and backward are replayed as CUDA graphs,
+as `fit` does on one. Arms share weights, optimizer states and, when graphed, the graphs' memory.
 """
 
 import gc
@@ -12,8 +12,8 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from types import FunctionType
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,8 @@ from torch._dynamo.utils import counters
 
 from stableqat.bench.arms import Arm, reason
 from stableqat.bench.workload import Batch, Workload
+from stableqat.modules.compiled import compile_blocks
+from stableqat.modules.graphed import GraphedLoss
 
 Mode = Literal["eager", "compiled", "graphed"]
 Tell = Callable[[str], None]
@@ -50,15 +52,15 @@ def measure(
         `failed` with the reason.
     """
     results: dict[str, dict[str, Any]] = {}
-    runners: dict[str, Stepped | Graphed] = {}
+    runners: dict[str, Stepped] = {}
     for arm in arms:
         results[arm.name] = {"path": arm.path} | ({"failed": arm.failure} if arm.failure else {})
     arms = [arm for arm in arms if not arm.failure]
-    with _executor(mode, workload, inputs) as runner_of:
+    with _executor(mode, workload, arms) as runner_of:
         for arm in arms:
             began = time.monotonic()
             with _surviving(arm, runners, results[arm.name]):
-                runners[arm.name] = runner_of(arm)
+                runners[arm.name] = runner_of(arm, inputs)
             failure = results[arm.name].get("failed")
             tell(f"{mode}: {arm.name} {failure or f'is warm after {time.monotonic() - began:.1f} s'}")
         passes: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -88,24 +90,31 @@ class Stepped:
         workload: Its loss.
         inputs: Batches to warm up with.
         states: Optimizer states by Parameter, which the arms share.
-        compiled: Whether to compile the model.
+        pool: Memory of the CUDA graphs that replay forward and backward; the arms share it, because they run
+            one after another and nothing reads what they leave there. None launches kernel by kernel.
 
     Attributes:
         peak_bytes: Peak memory of a pass, with the arm's own parameters and without optimizer states.
     """
 
     def __init__(
-        self, arm: Arm, workload: Workload, inputs: Sequence[Batch], states: dict[Any, Any], *, compiled: bool
+        self, arm: Arm, workload: Workload, inputs: Sequence[Batch], states: dict[Any, Any], pool: Any
     ) -> None:
         assert arm.model is not None
-        self.workload = workload
-        self.model = _compiled(arm.model, arm.name) if compiled else arm.model
-        self.parameters = [p for p in arm.model.parameters() if p.requires_grad]
+        model, device = arm.model, workload.device
+        self.device = device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.loss: Callable[[Batch], Tensor] = partial(workload.loss, model)
+        if pool is not None:
+            self.loss = GraphedLoss(model, self.loss, always=True, accumulates=False, pool=pool)
+        with _peak(workload, model) as peak:
+            self._pass(inputs[0])  # graphs take their memory now
         self._warm_up(inputs[0])
-        with _peak(workload, arm.model) as peak:
-            self._pass(inputs[0])
+        if pool is None:
+            with _peak(workload, model) as peak:
+                self._pass(inputs[0])
         self.peak_bytes = peak[0]
-        fused = True if workload.device.type == "cuda" else None
+        fused = True if device.type == "cuda" else None
         self.optimizer = torch.optim.AdamW(self.parameters, lr=_LEARNING_RATE, fused=fused)
         self.optimizer.state = states  # type: ignore[assignment]
         self.time(inputs[0])
@@ -115,18 +124,18 @@ class Stepped:
         losses: list[Tensor] = []
 
         def compute() -> None:
-            losses.append(self.workload.loss(self.model, batch))
+            losses.append(self.loss(batch))
 
         _renew(self.parameters)
         work = (compute, lambda: losses.pop().backward(), self.optimizer.step)
-        forward, backward, step = timed(self.workload.device, *work)
+        forward, backward, step = timed(self.device, *work)
         _drop_gradients(self.parameters)
         values = (forward, backward, forward + backward, forward + backward + step)
         return dict(zip(KEYS, values, strict=True))
 
     def _pass(self, batch: Batch) -> None:
         _renew(self.parameters)
-        self.workload.loss(self.model, batch).backward()
+        self.loss(batch).backward()
         _drop_gradients(self.parameters)
 
     def _warm_up(self, batch: Batch) -> None:
@@ -140,86 +149,28 @@ class Stepped:
                 break
 
 
-class Graphed:
-    """Forward and backward of an arm as one CUDA graph, without launches from Python.
-
-    Args:
-        arm: The arm.
-        workload: Its loss.
-        static: Input that the graphs of all arms read.
-        pool: Memory of the graphs. They share it, because they run one after another and nothing reads what
-            they leave there.
-
-    Attributes:
-        peak_bytes: As for `Stepped`.
-    """
-
-    def __init__(self, arm: Arm, workload: Workload, static: Batch, pool: Any) -> None:
-        assert arm.model is not None
-        self.workload, self.static = workload, static
-        parameters = [p for p in arm.model.parameters() if p.requires_grad]
-        stream = torch.cuda.Stream(workload.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                _renew(parameters)
-                workload.loss(arm.model, static).backward()
-                _drop_gradients(parameters)
-            _renew(parameters)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with _peak(workload, arm.model) as peak, torch.cuda.graph(self.graph, pool=pool):
-            workload.loss(arm.model, static).backward()
-        self.peak_bytes = peak[0]
-        _drop_gradients(parameters)
-
-    def time(self, batch: Batch) -> dict[str, float]:
-        """Time one replay."""
-        for key, value in batch.items():
-            self.static[key].copy_(value)
-        return {"forward_backward_ms": timed(self.workload.device, self.graph.replay)[0]}
-
-
 @contextmanager
-def _executor(
-    mode: Mode, workload: Workload, inputs: Sequence[Batch]
-) -> Iterator[Callable[[Arm], Stepped | Graphed]]:
+def _executor(mode: Mode, workload: Workload, arms: Sequence[Arm]) -> Iterator[Callable[..., Stepped]]:
     """Yield what makes an arm run in this mode."""
-    if mode == "graphed":
-        static = {key: value.clone() for key, value in inputs[0].items()}
-        pools = [torch.cuda.graph_pool_handle()]
-
-        def capture(arm: Arm) -> Graphed:
-            try:
-                return Graphed(arm, workload, static, pools[-1])
-            except Exception:
-                pools.append(torch.cuda.graph_pool_handle())  # a failed capture may leave its pool open
-                raise
-
-        yield capture
-        return
     states: dict[Any, Any] = defaultdict(dict)
+    pools = [torch.cuda.graph_pool_handle() if mode == "graphed" else None]
+
+    def runner_of(arm: Arm, inputs: Sequence[Batch]) -> Stepped:
+        try:
+            return Stepped(arm, workload, inputs, states, pools[-1])
+        except Exception:
+            if mode == "graphed":
+                pools.append(torch.cuda.graph_pool_handle())  # a failed capture may leave its pool open
+            raise
+
     torch.compiler.reset()
-    yield lambda arm: Stepped(arm, workload, inputs, states, compiled=mode == "compiled")
+    blocks = [list(workload.module.blocks(arm.model)) for arm in arms if arm.model and mode != "eager"]
+    for each in blocks:
+        compile_blocks(each, required=False)  # a rival may not compile
+    yield runner_of
+    for block in chain(*blocks):
+        vars(block)["forward"] = vars(block)["forward"].plain
     torch.compiler.reset()
-
-
-def _compiled(model: nn.Module, name: str) -> nn.Module:
-    """Compile a model behind its own code object.
-
-    Dynamo keeps what it compiles, and what it gives up on, with the code object that a call enters. All arms
-    would enter the same method of the same class, and a rival that breaks its graph would break all graphs.
-    """
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    code = forward.__code__.replace(co_name=f"forward_{name}")
-    entry = FunctionType(code, globals(), closure=forward.__closure__)
-    wrapper = nn.Module()
-    # sizes are the same in every pass
-    vars(wrapper)["forward"] = torch.compile(entry, dynamic=False)
-    return wrapper
 
 
 @contextmanager

@@ -20,8 +20,8 @@ NOTES = (
 Row = dict[str, str]  # text by column; trailing blanks tell equal titles apart
 _TITLES = {
     "eager": "Eager",
-    "compiled": "Compiled (torch.compile of the whole model)",
-    "graphed": "Graphed (forward and backward as one CUDA graph)",
+    "compiled": "Compiled (torch.compile, block by block)",
+    "graphed": "Graphed (compiled blocks, replayed as CUDA graphs)",
 }
 
 

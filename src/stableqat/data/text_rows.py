@@ -6,6 +6,7 @@ boundaries, as in GPT-3's pretraining.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def stacked(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]
     """Rows as a batch; if one has positions, all have."""
     if any("position_ids" in sample for sample in samples):
         samples = [{"position_ids": np.arange(len(each["input_ids"])), **each} for each in samples]
-    return {key: torch.from_numpy(np.stack([s[key] for s in samples]).astype(np.int64)) for key in samples[0]}
+    stack = partial(np.stack, dtype=np.int64, casting="unsafe")
+    return {key: torch.from_numpy(stack([sample[key] for sample in samples])) for key in samples[0]}
 
 
 class PackedRows(TokenRows):

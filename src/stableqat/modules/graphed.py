@@ -42,12 +42,21 @@ class GraphedLoss:
         loss: The loss of a batch.
         always: Whether to keep the graphs even if they are not faster.
         accumulates: Whether gradients of several batches add up before a step.
+        pool: Memory of the graphs, shared with others that are never in use at the same time; None takes its
+            own.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[[Batch], Tensor], *, always: bool, accumulates: bool
+        self,
+        model: nn.Module,
+        loss: Callable[[Batch], Tensor],
+        *,
+        always: bool,
+        accumulates: bool,
+        pool: Any = None,
     ) -> None:
         self.model, self.loss, self.always, self.accumulates = model, loss, always, accumulates
+        self.pool = pool
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.batch: Batch | None = None
         self.graphs: _Graphs | None = None
@@ -79,7 +88,7 @@ class GraphedLoss:
                 if not self.always and _used(device) > _ROOM:
                     raise _Unfit("it would take too much of the device's memory")
                 torch.cuda.empty_cache()  # what launched steps leave there, the graphs can use
-                graphs = _Graphs(self.loss, self.batch, self.parameters, stream)
+                graphs = _Graphs(self.loss, self.batch, self.parameters, stream, self.pool)
                 replayed = _seconds(graphs.replay)
         except (RuntimeError, _Unfit) as error:
             reason = one_line(_first(error))
@@ -111,14 +120,15 @@ class _Graphs:
         batch: Batch,
         parameters: list[nn.Parameter],
         stream: torch.cuda.Stream,
+        pool: Any,
     ) -> None:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # the loader's thread may pin memory meanwhile
-        with torch.cuda.graph(self.forward, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.forward, pool, stream, capture_error_mode="thread_local"):
             self.loss = loss(batch)
         self.scale = torch.ones_like(self.loss)
         pool = self.forward.pool()
-        with torch.cuda.graph(self.backward, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.backward, pool, stream, capture_error_mode="thread_local"):
             self.gradients = torch.autograd.grad(self.loss, parameters, self.scale, allow_unused=True)
         self.loss = self.loss.detach()
 

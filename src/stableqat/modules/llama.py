@@ -22,6 +22,7 @@ from stableqat.errors import UserError, first_line
 from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.base import QATModule
 from stableqat.modules.config import compare_configs, hub_refusal, resolve_config
+from stableqat.modules.documents import documents_of
 from stableqat.modules.loss import IGNORED, lean_forward, token_losses
 from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.start import state_dict_follows
@@ -182,25 +183,16 @@ class LlamaModule(QATModule):
         Returns:
             `(batch, tokens, vocab)`.
         """
-        assert self.model is not None
-        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return self._run(input_ids, position_ids).logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the next token over the batch's labels that are not -100.
 
         The model itself shifts the labels. See `share` for several processes.
         """
-        assert self.model is not None
-        options: dict[str, Any] = {}
-        if self.teacher is not None:
-            options = self.teacher.options_for(batch["input_ids"], batch.get("position_ids"))
-        return self.model(
-            input_ids=batch["input_ids"],
-            position_ids=batch.get("position_ids"),
-            labels=batch["labels"],
-            use_cache=False,
-            **options,
-        ).loss
+        inputs = batch["input_ids"], batch.get("position_ids")
+        options = {} if self.teacher is None else self.teacher.options_for(*inputs)
+        return self._run(*inputs, labels=batch["labels"], **options).loss
 
     def share(self, batch: dict[str, Tensor]) -> Tensor | float:
         """See `Training.share`: a process counts by its labels, as processes average their gradients.
@@ -231,13 +223,17 @@ class LlamaModule(QATModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Negative log-likelihood of each next token, `(batch, tokens - 1)`, 0 where its label is ignored."""
         if self.lean_loss:
-            assert self.model is not None
-            losses = self.model(**batch, use_cache=False, loss=token_losses).loss
-            return losses[:, :-1]
+            inputs = batch["input_ids"], batch.get("position_ids")
+            return self._run(*inputs, labels=batch["labels"], loss=token_losses).loss[:, :-1]
         logits = self(batch["input_ids"], batch.get("position_ids"))[:, :-1].float()
         return nn.functional.cross_entropy(
             logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none"
         )
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor | None, **options: Any) -> Any:
+        assert self.model is not None
+        with documents_of(position_ids):
+            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
 
 
 def _load_teacher(settings: Distillation) -> Teacher:

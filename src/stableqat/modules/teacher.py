@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stableqat.errors import UserError
+from stableqat.modules.documents import documents_of
 from stableqat.modules.loss import IGNORED, by_autograd, sum_over_rows
 
 
@@ -96,7 +97,7 @@ class Teacher:
         """
         self.to(input_ids.device)
         states = {"output_hidden_states": True} if self.settings.hidden_weight else {}
-        with torch.autocast(input_ids.device.type, enabled=False):
+        with documents_of(position_ids), torch.autocast(input_ids.device.type, enabled=False):
             read = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **states)
         head = self.model.lm_head
         loss = DistillationLoss(

@@ -1,0 +1,34 @@
+"""Whether rows of tokens hold several documents is known from the batch, not found in its values.
+
+transformers looks for jumps in the positions and reads on the host whether there is one: every forward then
+waits for the GPU, and a CUDA graph, which cannot wait, gets a whole mask in place of causal attention.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def documents_of(positions: Tensor | None) -> Iterator[None]:
+    """Within, models of transformers take rows for what they are told.
+
+    Args:
+        positions: `(batch, tokens)`; a document begins where they restart. None says that rows hold one
+            document each.
+    """
+    from transformers import masking_utils
+
+    def indices(position_ids: Tensor) -> Tensor | None:
+        if positions is None:
+            return None
+        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = indices
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
