@@ -33,6 +33,18 @@ def test_a_forward_reads_no_value(model_type, packed, lean_loss):
     assert read.times == 0
 
 
+def test_a_captured_forward_has_the_mask_of_any_other(monkeypatch):
+    """While a CUDA graph is captured, transformers would make a whole mask."""
+    module, masks = tiny.configured("llama", "stableqat"), []
+    layer = next(iter(module.blocks(module.model)))
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    module.loss(module.example_batch(2, tokens=8))
+    assert masks == [None]
+
+
 def test_rows_of_one_document_with_positions_are_those_without():
     module = tiny.configured("llama", "stableqat")
     batch = module.example_batch(2, tokens=8)

@@ -26,9 +26,11 @@ def documents_of(positions: Tensor | None) -> Iterator[None]:
             return None
         return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
-    found = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = indices
+    # a graph that is captured gets the mask that any forward gets: the look at values is all that differs
+    known = {"find_packed_sequence_indices": indices, "is_tracing": lambda tensor=None: False}
+    found = {name: getattr(masking_utils, name) for name in known}
+    vars(masking_utils).update(known)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        vars(masking_utils).update(found)
