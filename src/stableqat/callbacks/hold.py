@@ -19,6 +19,8 @@ class HoldWeights(L.Callback):
     (`WeightAveraging`).
     """
 
+    _holds = False
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Hold from the first micro-batch of an accumulated gradient."""
         if trainer.accumulate_grad_batches > 1:
@@ -26,16 +28,17 @@ class HoldWeights(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Release: the step is about to change the weights."""
-        release_weights(pl_module)
+        if self._holds:  # a walk over all modules takes longer than their step
+            self._release(pl_module)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold anew for an evaluation, as another callback may have swapped weights."""
-        release_weights(pl_module)
+        self._release(pl_module)
         self._hold(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Release after an evaluation; also FSDP2's roots, which stay gathered for a backward."""
-        release_weights(pl_module)
+        self._release(pl_module)
         for model in pl_module.children():
             if isinstance(model, FSDPModule):
                 model.reshard()
@@ -44,5 +47,10 @@ class HoldWeights(L.Callback):
     on_test_end = on_predict_end = on_validation_end
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._holds = True
         with trainer.precision_plugin.forward_context():
             hold_weights(pl_module)
+
+    def _release(self, pl_module: L.LightningModule) -> None:
+        self._holds = False
+        release_weights(pl_module)

@@ -9,6 +9,7 @@ counts, of all the layer's scales, those at their floor. The monitor reads codes
 same for every method.
 """
 
+from collections.abc import Callable
 from math import gcd, log
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from lightning.fabric.utilities.logger import _add_prefix
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stableqat import ops
 from stableqat.errors import check_range
 from stableqat.layers.linear import QuantLinear, quantized_layers
+from stableqat.quantizers import Quantizer
 from stableqat.quantizers.base import local
 
 MOST_BITS_BY_LEVEL = 4  # wider grids have too many codes for a line each
@@ -35,6 +38,7 @@ class _Watch:
     def __init__(self, layers: dict[str, QuantLinear], rows: slice) -> None:
         self.names, self._layers, self._rows = list(layers), list(layers.values()), rows
         self.grid = self._layers[0].weight_quantizer.grid
+        self._known: dict[str, tuple[list[Tensor], list[int], list[Tensor]]] = {}
         weights, scales = self._weights(), self._scales("scale")
         self.device = weights[0].device
         per_scale = [w.numel() // max(s.numel(), 1) for w, s in zip(weights, scales, strict=True)]
@@ -54,7 +58,7 @@ class _Watch:
 
     def look(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return current weights, scales `(blocks, 1)` and codes."""
-        weight = torch.cat([w.reshape(-1, self._length) for w in self._weights()])
+        weight = torch.cat(self._weights()).view(-1, self._length)
         scale = self.acting_scales()[self._scale_of_block, None]
         return weight, scale, ops.quantize_codes(weight, scale, grid=self.grid)
 
@@ -132,13 +136,27 @@ class _Watch:
         return torch.segment_reduce(of_blocks, reduce, lengths=self._blocks_of_layer, unsafe=True)
 
     def _weights(self) -> list[Tensor]:
+        if all(type(layer.weight_quantizer).latent is Quantizer.latent for layer in self._layers):
+            return self._sampled("weight", lambda: [layer.weight for layer in self._layers])
         with torch.no_grad():
             latents = [layer.weight_quantizer.latent(layer.weight) for layer in self._layers]
-        return [local(latent.detach())[self._rows] for latent in latents]
+        return self._rows_of(latents)
 
     def _scales(self, name: str) -> list[Tensor]:
-        found = [local(getattr(layer.weight_quantizer, name).detach()) for layer in self._layers]
-        return [each[self._rows].flatten() for each in found]
+        return self._sampled(name, lambda: [getattr(layer.weight_quantizer, name) for layer in self._layers])
+
+    def _sampled(self, name: str, find: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Sampled rows; to take them anew from hundreds of layers in each step would outlast the step."""
+        tensors, places, sampled = self._known.get(name, ([], [], []))
+        if not tensors or [tensor.data_ptr() for tensor in tensors] != places:
+            tensors = find()
+            sampled = self._rows_of(tensors)
+            if not any(isinstance(tensor, DTensor) for tensor in tensors):
+                self._known[name] = tensors, [tensor.data_ptr() for tensor in tensors], sampled
+        return sampled
+
+    def _rows_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [local(tensor.detach())[self._rows].flatten() for tensor in tensors]
 
     def _lengths(self, lengths: list[int]) -> Tensor:
         return torch.tensor(lengths, device=self.device)

@@ -15,6 +15,8 @@ from torch import nn
 
 from stableqat.errors import UserError, one_line
 
+# A run gives the same bits again: no kernel is chosen by its time, and random numbers are the plain block's.
+_EXACT = ("deterministic", "fallback_random")
 _KINDS = 64  # of blocks that are compiled, by quantizers and shapes
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,10 @@ def _compiled_call() -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     own = FunctionType(call.__code__.replace(), globals())
-    return torch.compile(own, dynamic=False)  # what is computed depends on no earlier shape
+    from torch._inductor import config
+
+    options: dict[str, Any] = {key: True for key in _EXACT if hasattr(config, key)}
+    return torch.compile(own, dynamic=False, options=options)  # an earlier shape changes no values
 
 
 def compiles(device: torch.device) -> bool:
