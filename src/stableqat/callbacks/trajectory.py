@@ -85,7 +85,7 @@ class Trajectory(L.Callback):
         if not len(space):
             return
         with untimed(trainer):
-            with full_precision(pl_module), torch.compiler.set_stance("force_eager"):
+            with full_precision(pl_module):
                 latent = validation_loss(trainer, pl_module, self.batches)
             values = {
                 "landscape/loss_latent": latent,
