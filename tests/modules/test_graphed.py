@@ -21,15 +21,17 @@ class Annealed(STE):
         return super().forward(weight) * (1 + 0 * self.progress)
 
 
-def fitted(family, method, graphed, *, steps=6, ckpt_path=None, callbacks=(), options=None, **trainer):
-    """Train on batches of 4, 4 and 2; return the module and its losses."""
+def fitted(
+    family, method, graphed, *, steps=6, rows=10, ckpt_path=None, callbacks=(), options=None, **trainer
+):
+    """Train on batches of 4, by default of 4, 4 and 2; return the module and its losses."""
     optimizer = partial(torch.optim.AdamW, lr=1e-2, fused=True)
     module = tiny.module(family, method, graphed=graphed, optimizer=optimizer, **(options or {}))
     losses = tiny.Losses()
     defaults = {"accelerator": "gpu", "precision": "bf16-mixed", "gradient_clip_val": 0.5}
     made = tiny.trainer(max_steps=steps, callbacks=[losses, *callbacks], **(defaults | trainer))
     L.seed_everything(3)
-    data = tiny.loader(family, count=10, batch_size=4)
+    data = tiny.loader(family, count=rows, batch_size=4)
     made.fit(module, data, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module, losses.values, made
 
@@ -56,10 +58,10 @@ def test_a_replayed_run_is_the_launched_one(family, method, accumulate):
 
 @pytest.mark.gpu
 def test_a_run_resumes_with_graphs_as_it_does_without(tmp_path):
-    whole, losses, _ = fitted("llama", "stableqat", False)
-    _, _, trainer = fitted("llama", "stableqat", True, steps=3)
+    whole, losses, _ = fitted("llama", "stableqat", False, rows=4)
+    _, _, trainer = fitted("llama", "stableqat", True, steps=3, rows=4)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, rest, _ = fitted("llama", "stableqat", True, ckpt_path=tmp_path / "half.ckpt")
+    resumed, rest, _ = fitted("llama", "stableqat", True, rows=4, ckpt_path=tmp_path / "half.ckpt")
     assert rest == losses[3:]
     assert same(resumed, whole)
 

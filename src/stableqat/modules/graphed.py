@@ -57,6 +57,7 @@ class GraphedLoss:
     ) -> None:
         self.model, self.loss, self.always, self.accumulates = model, loss, always, accumulates
         self.pool = pool
+        self.root = torch.zeros((), requires_grad=True)  # gives the loss a backward
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.batch: Batch | None = None
         self.graphs: _Graphs | None = None
@@ -70,8 +71,19 @@ class GraphedLoss:
             return self.loss(batch)
         for key, value in batch.items():
             self.batch[key].copy_(value)
-        loss: Tensor = _Replay.apply(self.graphs, self.accumulates, *self.parameters)
+        loss: Tensor = _Replay.apply(self.root, self.graphs, self.give)
         return loss
+
+    def give(self) -> None:
+        """Add the gradients to those of the parameters; autograd would take them to each one by one."""
+        assert self.graphs is not None
+        given = [(p, g) for p, g in zip(self.parameters, self.graphs.gradients, strict=True) if g is not None]
+        known = [(p.grad, g) for p, g in given if p.grad is not None and p.grad is not g]
+        if known:
+            torch._foreach_add_(*zip(*known, strict=True))
+        for parameter, gradient in given:
+            if parameter.grad is None:
+                parameter.grad = gradient.clone() if self.accumulates else gradient
 
     def _capture(self) -> None:
         assert self.batch is not None
@@ -140,20 +152,18 @@ class _Graphs:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graphs: _Graphs, accumulates: bool, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, root: Tensor, graphs: _Graphs, give: Callable[[], None]) -> Tensor:
         graphs.forward.replay()
-        ctx.graphs, ctx.accumulates = graphs, accumulates
+        ctx.graphs, ctx.give = graphs, give
         return graphs.loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        graphs = ctx.graphs
-        graphs.scale.copy_(scale)
-        graphs.backward.replay()
-        if ctx.accumulates:  # autograd copies a tensor that others hold too
-            return None, None, *graphs.gradients
-        return None, None, *(None if each is None else each.detach() for each in graphs.gradients)
+        ctx.graphs.scale.copy_(scale)
+        ctx.graphs.backward.replay()
+        ctx.give()
+        return None, None, None
 
 
 def why_not_graphed(trainer: L.Trainer, module: Any) -> str | None:
@@ -164,6 +174,8 @@ def why_not_graphed(trainer: L.Trainer, module: Any) -> str | None:
         return "it works in a run of one process, as gradients are exchanged while they are computed"
     if module.activation_checkpointing:
         return "it does not go with activation_checkpointing"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
+        return "a parameter has a hook for its gradient, which a graph would not call"
     return None
 
 
