@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import tiny
 from stableqat.errors import UserError
+from stableqat.modules.graphed import GraphedLoss
 from stableqat.quantizers import STE
 
 
@@ -79,3 +81,15 @@ def test_a_quantizer_that_follows_training_is_launched_or_refused(caplog):
 def test_graphs_need_a_gpu():
     with pytest.raises(UserError, match="graphed: it needs a CUDA device; remove it"):
         fitted("llama", "ste", True, accelerator="cpu", precision="32-true")
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_are_given_as_autograd_gives_them(accumulates):
+    model = torch.nn.Linear(2, 1)
+    step = GraphedLoss(model, None, always=True, accumulates=accumulates)
+    step.graphs = SimpleNamespace(gradients=[torch.ones(1, 2), None])
+    step.give()
+    step.graphs.gradients[0].fill_(3)  # the next replay
+    step.give()
+    assert model.weight.grad.tolist() == [[4.0, 4.0]] if accumulates else [[3.0, 3.0]]
+    assert model.bias.grad is None
