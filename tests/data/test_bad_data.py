@@ -67,7 +67,7 @@ def zst(text):
         ({"num_workers": -1}, "num_workers: must be at least 0"),
         ({"seed": -1}, "seed: must be at least 0"),
         ({"block_size": 1}, "block_size 1 must be at least 2"),
-        ({"vocab_size": 200}, "vocab_size 200 must be at least 257"),
+        ({"vocab_size": 200}, "vocab_size: must be at least 257, not 200"),
         ({"validation_fraction": 0.0}, "validation_fraction: must lie between 0 and 1, not 0.0"),
         ({"validation_fraction": 1.5}, "validation_fraction: must lie between 0 and 1, not 1.5"),
         ({"tokenizer": "./nowhere"}, "no such tokenizer file or folder: ./nowhere"),

@@ -36,7 +36,7 @@ from stableqat.data.tokenizer import (
     token_rows,
     train_bpe,
 )
-from stableqat.errors import UserError, check_known
+from stableqat.errors import UserError, check_known, check_range
 from stableqat.files import whole_folder
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ class TextDataModule(DataModule):
         )
         if block_size < 2:
             raise UserError(f"block_size {block_size} must be at least 2: a token is predicted from another")
-        if tokenizer is None and vocab_size < BPE_MIN_VOCAB:
-            raise UserError(f"vocab_size {vocab_size} must be at least {BPE_MIN_VOCAB}: 256 bytes and EOS")
+        if tokenizer is None:
+            check_range("vocab_size", vocab_size, BPE_MIN_VOCAB)  # 256 bytes and the end of a document
         check_share(validation_fraction)
         check_known("loss_on", loss_on, get_args(LossOn))
         if tokenizer is not None:
