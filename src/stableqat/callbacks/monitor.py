@@ -115,8 +115,9 @@ class _Watch:
         counts = torch.bincount(place.flatten(), minlength=len(self.names) * levels).view(-1, levels)
         share = counts / counts.sum(1, keepdim=True)
         signal, noise = (self._of_layers(x.float().square().sum(1), "sum") for x in (weight, error))
-        quantizers = [layer.weight_quantizer for layer in self._layers]
-        floored = [(q.effective_scale() == local(q.scale_floor)).sum() for q in quantizers]
+        floors = torch.cat(self._all_scales("scale_floor"))
+        at_floor = ops.acting_scale(torch.cat(self._all_scales("scale")), floors) == floors
+        lengths = self._lengths([each.numel() for each in self._all_scales("scale")])
         drift = (self.acting_scales() / start).log2_().abs_()
         occupancy = {f"share_of_code_{lowest + i}": share[:, i] for i in range(levels)}
         return {
@@ -129,7 +130,7 @@ class _Watch:
             "level_entropy_bits": -torch.special.xlogy(share, share).sum(1) / log(2),
             **(occupancy if grid.bits <= MOST_BITS_BY_LEVEL else {}),
             "clipped": self._of_layers(((v < low) | (v > high)).float().mean(1)),
-            "scale_at_floor": torch.stack(floored).float(),
+            "scale_at_floor": torch.segment_reduce(at_floor.float(), "sum", lengths=lengths, unsafe=True),
         }
 
     def _of_layers(self, of_blocks: Tensor, reduce: str = "mean") -> Tensor:
@@ -137,29 +138,36 @@ class _Watch:
 
     def _weights(self) -> list[Tensor]:
         if all(type(layer.weight_quantizer).latent is Quantizer.latent for layer in self._layers):
-            return self._sampled("weight", lambda: [layer.weight for layer in self._layers])
+            return self._views("weight", lambda: [layer.weight for layer in self._layers], self._rows)
         with torch.no_grad():
             latents = [layer.weight_quantizer.latent(layer.weight) for layer in self._layers]
-        return self._rows_of(latents)
+        return [_flat(latent, self._rows) for latent in latents]
 
     def _scales(self, name: str) -> list[Tensor]:
-        return self._sampled(name, lambda: [getattr(layer.weight_quantizer, name) for layer in self._layers])
+        return self._views(f"sampled {name}", lambda: self._of_quantizers(name), self._rows)
 
-    def _sampled(self, name: str, find: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Sampled rows; to take them anew from hundreds of layers in each step would outlast the step."""
-        tensors, places, sampled = self._known.get(name, ([], [], []))
+    def _all_scales(self, name: str) -> list[Tensor]:
+        return self._views(name, lambda: self._of_quantizers(name), slice(None))
+
+    def _of_quantizers(self, name: str) -> list[Tensor]:
+        return [getattr(layer.weight_quantizer, name) for layer in self._layers]
+
+    def _views(self, key: str, find: Callable[[], list[Tensor]], rows: slice) -> list[Tensor]:
+        """Rows of tensors; to take them anew from hundreds of layers in each step would outlast the step."""
+        tensors, places, views = self._known.get(key, ([], [], []))
         if not tensors or [tensor.data_ptr() for tensor in tensors] != places:
             tensors = find()
-            sampled = self._rows_of(tensors)
+            views = [_flat(tensor, rows) for tensor in tensors]
             if not any(isinstance(tensor, DTensor) for tensor in tensors):
-                self._known[name] = tensors, [tensor.data_ptr() for tensor in tensors], sampled
-        return sampled
-
-    def _rows_of(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [local(tensor.detach())[self._rows].flatten() for tensor in tensors]
+                self._known[key] = tensors, [tensor.data_ptr() for tensor in tensors], views
+        return views
 
     def _lengths(self, lengths: list[int]) -> Tensor:
         return torch.tensor(lengths, device=self.device)
+
+
+def _flat(tensor: Tensor, rows: slice) -> Tensor:
+    return local(tensor.detach())[rows].flatten()
 
 
 class QuantizerMonitor(L.Callback):
