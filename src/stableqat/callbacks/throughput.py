@@ -16,8 +16,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+_WRITE_EVERY = 5.0  # seconds
 
 # Dense 16-bit matrix products in FLOP/s by device name, from NVIDIA's data sheets. Lightning's table has
 # twice that for some devices, which only sparse matrices reach.
@@ -51,6 +54,7 @@ class Throughput(L.Callback):
         self._fetching = 0.0
         self._seen_step = 0
         self._warm = False
+        self._written = 0.0
         self._clear()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -121,6 +125,11 @@ class Throughput(L.Callback):
             metrics["perf/mfu"] = self._flops_of_row * self._rows / self._seconds / peak
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+        if time.monotonic() > self._written + _WRITE_EVERY:  # a follower sees it, by itself after minutes
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.flush()
+            self._written = time.monotonic()
 
     def _clear(self) -> None:
         self._seconds = self._waited = 0.0

@@ -22,9 +22,12 @@ from stableqat.studies.plan import STUDY_FILE
 from stableqat.studies.pool import Pool
 from stableqat.studies.progress import Board
 from stableqat.studies.record import FINAL, Record
+from stableqat.studies.sharing import Sharing
 from stableqat.studies.slurm import submit_sweep
 from stableqat.studies.study import Point, Study, read_study
 from stableqat.trust import allowed, check_settings
+
+_SHARED_CORES = 4  # runs that a GPU's share of the cores is meant for, while nobody knows how many share it
 
 
 def sweep(
@@ -43,8 +46,9 @@ def sweep(
     Args:
         studies: Study files (YAML), or the names of shipped ones, such as llama/demo-study. A table in
             docs/studies.md describes every key of a study file.
-        workers: Runs at a time, all studies together. By default `runs_per_gpu` of the study file (1) on
-            each visible GPU, or one per core without a GPU. Each run gets its share of the cores.
+        workers: Runs at a time, all studies together. By default `runs_per_gpu` of the study file on each
+            visible GPU, or as many as train more together; one per core without a GPU. Each run gets its
+            share of the cores.
         rerun: "changed" reruns the points whose settings differ from those their folder was made with, and
             moves the old runs to `.replaced` in the logs folder. Without it, the sweep refuses them.
         slurm: Options file (YAML). Submits this sweep as a SLURM job array instead of running it here:
@@ -99,14 +103,18 @@ def run_studies(
         preload: Modules that are already imported in the children.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = [study.runs_per_gpu for study in studies if study.runs_per_gpu is not None]
+    finds = workers is None and bool(gpus) and not given
     if workers is None:
-        workers = len(gpus) * min(study.runs_per_gpu for study in studies) or cores
+        workers = len(gpus) * min(given, default=1) or cores
     slots = Slots(gpus, workers)
     jobs = _plan(studies, rerun, len(gpus))
     for study in studies:
         _keep(study)
-    pool = Pool(jobs, slots=slots, threads=max(1, cores // workers), main=main, preload=preload)
     board = Board(jobs, workers)
+    sharing = Sharing(slots, board.say) if finds else None
+    threads = max(1, cores // (workers * (_SHARED_CORES if finds else 1)))
+    pool = Pool(jobs, slots=slots, threads=threads, main=main, preload=preload, sharing=sharing)
     with board.shown():
         stopped_by = pool.run(board.tell)
     board.summary(stopped_by)

@@ -60,7 +60,7 @@ def _cost(studies: Sequence[Study], jobs: Sequence[Job], gpus: bool) -> str:
     text = f"To run: {', '.join(parts)}."
     seconds = [expected_seconds(job, list(jobs)) for job in left]
     if left and all(map(math.isfinite, seconds)):
-        share = {study.name: study.runs_per_gpu if gpus else 1 for study in studies}
+        share = {study.name: study.runs_per_gpu or 1 if gpus else 1 for study in studies}
         each = [s * job.gpus / share[job.point.study] for s, job in zip(seconds, left, strict=True)]
         unit = "GPU-hours" if gpus else "hours of one worker"
         text += f" As finished runs took: about {sum(each) / 3600:.2g} {unit}."

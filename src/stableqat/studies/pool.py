@@ -16,15 +16,27 @@ from stableqat.errors import UserError
 from stableqat.studies.gpus import Slots
 from stableqat.studies.job import Job, Main, start_server
 from stableqat.studies.record import ENDED, FINAL
+from stableqat.studies.sharing import Sharing
 
+LOOK = 5.0  # seconds between looks at how fast runs are
 PATIENCE = 60.0  # seconds that runs have to write their checkpoints when the sweep is stopped
 
 
 class Pool:
-    """Runs jobs where slots have room, `threads` threads each."""
+    """Runs jobs where slots have room, `threads` threads each; `sharing` may make room for more."""
 
-    def __init__(self, jobs: list[Job], *, slots: Slots, threads: int, main: Main, preload: Sequence[str]):
+    def __init__(
+        self,
+        jobs: list[Job],
+        *,
+        slots: Slots,
+        threads: int,
+        main: Main,
+        preload: Sequence[str],
+        sharing: Sharing | None = None,
+    ):
         self.jobs = jobs
+        self.sharing = sharing
         self.slots = slots
         self.threads = threads
         self.main = main
@@ -42,6 +54,7 @@ class Pool:
         waiting = [job for job in self.jobs if job.record.status not in FINAL]
         running: list[Job] = []
         asked: list[Job] = []
+        looked = time.monotonic()
         with self._signals_noted():
             try:
                 while waiting or running:
@@ -66,6 +79,9 @@ class Pool:
                         for job in running if kill else [j for j in running if j not in asked]:
                             job.signal(signal.SIGKILL if kill else signal.SIGTERM)
                             asked.append(job)
+                    if self.sharing is not None and time.monotonic() > looked + LOOK:
+                        self.sharing.look(running)
+                        looked = time.monotonic()
                     if running:
                         wait([job.process.sentinel for job in running if job.process], timeout=1)
                     else:

@@ -5,7 +5,7 @@
     vars: {steps: 200}                         # anything, for interpolation: ${vars.steps}
     configs: [base.yaml, demo.yaml]            # of every run
     args: {trainer.max_steps: "${vars.steps}"} # of every run
-    runs_per_gpu: 8                            # where that is faster, as for small models; default 1
+    runs_per_gpu: 8                            # default: found by the sweep
     start: {args: {trainer.max_steps: 400}}    # optional: one run that all others begin from;
                                                # {study: NAME, ...} puts it into NAME's folder, to share it
     compare: {baseline: {method: STE}, margin: 0.01, cap: 4.5}  # optional: what `stableqat compare` tests
@@ -131,7 +131,7 @@ class Study:
         name: Its name, and that of its folder.
         folder: Where its runs go.
         points: Its points, the start run first.
-        runs_per_gpu: How many of its runs share a GPU.
+        runs_per_gpu: How many of its runs share a GPU; None lets the sweep find out.
         plan: What its comparison tests.
         text: The content of the study file.
     """
@@ -139,7 +139,7 @@ class Study:
     name: str
     folder: Path
     points: tuple[Point, ...]
-    runs_per_gpu: int
+    runs_per_gpu: int | None
     plan: Plan
     text: str
 
@@ -198,8 +198,8 @@ def read_study(path: str | Path) -> Study:
     names = [point.name for point in points]
     for twice in {n for n in names if names.count(n) > 1}:
         raise UserError(f"{path}: two points are named {twice}: rename an arm or drop a repeated value")
-    runs_per_gpu = tree.get("runs_per_gpu", 1)
-    if not isinstance(runs_per_gpu, int) or runs_per_gpu < 1:
+    runs_per_gpu = tree.get("runs_per_gpu")
+    if runs_per_gpu is not None and (not isinstance(runs_per_gpu, int) or runs_per_gpu < 1):
         raise UserError(f"{path}: runs_per_gpu: {runs_per_gpu!r} must be a whole number, 1 or more")
     plan = plan_of(path, tree.get("compare"))
     quantized = [point for point in points if point.verb == "fit" and point.overlay.quantized]
