@@ -125,11 +125,11 @@ class Throughput(L.Callback):
             metrics["perf/mfu"] = self._flops_of_row * self._rows / self._seconds / peak
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        if time.monotonic() > self._written + _WRITE_EVERY:  # a follower sees it, by itself after minutes
+        if time.perf_counter() > self._written + _WRITE_EVERY:  # a follower sees it, by itself after minutes
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.flush()
-            self._written = time.monotonic()
+            self._written = time.perf_counter()
 
     def _clear(self) -> None:
         self._seconds = self._waited = 0.0
