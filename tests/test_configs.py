@@ -3,6 +3,7 @@
 The arms of a comparison must not drift apart, so an overlay changes what it names and nothing else.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,27 @@ def test_every_arm_of_the_stability_study_builds(path, command, monkeypatch):
             settings = made.config["fit"]
             assert (settings.trainer.max_steps, settings.guard.margin) == (240, 20)
     assert len(seen) >= 3
+
+
+def test_every_arm_of_the_smollm2_study_builds(command, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    shape = yaml.safe_load((ROOT / "llama" / "smollm2-135m.yaml").read_text())["model"]["init_args"]["config"]
+    shape |= {"num_hidden_layers": 1, "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1}
+    points = {
+        p.arm: p for p in read_study(ROOT / "llama" / "smollm2" / "study.yaml").points if p.verb == "fit"
+    }
+    assert len(points) == 8
+    elsewhere = ["--model.init_from", "null", "--model.config", json.dumps(shape), "--data.source", "null"]
+    for arm, point in points.items():
+        settings = point.overlay.settings()
+        assert (
+            settings["trainer.max_steps"] * settings["data.batch_size"] * settings["data.block_size"] > 20e6
+        )
+        taught = ["--model.teacher.source", "start"] if "distill" in arm else []
+        made = command(*point.argv[1:], *elsewhere, *taught, "--trainer.precision", "32-true")
+        quantizer = made.model.quantizer
+        assert (quantizer is None) == (arm == "fp")
+        if quantizer is not None:
+            assert quantizer(torch.randn(8, 64)).grid.name == (
+                "stretched" if "stretched" in arm else "integer"
+            )
