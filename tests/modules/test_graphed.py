@@ -83,13 +83,44 @@ def test_graphs_need_a_gpu():
         fitted("llama", "ste", True, accelerator="cpu", precision="32-true")
 
 
-@pytest.mark.parametrize("accumulates", [False, True])
-def test_gradients_are_given_as_autograd_gives_them(accumulates):
+class Graph:
+    """Writes the next gradient where a captured backward would."""
+
+    def __init__(self, gradient):
+        self.gradient, self.times = gradient, 0
+
+    def replay(self):
+        self.times += 1
+        self.gradient.fill_(10.0**self.times)
+
+
+def test_gradients_add_up_until_they_are_dropped():
     model = torch.nn.Linear(2, 1)
-    step = GraphedLoss(model, None, always=True, accumulates=accumulates)
-    step.graphs = SimpleNamespace(gradients=[torch.ones(1, 2), None])
-    step.give()
-    step.graphs.gradients[0].fill_(3)  # the next replay
-    step.give()
-    assert model.weight.grad.tolist() == [[4.0, 4.0]] if accumulates else [[3.0, 3.0]]
-    assert model.bias.grad is None
+    step, gradient = GraphedLoss(model, None, always=True), torch.zeros(1, 2)
+    graph = SimpleNamespace(gradients=[gradient, None], scale=torch.ones(()), backward=Graph(gradient))
+    step.graphs = graph
+    for total in (10, 110, 1110):
+        step.differentiate(torch.ones(()))
+        assert model.weight.grad.tolist() == [[total, total]]
+        assert model.bias.grad is None
+    model.zero_grad(set_to_none=True)
+    step.differentiate(torch.ones(()))
+    assert model.weight.grad is gradient
+    model.zero_grad(set_to_none=False)
+    step.differentiate(torch.ones(()))
+    assert model.weight.grad.tolist() == [[1e5, 1e5]]
+
+
+@pytest.mark.parametrize("change", ["froze", "moved"])
+def test_a_graph_is_left_when_what_it_holds_has_changed(change, caplog):
+    model = torch.nn.Linear(2, 1)
+    step = GraphedLoss(model, lambda batch: model(batch["x"]).sum(), always=True)
+    step.batch, step.graphs = {"x": torch.ones(1, 2)}, SimpleNamespace()
+    step._captured = step._weights()
+    if change == "froze":
+        model.bias.requires_grad_(False)
+    else:
+        model.weight.data = model.weight.data.clone()
+    assert step({"x": torch.ones(1, 2)}).requires_grad
+    assert step.graphs is None
+    assert "launched kernel by kernel from now on" in caplog.text

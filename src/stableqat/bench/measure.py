@@ -106,7 +106,7 @@ class Stepped:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss: Callable[[Batch], Tensor] = partial(workload.loss, model)
         if pool is not None:
-            self.loss = GraphedLoss(model, self.loss, always=True, accumulates=False, pool=pool)
+            self.loss = GraphedLoss(model, self.loss, always=True, pool=pool)
         with _peak(workload, model) as peak:
             self._pass(inputs[0])  # graphs take their memory now
         self._warm_up(inputs[0])

@@ -41,7 +41,6 @@ class GraphedLoss:
         model: Its trainable parameters get the gradients.
         loss: The loss of a batch.
         always: Whether to keep the graphs even if they are not faster.
-        accumulates: Whether gradients of several batches add up before a step.
         pool: Memory of the graphs, shared with others that are never in use at the same time; None takes its
             own.
     """
@@ -52,38 +51,59 @@ class GraphedLoss:
         loss: Callable[[Batch], Tensor],
         *,
         always: bool,
-        accumulates: bool,
         pool: Any = None,
     ) -> None:
-        self.model, self.loss, self.always, self.accumulates = model, loss, always, accumulates
+        self.model, self.loss, self.always = model, loss, always
         self.pool = pool
         self.root = torch.zeros((), requires_grad=True)  # gives the loss a backward
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._all = list(model.parameters())
+        self.parameters = [p for p in self._all if p.requires_grad]
         self.batch: Batch | None = None
         self.graphs: _Graphs | None = None
+        self._captured: list[tuple[int, bool]] = []
 
     def __call__(self, batch: Batch) -> Tensor:
         """Compute the loss of a batch, differentiable once."""
         if self.batch is None:
             self.batch = {key: value.clone() for key, value in batch.items()}
             self._capture()
+            self._captured = self._weights()
+        if self.graphs is not None and self._weights() != self._captured:
+            logger.warning(
+                "weights were frozen, thawed or moved: steps are launched kernel by kernel from now on"
+            )
+            self.graphs = None
         if self.graphs is None or not _alike(batch, self.batch):
             return self.loss(batch)
         for key, value in batch.items():
             self.batch[key].copy_(value)
-        loss: Tensor = _Replay.apply(self.root, self.graphs, self.give)
+        loss: Tensor = _Replay.apply(self.root, self)
         return loss
 
-    def give(self) -> None:
-        """Add the gradients to those of the parameters; autograd would take them to each one by one."""
+    def differentiate(self, scale: Tensor) -> None:
+        """Add the gradients to those of the parameters; autograd would take them to each one by one.
+
+        Args:
+            scale: The gradient by the loss.
+        """
         assert self.graphs is not None
-        given = [(p, g) for p, g in zip(self.parameters, self.graphs.gradients, strict=True) if g is not None]
-        known = [(p.grad, g) for p, g in given if p.grad is not None and p.grad is not g]
+        pairs = zip(self.parameters, self.graphs.gradients, strict=True)
+        given = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
+        for parameter, gradient in given:
+            if parameter.grad is gradient:  # of a batch before, which the replay would overwrite
+                parameter.grad = gradient.clone()
+        self.graphs.scale.copy_(scale)
+        self.graphs.backward.replay()
+        known = [(parameter.grad, g) for parameter, g in given if parameter.grad is not None]
         if known:
             torch._foreach_add_(*zip(*known, strict=True))
         for parameter, gradient in given:
             if parameter.grad is None:
-                parameter.grad = gradient.clone() if self.accumulates else gradient
+                parameter.grad = gradient
+
+    def _weights(self) -> list[tuple[int, bool]]:
+        """Where each parameter lies and whether it is trained: what a graph holds fast."""
+        return [(parameter.data_ptr(), parameter.requires_grad) for parameter in self._all]
 
     def _capture(self) -> None:
         assert self.batch is not None
@@ -152,18 +172,17 @@ class _Graphs:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, root: Tensor, graphs: _Graphs, give: Callable[[], None]) -> Tensor:
-        graphs.forward.replay()
-        ctx.graphs, ctx.give = graphs, give
-        return graphs.loss.clone()
+    def forward(ctx: Any, root: Tensor, graphed: GraphedLoss) -> Tensor:
+        assert graphed.graphs is not None
+        graphed.graphs.forward.replay()
+        ctx.graphed = graphed
+        return graphed.graphs.loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.graphs.scale.copy_(scale)
-        ctx.graphs.backward.replay()
-        ctx.give()
-        return None, None, None
+        ctx.graphed.differentiate(scale)
+        return None, None
 
 
 def why_not_graphed(trainer: L.Trainer, module: Any) -> str | None:

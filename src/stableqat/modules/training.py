@@ -55,10 +55,7 @@ class Training(L.LightningModule):
         """Replay the steps to come if the settings allow it; the first one shows whether they can be."""
         assert self.model is not None
         if self.graphed is not False and why_not_graphed(self.trainer, self) is None:
-            accumulates = self.trainer.accumulate_grad_batches > 1
-            self._graphed_loss = GraphedLoss(
-                self.model, self.loss, always=bool(self.graphed), accumulates=accumulates
-            )
+            self._graphed_loss = GraphedLoss(self.model, self.loss, always=bool(self.graphed))
 
     def on_train_end(self) -> None:
         """Free the graphs' memory."""
