@@ -91,6 +91,7 @@ GIVEN_IN_README = [
     "rounds them to 2 bits,",
     "| method | grid at 2 bits |",
     *("| STE (LSQ) | integer | 1 |", "| ParetoQ | stretched (half-integer) | 1 |"),
+    "[SmolLM2 to 2 bits] : LightningCLI",
     "harness tasks, top-1; [generates",
     *("arXiv 1308.3432, 1902.08153", "arXiv 1908.05033", "arXiv 2502.02631", "arXiv 2601.19320"),
     "2 bits, a Llama of 9.9 M parameters, eight seeds, validation loss in nats with 95% t intervals.",

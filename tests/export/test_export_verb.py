@@ -64,7 +64,7 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys, monkeypatch):
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "deep" / "model"
     assert main(["export", str(trained), "--format", "compressed-tensors", "--out", str(out)]) == 0
-    assert shown == [0, 1, 2, 3, 4, 5]
+    assert shown == [0, 1, 3, 5, 6, 8]  # by the time that a part takes
     told = capsys.readouterr().out
     report = json.loads((out / "export.json").read_text())
     assert report["dtype"] == "fp16"  # in which vLLM computes then

@@ -1,9 +1,9 @@
 """How a method looks: one colour and one marker in every picture of a comparison, a benchmark or a notebook.
 
-The colours of the suite's methods are those of Okabe and Ito, which colour-blind readers can tell apart. The
-look of any other method follows from its name, so it too is the same in every picture. Several arms of one
-method share its look and differ by line style and, if there are more arms than line styles, by the fill of
-the marker.
+The colours of the suite's methods are those of Okabe and Ito, and of Tol for the controls of where the
+gradient is taken: colour-blind readers can tell them apart. The look of any other method follows from its
+name, so it too is the same in every picture. Several arms of one method share its look and differ by line
+style and, if there are more arms than line styles, by the fill of the marker.
 """
 
 import zlib
@@ -24,6 +24,9 @@ LOOKS = {
     "StableQAT": ("#CC79A7", "^"),
     "ScaledSTE": ("#E69F00", "v"),
     "PermutedStableQAT": ("#56B4E9", "P"),
+    "STEAtWeight": ("#AA4499", "d"),
+    "STEAtRandomRounding": ("#44AA99", "8"),
+    "STEAtNoise": ("#DDCC77", "H"),
 }
 OTHER_COLOURS = ("#332288", "#882255", "#999933", "#661100")
 OTHER_MARKERS = ("<", ">", "h", "p", "*", "X")
