@@ -7,6 +7,7 @@ import yaml
 
 import tiny
 import words
+from caches import _cache  # noqa: F401
 
 # read once, when the libraries are imported
 os.environ.setdefault("DATASETS_VERBOSITY", "critical")
@@ -43,11 +44,6 @@ def fit(folder, version, quantizer, init_from, **more):
     (folder / f"{version}.yaml").write_text(yaml.safe_dump(settings))
     assert main([more.get("verb", "fit"), "-c", str(folder / f"{version}.yaml")]) == 0
     return folder / "logs" / version
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="package")

@@ -7,16 +7,12 @@ import yaml
 
 import tiny
 import words
+from caches import _cache  # noqa: F401
 
 os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read once, at the import
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 LLAMA = tiny.LLAMA | {"vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="package")

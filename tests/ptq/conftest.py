@@ -10,16 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import starts
 import tiny
 import words
+from caches import _cache  # noqa: F401
 
 os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read once, at the import
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 FEW = {"samples": 6, "block_size": 16, "steps": 20, "evaluations": 30, "bits": 2, "device": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="package")

@@ -79,7 +79,7 @@ def _draw_memory(axes: "Axes", modes: dict[str, Any], arms: list[str]) -> None:
                 axes.plot(ratio, place + offsets[number], marker, color=colour, fillstyle=FILLS[number])
     axes.set_title("peak memory", fontsize=9)
     axes.set_xlabel("memory / full precision")
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=3, frameon=False)
+    _legend(axes)
 
 
 def _draw_kernels(axes: "Axes", kernels: dict[str, Any], arms: list[str]) -> None:
@@ -92,6 +92,11 @@ def _draw_kernels(axes: "Axes", kernels: dict[str, Any], arms: list[str]) -> Non
                 _draw_spread(axes, shares, place + offset, arm, FILLS[number])
     axes.set_title("kernels alone", fontsize=9)
     axes.set_xlabel("bandwidth / copy")
+    _legend(axes)
+
+
+def _legend(axes: "Axes") -> None:
+    """Below the panel, where it covers no data."""
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=3, frameon=False)
 
 

@@ -6,17 +6,37 @@ so that nothing else changes. In evaluation, and deployed, each is Q(w): validat
 training losses are those of the other point. The trade-off: their forward is plain torch and is never held.
 """
 
-from typing import Any
+from abc import abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stableqat import ops
-from stableqat.ops import Identity, Mask
-from stableqat.quantizers.base import Quantizer
+from stableqat.quantizers.ste import STE
 
 
-class STEAtWeight(Quantizer):
+class _Elsewhere(nn.Module):
+    is_control = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantize a weight; in training, the value is that of the other point."""
+        deployed = super().forward(weight)
+        if not self.training:
+            return deployed
+        point = self.point(weight.detach(), deployed.detach())
+        return point.to(deployed.dtype) + (deployed - deployed.detach())  # whose gradients it has, and adds 0
+
+    @abstractmethod
+    def point(self, weight: Tensor, deployed: Tensor) -> Tensor:
+        """Where the gradient is taken.
+
+        Args:
+            weight: The latent weight.
+            deployed: Its deployed value.
+        """
+
+
+class STEAtWeight(_Elsewhere, STE):
     """The gradient at the latent weight itself: what full-precision training takes.
 
     Args:
@@ -25,20 +45,12 @@ class STEAtWeight(Quantizer):
         kwargs: See `Quantizer`.
     """
 
-    is_control = True
-
-    def __init__(self, weight: Tensor, *, mask: Mask = "range", **kwargs: Any) -> None:
-        super().__init__(weight, surrogate=Identity(mask), **kwargs)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantize a weight; in training, the value is that of the other point."""
-        deployed = super().forward(weight)
-        if not self.training:
-            return deployed
-        return _at(weight, deployed)
+    def point(self, weight: Tensor, deployed: Tensor) -> Tensor:
+        """See `_Elsewhere.point`."""
+        return weight
 
 
-class STEAtRandomRounding(Quantizer):
+class STEAtRandomRounding(_Elsewhere, STE):
     """The gradient at w rounded up or down at random, with the odds that keep its mean.
 
     Args:
@@ -47,25 +59,15 @@ class STEAtRandomRounding(Quantizer):
         kwargs: See `Quantizer`.
     """
 
-    is_control = True
-
-    def __init__(self, weight: Tensor, *, mask: Mask = "range", **kwargs: Any) -> None:
-        super().__init__(weight, surrogate=Identity(mask), **kwargs)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantize a weight; in training, the value is that of the other point."""
-        deployed = super().forward(weight)
-        if not self.training:
-            return deployed
-        # rounding to nearest after noise spread evenly over one step
+    def point(self, weight: Tensor, deployed: Tensor) -> Tensor:
+        """See `_Elsewhere.point`: rounding to nearest after noise spread evenly over one step."""
         scale = self.effective_scale()
         dither = torch.rand(weight.shape, dtype=scale.dtype, device=scale.device).sub_(0.5)
-        rows = dither.reshape(*scale.shape, -1) * scale.unsqueeze(-1)
-        moved = weight.detach() + rows.view_as(weight)
-        return _at(ops.fake_quantize(moved, scale, grid=self.grid, surrogate=self.surrogate), deployed)
+        moved = weight + (dither.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(weight)
+        return ops.fake_quantize(moved, scale, grid=self.grid, surrogate=self.surrogate)
 
 
-class STEAtNoise(Quantizer):
+class STEAtNoise(_Elsewhere, STE):
     """The gradient at w plus normal noise as long as the rounding error of each row or group.
 
     Args:
@@ -74,23 +76,10 @@ class STEAtNoise(Quantizer):
         kwargs: See `Quantizer`.
     """
 
-    is_control = True
-
-    def __init__(self, weight: Tensor, *, mask: Mask = "range", **kwargs: Any) -> None:
-        super().__init__(weight, surrogate=Identity(mask), **kwargs)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantize a weight; in training, the value is that of the other point."""
-        deployed = super().forward(weight)
-        if not self.training:
-            return deployed
-        groups, start = (*self.scale.shape, -1), weight.detach()
-        error = (deployed.detach().to(start.dtype) - start).reshape(groups)
-        noise = torch.randn_like(start).reshape(groups)
+    def point(self, weight: Tensor, deployed: Tensor) -> Tensor:
+        """See `_Elsewhere.point`."""
+        groups = (*self.scale.shape, -1)
+        error = (deployed.to(weight.dtype) - weight).reshape(groups)
+        noise = torch.randn_like(weight).reshape(groups)
         length = error.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-        return _at(start + (noise * length).view_as(start), deployed)
-
-
-def _at(point: Tensor, deployed: Tensor) -> Tensor:
-    """The value of a point with the gradients of a fake-quantized weight."""
-    return point.detach().to(deployed.dtype) + (deployed - deployed.detach())  # which adds 0
+        return weight + (noise * length).view_as(weight)

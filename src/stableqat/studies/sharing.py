@@ -21,6 +21,16 @@ Speeds = dict[str, list[float]]
 """Entries of a run's log by unit, such as tokens_per_s."""
 
 
+def logged_speeds(folder: Path) -> Speeds:
+    """What a run has logged of its speed.
+
+    Args:
+        folder: The run's folder.
+    """
+    scalars = read_run(folder, ("perf/tokens_per_s", "perf/images_per_s")).scalars
+    return {tag.removeprefix("perf/"): list(series.values()) for tag, series in scalars.items()}
+
+
 class Sharing:
     """Lets runs share GPUs for as long as that is faster.
 
@@ -36,11 +46,10 @@ class Sharing:
         slots: Slots,
         say: Callable[[str], None],
         *,
-        speeds_of: Callable[[Path], Speeds] | None = None,
+        speeds_of: Callable[[Path], Speeds] = logged_speeds,
         memory: Callable[[str], tuple[float, float] | None] = memory_of,
     ) -> None:
-        self.slots, self.say, self.memory = slots, say, memory
-        self.speeds_of = speeds_of or logged_speeds
+        self.slots, self.say, self.speeds_of, self.memory = slots, say, speeds_of, memory
         self.runs = 1
         self.settled = False
         self._together: float | None = None  # with one run less
@@ -108,16 +117,3 @@ class Sharing:
 
 def _count(speeds: Speeds) -> int:
     return max(map(len, speeds.values()), default=0)
-
-
-def logged_speeds(folder: Path) -> Speeds:
-    """What a run has logged of its speed.
-
-    Args:
-        folder: The run's folder.
-    """
-    scalars = read_run(folder, ("perf/tokens_per_s", "perf/images_per_s")).scalars
-    return {
-        tag.removeprefix("perf/"): [series[step] for step in sorted(series)]
-        for tag, series in scalars.items()
-    }
