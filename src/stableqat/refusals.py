@@ -75,15 +75,15 @@ def article(base: type) -> str:
 
 def _suggestion(given: str, bases: list[type]) -> str:
     known = {derived.__name__.lower(): derived for base in bases for derived in _derived(base)}
-    leaves = {name: derived.__name__ for name, derived in known.items() if not any(_derived(derived))}
+    usable = {name: derived.__name__ for name, derived in known.items() if not inspect.isabstract(derived)}
     name = given.split(".")[-1].lower()
     if name in known:  # in another case, at another place, or one of several of this name
         match = known[name]
         placed = match.__name__ == given.rpartition(".")[2]
         return f"; did you mean {_import_path(match) if placed else match.__name__}?"
-    if near := nearest(name, leaves, cutoff=0.7):
-        return f"; did you mean {leaves[near]}?"
-    return f"; choose one of {', '.join(sorted(leaves.values()))}" if len(leaves) <= LISTED else ""
+    if near := nearest(name, usable, cutoff=0.7):
+        return f"; did you mean {usable[near]}?"
+    return f"; choose one of {', '.join(sorted(usable.values()))}" if len(usable) <= LISTED else ""
 
 
 def alternatives(hint: Any) -> Iterator[Any]:

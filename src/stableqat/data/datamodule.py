@@ -7,6 +7,7 @@ also holds the place in the training stream.
 
 import os
 import weakref
+from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ class Rows(Protocol):
     def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]: ...
 
 
-class DataModule(LightningDataModule):
+class DataModule(LightningDataModule, ABC):
     """Serves the splits that a subclass loads.
 
     Args:
@@ -50,9 +51,9 @@ class DataModule(LightningDataModule):
         self._train_loader: TrainingLoader | None = None
         self._place: dict[str, Any] = {}
 
+    @abstractmethod
     def load(self) -> dict[str, Rows]:
         """The splits: `train`, `validation`, and `test` if there is one."""
-        raise NotImplementedError
 
     @cached_property
     def splits(self) -> dict[str, Rows]:
