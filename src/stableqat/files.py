@@ -50,6 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        _share(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -137,6 +138,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with hidden_folder(folder.parent, f".{folder.name}.") as hidden:
             (part := hidden / folder.name).mkdir()
             yield part
+            for file in part.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    _share(file)
             _refuse_existing(folder)
             try:
                 part.rename(folder)
@@ -147,6 +151,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):  # something is in it
                 parent.rmdir()
+
+
+def _share(file: Path) -> None:
+    """Let others read a file as far as the umask says; safetensors writes for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(file.stat().st_mode | 0o666 & ~mask)
 
 
 def _refuse_existing(path: Path) -> None:
