@@ -18,12 +18,13 @@ def quiet_libraries(*, progress: bool = False) -> None:
     """Silence tokenizers and datasets, whose errors our own messages replace; call it before their import.
 
     Args:
-        progress: Leave the progress bars of datasets.
+        progress: Leave the bars of datasets, and of models that are downloaded or loaded.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     if not progress:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it as well
 
 
 def plain(text: str) -> str:

@@ -295,8 +295,8 @@ def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
     lines = [
         f"{folder}: {report['format']} of {found.checkpoint}{step}",
         f"{size}; {bits}",
-        f"{report['layers_packed']} layers quantized ({'; '.join(report['grids'])}); "
-        f"left, in {report['dtype']}: {left}",
+        f"{report['layers_packed']} layers quantized ({'; '.join(report['grids'])}; "
+        f"scales in {report['scale_dtype']}); left, in {report['dtype']}: {left}",
         *report["notes"],
         f"read back: weights differ by {weights:g}, logits by {logits:.1e}",
         f"loss on {report['batch']}: {losses}",
