@@ -47,16 +47,16 @@ class Settings:
         dtype: Type of products on lines and maps, fp32 or bf16.
     """
 
-    batches: int = 4
-    batch_size: int | None = None
-    block_size: int | None = None
-    points: int = 13
-    grid: int = 15
-    layers: int = 8
-    directions: int = 3
-    rise: float = 0.1
-    lanczos: int = 12
-    dtype: str = "fp32"
+    batches: int
+    batch_size: int | None
+    block_size: int | None
+    points: int
+    grid: int
+    layers: int
+    directions: int
+    rise: float
+    lanczos: int
+    dtype: str
 
     @property
     def bf16(self) -> bool:
