@@ -121,21 +121,27 @@ def block(key: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> list[str]:
-    """A full-precision model of the base's shape, which a teacher needs."""
+def start(tmp_path_factory) -> dict[str, list[str]]:
+    """Full-precision models of the bases' shapes, which a teacher needs."""
+    import timm
+    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("start")
+    given = raw("vit", "base")["model"]["init_args"]
+    vit = timm.create_model(given["model_name"], num_classes=given["num_classes"], **given["model_args"])
+    save_file(vit.state_dict(), folder / "vit.safetensors")
     config = AutoConfig.for_model(**raw("llama", "base")["model"]["init_args"]["config"])
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     train_bpe(words.DOCUMENTS, 280).save_pretrained(folder)
-    return ["--model.init_from", str(folder)]
+    starts = {"llama": str(folder), "vit": str(folder / "vit.safetensors")}
+    return {family: ["--model.init_from", start] for family, start in starts.items()}
 
 
 @pytest.mark.parametrize(("family", "name"), OVERLAYS)
 def test_an_overlay_changes_what_it_names_and_nothing_else(family, name, command, images, start):
     source = images if family == "vit" and name in SIZES else []
-    both = start if name == "distill" else []
+    both = start[family] if name == "distill" else []
     base = resolved(command(*arguments(family), *both))
     after = resolved(command(*arguments(family, name), *source, *both))
     changed = {key for key in base.keys() | after.keys() if base.get(key) != after.get(key)}
@@ -156,10 +162,20 @@ def test_a_small_configuration_runs(family, name, command):
     assert made.model.describe()["method"].lower() == (name if name in METHODS else "fp")
 
 
-def test_distill_trains_on_the_starts_predictions_alone(command, start):
-    argv = ["-c", "llama/finetune", "-c", "llama/distill", *start, "--data.block_size", "32"]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distill_trains_on_the_starts_predictions_alone(family, command, start):
+    extra = {"llama": ["--data.block_size", "32"], "vit": ["--data.image_size", "8"]}[family]
+    argv = ["-c", f"{family}/finetune", "-c", f"{family}/distill", *start[family], *extra]
+    if family == "vit":
+        given = raw("vit", "base")["model"]["init_args"]
+        argv += [
+            "--model.model_name",
+            given["model_name"],
+            "--model.model_args",
+            json.dumps(given["model_args"]),
+        ]
     made = command(*argv, "--trainer.fast_dev_run", "true", run=True)
-    assert made.model.distillation == Distillation(source=start[1], weight=1.0, temperature=1.0)
+    assert made.model.distillation == Distillation(source=start[family][1], weight=1.0, temperature=1.0)
     assert made.trainer.callback_metrics["train/loss"] < 0.7 * made.trainer.callback_metrics["val/loss"]
 
 
@@ -218,7 +234,7 @@ def test_print_config_shows_what_runs(family, command, capsys):
 
 def test_both_families_have_the_same_files():
     """But for overlays of the model alone: sizes, and what only language models have."""
-    own = SIZES.keys() | {"activation-checkpointing", "distill"}
+    own = SIZES.keys() | {"activation-checkpointing"}
     shared = [{path.stem for path in (ROOT / family).glob("*.yaml")} - own for family in FAMILIES]
     assert shared[0] == shared[1]
     assert shared[0] >= METHODS | STRATEGIES | {"base", "finetune", "debug", "demo"}

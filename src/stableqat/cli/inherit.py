@@ -14,7 +14,6 @@ from typing import Any
 from jsonargparse import Namespace
 
 from stableqat.checkpoints.names import find_checkpoint
-from stableqat.checkpoints.read import read_rest
 from stableqat.cli.resume import as_saved
 from stableqat.construct import find_class
 from stableqat.data import ImageDataModule
@@ -90,12 +89,7 @@ def _take_architecture(arguments: Namespace, model: Namespace) -> list[str]:
     source = model.get("init_from")
     if model.model_name is not None or source is None:
         return []
-    if (checkpoint := find_checkpoint(source, "model.init_from")) is not None:
-        saved = read_rest(checkpoint)["hyper_parameters"]
-        found = (saved["model_name"], saved.get("model_args") or {}) if saved.get("model_name") else None
-    else:
-        found = architecture(source)
-    if found is None:
+    if (found := architecture(source, "model.init_from")) is None:
         raise UserError(
             f"model.model_name: {source} does not say which timm model it is; name it, such as "
             "--model.model_name vit_small_patch16_224"

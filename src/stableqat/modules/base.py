@@ -9,6 +9,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ from stableqat.modules.parallel import checkpoint_activations, shard, states_by_
 from stableqat.modules.schedule import end_with_run, place
 from stableqat.modules.start import Start, load_start, state_dict_follows, will_be_loaded
 from stableqat.modules.start_quantizers import take_quantizers
+from stableqat.modules.teacher import Distillation, Teacher
 from stableqat.modules.training import Training
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerSpec
@@ -71,6 +73,7 @@ class QATModule(Training, Evaluation, ABC):
             layer, see `QuantLinear`.
         activation_checkpointing: Save the input of each transformer block only, and compute the block again
             in the backward: a third more work for a fraction of the activations' memory.
+        teacher: Distillation from a full-precision model; None trains on the data alone.
     """
 
     family: ClassVar[Literal["text", "images"]]
@@ -92,6 +95,7 @@ class QATModule(Training, Evaluation, ABC):
         graphed: bool | None = None,
         recompute: bool | None = None,
         activation_checkpointing: bool = False,
+        teacher: Distillation | None = None,
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
@@ -111,6 +115,8 @@ class QATModule(Training, Evaluation, ABC):
         self.graphed = graphed
         self.recompute = recompute
         self.activation_checkpointing = activation_checkpointing
+        self.distillation = None if teacher is None else teacher.of(init_from)
+        self.teacher: Any = None  # a `Teacher`, which is no module: nothing saves, shards or optimizes it
         self.model: nn.Module | None = None
         self.surgery: SurgeryReport | None = None
         self.calls: Calls | None = None  # how the architecture uses its quantized layers
@@ -142,6 +148,10 @@ class QATModule(Training, Evaluation, ABC):
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """The repeated blocks: units of sharding and of activation checkpointing."""
 
+    @abstractmethod
+    def load_teacher(self, settings: Distillation) -> Teacher:
+        """The frozen model that `settings` names, with what a student's loss asks of it."""
+
     def fit_state(self, model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         """Change a start's weights where it was made for another task than the model.
 
@@ -160,8 +170,8 @@ class QATModule(Training, Evaluation, ABC):
         """The validation loss of a guess, which a trained start stays under; None if its head is new."""
 
     def resolved(self) -> dict[str, Any]:
-        """Hyper-parameters that rebuild the architecture without the source it came from."""
-        return {}
+        """Hyper-parameters that rebuild the architecture, and name the teacher, without the start."""
+        return {} if self.distillation is None else {"teacher": asdict(self.distillation)}
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
         """Refuse data that does not fit the model, as far as is known before data is prepared."""
@@ -178,11 +188,14 @@ class QATModule(Training, Evaluation, ABC):
             self.calls = check_calls(model)
 
     def setup(self, stage: str) -> None:
-        """Make the checks that the command line makes before data is prepared."""
+        """Make the checks that the command line makes before data is prepared; load the teacher."""
         super().setup(stage)
         check_trainer(self.trainer)
         if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
             self.check_data(datamodule)
+        if stage == "fit" and self.distillation is not None and self.teacher is None:
+            self.teacher = self.load_teacher(self.distillation)
+            self.teacher.check(self)
 
     def configure_model(self) -> None:
         """Build, load, assemble and shard the model; does nothing the second time."""
@@ -305,4 +318,5 @@ class QATModule(Training, Evaluation, ABC):
         multipliers = {key: getattr(self, key) for key in ("scale_lr_multiplier", "weight_lr_multiplier")}
         share = {"quantized_share": round(self.surgery.quantized_share, 4)} if self.surgery else {}
         size = {"deployed_mb": round(deployed_bytes(self.model) / 1e6, 6)}
-        return {**method, **share, **size, **multipliers, "seed": self.seed}
+        taught = {} if self.distillation is None else self.distillation.describe()
+        return {**method, **share, **size, **multipliers, **taught, "seed": self.seed}

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
 from types import MethodType
 from typing import Any
 
@@ -23,10 +22,10 @@ from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.base import QATModule
 from stableqat.modules.config import compare_configs, hub_refusal, resolve_config
 from stableqat.modules.documents import documents_of
+from stableqat.modules.language_teacher import LanguageTeacher
 from stableqat.modules.loss import IGNORED, lean_forward, token_losses
 from stableqat.modules.metrics import MeanLoss
-from stableqat.modules.start import state_dict_follows
-from stableqat.modules.teacher import Distillation, Teacher
+from stableqat.modules.teacher import Distillation, load_frozen
 
 _LARGE = 2**14  # entries of a vocabulary from which the loss is lean
 
@@ -39,7 +38,6 @@ class LlamaModule(QATModule):
             folder or hub name that has one. None takes it from `init_from`.
         lean_loss: Compute the loss chunk by chunk, without the logits of a whole batch; equal up to rounding.
             None does so for vocabularies of 16,384 entries and more.
-        teacher: Distillation from a full-precision model; None trains on the data alone.
         skip: Linear layers that stay in full precision, by name patterns.
         options: Those of `QATModule`.
 
@@ -57,18 +55,9 @@ class LlamaModule(QATModule):
         config: dict[str, Any] | str | None = None,
         skip: Sequence[str] = heads,
         lean_loss: bool | None = None,
-        teacher: Distillation | None = None,
         **options: Any,
     ) -> None:
         super().__init__(skip=skip, **options)
-        self.distillation: Distillation | None = None
-        if teacher is not None and teacher.is_on:
-            self.distillation = replace(teacher, source=teacher.source or self.init_from)
-            if self.distillation.source is None:
-                raise UserError(
-                    "teacher.source: missing; name the full-precision model, or start from it with init_from"
-                )
-        self.teacher: Teacher | None = None  # no module: nothing saves, shards or optimizes it
         self.config = resolve_config(config, self.init_from)
         self.lean_loss = self.config.vocab_size >= _LARGE if lean_loss is None else lean_loss
         self.check_architecture(self.quantizer)
@@ -80,10 +69,7 @@ class LlamaModule(QATModule):
 
     def resolved(self) -> dict[str, Any]:
         """The full transformers config, as plain values, and the teacher's source."""
-        resolved = {"config": json.loads(self.config.to_json_string(use_diff=False))}
-        if self.distillation is not None:
-            resolved["teacher"] = asdict(self.distillation)
-        return resolved
+        return {**super().resolved(), "config": json.loads(self.config.to_json_string(use_diff=False))}
 
     def build_model(self) -> nn.Module:
         """See `QATModule.build_model`."""
@@ -136,19 +122,11 @@ class LlamaModule(QATModule):
         if self.lean_loss or self.distillation is not None:
             vars(model)["forward"] = MethodType(lean_forward, model)
 
-    def setup(self, stage: str) -> None:
-        """See `QATModule.setup`; only training loads the teacher."""
-        super().setup(stage)
-        if stage == "fit" and self.distillation is not None and self.teacher is None:
-            self.teacher = _load_teacher(self.distillation)
-            self.teacher.check(self.config)
-
-    def describe(self) -> dict[str, str | int | float]:
-        """See `QATModule.describe`; with the teacher's settings, if there is one."""
-        if self.distillation is None:
-            return super().describe()
-        taught = {f"teacher_{k}": v for k, v in asdict(self.distillation).items() if isinstance(v, float)}
-        return super().describe() | taught
+    def load_teacher(self, settings: Distillation) -> LanguageTeacher:
+        """See `QATModule.load_teacher`: a language model."""
+        made = load_frozen(lambda: LlamaModule(init_from=settings.source))
+        assert made.model is not None
+        return LanguageTeacher(made.model, settings)
 
     def check_data(self, datamodule: L.LightningDataModule) -> None:
         """Rows must fit the positions, and tokens the embedding and the start."""
@@ -234,14 +212,3 @@ class LlamaModule(QATModule):
         assert self.model is not None
         with documents_of(position_ids):
             return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
-
-
-def _load_teacher(settings: Distillation) -> Teacher:
-    # the student's random weights and its coming state dict do not concern the teacher
-    with torch.random.fork_rng([]), state_dict_follows(False):
-        try:
-            module = LlamaModule(init_from=settings.source)
-            module.configure_model()
-        except UserError as error:
-            raise UserError(f"teacher.source: {str(error).removeprefix('init_from: ')}") from error
-    return Teacher(module.model, settings)

@@ -20,9 +20,11 @@ from torchmetrics import MetricCollection
 
 from stableqat.errors import UserError, did_you_mean, first_line
 from stableqat.modules.base import QATModule
+from stableqat.modules.image_teacher import ImageTeacher, prepare_student
 from stableqat.modules.metrics import MeanLoss, accuracies
 from stableqat.modules.start import compare_weights
-from stableqat.modules.vit_config import unreachable, weight_file
+from stableqat.modules.teacher import Distillation, load_frozen
+from stableqat.modules.vit_config import architecture, unreachable, weight_file
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +146,31 @@ class ViTModule(QATModule):
                     model = self.build_model()
                 compare_weights(model, self.fit_state(model, state, str(path)), str(path))
 
+    def load_teacher(self, settings: Distillation) -> ImageTeacher:
+        """See `QATModule.load_teacher`: the architecture that the source names, or the student's."""
+        assert settings.source is not None
+        name, options = architecture(settings.source, "teacher.source") or (self.model_name, self.model_args)
+        if size := self.model_args.get("img_size"):
+            options = {**options, "img_size": size}
+        classes = self.num_classes
+        made: Any = load_frozen(
+            lambda: ViTModule(
+                model_name=name, model_args=options, num_classes=classes, init_from=settings.source
+            )
+        )
+        if settings.weight and made._new_head:
+            raise UserError(
+                f"teacher.source: {settings.source} has no classifier of the {classes} classes to learn "
+                "from; train it in full precision first and name that run, or set teacher.weight to 0 and "
+                "teacher.hidden_weight above 0"
+            )
+        return ImageTeacher(made.model, settings)
+
+    def adapt(self, model: nn.Module) -> None:
+        """See `QATModule.adapt`: a student shows its teacher what they compare."""
+        if self.distillation is not None:
+            prepare_student(model)
+
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Transformer blocks."""
         return model.blocks  # type: ignore[return-value]
@@ -219,9 +246,15 @@ class ViTModule(QATModule):
         return {"pixel_values": images, "labels": targets}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy of classes, with label smoothing where it is on, or of probabilities."""
+        """Cross-entropy of classes, with label smoothing where it is on, or of probabilities.
+
+        A teacher adds what `ImageTeacher.loss` says.
+        """
         images, labels = batch["pixel_values"], batch["labels"]
         smoothing = 0.0 if labels.is_floating_point() else self.label_smoothing
+        if self.teacher is not None:
+            loss: Tensor = self.teacher.loss(self.model, batch, smoothing)
+            return loss
         return F.cross_entropy(self(images), labels, label_smoothing=smoothing)
 
     def example_batch(self, rows: int, *, tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:

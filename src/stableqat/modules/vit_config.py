@@ -7,19 +7,26 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from stableqat.checkpoints.names import find_checkpoint
+from stableqat.checkpoints.read import read_rest
 from stableqat.errors import UserError, first_line
 
 
-def architecture(source: str) -> tuple[str, dict[str, Any]] | None:
-    """The timm model that pretrained weights are of, with its arguments; None if they do not say.
+def architecture(source: str, key: str = "init_from") -> tuple[str, dict[str, Any]] | None:
+    """The timm model that weights are of, with its arguments; None if they do not say.
 
     The number of classes is not among them: it is the data's.
 
     Args:
-        source: Weight file, which may say so in its metadata, model folder or hub name.
+        source: Run folder, checkpoint, weight file, which may say so in its metadata, model folder or hub
+            name.
+        key: The setting that names it, for messages.
     """
     import timm
 
+    if (checkpoint := find_checkpoint(source, key)) is not None:
+        saved = read_rest(checkpoint)["hyper_parameters"]
+        return (saved["model_name"], saved.get("model_args") or {}) if saved.get("model_name") else None
     path = Path(source).expanduser()
     if not path.exists():
         try:
