@@ -4,6 +4,7 @@ The arms of a comparison must not drift apart, so an overlay changes what it nam
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -301,3 +302,18 @@ def test_every_arm_of_the_smollm2_study_builds(command, monkeypatch):
             assert quantizer(torch.randn(8, 64)).grid.name == (
                 "stretched" if "stretched" in arm else "integer"
             )
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_studies_of_starts_train_from_what_the_table_wrote(bits):
+    script = (ROOT / "llama" / "ptq-table.sh").read_text()
+    methods = re.search(r"for method in (.*); do", script)[1].split()
+    assert "run=$out/$method-$bits-$size" in script
+    study = read_study(ROOT / "llama" / "smollm2" / f"starts-{bits}bit.yaml")
+    settings = [point.overlay.settings() for point in study.points]
+    runs = {f"data/ptq/{method}-{bits}-row" for method in methods}
+    for verb, count in (("validate", 4), ("fit", 32)):
+        chosen = [s for s, point in zip(settings, study.points, strict=True) if point.verb == verb]
+        assert len(chosen) == count
+        assert {s["model.init_from"] for s in chosen} == runs
+    assert {(s["model.init_quantizers"], s["model.quantizer.bits"]) for s in settings} == {("start", bits)}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stableqat.cli.tool import tool_parser
+from stableqat.cli.tool import run_tool, tool_parser
 
 BENCH = ["--model", "M", "--batch", "1"]
 
@@ -23,6 +23,22 @@ BENCH = ["--model", "M", "--batch", "1"]
 )
 def test_a_list_given_again_adds_up(verb, flags, key, values):
     assert tool_parser(verb).parse_args(flags)[key] == values
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dry-run", "llama/demo-study"],
+        ["llama/demo-study", "--dry_run"],
+        ["--dry_run", "yes", "llama/demo-study"],
+    ],
+    ids=" ".join,
+)
+def test_a_switch_needs_no_value_and_takes_dashes(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_tool("sweep", flags) == 0
+    assert "ste-b2" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 EXPORT = """

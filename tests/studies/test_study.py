@@ -88,6 +88,13 @@ def test_all_points_but_the_start_run_wait_for_it_unless_they_begin_elsewhere() 
     assert set(starts.values()) == {"start", None}
 
 
+def test_a_path_names_a_point_by_its_last_part() -> None:
+    grid = "{arm: {ste: {configs: [ste.yaml]}}, model.init_from: [ptq/rtn, ptq/gptq]}"
+    assert list(points(f"{{name: starts, grid: {grid}}}")) == ["ste-rtn", "ste-gptq"]
+    with pytest.raises(UserError, match="two points are named ste-rtn"):
+        points(f"{{name: starts, grid: {grid.replace('ptq/gptq', 'other/rtn')}}}")
+
+
 def test_any_argument_can_be_an_axis() -> None:
     found = points("""
 name: wide

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
+from itertools import pairwise
 from keyword import iskeyword
 from types import FrameType
 from typing import Any, get_args, get_origin
@@ -33,6 +34,7 @@ TOOL_VERBS = {
     "data tokenize": ("stableqat.data.prepare.command", "turn documents into rows of tokens on disk"),
     "completion": ("stableqat.cli.completion", "print a completion script for your shell"),
 }
+_BOOLEANS = ("true", "false", "yes", "no")
 
 
 def run_tool(verb: str, arguments: Sequence[str]) -> int:
@@ -45,10 +47,24 @@ def run_tool(verb: str, arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    values = vars(tool_parser(verb).parse_args(arguments))
+    values = vars(tool_parser(verb).parse_args(list(_spelled_out(verb, arguments))))
     values = {f"{key}_" if iskeyword(key) else key: value for key, value in values.items()}
     with _terminable():
         return _function(verb)(**values)
+
+
+def _spelled_out(verb: str, arguments: Sequence[str]) -> Iterator[str]:
+    """Flags as jsonargparse wants them: --dry-run is --dry_run true."""
+    parameters = signature(_function(verb)).parameters
+    for word, following in pairwise([*arguments, ""]):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in parameters:
+            yield word
+            continue
+        yield f"--{name}{equals}{value}"
+        if parameters[name].annotation is bool and not equals and following.lower() not in _BOOLEANS:
+            yield "true"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What `stableqat sweep --dry_run true` shows: every point with its command line, and their cost.
+"""What `stableqat sweep --dry-run` shows: every point with its command line, and their cost.
 
 Steps and tokens follow from the settings in the study's files; a setting that they leave to its default, such
 as a batch size that suits the device, leaves the number open. The time is that of the study's finished runs.

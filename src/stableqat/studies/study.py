@@ -189,7 +189,7 @@ def read_study(path: str | Path) -> Study:
             one = arm.quantized and not isinstance(arm.settings().get(QUANTIZER), dict)
             free = [a for a in axes_ if a.argument not in own.args and (one or not a.quantizer)]
             for values in itertools.product(*(axis.values for axis in free)):
-                parts = [axis.prefix + short(value) for axis, value in zip(free, values, strict=True)]
+                parts = [axis.label(value) for axis, value in zip(free, values, strict=True)]
                 point = _name(path, where, "-".join([arm_name, *parts]))
                 choice = {axis.argument: value for axis, value in zip(free, values, strict=True)}
                 overlay = arm + Overlay(args=choice)
@@ -216,6 +216,12 @@ class _Axis:
     @property
     def quantizer(self) -> bool:
         return self.argument.startswith(QUANTIZER + ".")
+
+    def label(self, value: Any) -> str:
+        """What a value adds to the name of a point; of a path, its last part."""
+        if isinstance(value, str) and "/" in value:
+            return Path(value).name
+        return self.prefix + short(value)
 
 
 def _axes(path: str | Path, grid: dict[str, Any]) -> list[_Axis]:
