@@ -5,10 +5,12 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
+import words
 from stableqat.data.tokenizer import train_bpe
 
 OTHER = ["another text of other words, zebra quartz jumps " * 3]
@@ -55,3 +57,21 @@ def special(texts: list[str], entries: int, eos: str):
     tokenizer = train_bpe(texts, entries)
     tokenizer.add_special_tokens({"eos_token": eos})
     return tokenizer
+
+
+def models_and_data(folder: Path) -> Path:
+    """Folders `llama` and `vit`, and `text.jsonl` and `images` of their kind."""
+    keys = {key: value for key, value in tiny.LLAMA.items() if key != "model_type"}
+    keys |= {"vocab_size": 320, "initializer_range": 0.3, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **keys))
+    model.save_pretrained(folder / "llama")
+    special(words.DOCUMENTS, 300, "<eos>").save_pretrained(folder / "llama")
+    words.write_text(folder / "text.jsonl")
+    timm_folder(folder / "vit", classes=3, depth=2)
+    for index in range(24):
+        (folder / "images" / "abc"[index % 3]).mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (20, 20), (90 * (index % 3), 10 * index, 50))
+        picture.paste((255, 9 * index, 0), (index % 7, 3, 12, 15))
+        picture.save(folder / "images" / "abc"[index % 3] / f"{index}.png")
+    return folder

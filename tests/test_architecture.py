@@ -55,6 +55,7 @@ ALLOWED = {
     "export": {"api", "data", "kinds", "layers", "model_folder", "modules", "quantizers", "runs"},
     "importing": {"data", "layers", "modules", "ops", "quantizers", "runs"},
     "ptq": {"data", "evaluate", "layers", "modules", "ops", "quantizers", "runs"},
+    "diagnose": {"evaluate", "landscape", "layers", "modules", "ptq", "quantizers", "surgery"},
     "bench": {"analysis", "construct", "evaluate", "export", "layers", "modules", "quantizers", "shipped"},
     "analysis": {"checkpoints", "events", "studies"},
     "studies": {"checkpoints", "cli", "events", "shipped", "trust"},  # a sweep's points are command lines

@@ -48,6 +48,22 @@ def test_the_radius_is_the_nearer_crossing(toy, steps, rise):
     assert torch.equal(toy.space.get()[0], w)
 
 
+@pytest.mark.parametrize("first", [1e-3, 1.0, 30.0])
+def test_a_search_that_begins_near_the_radius_takes_fewer_losses(toy, first):
+    by, calls = toy.point(torch.randn(12, dtype=torch.float64)), []
+
+    def counted():
+        calls.append(1)
+        return toy.losses[0]()
+
+    exact, losses = radius(toy.space, toy.losses, by, rise=0.3), [counted, *toy.losses[1:]]
+    assert radius(toy.space, losses, by, rise=0.3, first=first, halvings=1) == pytest.approx(exact, rel=0.2)
+    far = len(calls)
+    calls.clear()
+    radius(toy.space, losses, by, rise=0.3, first=exact * sqrt(2), halvings=1)
+    assert len(calls) == 7 <= far  # at the weights, and on both sides at three lengths
+
+
 def test_a_flat_loss_has_no_radius_and_a_broken_one_none_either(toy):
     by = toy.point(torch.ones(12, dtype=torch.float64))
     flat = [lambda: toy.weight().sum() * 0]

@@ -29,6 +29,32 @@ def test_the_loss_is_the_models(family):
     assert [module.loss(batch).item() for batch in batches(family)] == expected  # the model is as it was
 
 
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_a_forward_pass_begins_at_any_block(family):
+    """With the loss of the whole model, also of another block's weights; blocks before it do not run."""
+    module = tiny.configured(family).eval()
+    stream = Stream(module, batches(family), CPU)
+    with torch.no_grad():
+        expected = [module.loss(batch).item() for batch in batches(family)]
+        for number in range(3):
+            if number:
+                stream.flow(number - 1)
+            for index, batch in enumerate(batches(family)):
+                with stream.resumed(number, index):
+                    assert module.loss(batch).item() == pytest.approx(expected[index], rel=1e-6)
+        stream = Stream(module, batches(family), CPU)
+        stream.flow(0)
+        first, second = module.blocks(module.model)
+        for parameter in first.parameters():
+            parameter.zero_()
+        with stream.resumed(1, 0):
+            assert module.loss(batches(family)[0]).item() == pytest.approx(expected[0], rel=1e-6)
+        for parameter in second.parameters():
+            parameter.mul_(2)
+        with stream.resumed(1, 0):
+            assert module.loss(batches(family)[0]).item() != pytest.approx(expected[0], rel=1e-4)
+
+
 def test_documents_that_do_not_see_each_other():
     module = tiny.configured("llama").eval()
     batch = {**tiny.batch("llama", 2), "position_ids": torch.arange(16).remainder(7).expand(2, -1)}

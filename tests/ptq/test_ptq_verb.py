@@ -170,7 +170,7 @@ def test_every_grid_and_groups(place, ptq, tmp_path):
         ({"bias_correction": "true"}, "bias_correction: no quantized layer of this model has a bias"),
         ({"data": "nowhere/text.jsonl"}, "nowhere/text.jsonl"),
         ({"text_column": "words"}, "words"),
-        ({"samples": 1000}, "fewer than samples 1000; lower it"),
+        ({"samples": 1000}, "fewer than the 1000 to draw; take more data, or lower samples"),
         ({"samples": 0}, "samples: must be at least 1"),
         ({"block_size": 65}, "block_size: 65 tokens, but the model takes 64; lower it"),
         ({"damping": -1}, "damping: must be at least 0"),

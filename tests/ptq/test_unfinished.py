@@ -103,7 +103,7 @@ def test_other_weights_damage_strangers_and_another_process_are_refused(begun, p
     settings.write_text(settings.read_text().replace('"fingerprint": ', '"fingerprint": 1'))
     assert "other weights or data" in refusal()
     settings.unlink()
-    assert "is not what stableqat ptq leaves" in refusal()
+    assert "is not what an interrupted command leaves" in refusal()
 
 
 def test_a_mistake_leaves_nothing(place, ptq, tmp_path, monkeypatch):

@@ -26,6 +26,10 @@ TOOL_VERBS = {
         "stableqat.export.command",
         "write packed weights for a runtime, proven equal to the model",
     ),
+    "diagnose": (
+        "stableqat.diagnose.command",
+        "find the layers that need training, and mixed widths for a size",
+    ),
     "ptq": ("stableqat.ptq.command", "round a model without training, to a run"),
     "evaluate": ("stableqat.evaluate.command", "measure perplexity, accuracy and harness tasks of any model"),
     "landscape": ("stableqat.landscape.command", "measure the loss around the weights of runs"),

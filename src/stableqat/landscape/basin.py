@@ -17,7 +17,7 @@ from stableqat.landscape.curvature import gradient, mean_loss
 from stableqat.landscape.space import Direction, Losses, ParameterSpace, Point, WeightSpace, dot, norm
 
 FIRST, SHORTEST, LONGEST = 2.0**-2, 2.0**-20, 2.0**6  # steps of the grid
-HALVINGS = 6  # of a factor of two: 1.1%
+HALVINGS = 6  # of a factor of two
 
 
 def of_one_step(space: WeightSpace, direction: Direction) -> Point:
@@ -27,7 +27,15 @@ def of_one_step(space: WeightSpace, direction: Direction) -> Point:
     return [each / length for each in found]
 
 
-def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: float = 0.1) -> float:
+def radius(
+    space: WeightSpace,
+    losses: Losses,
+    direction: Direction,
+    *,
+    rise: float = 0.1,
+    first: float = FIRST,
+    halvings: int = HALVINGS,
+) -> float:
     """The distance at which the loss has risen, along a direction and its opposite.
 
     Args:
@@ -35,6 +43,9 @@ def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: fl
         losses: The loss.
         direction: The direction; its length does not matter.
         rise: By how much, in units of the loss.
+        first: Where the search begins, in steps of the grid; near the radius, it takes fewer losses.
+        halvings: Of the interval of a factor of two that it finds, on a logarithmic scale; 6 leave an error
+            of at most 0.6%, and 1 one of 19%.
 
     Returns:
         The distance in steps of the grid; infinity if it is more than 64, 0 if it is too small to find.
@@ -54,7 +65,7 @@ def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: fl
                 ends.append(mean_loss(losses))
             return not bool((torch.stack(ends) <= limit).all())  # NaN is beyond
 
-        high = FIRST
+        high = first
         while beyond(high / 2):
             high /= 2
             if high < SHORTEST:
@@ -64,7 +75,7 @@ def radius(space: WeightSpace, losses: Losses, direction: Direction, *, rise: fl
             if high > LONGEST:
                 return inf
         low = high / 2
-        for _ in range(HALVINGS):
+        for _ in range(halvings):
             middle = sqrt(low * high)
             low, high = (low, middle) if beyond(middle) else (middle, high)
     return sqrt(low * high)

@@ -66,7 +66,7 @@ def round_block(
         UserError: If the inputs of a layer are not finite.
     """
     records = []
-    moments = _moments(block, stream, share)
+    moments = moments_of(block, stream, share)
     for name, layer in block.layers.items():
         if name in moments:
             records.append(_round(name, layer, moments[name], method, bias_correction))
@@ -79,11 +79,6 @@ def _round(
     name: str, layer: QuantLinear, moments: Moments, method: Method, bias_correction: bool
 ) -> LayerRecord:
     quantizer, hessian = layer.weight_quantizer, moments.hessian
-    if not torch.isfinite(hessian).all():
-        raise UserError(
-            f"data: {name}: its inputs are not finite on the calibration data; look for NaN in the model, or "
-            "take other data"
-        )
     latent = quantizer.latent(layer.weight).detach().clone()
     made = method(latent, hessian, quantizer)
     quantizer.settle(layer.weight, made.weight)
@@ -101,8 +96,20 @@ def _round(
     )
 
 
-def _moments(block: Block, stream: Stream, share: Share) -> dict[str, Moments]:
-    """The moments of what flows into each layer; layers that share an input share them."""
+def moments_of(block: Block, stream: Stream, share: Share) -> dict[str, Moments]:
+    """The moments of what flows into each layer of a block; layers that share an input share them.
+
+    Args:
+        block: The block.
+        stream: The calibration data that flows into it.
+        share: This process's share of the calibration data.
+
+    Returns:
+        By layer; one that the data never reaches is missing.
+
+    Raises:
+        UserError: If the inputs of a layer are not finite.
+    """
     moments: dict[str, Moments] = {}
     for activations in stream.inputs(block):
         for x, names in activations.items():
@@ -111,4 +118,10 @@ def _moments(block: Block, stream: Stream, share: Share) -> dict[str, Moments]:
             moments.update(dict.fromkeys(names, first))
     for each in dict.fromkeys(moments.values()):
         each.total(share)
+    for name, each in moments.items():
+        if not torch.isfinite(each.hessian).all():
+            raise UserError(
+                f"data: {name}: its inputs are not finite on the calibration data; look for NaN in the "
+                "model, or take other data"
+            )
     return moments

@@ -48,6 +48,9 @@ class Stream:
         module: The training system, in evaluation mode; each block takes the output of the one before.
         batches: Batches of its data.
         device: Where to compute.
+
+    Attributes:
+        hidden: What flows into the next block, one tensor per batch.
     """
 
     @torch.no_grad()
@@ -56,11 +59,11 @@ class Stream:
         self.module, self.batches, self.device = module, batches, device
         self.modules = list(module.blocks(module.model))
         self.home = next(self.modules[0].parameters()).device
-        self._hidden: list[Tensor] = []
+        self.hidden: list[Tensor] = []
         self._calls: list[list[_Call]] = []
         for batch in batches:
             hidden, calls = self._record(batch)
-            self._hidden.append(hidden)
+            self.hidden.append(hidden)
             self._calls.append(calls)
 
     @torch.no_grad()
@@ -71,9 +74,26 @@ class Stream:
         for number, module in enumerate(self.modules):
             module.to(self.device)
             yield Block(number, module, {names[each]: each for each in quantized_layers(module).values()})
-            for index in range(len(self.batches)):
-                self._hidden[index] = self._run(number, index).to(self.home)
+            self.flow(number)
             module.to(self.home)
+
+    @torch.no_grad()
+    def flow(self, number: int) -> None:
+        """Let the data flow through a block, the one that it has come to."""
+        for index in range(len(self.batches)):
+            self.hidden[index] = self._run(number, index).to(self.home)
+
+    @contextmanager
+    def resumed(self, number: int, index: int) -> Iterator[None]:
+        """Inside, a forward pass of a batch begins at a block, the one that the data has come to.
+
+        Args:
+            number: The block's number; that of blocks is after the last.
+            index: The batch's number.
+        """
+        hidden = self.hidden[index].to(self.device)
+        with self._replaced(lambda *_, **__: hidden, before=number):
+            yield
 
     @torch.no_grad()
     def inputs(self, block: Block) -> Iterator[dict[Tensor, list[str]]]:
@@ -102,14 +122,14 @@ class Stream:
     @torch.no_grad()
     def losses(self) -> Iterator[float]:
         """The loss of each batch, once the data has flowed through the last block."""
-        for hidden, batch in zip(self._hidden, self.batches, strict=True):
-            with self._replaced(lambda *_, hidden=hidden, **__: hidden.to(self.device)):
+        for index, batch in enumerate(self.batches):
+            with self.resumed(len(self.modules), index):
                 yield self.module.loss(_on(batch, self.device)).item()
 
     def _run(self, number: int, index: int) -> Tensor:
         """The output of a block for a batch."""
         args, kwargs = _on(self._calls[index][number], self.device)
-        output = self.modules[number](self._hidden[index].to(self.device), *args, **kwargs)
+        output = self.modules[number](self.hidden[index].to(self.device), *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     def _record(self, batch: Batch) -> tuple[Tensor, list[_Call]]:
@@ -129,10 +149,10 @@ class Stream:
         return first[0].to(self.home), calls
 
     @contextmanager
-    def _replaced(self, function: Callable[..., Tensor]) -> Iterator[None]:
-        """Inside, the blocks do what a function of their number and arguments does."""
+    def _replaced(self, function: Callable[..., Tensor], before: int | None = None) -> Iterator[None]:
+        """Inside, the blocks before a number do what a function of their number and arguments does."""
         try:
-            for number, block in enumerate(self.modules):
+            for number, block in enumerate(self.modules[:before]):
                 vars(block)["forward"] = lambda *args, n=number, **kwargs: function(n, *args, **kwargs)
             yield
         finally:

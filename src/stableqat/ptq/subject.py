@@ -22,8 +22,6 @@ from stableqat.ptq.stream import Batch
 from stableqat.quantizers import QuantizerFactory
 from stableqat.runs import open_run
 
-MOST_TOKENS = 2048  # of a row of text, unless the user says so
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -101,6 +99,7 @@ def calibration_batches(
     block_size: int | None,
     batch_size: int,
     seed: int,
+    most_tokens: int = 2048,
 ) -> list[Batch]:
     """Draw rows of text or images, the same on every machine.
 
@@ -109,9 +108,10 @@ def calibration_batches(
         source: Text or images; its training split is taken, or all of it.
         text_column: Column that holds the text.
         samples: Number of rows.
-        block_size: Tokens per row of text; None takes 2048, at most what the model takes.
+        block_size: Tokens per row of text; None takes what the model takes, at most `most_tokens`.
         batch_size: Rows per batch.
         seed: Another seed draws other rows.
+        most_tokens: Of a row of text whose block size is None.
 
     Raises:
         UserError: If there is no such source, it does not fit the model, or has too few rows.
@@ -120,7 +120,7 @@ def calibration_batches(
         rows: Any = read_text(
             source,
             subject.tokenizer,
-            block_size=_tokens(subject.module, block_size),
+            block_size=_tokens(subject.module, block_size, most_tokens),
             text_column=text_column,
             split="train",
             drawn=samples,
@@ -133,19 +133,19 @@ def calibration_batches(
         rows = splits[pick_split(source, "train" if "train" in splits else None, splits)]
     if len(rows) < samples:
         raise UserError(
-            f"data: {source} has {counted(len(rows), 'row')}, fewer than samples {samples}; lower it, or "
-            "take more data"
+            f"data: {source} has {counted(len(rows), 'row')}, fewer than the {samples} to draw; take more "
+            "data, or lower samples"
         )
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     parts = [drawn[at : at + batch_size] for at in range(0, samples, batch_size)]
     return [rows[[(seed, 0, index) for index in part]] for part in parts]
 
 
-def _tokens(module: QATModule, asked: int | None) -> int:
-    limit = getattr(getattr(module, "config", None), "max_position_embeddings", MOST_TOKENS)
+def _tokens(module: QATModule, asked: int | None, most: int) -> int:
+    limit = getattr(getattr(module, "config", None), "max_position_embeddings", most)
     if asked is not None and asked > limit:
         raise UserError(f"block_size: {asked} tokens, but the model takes {limit}; lower it")
-    return asked or min(MOST_TOKENS, limit)
+    return asked or min(most, limit)
 
 
 def fingerprint(module: QATModule, batches: Sequence[Batch]) -> int:

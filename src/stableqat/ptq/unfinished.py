@@ -143,7 +143,9 @@ def _check(folder: Path, settings: dict[str, Any]) -> None:
     except (OSError, ValueError):
         begun = None
     if not isinstance(begun, dict):
-        raise UserError(f"out: {folder} is not what stableqat ptq leaves; move it away, or name another run")
+        raise UserError(
+            f"out: {folder} is not what an interrupted command leaves; move it away, or name another"
+        )
     for key, value in settings.items():
         if begun.get(key) != value:
             told = f"{key} {begun.get(key)}, not {value}" if key != "fingerprint" else "other weights or data"

@@ -1,0 +1,1 @@
+"""Which layers rounding harms at which width, and the mixed widths that harm least at a given size."""
