@@ -113,6 +113,7 @@ def block(key: str) -> str:
     """What an overlay may change by naming `key`: a class with its options, and free keys, go together."""
     whole = (
         "model.init_args.config",
+        "model.init_args.input_quantizer",
         "model.init_args.model_args",
         "model.init_args.quantizer",
         "model.init_args.teacher",
@@ -161,6 +162,23 @@ def test_a_small_configuration_runs(family, name, command):
     assert made.trainer.global_step == 1
     assert torch.isfinite(made.trainer.callback_metrics["val/loss"])
     assert made.model.describe()["method"].lower() == (name if name in METHODS else "fp")
+
+
+WIDTHS = ["w2a2", "w2a8", "w3a3", "w4a4", "w4a8", "w8a8"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_overlay_of_widths_is_what_its_name_says(family, command):
+    assert [name for name in names(family) if name[0] == "w" and "a" in name] == WIDTHS
+    for name in WIDTHS:
+        blocks = raw(family, name)["model"]["init_args"]
+        weights, inputs = (blocks[key]["init_args"]["bits"] for key in ("quantizer", "input_quantizer"))
+        assert f"w{weights}a{inputs}" == name
+        assert len((ROOT / family / f"{name}.yaml").read_text().splitlines()) <= 8
+    argv = [*arguments(family, "debug", "w4a8"), "--trainer.fast_dev_run", "true"]
+    made = command(*argv, "--model.calibration_batches", "1", run=True)
+    assert made.model.describe()["widths"] == "W4A8"
+    assert torch.isfinite(made.trainer.callback_metrics["val/loss"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

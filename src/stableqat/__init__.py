@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {
     "PrepareQAT": "stableqat.callbacks",
     "QuantLinear": "stableqat.layers.linear",
+    "calibrate": "stableqat.api",
     "convert": "stableqat.api",
     "follow": "stableqat.clock",
     "hold_weights": "stableqat.layers.hold",

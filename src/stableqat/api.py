@@ -6,25 +6,27 @@ this suite are built from the same pieces.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from stableqat.errors import UserError
+from stableqat.layers.calibration import calibrate_inputs
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.experts import make_plain
-from stableqat.layers.linear import QuantLinear, quantized_layers
+from stableqat.layers.linear import QuantLinear, quantized_inputs, quantized_layers
 from stableqat.layers.trial import check_calls, forget_calls, is_shown
-from stableqat.quantizers import Quantizer, QuantizerSpec
+from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
+from stableqat.quantizers.choice import Choice, matches
 from stableqat.quantizers.factory import NamedSpec, make_factory, methods
+from stableqat.quantizers.inputs import InputQuantizer, InputQuantizerFactory, InputQuantizerSpec
 from stableqat.surgery import (
     HEADS,
-    Choice,
     SurgeryReport,
     check_skip,
+    make_input_quantizer,
     make_quantizer,
-    matches,
     put_back,
     quantize_linears,
 )
@@ -35,6 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _CONVERTED = "_stableqat_converted"
 GRIDS = "stableqat"  # key of a transformers config for the grids of the layers
+INPUTS = "quantized_inputs"  # in it, the layers whose inputs are quantized
 
 
 def prepare(
@@ -42,6 +45,7 @@ def prepare(
     quantizer: NamedSpec = "stableqat",
     skip: str | Sequence[str] = HEADS,
     *,
+    input_quantizer: InputQuantizerSpec | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> Model:
@@ -61,6 +65,9 @@ def prepare(
             full precision.
         skip: Linear layers that stay in full precision: one shell pattern or several, each matching a full
             name or a part between dots. Default: heads. Embeddings and convolutions are never quantized.
+        input_quantizer: Makes the quantizer of a quantized layer's input from its number of features, as
+            `functools.partial(stableqat.quantizers.inputs.LSQ, bits=8)`; a mapping assigns them to layers by
+            pattern. `stableqat.calibrate` then sets their scales. None leaves inputs as they are.
         example_inputs: Inputs of the model's forward: a tensor, a tuple of positional inputs or a dictionary
             of named ones. A trial forward finds weights that are used without calling their layers. None
             takes the inputs that a transformers or timm model declares, or waits for the first forward. For
@@ -76,7 +83,9 @@ def prepare(
             prepared in another way, or a weight to quantize is also used by another module, or without
             calling its layer. The model is then unchanged.
     """
-    prepare_and_report(model, quantizer, skip, example_inputs=example_inputs, **options)
+    prepare_and_report(
+        model, quantizer, skip, input_quantizer=input_quantizer, example_inputs=example_inputs, **options
+    )
     return model
 
 
@@ -85,6 +94,7 @@ def prepare_and_report(
     quantizer: NamedSpec,
     skip: str | Sequence[str],
     *,
+    input_quantizer: InputQuantizerSpec | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> SurgeryReport:
@@ -93,13 +103,13 @@ def prepare_and_report(
     factory = make_factory(quantizer, options)
     check_skip(model, skip)
     _refuse_adapters(model, skip)
-    refuse_another(model, factory, skip)
+    refuse_another(model, factory, skip, input_quantizer)
     linears = {
         n: m
         for n, m in model.named_modules(remove_duplicate=False)
         if type(m) is not QuantLinear and isinstance(m, nn.Linear)
     }
-    report = quantize_linears(model, factory, skip, tied=False)
+    report = quantize_linears(model, factory, skip, input_quantizer=input_quantizer, tied=False)
     try:
         report.check()
         if report.swapped and (calls := check_calls(model, _example(example_inputs))):
@@ -117,6 +127,37 @@ def prepare_and_report(
     return report
 
 
+def calibrate(model: Model, batches: Iterable[Any]) -> Model:
+    """Set the scales of a prepared model's input quantizers, to the least squared error over all batches.
+
+    Call it before the first step, and not after loading a checkpoint, which brings the scales. In a
+    distributed run every process calls it, with as many batches of its own, and all take the same scales.
+
+    Args:
+        model: A model that was prepared with an `input_quantizer`, in the autocast region that it trains in.
+        batches: Inputs of its forward: tensors, tuples of positional inputs or dictionaries of named ones.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: If what flows into a layer is constant, or not finite; names the layer.
+    """
+    modes = {module: module.training for module in model.modules()}
+
+    def run(batch: Any) -> None:
+        args, kwargs = _inputs(batch)
+        model(*args, **kwargs)
+
+    model.eval()
+    try:
+        calibrate_inputs(model, batches, run)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return model
+
+
 def convert(model: Model) -> Model:
     """Replace quantized layers with plain ones, in place, whose weights are the deployed values.
 
@@ -132,12 +173,18 @@ def convert(model: Model) -> Model:
         The same model.
 
     Raises:
-        UserError: If the model has no quantized layer, or an adapter computes with a latent weight, as DoRA
-            does on a prepared model. The model is then unchanged.
+        UserError: If the model has no quantized layer, a layer quantizes its input, or an adapter computes
+            with a latent weight, as DoRA does on a prepared model. The model is then unchanged.
     """
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
     if not layers:
         raise UserError("the model has no quantized layer to convert; prepare it first")
+    for name, layer in layers:
+        if layer.input_quantizer is not None:
+            raise UserError(
+                f"layer {name} quantizes its input, which a plain layer does not: keep the prepared model, "
+                "or prepare it without an input_quantizer"
+            )
     names = {name for name, _ in layers}
     beside = [name for name in dict(_adapters(model)) if f"{name}.base_layer" in names]
     for name in beside:
@@ -168,16 +215,25 @@ def was_converted(model: nn.Module) -> bool:
 
 
 def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if inputs is None:
-        return None
+    return None if inputs is None else _inputs(inputs)
+
+
+def _inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def refuse_another(model: nn.Module, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
-    """Refuse a model with a layer that is already quantized in another way than `quantizer` asks for."""
-    choice = Choice(quantizer, skip)
+def refuse_another(
+    model: nn.Module,
+    quantizer: QuantizerSpec,
+    skip: Sequence[str],
+    input_quantizer: InputQuantizerSpec | None = None,
+) -> None:
+    """Refuse a model with a layer that is already quantized in another way than is asked for."""
+    choice: Choice[QuantizerFactory] = Choice(quantizer, skip)
+    inputs = None if input_quantizer is None else Choice[InputQuantizerFactory](input_quantizer, ())
+    made_inputs = quantized_inputs(model)
     for name, layer in quantized_layers(model).items():
         if choice.left(name, quantized=False):
             continue
@@ -185,6 +241,11 @@ def refuse_another(model: nn.Module, quantizer: QuantizerSpec, skip: Sequence[st
         asked: dict[str, Any] = {"method": "none"}
         if factory is not None:
             asked = make_quantizer(layer.latent.to("meta"), factory).describe()
+        if name in made_inputs:
+            own |= made_inputs[name].describe()
+        of_input = None if inputs is None else make_input_quantizer(layer, inputs.of(name))
+        if isinstance(of_input, InputQuantizer):
+            asked |= of_input.describe()
         if asked != own:
             key = next(key for key in {**asked, **own} if asked.get(key) != own.get(key))
             raise UserError(
@@ -231,7 +292,10 @@ def _record_grids(model: nn.Module) -> None:
             kind = (_method(made), made.grid.name, made.bits, made.group_size, per_channel)
             kinds.setdefault(kind, []).append(name)
         keys = ("method", "grid", "bits", "group_size", "per_channel", "layers")
-        setattr(config, GRIDS, [dict(zip(keys, (*k, names), strict=True)) for k, names in kinds.items()])
+        record = [dict(zip(keys, (*k, names), strict=True)) for k, names in kinds.items()]
+        if inputs := quantized_inputs(module):
+            record.append({INPUTS: list(inputs)})  # a reader that does not know the entry refuses the model
+        setattr(config, GRIDS, record)
         recorded.append(config)
 
 

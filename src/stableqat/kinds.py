@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stableqat.layers.latent import latent_weights
+from stableqat.layers.linear import quantized_inputs
 from stableqat.quantizers import Quantizer
 from stableqat.surgery import SurgeryReport
 
@@ -24,11 +25,13 @@ def kinds(model: nn.Module, report: SurgeryReport | None = None) -> list[dict[st
         the hyper-parameters of its quantizers. A pattern of layers in full precision has the method FP.
     """
     patterns = {} if report is None else report.patterns
-    made = _quantized(model)
+    made, inputs = _quantized(model), quantized_inputs(model)
     found: dict[tuple[object, ...], dict[str, Any]] = {}
     for name in dict.fromkeys([*patterns, *made]):
         chosen = {"pattern": patterns[name]} if name in patterns else {}
         own = made[name][0].describe() if name in made else {"method": "FP"}
+        if name in inputs:
+            own = {**own, **inputs[name].describe()}
         kind = found.setdefault(
             tuple({**chosen, **own}.items()), {**chosen, "layers": 0, "weights": 0, **own}
         )
@@ -52,7 +55,7 @@ def describe(model: nn.Module, report: SurgeryReport | None = None) -> dict[str,
         return {"method": "FP"}
     first = own[0]
     if len(own) == len(found) and all(each == first for each in own):
-        return first
+        return _with_widths(first)
     shared = {key for key in first if all(key in each for each in own)}
     varying = {key for each in own for key in each if any(each[key] != o.get(key) for o in own)}
     mixed = {key: "mixed" if key in varying else first[key] for key in first if key in shared}
@@ -65,7 +68,14 @@ def describe(model: nn.Module, report: SurgeryReport | None = None) -> dict[str,
         what = "FP" if kind["method"] == "FP" else "{method} {bits}-bit {grid}".format(**kind)
         where = kind.get("pattern", f"{kind['layers']} layers")
         words.append(f"{where}: {', '.join([what, *others])}")
-    return {**mixed, "quantizers": "; ".join(words)}
+    return {**_with_widths(mixed), "quantizers": "; ".join(words)}
+
+
+def _with_widths(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the usual name of their widths, such as W4A8, where inputs are quantized."""
+    if "input_bits" not in settings:
+        return settings
+    return {**settings, "widths": f"W{settings['bits']}A{settings['input_bits']}"}
 
 
 def deployed_bytes(model: nn.Module) -> int:
@@ -80,6 +90,9 @@ def deployed_bytes(model: nn.Module) -> int:
     """
     quantized = {weight: quantizer for quantizer, weight in _quantized(model).values()}
     others = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    others |= {
+        p for made in quantized_inputs(model).values() for p in made.parameters() if not p.requires_grad
+    }
     rest = sum(p.numel() for p in model.parameters() if p not in quantized and p not in others)
     codes = sum(weight.numel() * quantizer.bits for weight, quantizer in quantized.items())
     return math.ceil(codes / 8) + 2 * (sum(each.scale.numel() for each in quantized.values()) + rest)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stableqat.api import GRIDS
+from stableqat.api import GRIDS, INPUTS
 from stableqat.errors import UserError, first_line
 from stableqat.layers.linear import QuantLinear
 from stableqat.ops import Grid, dequantize_codes, quantize_codes
@@ -78,6 +78,11 @@ def read_grids(folder: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{file.parent}: a model folder that names no quantized layers; export the run or checkpoint "
             "that it came from, or save what stableqat.prepare or convert returns with save_pretrained"
+        )
+    if isinstance(record, list) and any(isinstance(kind, dict) and INPUTS in kind for kind in record):
+        raise UserError(
+            f"{file.parent}: its layers quantize their inputs, and a model folder holds no quantizers of "
+            "inputs; name the run or checkpoint that it came from"
         )
     for kind in record if isinstance(record, list) and record else [None]:
         if not isinstance(kind, dict) or kind.keys() != _FIELDS.keys():

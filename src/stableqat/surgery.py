@@ -7,9 +7,8 @@ widths and methods; the first pattern that matches wins.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
@@ -21,13 +20,11 @@ from stableqat.layers.experts import as_rows, fused_experts, make_plain, quantiz
 from stableqat.layers.group import group_layers
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
-from stableqat.quantizers.factory import check_mapping
+from stableqat.quantizers.choice import Choice, matches
+from stableqat.quantizers.inputs import InputQuantizer, InputQuantizerFactory, InputQuantizerSpec
 from stableqat.terminal import progress
 
 logger = logging.getLogger(__name__)
-
-InputQuantizerFactory = Callable[[str, nn.Linear], nn.Module | None]
-"""Makes the module that quantizes a layer's input, from the layer's name and the layer; None makes none."""
 
 HEADS = ("lm_head", "head", "head_dist", "classifier", "score")  # as transformers and timm name them
 
@@ -47,7 +44,7 @@ class SurgeryReport:
             share of `matrix_weights`.
         patterns: For a mapping, the pattern that chose, by layer, in the order of the mapping; also where it
             chose full precision.
-        kinds: Method, width and grid of each quantizer, by layer.
+        kinds: Method, width and grid of each quantizer, by layer, with those of its input.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -136,7 +133,7 @@ def quantize_linears(
     quantizer: QuantizerSpec,
     skip: Sequence[str] = (),
     *,
-    input_quantizer: InputQuantizerFactory | None = None,
+    input_quantizer: InputQuantizerSpec | None = None,
     initialize: bool = True,
     recompute: bool | None = None,
     tied: bool = True,
@@ -151,7 +148,8 @@ def quantize_linears(
         quantizer: Makes a layer's quantizer from its weight; or a mapping of such factories by layer pattern:
             the first pattern that matches wins, and null leaves the layer in full precision.
         skip: Shell patterns; a layer is left alone if one matches its full name or a part between dots.
-        input_quantizer: Makes the module that quantizes a layer's input, from the layer's name and the layer.
+        input_quantizer: Makes the quantizer of a quantized layer's input from its number of features, or a
+            mapping as above, where null leaves inputs as they are. Calibration sets its scales.
         initialize: Set the scales from the weights. False leaves them unset (NaN), for a state dict
             that follows.
         recompute: See `QuantLinear`.
@@ -168,7 +166,8 @@ def quantize_linears(
     """
     if isinstance(model, nn.Linear):
         raise UserError("a single Linear cannot be swapped in place; wrap it, or use QuantLinear.from_linear")
-    report, choice = SurgeryReport(), Choice(quantizer, skip)
+    report, choice = SurgeryReport(), Choice[QuantizerFactory](quantizer, skip)
+    inputs = None if input_quantizer is None else Choice(input_quantizer, (), "input_quantizer")
     chosen: dict[str, nn.Linear] = {}
     factories: dict[str, QuantizerFactory] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -196,12 +195,19 @@ def quantize_linears(
                     made = make_quantizer(linear.weight, factories[name], initialize)
                 except UserError as error:
                     raise UserError(f"layer {choice.named(name)}: {error}") from error
-                of_input = None if input_quantizer is None else input_quantizer(name, linear)
+                of_input = None if inputs is None else make_input_quantizer(linear, inputs.of(name))
                 replacements[linear] = QuantLinear.from_linear(linear, made, of_input)
                 replacements[linear].recompute = recompute
             show(number, f"quantized {number} of {counted(len(chosen), 'layer')}")
     experts = _quantizers_of_experts(model, choice, initialize, report)
     choice.check()
+    if inputs is not None:
+        inputs.check()
+        if experts:
+            raise UserError(
+                f"input_quantizer: {next(iter(experts))} belongs to fused experts, whose inputs are not "
+                "quantized; add it to skip, or leave input_quantizer out"
+            )
     for name, linear in chosen.items():  # once every weight has its quantizer: all layers or none
         model.set_submodule(name, layer := replacements[linear])
         _freeze(linear.weight, layer.weight_quantizer)
@@ -212,6 +218,9 @@ def quantize_linears(
     made_by_name = {name: replacements[linear].weight_quantizer for name, linear in chosen.items()}
     made_by_name |= {name: of_experts for name, (_, _, of_experts) in experts.items()}
     report.kinds = {name: made.kind_in_words for name, made in made_by_name.items()}
+    for name, linear in chosen.items():
+        if isinstance(of_input := replacements[linear].input_quantizer, InputQuantizer):
+            report.kinds[name] += f", input {of_input.in_words}"
     if isinstance(quantizer, Mapping):
         report.patterns = {name: p for p in quantizer for name, own in choice.chosen.items() if own == p}
     group_layers(model, list(replacements.values()))
@@ -243,11 +252,6 @@ def put_back(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
             model.set_submodule(name, linear)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern of `skip` selects a layer: it matches the full name or a part between dots."""
-    return any(fnmatchcase(part, pattern) for part in (name, *name.split(".")))
-
-
 def check_skip(model: nn.Module, skip: Sequence[str], optional: Sequence[str] = HEADS) -> None:
     """Refuse a `skip` that leaves nothing to quantize, or a pattern in it that selects nothing.
 
@@ -271,60 +275,6 @@ def check_skip(model: nn.Module, skip: Sequence[str], optional: Sequence[str] = 
     for pattern in skip:
         if pattern not in optional and not any(matches(name, pattern) for name in names):
             raise UserError(f"skip: {pattern} matches no linear layer; correct it or leave it out")
-
-
-class Choice:
-    """Which layers are left alone, and which factory makes the quantizer of each of the others.
-
-    Args:
-        quantizer: One factory, or factories by layer pattern.
-        skip: Patterns of layers to leave alone.
-    """
-
-    def __init__(self, quantizer: QuantizerSpec, skip: Sequence[str]) -> None:
-        self.mapped = isinstance(quantizer, Mapping)
-        if isinstance(quantizer, Mapping):
-            check_mapping(quantizer)
-        self.factories = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
-        self.skip = skip
-        self.chosen: dict[str, str] = {}  # pattern by layer
-
-    def left(self, name: str, *, quantized: bool) -> str | None:
-        """Why a layer is left alone: skipped, or already quantized, which counts for its pattern; or None."""
-        if skipping := next((pattern for pattern in self.skip if matches(name, pattern)), None):
-            return f"skip: {skipping}"
-        if quantized:
-            self.pattern(name)
-            return "quantized already"
-        return None
-
-    def pattern(self, name: str) -> str:
-        """The first pattern that matches a layer."""
-        if name not in self.chosen:
-            found = next((p for p in self.factories if matches(name, p)), None)
-            if found is None:
-                raise UserError(
-                    f"quantizer: no pattern matches layer {name}; add one, or end with '*' (null leaves a "
-                    "layer in full precision)"
-                )
-            self.chosen[name] = found
-        return self.chosen[name]
-
-    def named(self, name: str) -> str:
-        """A layer for a message, with its pattern if there is a mapping."""
-        return f"{name} (pattern {self.pattern(name)})" if self.mapped else name
-
-    def of(self, name: str) -> QuantizerFactory | None:
-        """The factory of a layer; None for full precision."""
-        return self.factories[self.pattern(name)]
-
-    def check(self) -> None:
-        """Refuse a pattern that chooses nothing."""
-        if len(self.factories) > 1 and (idle := [p for p in self.factories if p not in self.chosen.values()]):
-            raise UserError(
-                f"quantizer: {idle[0]} chooses no layer; correct it, leave it out, or put it before the "
-                "patterns that match the same layers, which may not be in skip"
-            )
 
 
 def _quantizers_of_experts(
@@ -372,6 +322,27 @@ def _leave_fast_path(model: nn.Module) -> None:
 def _freeze(weight: Tensor, quantizer: Quantizer) -> None:
     if not quantizer.trains_weight:
         weight.requires_grad_(False)
+
+
+def make_input_quantizer(linear: nn.Linear, factory: InputQuantizerFactory | None) -> nn.Module | None:
+    """Call a factory, which may be a user's and make any module, on the layer's device.
+
+    Args:
+        linear: The layer.
+        factory: Makes the quantizer of its input from its number of features; None makes none.
+
+    Raises:
+        UserError: If it makes no module.
+    """
+    if factory is None:
+        return None
+    with linear.weight.device:
+        made = factory(linear.in_features)
+    if not isinstance(made, nn.Module):
+        raise UserError(
+            f"input_quantizer: the factory returns {type(made).__name__}; it must return a module"
+        )
+    return made.train(linear.training)
 
 
 def make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool = True) -> Quantizer:

@@ -294,7 +294,7 @@ def test_a_low_rank_method_trains_its_factors_like_weights_and_leaves_the_weight
 def test_a_rotated_method_rounds_in_another_basis_and_its_input_follows():
     model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16)
     exact = model(x)
-    quantize_linears(model, partial(Rotated, bits=4), input_quantizer=lambda name, layer: RotatedInput())
+    quantize_linears(model, partial(Rotated, bits=4), input_quantizer=lambda features: RotatedInput())
     assert (model(x) - exact).square().mean() < 0.02 * exact.var()
     layer = model[0]
     made = layer.weight_quantizer.quantize(layer.weight)

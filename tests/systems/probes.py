@@ -118,3 +118,40 @@ class Collectives(L.Callback):
             return function(*args, **kwargs)
 
         return counted
+
+
+class Ranks(L.Callback):
+    """Saves the quantizers of inputs of every process, first and last, and their first gradients.
+
+    Args:
+        path: File that the first process saves to.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.seen: dict[str, list[Any]] = {"begun": [], "gradients": [], "ended": []}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._gather("begun", dict(_of_inputs(pl_module)))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, _: Any) -> None:
+        if not self.seen["gradients"]:
+            gradients = {name: p.grad for name, p in _of_inputs(pl_module) if p.grad is not None}
+            self._gather("gradients", gradients)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._gather("ended", dict(_of_inputs(pl_module)))
+        if trainer.is_global_zero:
+            torch.save(self.seen, self.path)
+
+    def _gather(self, when: str, tensors: dict[str, Tensor]) -> None:
+        own = {name: _whole(tensor) for name, tensor in tensors.items()}
+        every: list[Any] = [own]
+        if torch.distributed.is_initialized():
+            every = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(every, own)
+        self.seen[when] = every
+
+
+def _of_inputs(module: L.LightningModule) -> Any:
+    return ((name, p) for name, p in module.named_parameters() if ".input_quantizer." in name)

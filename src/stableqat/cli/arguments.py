@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stableqat.cli.layers import QUANTIZER, Layer, read_layers, settle_quantizer
+from stableqat.cli.layers import QUANTIZERS, Layer, read_layers, settle_quantizer
 from stableqat.cli.signatures import our_classes, signature, trainer_class
 from stableqat.errors import LISTED, UserError, nearest
 from stableqat.files import as_it_stands, only_local
@@ -31,7 +31,7 @@ CALLBACKS = {
     "last": "LastCheckpoint",
 }
 
-_ROOMS = {"model": "modules", "data": "data", QUANTIZER: "quantizers"}
+_ROOMS = {"model": "modules", "data": "data"} | dict.fromkeys(QUANTIZERS, "quantizers")
 _OF_THE_PARSER = ("config", "help", "print_config", "seed_everything", "trainer", "model", "data")
 _START = "a run, a checkpoint, a model folder or a name on the Hub"
 _PATHS = {
@@ -68,7 +68,7 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     # left to the parser, but the classes that they name count
     left: list[Setting] = [(each.where, *one) for each in layers if each.inline for one in each.settings]
     _check_keys(arguments[0], settings, left)
-    known = our_classes(_ROOMS[QUANTIZER])
+    known = our_classes("quantizers")
     options = set().union(*(_names(known, name) or () for name in known))
     return settle_quantizer(named, layers, options)
 
@@ -115,7 +115,8 @@ def _check_keys(verb: str, settings: Sequence[Setting], left: Sequence[Setting])
         made = our_classes(room)
         every = [_arguments_of(made, name) for name in _named_classes([*settings, *left], block)]
         known[block] = set().union(*filter(None, every)) if every and None not in every else None
-    known[QUANTIZER] = (known[QUANTIZER] or set()) - {"weight"}  # the layer's
+    for quantizer in QUANTIZERS:
+        known[quantizer] = (known[quantizer] or set()) - {"weight", "features"}  # the layer's
     for where, key, value in settings:
         parts = key.split(".")
         if isinstance(value, dict) or {"class_path", "dict_kwargs", "help"} & set(parts):

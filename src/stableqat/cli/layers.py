@@ -15,7 +15,7 @@ from stableqat.errors import UserError
 from stableqat.shipped import find_config, shipped_config
 from stableqat.trust import flags, walk
 
-QUANTIZER = "model.quantizer"
+QUANTIZERS = ("model.quantizer", "model.input_quantizer")
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError)  # the parser says so
 
@@ -80,7 +80,7 @@ def read_layers(arguments: Sequence[str]) -> tuple[list[str], list[Layer]]:
 def settle_quantizer(
     arguments: Sequence[str], layers: Sequence[Layer], options: Collection[str]
 ) -> list[str]:
-    """Let a class or a mapping replace a mapping of quantizers, where the parser would mix the two.
+    """Let a class or a mapping replace a mapping of quantizers, as the parser would mix the two.
 
     Args:
         arguments: The verb and its flags.
@@ -93,46 +93,55 @@ def settle_quantizer(
     Raises:
         UserError: If a setting of one quantizer is laid over a mapping, or a mapping cannot be meant.
     """
-    settled, kind = list(arguments), None
-    replaced = []
-    for layer in layers:
-        given = _kind(layer, options)
-        if given and kind and "null" not in (given, kind) and "mapping" in (given, kind):
-            replaced.append(layer.at)
-        elif given is None and kind == "mapping":
-            for key, _ in layer.settings:
-                option = key.removeprefix(f"{QUANTIZER}.")
-                if option != key and option in options:
-                    raise UserError(
-                        f"{layer.where}{key}: a mapping takes no {option} of its own; set it in the entries "
-                        f"of the mapping, or name one class first, as --{QUANTIZER} STE"
-                    )
-        if given == "mapping":
-            _check_order(layer)
-        kind = given or kind
-    for at in reversed(replaced):
-        settled.insert(at, f"--{QUANTIZER}=null")
+    settled = list(arguments)
+    replaced = [
+        (layer.at, f"--{quantizer}=null")
+        for quantizer in QUANTIZERS
+        for layer in _replacing(quantizer, layers, options)
+    ]
+    for at, flag in sorted(replaced, reverse=True):
+        settled.insert(at, flag)
     return settled
 
 
-def _check_order(layer: Layer) -> None:
+def _replacing(quantizer: str, layers: Sequence[Layer], options: Collection[str]) -> Iterator[Layer]:
+    """The layers that replace a quantizer whole, where one of the two is a mapping."""
+    kind = None
+    for layer in layers:
+        given = _kind(layer, quantizer, options)
+        if given and kind and "null" not in (given, kind) and "mapping" in (given, kind):
+            yield layer
+        elif given is None and kind == "mapping":
+            for key, _ in layer.settings:
+                option = key.removeprefix(f"{quantizer}.")
+                if option != key and option in options:
+                    raise UserError(
+                        f"{layer.where}{key}: a mapping takes no {option} of its own; set it in the entries "
+                        f"of the mapping, or name one class first, as --{quantizer} STE"
+                    )
+        if given == "mapping":
+            _check_order(layer, quantizer)
+        kind = given or kind
+
+
+def _check_order(layer: Layer, quantizer: str) -> None:
     """Refuse `*` before `*.mlp`: the first match wins, and the parser would take the latter for a setting."""
-    patterns = [str(pattern) for key, value in layer.settings if key == QUANTIZER for pattern in value]
+    patterns = [str(pattern) for key, value in layer.settings if key == quantizer for pattern in value]
     for first, later in combinations(patterns, 2):
         if later.startswith(f"{first}."):
             raise UserError(
-                f"{layer.where}{QUANTIZER}: {first} comes before {later}, and the first match wins; put "
+                f"{layer.where}{quantizer}: {first} comes before {later}, and the first match wins; put "
                 f"{later} first, or leave one of them out"
             )
 
 
-def _kind(layer: Layer, options: Collection[str]) -> Kind | None:
+def _kind(layer: Layer, quantizer: str, options: Collection[str]) -> Kind | None:
     """What a layer makes of the quantizer; None if it says nothing, or only settings of one."""
     kind: Kind | None = None
     for key, value in layer.settings:
-        if key == f"{QUANTIZER}.class_path" and isinstance(value, str):
+        if key == f"{quantizer}.class_path" and isinstance(value, str):
             kind = "class"
-        elif key != QUANTIZER:
+        elif key != quantizer:
             continue
         elif value in (None, "null"):
             kind = "null"

@@ -154,7 +154,8 @@ class QATCommand(LightningCLI):
         if (spec := saved_model(Path(path), configured)) is None:
             return
         replaced = self.config.clone()
-        replaced.pop(f"{self._verb}.model.init_args.quantizer")  # the parser would mix a class and a mapping
+        for key in ("quantizer", "input_quantizer"):  # the parser would mix a class and a mapping
+            replaced.pop(f"{self._verb}.model.init_args.{key}")
         try:
             self.config = self.parser.parse_object({self._verb: {"model": spec}}, replaced)
         except UserError as error:

@@ -19,7 +19,7 @@ from stableqat.modules.hyperparameters import saved_arguments
 
 logger = logging.getLogger(__name__)
 
-_QUANTIZER = "init_args.quantizer"
+_QUANTIZERS = ("init_args.quantizer", "init_args.input_quantizer")
 # null in a configuration leaves them to the start, the data or the model's size
 _LEFT_OPEN = (
     "init_args.new_classifier",
@@ -111,8 +111,9 @@ def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any,
     configuration names are compared, and none if a model folder or `init_from` brought the architecture.
     """
     mine, other = (_flat(each) for each in (configured, saved))
-    if mine.get(_QUANTIZER) != other.get(_QUANTIZER):  # then their settings have nothing in common
-        mine, other = ({k: v for k, v in f.items() if f"{_QUANTIZER}." not in k} for f in (mine, other))
+    for key in _QUANTIZERS:
+        if mine.get(key) != other.get(key):  # then their settings have nothing in common
+            mine, other = ({k: v for k, v in f.items() if not k.startswith(f"{key}.")} for f in (mine, other))
     start = mine.pop("init_args.init_from", None)
     other.pop("init_args.init_from", None)
     if (teacher := "init_args.teacher.source") in mine and mine[teacher] is None:
@@ -138,14 +139,15 @@ def differences(configured: Namespace, saved: Namespace) -> list[tuple[str, Any,
 
 def _flat(model: Namespace) -> dict[str, Any]:
     """Settings by dotted key; of a mapping of quantizers its patterns in their order, and those of each."""
-    flat, key = dict(vars(model.as_flat())), _QUANTIZER
-    if isinstance(mapping := flat.get(key), dict):
-        flat[key] = f"a mapping of {', '.join(map(str, mapping))}"
-        for pattern, made in mapping.items():
-            inside = vars(made.as_flat()) if isinstance(made, Namespace) else {"class_path": made}
-            flat |= {f"{key}.{pattern}.{name}": value for name, value in inside.items()}
-    elif named := flat.pop(f"{key}.class_path", None):
-        flat[key] = named
+    flat = dict(vars(model.as_flat()))
+    for key in _QUANTIZERS:
+        if isinstance(mapping := flat.get(key), dict):
+            flat[key] = f"a mapping of {', '.join(map(str, mapping))}"
+            for pattern, made in mapping.items():
+                inside = vars(made.as_flat()) if isinstance(made, Namespace) else {"class_path": made}
+                flat |= {f"{key}.{pattern}.{name}": value for name, value in inside.items()}
+        elif named := flat.pop(f"{key}.class_path", None):
+            flat[key] = named
     return flat
 
 

@@ -153,7 +153,10 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
         raise UserError("no layer is quantized: this was trained in full precision; export a quantized run")
     for name, layer in layers.items():
         if layer.input_quantizer is not None:
-            raise UserError(f"layer {name} quantizes its input, which no format here holds")
+            raise UserError(
+                f"layer {name} quantizes its input, and no format here holds the quantizer of an input; "
+                "export a run without model.input_quantizer"
+            )
         _snap(name, layer, scale_dtype)
     latent = {id(layer.weight) for layer in layers.values()}
     own = {id(p) for layer in layers.values() for p in layer.weight_quantizer.parameters()}

@@ -28,7 +28,7 @@ class _Latent(nn.Module):
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside, quantized layers, tied embeddings and experts compute with their latent weights.
+    """Inside, quantized layers, tied embeddings and experts compute with latent weights and plain inputs.
 
     Nothing is copied, and sharded weights work as well. A compiled model compiles anew, unless it is told to
     run eagerly.
@@ -40,10 +40,12 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     places: list[tuple[nn.Module, str]] = []
     places += [(layer, "weight_quantizer") for layer in quantized_layers(model).values()]
     places += [(module, f"{key}_quantizer") for module, key, _ in quantized_experts(model).values()]
+    inputs = [layer for layer in quantized_layers(model).values() if layer.input_quantizer is not None]
+    places += [(layer, "input_quantizer") for layer in inputs]
     quantizers = [module._modules[name] for module, name in places]
     try:
         for module, name in places:
-            module._modules[name] = _Latent()
+            module._modules[name] = None if name == "input_quantizer" else _Latent()
         yield
     finally:
         for (module, name), quantizer in zip(places, quantizers, strict=True):

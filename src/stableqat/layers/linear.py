@@ -13,6 +13,7 @@ from stableqat import ops
 from stableqat.errors import UserError
 from stableqat.layers.group import LayerGroup
 from stableqat.quantizers import Quantizer
+from stableqat.quantizers.inputs import InputQuantizer
 
 Layer = TypeVar("Layer", bound=nn.Linear)
 
@@ -25,7 +26,8 @@ class QuantLinear(nn.Linear):
 
     Attributes:
         weight_quantizer: Quantizer of the weight.
-        input_quantizer: Module applied to the activations, or None.
+        input_quantizer: Quantizer of the activations, which the product applies, or any module applied before
+            it, or None.
         recompute: Recompute the fake-quantized weight in the backward instead of saving it; a held one is
             never recomputed. None recomputes on a GPU, where it costs next to nothing, unless the layers of
             a block are fake-quantized together: at small batches, and where activations outweigh weights.
@@ -49,7 +51,7 @@ class QuantLinear(nn.Linear):
         Args:
             linear: The layer to replace.
             weight_quantizer: Quantizer of its weight.
-            input_quantizer: Module applied to the activations; None leaves them alone.
+            input_quantizer: See `QuantLinear`; None leaves the activations alone.
 
         Returns:
             The quantized layer.
@@ -76,10 +78,15 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in) -> (..., out)`."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
+        of_input, made = None, self.input_quantizer
+        if isinstance(made, InputQuantizer):
+            of_input = made.activation()
+        elif made is not None:
+            input = made(input)
         value, quantizer = self.known_value(), self._quantizer
-        return quantizer.linear(input, self.latent, self.bias, recompute=self.recompute, value=value)
+        return quantizer.linear(
+            input, self.latent, self.bias, recompute=self.recompute, value=value, of_input=of_input
+        )
 
     def value(self) -> Tensor:
         """The fake-quantized weight with its gradient, for code that multiplies with it itself."""
@@ -159,6 +166,12 @@ class QuantLinear(nn.Linear):
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized layers of a model by name; a layer with several names counts once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def quantized_inputs(model: nn.Module) -> dict[str, InputQuantizer]:
+    """The quantizers of inputs by the names of their layers."""
+    made = {name: layer.input_quantizer for name, layer in quantized_layers(model).items()}
+    return {name: quantizer for name, quantizer in made.items() if isinstance(quantizer, InputQuantizer)}
 
 
 def _rebuilt(kind: type[Layer], linear: nn.Linear) -> Layer:

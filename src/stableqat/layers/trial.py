@@ -220,12 +220,14 @@ class _Trial(TorchDispatchMode):
 
     def refuse(self) -> None:
         """Refuse a use of a weight for which it is not enough to show the fake-quantized one."""
-        for layers, what in ((self.consumed - self.reached, "uses"), (self.written, "changes")):
-            for layer in layers:
-                name = self.names[layer]
+        latent, plain = "would keep using latent values", "would not quantize its input"
+        unseen = {layer for layer, _ in self.used.values() if layer.input_quantizer is not None}
+        uses = [(self.consumed - self.reached, "uses", latent), (self.written, "changes", latent)]
+        for layers, what, would in (*uses, (unseen, "uses", plain)):
+            for name in (self.names[layer] for layer in layers):
                 raise UserError(
-                    f"layer {name}: the model {what} its weight without calling the layer, and would keep "
-                    f"using latent values; add {name.split('.')[-1]} to skip"
+                    f"layer {name}: the model {what} its weight without calling the layer, and {would}; add "
+                    f"{name.split('.')[-1]} to skip"
                 )
 
     def give(self, layer: QuantLinear) -> Tensor:
@@ -272,8 +274,6 @@ class _Watched(QuantLinear):
         return vars(self)["_trial"].give(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
         return F.linear(input, self.value(), self.bias)
 
     def value(self) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from stableqat.callbacks.calibrate import CalibrateInputs
 from stableqat.callbacks.checkpoint import forget_paths_elsewhere
 from stableqat.callbacks.follow import FollowTraining
 from stableqat.callbacks.hold import HoldWeights
@@ -39,6 +40,7 @@ from stableqat.modules.teacher import Distillation, Teacher
 from stableqat.modules.training import Training
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerSpec
+from stableqat.quantizers.inputs import InputQuantizerSpec
 from stableqat.surgery import SurgeryReport, check_skip, quantize_linears
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class QATModule(Training, Evaluation, ABC):
     Args:
         quantizer: Makes the quantizer of one weight; or a mapping from layer patterns to such, of which the
             first match wins, None leaving a layer as it is. None trains in full precision, without surgery.
+        input_quantizer: Makes the quantizer of a quantized layer's input, or a mapping as above. None leaves
+            inputs as they are.
+        calibration_batches: Training batches of each process that set the scales of inputs before the first
+            step.
         skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
         init_from: Full-precision start: a run folder or checkpoint of this suite, a local model
             folder or weight file, or a hub name. None starts from random weights.
@@ -84,6 +90,8 @@ class QATModule(Training, Evaluation, ABC):
         self,
         *,
         quantizer: QuantizerSpec | None = None,
+        input_quantizer: InputQuantizerSpec | None = None,
+        calibration_batches: int = 8,
         skip: Sequence[str] = (),
         init_from: str | None = None,
         init_quantizers: Literal["weights", "start"] = "weights",
@@ -101,7 +109,15 @@ class QATModule(Training, Evaluation, ABC):
         save_plain_hyperparameters(self)
         check_range("scale_lr_multiplier", scale_lr_multiplier, 0, LARGEST)
         check_range("weight_lr_multiplier", weight_lr_multiplier, 0, LARGEST)
+        check_range("calibration_batches", calibration_batches, 1)
+        if input_quantizer is not None and quantizer is None:
+            raise UserError(
+                "model.input_quantizer: inputs are quantized where weights are, and model.quantizer is null; "
+                "name one, or leave this out"
+            )
         self.quantizer = quantizer
+        self.input_quantizer = input_quantizer
+        self.calibration_batches = calibration_batches
         self.skip = skip
         if init_quantizers not in ("weights", "start"):
             raise UserError(f"init_quantizers: must be weights or start, not {init_quantizers}")
@@ -182,7 +198,7 @@ class QATModule(Training, Evaluation, ABC):
             model = self.build_model()
         if quantizer is not None:
             check_skip(model, self.skip, optional=self.heads)
-            report = quantize_linears(model, quantizer, self.skip)
+            report = quantize_linears(model, quantizer, self.skip, input_quantizer=self.input_quantizer)
             if not report.swapped:
                 report.check()
             self.calls = check_calls(model)
@@ -230,7 +246,14 @@ class QATModule(Training, Evaluation, ABC):
             recompute = self.recompute
             if recompute is None and self.activation_checkpointing:
                 recompute = True  # a value made for the whole block lies outside its checkpoint
-            report = quantize_linears(model, quantizer, self.skip, initialize=initialize, recompute=recompute)
+            report = quantize_linears(
+                model,
+                quantizer,
+                self.skip,
+                input_quantizer=self.input_quantizer,
+                initialize=initialize,
+                recompute=recompute,
+            )
             report.check()
             if self.calls is None:  # the model cannot run on the meta device
                 check_calls(model)
@@ -304,7 +327,8 @@ class QATModule(Training, Evaluation, ABC):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The callbacks that these modules need in every trainer."""
-        return [HoldWeights(), StepPosition(), FollowTraining()]
+        calibrates = [] if self.input_quantizer is None else [CalibrateInputs(self.calibration_batches)]
+        return [*calibrates, HoldWeights(), StepPosition(), FollowTraining()]
 
     @property
     def seed(self) -> int:

@@ -144,7 +144,7 @@ def compare_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> 
 
 
 def _latent(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("model."): v for k, v in state.items() if ".weight_quantizer." not in k}
+    return {k.removeprefix("model."): v for k, v in state.items() if "_quantizer." not in k}
 
 
 def _tied(model: nn.Module) -> dict[str, set[str]]:

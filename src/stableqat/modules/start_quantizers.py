@@ -18,6 +18,7 @@ from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
 from stableqat.modules.start import Start, state_dict_follows
 from stableqat.quantizers import Quantizer
+from stableqat.quantizers.inputs import InputQuantizer
 from stableqat.surgery import quantize_linears
 
 if TYPE_CHECKING:
@@ -68,14 +69,16 @@ def start_quantizers(model: nn.Module, start: Start | None) -> dict[str, QuantLi
             f"{key}, but layer {lost[0]} has no quantizer in {source}; add it to model.skip, or {remedy}"
         )
     for name, layer in layers.items():
-        prefix = f"model.{name}.weight_quantizer."
-        state = {k.removeprefix(prefix): v for k, v in read["state_dict"].items() if k.startswith(prefix)}
-        try:
-            layer.weight_quantizer.to_empty(device="cpu").load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(
-                f"{key}, but the quantizer of layer {name} in {source} is damaged; {remedy}"
-            ) from error
+        for place in ("weight_quantizer", "input_quantizer"):
+            made, prefix = getattr(layer, place), f"model.{name}.{place}."
+            state = {k.removeprefix(prefix): v for k, v in read["state_dict"].items() if k.startswith(prefix)}
+            try:
+                if made is not None:
+                    made.to_empty(device="cpu").load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{key}, but the quantizer of layer {name} in {source} is damaged; {remedy}"
+                ) from error
     return layers
 
 
@@ -94,6 +97,8 @@ def take_quantizers(model: nn.Module, start: Start | None) -> None:
     for name, theirs in start_quantizers(model, start).items():
         layer: Any = model.get_submodule(name)
         own = layer.weight_quantizer if isinstance(layer, QuantLinear) else None
+        if own is not None:
+            _take_input(layer.input_quantizer, theirs.input_quantizer)
         if layer.weight.shape == theirs.weight.shape:
             ways[_take(layer.weight, own, theirs.weight_quantizer.to(layer.weight.device))] += 1
         elif own is not None:  # a new classifier
@@ -102,6 +107,14 @@ def take_quantizers(model: nn.Module, start: Start | None) -> None:
     told = ", ".join(f"{counted(number, 'layer')} with {way}" for way, number in ways.items())
     assert start is not None
     logger.info("init_quantizers: %s: %s", start.source, told)
+
+
+def _take_input(own: nn.Module | None, theirs: nn.Module | None) -> None:
+    """Take the trained quantizer of an input if it is of the same kind; calibration sets any other."""
+    if not (isinstance(own, InputQuantizer) and isinstance(theirs, InputQuantizer)):
+        return
+    if (own.features, own.describe()) == (theirs.features, theirs.describe()):
+        own.load_state_dict(theirs.state_dict())
 
 
 def _take(weight: Tensor, own: Quantizer | None, theirs: Quantizer) -> str:

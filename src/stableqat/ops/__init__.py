@@ -10,6 +10,14 @@ from stableqat.ops.fake_quantize import (
     quantize_codes,
 )
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
+from stableqat.ops.input_init import (
+    BINS,
+    count_values,
+    counted_values,
+    least_scale,
+    least_scale_and_offset,
+)
+from stableqat.ops.inputs import Activation, InputOperands, quantize_input
 from stableqat.ops.operands import TOGETHER, Operands
 from stableqat.ops.product import product
 from stableqat.ops.reference import acting_scale
@@ -17,13 +25,16 @@ from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, KernelForm, Permuted, Surrogate, Tanh
 
 __all__ = [
+    "BINS",
     "IGNORED",
     "TOGETHER",
+    "Activation",
     "Constant",
     "Fourier",
     "Grid",
     "GridName",
     "Identity",
+    "InputOperands",
     "KernelForm",
     "Mask",
     "Operands",
@@ -33,13 +44,18 @@ __all__ = [
     "Tanh",
     "acting_scale",
     "compute_dtype",
+    "count_values",
+    "counted_values",
     "dequantize_codes",
     "fake_quantize",
     "fake_quantize_many",
     "fused_cross_entropy",
     "implementation",
     "initial_scale",
+    "least_scale",
+    "least_scale_and_offset",
     "make_grid",
     "product",
     "quantize_codes",
+    "quantize_input",
 ]

@@ -210,6 +210,7 @@ class Quantizer(nn.Module, ABC):
         *,
         recompute: bool | None = None,
         value: Tensor | None = None,
+        of_input: ops.Activation | None = None,
     ) -> Tensor:
         """`F.linear(input, self(weight), bias)`, in one operation unless a subclass has its own `forward`.
 
@@ -220,14 +221,15 @@ class Quantizer(nn.Module, ABC):
             recompute: Recompute the fake-quantized weight in the backward instead of saving it; None
                 recomputes on a GPU.
             value: The fake-quantized weight, if it is already known.
+            of_input: How to quantize the activations; None leaves them as they are.
 
         Returns:
             `(..., out)`.
         """
         if value is not None and value.requires_grad:
-            return ops.product(input, value, bias)
+            return ops.product(input, value, bias, of_input=of_input)
         if not self.fuses:
-            return ops.product(input, self(weight), bias)
+            return ops.product(input, self(weight), bias, of_input=of_input)
         return ops.product(
             input,
             self.operands(weight),
@@ -236,6 +238,7 @@ class Quantizer(nn.Module, ABC):
             surrogate=self.surrogate,
             recompute=recompute,
             value=value,
+            of_input=of_input,
         )
 
     def operands(self, weight: Tensor) -> ops.Operands:

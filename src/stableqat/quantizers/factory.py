@@ -46,23 +46,24 @@ def make_factory(quantizer: NamedSpec, options: dict[str, Any]) -> QuantizerSpec
     return made
 
 
-def check_mapping(quantizer: Mapping[Any, Any]) -> None:
+def check_mapping(quantizer: Mapping[Any, Any], key: str = "quantizer") -> None:
     """Refuse a mapping that quantizes nothing, or whose patterns are not text.
 
     Args:
         quantizer: Factories or names of methods by layer pattern.
+        key: The setting, for messages.
 
     Raises:
         UserError: Naming the pattern.
     """
     if not quantizer:
-        raise UserError("quantizer: the mapping is empty; give it a pattern, such as '*', with a quantizer")
+        raise UserError(f"{key}: the mapping is empty; give it a pattern, such as '*', with a quantizer")
     for pattern in quantizer:
         if not isinstance(pattern, str):
-            raise UserError(f"quantizer: pattern {pattern!r} is not text; put it in quotes")
+            raise UserError(f"{key}: pattern {pattern!r} is not text; put it in quotes")
     if all(each is None for each in quantizer.values()):
         raise UserError(
-            "quantizer: every pattern of the mapping leaves its layers as they are; give one a quantizer"
+            f"{key}: every pattern of the mapping leaves its layers as they are; give one a quantizer"
         )
 
 

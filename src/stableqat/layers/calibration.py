@@ -1,0 +1,73 @@
+"""Calibration: set the scales of input quantizers from what flows into their layers."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from stableqat import ops
+from stableqat.errors import UserError
+from stableqat.layers.linear import quantized_inputs, quantized_layers
+from stableqat.quantizers.inputs import InputQuantizer
+
+Batch = TypeVar("Batch")
+
+
+class _Counter(nn.Module):
+    """Stands in for an input quantizer: counts what flows in and leaves it as it is."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.counts = torch.zeros(ops.BINS, dtype=torch.int64, device=device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.counts += ops.count_values(input)
+        return input
+
+
+def uncalibrated(model: nn.Module) -> dict[str, InputQuantizer]:
+    """The input quantizers whose parameters are not set, by the names of their layers."""
+    return {name: quantizer for name, quantizer in quantized_inputs(model).items() if not quantizer.is_set}
+
+
+@torch.no_grad()
+def calibrate_inputs(model: nn.Module, batches: Iterable[Batch], run: Callable[[Batch], object]) -> int:
+    """Set the input quantizers that are not set, each to the least squared error over all batches.
+
+    While batches run, weights are quantized and inputs are not. Every process gets the same scales: their
+    counts are added up.
+
+    Args:
+        model: A model with quantized layers, in evaluation mode.
+        batches: Calibration batches, as many in each process.
+        run: Runs the model on a batch.
+
+    Returns:
+        The number of layers that were calibrated.
+
+    Raises:
+        UserError: If what flows into a layer gives no scale; names the layer.
+    """
+    left = uncalibrated(model)
+    if not left:
+        return 0
+    layers = quantized_layers(model)
+    counters = {name: _Counter(layers[name].latent.device) for name in left}
+    try:
+        for name, counter in counters.items():
+            layers[name].input_quantizer = counter
+        for batch in batches:
+            run(batch)
+    finally:
+        for name, quantizer in left.items():
+            layers[name].input_quantizer = quantizer
+    together = distributed.is_available() and distributed.is_initialized()
+    for name, quantizer in left.items():
+        if together:
+            distributed.all_reduce(counters[name].counts)
+        try:
+            quantizer.calibrate(counters[name].counts)
+        except UserError as error:
+            raise UserError(f"layer {name}: {error}") from error
+    return len(left)
