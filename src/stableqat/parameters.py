@@ -3,7 +3,7 @@
 Adam moves a parameter by about its learning rate per step, whatever the gradient, and scales are small.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,9 +11,14 @@ from torch import nn
 from stableqat.layers.linear import QuantLinear
 from stableqat.quantizers import Quantizer
 
+KINDS = ("weights", "scales", "norms_and_biases")
+
 
 def parameter_groups(
-    model: nn.Module, lr: float | None = None, scale_lr_multiplier: float = 0.1
+    model: nn.Module,
+    lr: float | None = None,
+    scale_lr_multiplier: float = 0.1,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameters for an optimizer: weights (with decay), scales and the rest (both without).
 
@@ -25,9 +30,12 @@ def parameter_groups(
         model: The model, after surgery. A module's `no_weight_decay()`, as timm defines it, is respected.
         lr: Learning rate of weights and the rest; None leaves all learning rates to the optimizer.
         scale_lr_multiplier: Learning rate of the scales as a share of `lr`.
+        lr_factors: Learning rate of a parameter as a share of its group's, by name, where it is not 1: deeper
+            layers of a pretrained model may learn more slowly. Each share has groups of its own.
 
     Returns:
-        Groups as `torch.optim` takes them, each with a `name`.
+        Groups as `torch.optim` takes them, each with a `name`, its `kind` (weights, scales or
+        norms_and_biases) and its `lr_factor`.
     """
     scales = set()
     for quantizer in _quantizers(model):
@@ -38,17 +46,22 @@ def parameter_groups(
         for prefix, module in model.named_modules()
         for name in getattr(module, "no_weight_decay", set)()
     }
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms_and_biases": []}
+    factors = lr_factors or {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "weights" if parameter.ndim >= 2 and name not in exempt else "norms_and_biases"
-            groups["scales" if id(parameter) in scales else kind].append(parameter)
-    made: list[dict[str, Any]] = [{"name": n, "params": params} for n, params in groups.items() if params]
-    for group in made:
-        if group["name"] != "weights":
+            kind = "scales" if id(parameter) in scales else kind
+            groups.setdefault((kind, factors.get(name, 1.0)), []).append(parameter)
+    made = []
+    for kind, factor in sorted(groups, key=lambda each: (KINDS.index(each[0]), -each[1])):
+        group: dict[str, Any] = {"name": kind if factor == 1 else f"{kind} x {factor:.3g}"}
+        group |= {"params": groups[kind, factor], "kind": kind, "lr_factor": factor}
+        if kind != "weights":
             group["weight_decay"] = 0.0
         if lr is not None:
-            group["lr"] = lr * (scale_lr_multiplier if group["name"] == "scales" else 1.0)
+            group["lr"] = lr * factor * (scale_lr_multiplier if kind == "scales" else 1.0)
+        made.append(group)
     return made
 
 

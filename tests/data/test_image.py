@@ -132,6 +132,21 @@ class TestDigits:
         assert batch["pixel_values"].shape == (2, 1, 8, 8)
 
 
+def test_an_evaluation_may_take_larger_batches_and_training_repeats_images(tmp_path, make):
+    root = image_folder(tmp_path / "pets", {"cat": 20, "dog": 20})
+    data = make(root, validation_fraction=0.5, eval_batch_size=16, batch_size=6, repeated_augmentation=3)
+    assert [len(batch["labels"]) for batch in data.val_dataloader()] == [16, 4]
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch["labels"]) == 6
+    assert [len(set(batch["labels"][n : n + 3].tolist())) for n in (0, 3)] == [1, 1]
+    assert len({image.numpy().tobytes() for image in batch["pixel_values"]}) == 6
+    assert [len(batch["labels"]) for batch in make(root, batch_size=3).val_dataloader()] == [3, 1]
+    with pytest.raises(UserError, match="eval_batch_size: must be at least 1 or null, not 0"):
+        make(root, eval_batch_size=0)
+    with pytest.raises(UserError, match="repeated_augmentation: must be at least 1, not 0"):
+        make(root, repeated_augmentation=0)
+
+
 def test_an_image_folder(tmp_path, make):
     data = make(image_folder(tmp_path / "pets", {"cat": 20, "dog": 10, "test_tube": 10}))
     assert data.class_names == ["cat", "dog", "test_tube"]

@@ -57,6 +57,37 @@ def together(per_rank):
     ]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_repeats_come_in_a_row_each_as_of_an_epoch_of_its_own(world):
+    """As many epochs as repeats visit every sample as often, always with another augmentation."""
+    orders = [
+        TrainingOrder(12, 6 // world, seed=3, rank=r, world_size=world, repeats=3) for r in range(world)
+    ]
+    keys = [key for batch in together([steps(order, 6) for order in orders]) for key in batch]
+    for first in range(0, 36, 3):
+        assert len({index for _, _, index in keys[first : first + 3]}) == 1
+        assert [epoch for _, epoch, _ in keys[first : first + 3]] == [0, 1, 2]
+    assert len(set(keys)) == 36
+    assert {index for _, _, index in keys[:12]} != {index for _, _, index in keys[12:24]}
+    plain = [key for batch in steps(TrainingOrder(12, 6, seed=3), 2) for key in batch]
+    assert [index for _, _, index in keys[::3]] == [index for _, _, index in plain]
+    again = steps(TrainingOrder(12, 12, seed=3, repeats=3), 6)[3:]
+    assert {epoch for batch in again for _, epoch, _ in batch} == {3, 4, 5}
+
+
+def test_a_resumed_order_repeats_as_often():
+    rows = Echo(12)
+    saved = TrainingLoader(rows, TrainingOrder(12, 6, seed=3, repeats=3)).state_dict()
+    with pytest.raises(UserError, match=r"checkpoint's number of repeats of an image is 3, this run's is 2"):
+        TrainingLoader(rows, TrainingOrder(12, 6, seed=3, repeats=2)).load_state_dict(saved)
+    plain = TrainingLoader(rows, TrainingOrder(12, 6, seed=3))
+    old = plain.state_dict()
+    del old["repeats"]
+    plain.load_state_dict(old)  # of a time without repeats
+    with pytest.raises(UserError, match=r"number of repeats of an image is 3, this run's is 1"):
+        plain.load_state_dict(saved)
+
+
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(0, 40))
 
 

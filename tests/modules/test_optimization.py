@@ -53,6 +53,27 @@ def test_every_trainable_parameter_is_in_the_group_of_its_kind(family, method):
     }
 
 
+def test_layers_near_the_images_learn_more_slowly_as_timm_groups_them():
+    from timm.optim import param_groups_layer_decay
+
+    optimizer = partial(torch.optim.AdamW, lr=1e-2)
+    module = tiny.configured("vit", optimizer=optimizer, layer_lr_decay=0.5, scale_lr_multiplier=0.25)
+    rates = {name: group["lr"] for group in groups(module).values() for name in names(module, group)}
+    plain = tiny.configured("vit", "fp").model
+    by_id = {id(parameter): name for name, parameter in plain.named_parameters()}
+    theirs = {
+        by_id[id(parameter)]: 1e-2 * group["lr_scale"]
+        for group in param_groups_layer_decay(plain, layer_decay=0.5)
+        for parameter in group["params"]
+    }
+    assert len(set(theirs.values())) > 2
+    assert {name: rates[name] for name in theirs} == pytest.approx(theirs)
+    block = "blocks.0.mlp.fc1.weight"
+    assert rates["blocks.0.mlp.fc1.weight_quantizer.scale"] == pytest.approx(rates[block] / 4)
+    with pytest.raises(UserError, match=r"model.layer_lr_decay: must lie in \(0, 1\], not 1.5"):
+        tiny.module("vit", layer_lr_decay=1.5)
+
+
 def test_full_precision_has_no_group_of_scales():
     assert set(groups(tiny.configured("llama", "fp"))) == {"weights", "norms_and_biases"}
 

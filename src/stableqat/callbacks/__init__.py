@@ -3,6 +3,7 @@
 from stableqat.callbacks.baseline import Baseline
 from stableqat.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from stableqat.callbacks.divergence import DivergenceGuard
+from stableqat.callbacks.ema import EMA
 from stableqat.callbacks.evaluate import Evaluate
 from stableqat.callbacks.hold import HoldWeights
 from stableqat.callbacks.interruption import Interruption
@@ -14,6 +15,7 @@ from stableqat.callbacks.throughput import Throughput
 from stableqat.callbacks.trajectory import Trajectory
 
 __all__ = [
+    "EMA",
     "Baseline",
     "BestCheckpoint",
     "DivergenceGuard",

@@ -47,7 +47,8 @@ def check_trainer(trainer: L.Trainer) -> None:
         for unfit, reason in UNFIT.items():
             if isinstance(callback, unfit):
                 raise UserError(f"trainer.callbacks: {name} {reason}")
-        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
+        averages = isinstance(callback, WeightAveraging) and getattr(callback, "decay", 0) is not None
+        if averages and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
                 f"trainer.callbacks: {name} cannot average sharded weights; take --trainer.strategy ddp"
             )

@@ -27,6 +27,7 @@ CALLBACKS = {
     "throughput": "Throughput",
     "trajectory": "Trajectory",
     "evaluate": "Evaluate",
+    "ema": "EMA",  # after those that measure the average it puts in place
     "best": "BestCheckpoint",
     "last": "LastCheckpoint",
 }

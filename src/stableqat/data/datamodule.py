@@ -35,17 +35,30 @@ class DataModule(LightningDataModule, ABC):
         batch_size: Samples per step and process.
         num_workers: Processes that load batches in advance; 0 loads in the training process.
         seed: Decides the order and the augmentation; null takes the run's seed (seed_everything).
+        eval_batch_size: Samples per batch and process of an evaluation; null takes `batch_size`.
+        repeats: How often a sample comes in a row.
 
     Raises:
         UserError: If a value is out of range.
     """
 
-    def __init__(self, *, batch_size: int, num_workers: int = 0, seed: int | None = None):
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int | None = None,
+        eval_batch_size: int | None = None,
+        repeats: int = 1,
+    ):
         super().__init__()
         check_range("batch_size", batch_size, 1)
         check_range("num_workers", num_workers, 0)
+        check_range("eval_batch_size", eval_batch_size, 1, null=True)
         check_range("seed", seed, 0, below=2**63, null=True)
         self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.repeats = repeats
         self.num_workers = num_workers
         self.seed = seed
         self._train_loader: TrainingLoader | None = None
@@ -126,7 +139,7 @@ class DataModule(LightningDataModule, ABC):
         if overfit := getattr(self.trainer, "overfit_batches", 0):
             few = overfit * step if isinstance(overfit, int) else max(step, int(overfit * size))
             mixture = mixture.first(min(size, few))
-        order = TrainingOrder(mixture, self.batch_size, seed=self.run_seed, **share)
+        order = TrainingOrder(mixture, self.batch_size, seed=self.run_seed, repeats=self.repeats, **share)
         # A weak reference: workers take seconds to end if a cycle of references keeps their loader alive.
         module, options = weakref.proxy(self), self._loader_options()
         loader = TrainingLoader(rows, order, unfinished=lambda: module._step_unfinished(), **options)
@@ -137,7 +150,7 @@ class DataModule(LightningDataModule, ABC):
 
     def _evaluation_loader(self, split: str) -> Loader:
         rows = self.splits[split]
-        order = EvaluationOrder(len(rows), self.batch_size, **self._share())
+        order = EvaluationOrder(len(rows), self.eval_batch_size, **self._share())
         return Loader(rows, batch_size=None, sampler=order, **self._loader_options())  # type: ignore[arg-type]
 
     def val_dataloader(self) -> Loader:

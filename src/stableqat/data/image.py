@@ -65,10 +65,14 @@ class ImageDataModule(DataModule):
             the digits and 224 for other images. A model without a size of its own takes this one.
         batch_size: Images per step and process. On the command line, null takes what fits the model, the
             source and the device; elsewhere it is 64.
+        eval_batch_size: Images per step and process of an evaluation, which needs a fraction of training's
+            memory; null takes batch_size.
         validation_fraction: Share of each class to hold out if the source has no validation split; the digits
             hold out every fifth image.
         augment: Augment training images: digits are shifted by at most one pixel, other images get the timm
             options below.
+        repeated_augmentation: How often an image comes in a row, each time augmented anew: DeiT's 3 lets a
+            step see a third of the images, three times. An epoch stays as long, and visits a third.
         scale: Smallest and largest share of the image's area that a random crop takes.
         hflip: Probability of a horizontal flip.
         color_jitter: Strength of changes in brightness, contrast and saturation; auto_augment replaces it.
@@ -100,8 +104,10 @@ class ImageDataModule(DataModule):
         label_column: str | None = None,
         image_size: int | None = None,
         batch_size: int | None = BATCH_SIZE,
+        eval_batch_size: int | None = None,
         validation_fraction: float = 0.1,
         augment: bool = True,
+        repeated_augmentation: int = 1,
         scale: tuple[float, float] = (0.08, 1.0),
         hflip: float = 0.5,
         color_jitter: float = 0.4,
@@ -117,8 +123,13 @@ class ImageDataModule(DataModule):
         cache_dir: str | None = None,
     ):
         super().__init__(
-            batch_size=BATCH_SIZE if batch_size is None else batch_size, num_workers=num_workers, seed=seed
+            batch_size=BATCH_SIZE if batch_size is None else batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            repeats=repeated_augmentation,
         )
+        check_range("repeated_augmentation", repeated_augmentation, 1)
         if source is None and image_size not in (None, DIGITS_SIZE):
             raise UserError(f"image_size {image_size}: the embedded digits have {DIGITS_SIZE} pixels a side")
         check_range("image_size", image_size, 1, null=True)

@@ -35,6 +35,7 @@ _ORIGIN = {
     "size": "number of training samples per epoch",
     "shares": "ratio of sources",
     "rows": "number of samples of each source",
+    "repeats": "number of repeats of an image",
 }
 
 
@@ -60,10 +61,21 @@ class TrainingOrder(SequentialSampler):
         seed: Decides the order.
         rank: The rank of this process among those that read different data.
         world_size: The number of such processes.
+        repeats: How often a sample comes in a row, each time as of an epoch of its own, which decides its
+            augmentation (Hoffer et al., arXiv:1901.09335). An epoch stays as long, and visits fewer samples.
     """
 
-    def __init__(self, mixture: Mixture, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
-        self.mixture, self.size = mixture, mixture.size
+    def __init__(
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: int = 1,
+    ):
+        self.mixture, self.size, self.repeats = mixture, mixture.size, repeats
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.global_batch = batch_size * world_size
         assert 0 < self.global_batch <= self.size
@@ -79,14 +91,27 @@ class TrainingOrder(SequentialSampler):
         return position if consumed + self.global_batch <= self.size else (epoch + 1, 0)
 
     def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]
-        position, order, order_epoch = self.position, np.empty(0, np.int64), -1
+        position, keys, keys_epoch = self.position, np.empty((0, 2), np.int64), -1
         for _ in range(len(self)):
             epoch, start = self.start_of_batch(position)
-            if epoch != order_epoch:
-                order, order_epoch = self.mixture.order(self.seed, epoch), epoch
+            if epoch != keys_epoch:
+                keys, keys_epoch = self._keys(epoch), epoch
             stop = start + self.global_batch
             position = (epoch, stop)
-            yield [(self.seed, epoch, int(i)) for i in order[start + self.rank : stop : self.world_size]]
+            mine = keys[start + self.rank : stop : self.world_size].tolist()
+            yield [(self.seed, of_epoch, index) for of_epoch, index in mine]
+
+    def _keys(self, epoch: int) -> np.ndarray:
+        """Of each sample of an epoch, the epoch that decides its augmentation, and its index: (size, 2)."""
+        visits, places = np.divmod(epoch * self.size + np.arange(self.size), self.size * self.repeats)
+        places, repeat = np.divmod(places, self.repeats)
+        order = np.concatenate(
+            [
+                self.mixture.order(self.seed, int(visit))[places[visits == visit]]
+                for visit in np.unique(visits)
+            ]
+        )
+        return np.stack([visits * self.repeats + repeat, order], 1)
 
     def advance(self) -> None:
         """Count one global batch as consumed."""
@@ -174,7 +199,8 @@ class TrainingLoader(Loader):
 
     def _origin(self) -> dict[str, Any]:
         seed, mixture = self.order.seed, self.order.mixture
-        return {"seed": seed, "size": mixture.size, "shares": mixture.shares, "rows": mixture.rows}
+        origin = {"seed": seed, "size": mixture.size, "shares": mixture.shares, "rows": mixture.rows}
+        return {**origin, "repeats": self.order.repeats}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
@@ -183,7 +209,8 @@ class TrainingLoader(Loader):
             UserError: If the state was saved with other samples, another mixture of them, or another seed.
         """
         for key, own in self._origin().items():
-            if (saved := state.get(key, own)) != own:  # stableqat 0.1 saved only seed and size
+            before = 1 if key == "repeats" else own  # stableqat 0.1 saved only seed and size
+            if (saved := state.get(key, before)) != own:
                 was, now = (":".join(map(str, v)) if isinstance(v, list) else v for v in (saved, own))
                 causes = "data settings differ"
                 if key in ("size", "rows"):

@@ -4,6 +4,7 @@ Images are resized and centre-cropped as in validation. A source without validat
 full; of a run's own images, the share of each class that the run held out.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -91,7 +92,10 @@ def part_of(split: str, rows: int, there: int) -> str:
 
 def channels(model: Any, otherwise: int = 3) -> int:
     """How many channels of an image a timm model takes; `otherwise` if it does not say."""
-    patches = getattr(getattr(model, "patch_embed", None), "proj", None)
+    embedding = getattr(model, "patch_embed", None)
+    patches = getattr(embedding, "proj", None)
+    if isinstance(patches, torch.nn.Linear):
+        return int(patches.in_features // math.prod(embedding.patch_size))
     return getattr(patches, "in_channels", otherwise)
 
 

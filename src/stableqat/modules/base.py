@@ -178,6 +178,10 @@ class QATModule(Training, Evaluation, ABC):
         """
         return state
 
+    def lr_factors(self, model: nn.Module) -> dict[str, float]:
+        """Learning rates of parameters as shares of their group's, by name, where they are not 1."""
+        return {}
+
     def adapt(self, model: nn.Module) -> None:
         """Change what a family needs in the model after its layers are swapped, before it is sharded."""
 
@@ -304,10 +308,10 @@ class QATModule(Training, Evaluation, ABC):
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, from the parameters that exist after surgery."""
         assert self.model is not None
-        optimizer = self.optimizer(parameter_groups(self.model))
+        optimizer = self.optimizer(parameter_groups(self.model, lr_factors=self.lr_factors(self.model)))
         multipliers = {"weights": self.weight_lr_multiplier, "scales": self.scale_lr_multiplier}
         for group in optimizer.param_groups:
-            group["lr"] *= multipliers.get(group["name"], 1.0)
+            group["lr"] *= multipliers.get(group["kind"], 1.0) * group["lr_factor"]
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

@@ -1,8 +1,8 @@
 """Vision transformers of timm (ViT, DeiT) as training systems.
 
-The stock timm model stays as it is but for its linear layers. The classifier `head` stays in full precision,
-and so does the patch embedding, a convolution. The validation loss is the plain cross-entropy in nats over
-all images, whatever smoothing or mixup the training loss uses.
+The stock timm model stays as it is but for its linear layers. The classifier `head` and the patch embedding
+stay in full precision, unless `first_last_bits` says otherwise. The validation loss is the plain
+cross-entropy in nats over all images, whatever smoothing or mixup the training loss uses.
 """
 
 import logging
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from stableqat.errors import UserError, did_you_mean, first_line
+from stableqat.errors import UserError, check_range, did_you_mean, first_line
 from stableqat.modules.base import QATModule
 from stableqat.modules.image_teacher import ImageTeacher, prepare_student
 from stableqat.modules.metrics import MeanLoss, accuracies
+from stableqat.modules.patches import WEIGHT, make_linear, with_ends
 from stableqat.modules.start import compare_weights
 from stableqat.modules.teacher import Distillation, load_frozen
 from stableqat.modules.vit_config import architecture, unreachable, weight_file
@@ -43,6 +44,12 @@ class ViTModule(QATModule):
         label_smoothing: Share of the target that the training loss spreads over all classes.
         mixup_alpha: Strength of mixup; 0 is off.
         cutmix_alpha: Strength of cutmix; 0 is off.
+        first_last_bits: Quantize the patch embedding and the classifier too, to this width, with the
+            quantizer's method and scales per row. Published results have 8 bits (LSQ, Q-ViT, OFQ) or, by
+            default, full precision (PARQ) there.
+        layer_lr_decay: Learning rate of a block as a share of the next one's (BEiT, arXiv 2106.08254), so
+            that what is pretrained near the images changes least. 1 is off; fine-tuning usually takes 0.65 to
+            0.85.
         skip: Linear layers that stay in full precision, by name patterns.
         options: Those of `QATModule`.
 
@@ -64,6 +71,8 @@ class ViTModule(QATModule):
         label_smoothing: float = 0.0,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
+        first_last_bits: int | None = None,
+        layer_lr_decay: float = 1.0,
         skip: Sequence[str] = heads,
         **options: Any,
     ) -> None:
@@ -79,11 +88,19 @@ class ViTModule(QATModule):
             raise UserError(f"model.num_classes: must be at least 2, not {num_classes}")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"model.label_smoothing: must lie in [0, 1), not {label_smoothing}")
+        if not 0 < layer_lr_decay <= 1:
+            raise UserError(f"model.layer_lr_decay: must lie in (0, 1], not {layer_lr_decay}")
+        check_range("model.first_last_bits", first_last_bits, 2, 8, null=True)
+        self.first_last_bits = None if self.quantizer is None else first_last_bits
+        if self.quantizer is not None and self.first_last_bits is not None:
+            self.quantizer = with_ends(self.quantizer, self.first_last_bits)
+            self.skip = () if tuple(skip) == self.heads else skip
         self.model_name = model_name
         self.num_classes = num_classes
         self.model_args = model_args or {}
         self.new_classifier = new_classifier
         self.label_smoothing = label_smoothing
+        self.layer_lr_decay = layer_lr_decay
         self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
         self._new_head = False  # instead of the start's
         self.check_architecture(self.quantizer)
@@ -92,6 +109,14 @@ class ViTModule(QATModule):
 
     def build_model(self) -> nn.Module:
         """See `QATModule.build_model`."""
+        return self._with_patches(self._build())
+
+    def _with_patches(self, model: nn.Module) -> nn.Module:
+        if self.first_last_bits is not None:
+            make_linear(model)
+        return model
+
+    def _build(self) -> nn.Module:
         import timm
 
         if ":" in self.model_name:
@@ -128,7 +153,7 @@ class ViTModule(QATModule):
         self._new_head = self.new_classifier or model.pretrained_cfg.get("num_classes") != self.num_classes
         if self.new_classifier:
             model.reset_classifier(self.num_classes)
-        return model.train()
+        return self._with_patches(model.train())
 
     def check_pretrained(self, source: str) -> None:
         """See `QATModule.check_pretrained`: a local file must fit, or the Hub's model be reachable."""
@@ -171,13 +196,25 @@ class ViTModule(QATModule):
         if self.distillation is not None:
             prepare_student(model)
 
+    def lr_factors(self, model: nn.Module) -> dict[str, float]:
+        """See `QATModule.lr_factors`: each block's is `layer_lr_decay` of the next one's."""
+        if self.layer_lr_decay == 1:
+            return {}
+        from timm.models import group_parameters
+
+        matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
+        places: dict[str, int] = group_parameters(model, matcher, reverse=True)
+        return {name: self.layer_lr_decay ** (max(places.values()) - place) for name, place in places.items()}
+
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Transformer blocks."""
         return model.blocks  # type: ignore[return-value]
 
     def fit_state(self, model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-        """See `QATModule.fit_state`: drop a classifier of other classes, resample positions."""
+        """See `QATModule.fit_state`: fit classifier, positions and patches to the model."""
         own, state, told = model.state_dict(), dict(state), []
+        if WEIGHT in own and WEIGHT in state and own[WEIGHT].numel() == state[WEIGHT].numel():
+            state[WEIGHT] = state[WEIGHT].reshape(own[WEIGHT].shape)  # a convolution's, or a linear layer's
         names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
         heads = [f"{name}.{part}" for name in ([names] if isinstance(names, str) else names)
                  for part in ("weight", "bias")]  # fmt: skip
@@ -313,7 +350,7 @@ def _resampled(model: Any, state: dict[str, Tensor]) -> tuple[Tensor, str] | Non
 def _load_file(module: ViTModule, path: Path) -> nn.Module:
     import timm
 
-    model = module.build_model()
+    model = module._build()
 
     def same(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         state = module.fit_state(model, state, str(path))
@@ -322,7 +359,7 @@ def _load_file(module: ViTModule, path: Path) -> nn.Module:
 
     with _readable(path):
         timm.models.load_checkpoint(model, str(path), filter_fn=same, weights_only=True)
-    return model
+    return module._with_patches(model)
 
 
 @contextmanager
