@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import words
-from stableqat import quantizers
+from stableqat import callbacks, quantizers
 from stableqat.cli.lightning import QATCommand
 from stableqat.cli.main import main
 from stableqat.data.image import PREPROCESSING
@@ -249,6 +249,48 @@ def test_print_config_shows_what_runs(family, command, capsys):
     assert len(shown) > 100
     assert printed["model.init_args.quantizer.init_args.bits"] == 3
     assert {key: list(v) if isinstance(v, tuple) else v for key, v in shown.items()} == printed
+
+
+RECIPES = {
+    "imagenet/scratch": [],
+    "imagenet/finetune": ["--model.model_name", "deit_small_patch16_224"],
+    "cifar/scratch": [],
+    "cifar/qat": [],
+}
+TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
+
+
+def test_every_recipe_for_images_is_tested():
+    found = {p.relative_to(ROOT / "vit").with_suffix("").as_posix() for p in (ROOT / "vit").glob("*/*.yaml")}
+    assert found == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_for_images_runs(name, command, tmp_path):
+    """With a smaller model and batch; what it sets otherwise is what it names."""
+    from PIL import Image
+
+    for number in range(12):
+        (folder := tmp_path / ("cat", "dog")[number % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * number, 50, 90)).save(folder / f"{number}.png")
+    before = ["-c", "vit/cifar/scratch"] if name == "cifar/qat" else []
+    argv = [*before, "-c", f"vit/{name}", *RECIPES[name], "--data.source", str(tmp_path)]
+    argv += ["--model.num_classes", "2", "--data.image_size", "32", "--data.batch_size", "6"]
+    argv += ["--data.validation_fraction", "0.4", "--trainer.accumulate_grad_batches", "1"]
+    argv += ["--model.model_args", json.dumps(TINY), "--trainer.fast_dev_run", "true"]
+    made = command(*argv, run=True)
+    assert made.trainer.global_step == 1
+    assert torch.isfinite(made.trainer.callback_metrics["val/loss"])
+    averaged = next(each for each in made.trainer.callbacks if isinstance(each, callbacks.EMA)).decay
+    assert (averaged is not None) == name.endswith("scratch")
+    assert (made.model.mixup is not None) == name.endswith("scratch")
+    assert made.datamodule.eval_batch_size >= 500
+
+
+def test_the_recipe_for_small_images_has_few_parameters(command, images):
+    made = command("-c", "vit/cifar/scratch", *images, "--model.num_classes", "10")
+    with torch.device("meta"):
+        assert 2.6e6 < sum(p.numel() for p in made.model.build_model().parameters()) < 2.8e6
 
 
 def test_both_families_have_the_same_files():

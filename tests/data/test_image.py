@@ -1,7 +1,9 @@
 import io
 import os
 import re
+import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -299,3 +301,80 @@ def test_cifar10_as_the_hub_has_it(make):
     batch = next(iter(data.val_dataloader()))
     assert batch["pixel_values"].shape == (32, 3, 32, 32)
     assert abs(batch["pixel_values"].mean().item()) < 1
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original-mstd9", "augmix-m9-mstd9"])
+def test_the_strongest_posterizing_keeps_a_bit(make, tmp_path, policy):
+    """timm asks for none, which Pillow 13 refuses."""
+    data = make(image_folder(tmp_path / "pets", {"cat": 4, "dog": 4}, ("train", "val")), auto_augment=policy)
+    whole = data.splits["train"].transform
+    operations = [
+        operation for each in whole.transforms
+        for operation in [*getattr(each, "ops", ()), *(o for s in getattr(each, "policy", ()) for o in s)]
+        if operation.name.startswith("Posterize")
+    ]  # fmt: skip
+    assert operations
+    for operation in operations:
+        coarse = np.asarray(operation.aug_fn(picture(3), 0))
+        assert set(np.unique(coarse)) <= {0, 128}
+        assert coarse.any()
+        assert operation.aug_fn(picture(3), 8).tobytes() == picture(3).tobytes()
+
+
+def webdataset(root, labels, name="imagenet1k-train-{:04}.tar", broken=None):
+    """Two images a shard."""
+    root.mkdir(exist_ok=True)
+    for shard in range(0, len(labels), 2):
+        with tarfile.open(root / name.format(shard), "w") as archive:
+            for number in (shard, shard + 1):
+                image = b"junk" if number == broken else encoded(number)
+                for ending, content in (("png", image), ("cls", str(labels[number]).encode())):
+                    entry = tarfile.TarInfo(f"{number:04}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+    return root
+
+
+def test_a_webdataset(tmp_path, make):
+    root = webdataset(tmp_path / "shards", [0, 1, 2, 0, 1, 2])
+    webdataset(root, [2, 0], name="imagenet1k-validation-{:04}.tar")
+    data = make(root, batch_size=6)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 6, "validation": 2}
+    assert (data.image_column, data.label_column, data.class_names) == ("png", "cls", ["0", "1", "2"])
+    assert next(iter(data.train_dataloader()))["pixel_values"].shape == (6, 3, 16, 16)
+    assert next(iter(data.val_dataloader()))["labels"].tolist() == [2, 0]
+
+
+def test_what_is_wrong_with_a_webdataset_is_one_line(tmp_path, make):
+    root = webdataset(tmp_path / "shards", [0, 1, 0, 1], broken=2)
+    data = make(root, validation_fraction=0.5, batch_size=2)
+    with pytest.raises(UserError, match=r"shards train row 2 is not a readable image \(PNG, [^\n]+$"):
+        list(data.train_dataloader()), list(data.val_dataloader())
+    with pytest.raises(UserError, match=r"shards2 cannot be read as webdataset \([^\n]+\): repair it$"):
+        make(webdataset(tmp_path / "shards2", [0, "cat"]))
+    whole = webdataset(tmp_path / "shards3", [0, 1, 0, 1]) / "imagenet1k-train-0002.tar"
+    whole.write_bytes(whole.read_bytes()[:700])
+    with pytest.raises(
+        UserError, match=r"imagenet1k-train-0002.tar is cut short or not a tar archive [^\n]+$"
+    ):
+        make(whole.parent)
+
+
+def test_a_label_out_of_range_and_a_hidden_test_split(tmp_path, make, caplog):
+    root = tmp_path / "sets"
+    root.mkdir()
+    parquet(root / "train-0.parquet", count=40)
+    parquet(root / "test-0.parquet", count=4, labels=[-1] * 4)
+    with caplog.at_level("INFO"):
+        assert set(make(root).splits) == {"train", "validation"}
+    assert "leaving out the test split, which has no labels" in caplog.text
+    parquet(root / "test-0.parquet", count=4, labels=[0, -1, 0, 1])
+    with pytest.raises(UserError, match=r"test row 1 of .* has label -1, which is not one of the 2 training"):
+        make(root)
+
+
+def test_a_missing_class_folder_is_one_line(tmp_path, make, caplog):
+    root = image_folder(tmp_path / "pets", {"cat": 3, "dog": 3, "owl": 3}, ("train", "val"))
+    shutil.rmtree(root / "val" / "dog")
+    make(root)
+    assert f"{root}: 1 classes of train have no validation image: dog" in caplog.messages

@@ -224,7 +224,9 @@ def test_sample_rng_depends_on_the_key_and_leaves_no_trace():
     first = draw()
     drawn = []
     for key in [(0, 0, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
-        with sample_rng(*key):
+        with sample_rng() as begin:
+            draw()
+            begin(*key)
             drawn.append(draw())
     assert drawn[0] == drawn[1]
     assert all(len({values[k] for values in drawn}) == 4 for k in range(3))

@@ -46,7 +46,10 @@ def inherit(settings: Namespace) -> list[str]:
     if "model_name" in model:
         taken += _take_architecture(arguments, model)
     if "mean" in arguments and model.get("model_name") is not None and arguments.get("source") is not None:
-        taken += _take_preprocessing(arguments, model, *next(_starts(settings), (None, None)))
+        starts = _starts(settings)
+        taken += _take_preprocessing(arguments, model, *next(starts, (None, None)))
+        for key, source in starts:
+            taken += _compare_pixels(arguments, model.model_name, key, source)
     if "num_classes" in model:
         taken += _take_classes(settings.data, model)
     return taken
@@ -138,16 +141,8 @@ def _few(names: list[str]) -> str:
 def _take_preprocessing(
     arguments: Namespace, model: Namespace, key: str | None, source: str | None
 ) -> list[str]:
-    checkpoint = None if source is None else find_checkpoint(source, key)
-    brought = None
-    run = None if checkpoint is None else Run(checkpoint)
-    if run is not None and (own := run.preprocessing) is not None:
-        brought = {**own, "image_size": run.image_size}
-    whose = f"{key} brings"
-    if brought is None:
-        pretrained = source if checkpoint is None else None
-        brought = preprocessing(pretrained, model.model_name)
-        whose = whose if pretrained is not None else f"timm has for {model.model_name}"
+    brought, own = _preprocessing_of(model.model_name, key, source)
+    whose = f"{key} brings" if own else f"timm has for {model.model_name}"
     lines = _take_size(arguments, model, brought.pop("image_size", None), fixed=key == "ckpt_path")
     taken, other = {}, {}
     for name, value in brought.items():
@@ -161,6 +156,28 @@ def _take_preprocessing(
     if other:
         lines.append(f"data.{_told(other)}: not what the model was trained with; leave it out to use its own")
     return lines
+
+
+def _preprocessing_of(name: str, key: str | None, source: str | None) -> tuple[dict[str, Any], bool]:
+    """How a model's images were prepared, and whether it says so itself, not timm of its architecture."""
+    checkpoint = None if source is None else find_checkpoint(source, key)
+    run = None if checkpoint is None else Run(checkpoint)
+    if run is not None and (own := run.preprocessing) is not None:
+        return {**own, "image_size": run.image_size}, True
+    pretrained = source if checkpoint is None else None
+    return preprocessing(pretrained, name), pretrained is not None
+
+
+def _compare_pixels(arguments: Namespace, name: str, key: str, source: str) -> list[str]:
+    """Say where a teacher was trained with pixels of another scale than the student's."""
+    found = architecture(source, key)
+    brought, _ = _preprocessing_of(name if found is None else found[0], key, source)
+    other = {
+        name: f"{as_saved(arguments[name])} (the teacher: {as_saved(brought[name])})"
+        for name in sorted(brought.keys() & {"mean", "std"})
+        if as_saved(arguments[name]) != as_saved(brought[name])
+    }
+    return [f"data.{_told(other)}: {source} was trained with other pixels"] if other else []
 
 
 def _take_size(arguments: Namespace, model: Namespace, brought: int | None, fixed: bool) -> list[str]:

@@ -1,9 +1,10 @@
 """What a configuration leaves open, chosen for the model, its data and the machine, as `modules.sizing` says.
 
-A null learning rate of `SizedAdamW`, null rows and a null batch size of the data, and an auto precision and
-interval of validations are filled in, and each is reported. What the user gives stays.
+A null learning rate of `SizedAdamW`, null rows, batch size and loader processes of the data, and an auto
+precision and interval of validations are filled in, and each is reported. What the user gives stays.
 """
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from stableqat.modules import QATModule
 from stableqat.modules.sizing import CPU_MEMORY, LONGEST, Size, rows_of_step
 from stableqat.quantizers.options import width_of
 
+MOST_WORKERS = 16  # of a process
 VALIDATIONS = 5  # of a run
 VALIDATED_ROWS = 8  # at least, of a small source
 SHORTEST = 32  # tokens of a row that a small source makes
@@ -44,6 +46,9 @@ def choose(settings: Namespace) -> list[str]:
         lines.append(f"trainer.precision: {trainer.precision}, for this device")
     optimizer = (model.get("optimizer") or Namespace()).get("init_args") or Namespace()
     asks = {key: data.get(key, 0) is None for key in ("block_size", "batch_size")}
+    if data.get("num_workers", 0) is None:
+        data.num_workers, line = _workers(trainer)
+        lines.append(line)
     asks["lr"] = optimizer.get("lr", 0) is None
     if any(asks.values()):
         module = _module(settings.model)
@@ -149,6 +154,15 @@ def _has_bfloat16(trainer: Namespace) -> bool:
 
 def _memory(trainer: Namespace) -> float:
     return torch.cuda.get_device_properties(0).total_memory if _on_gpu(trainer) else CPU_MEMORY
+
+
+def _workers(trainer: Namespace) -> tuple[int, str]:
+    """Loader processes of each training process, which share the machine's cores; none if a CPU trains."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = _processes(trainer) // trainer.num_nodes
+    workers = min(MOST_WORKERS, max(0, cores // own - 1)) if _on_gpu(trainer) else 0
+    why = f"of {cores} cores for {own} processes" if _on_gpu(trainer) else "as the CPU trains"
+    return workers, f"data.num_workers: {workers}, {why}"
 
 
 def _processes(trainer: Namespace) -> int:

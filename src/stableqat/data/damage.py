@@ -11,6 +11,8 @@ import io
 import json
 import lzma
 import re
+import tarfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,6 +134,15 @@ def find_damage(path: Path, builder: str) -> str | None:
         except (pyarrow.ArrowException, OSError) as error:
             return f"{path} cannot be read as parquet ({first_line(error)}): repair or remove it"
         return None
+    if builder == "webdataset":
+        try:
+            with tarfile.open(path) as archive:
+                names = archive.getnames()
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            return (
+                f"{path} is cut short or not a tar archive ({first_line(error)}): download or write it again"
+            )
+        return None if names else f"{path} holds no files: remove it"
     if builder == "imagefolder":  # each image is checked when it is opened
         return None
     line_number = 0

@@ -1,4 +1,4 @@
-"""Images for classifiers: the embedded digits, image folders, parquet files and Hub data sets.
+"""Images for classifiers: the embedded digits, image folders, parquet, WebDataset shards and Hub data sets.
 
 Training images go through timm's augmentation, evaluation images through its resize and centre crop.
 """
@@ -17,7 +17,7 @@ from stableqat.data.datamodule import DataModule, Rows
 from stableqat.data.embedded import DIGITS_MEAN, DIGITS_SIZE, DIGITS_STD, DigitsTransform, embedded_digits
 from stableqat.data.holdout import check_share, held_out_images
 from stableqat.data.image_rows import ImageReader, ImageRows
-from stableqat.data.source import IMAGE_FORMATS, load_splits, local_files
+from stableqat.data.source import IMAGE_FORMATS, listed, load_splits, local_files
 from stableqat.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -54,13 +54,15 @@ class ImageDataModule(DataModule):
     """Images for classifiers, as `pixel_values` (batch, channels, size, size) and `labels` (batch,).
 
     Args:
-        source: An image folder (one folder per class), a parquet file or folder with an image column, or a
-            Hub name; null takes the embedded digits. Images are PNG, JPEG, WebP, BMP, TIFF or GIF, of 8 or 16
-            bits, or TIFF in floating point within [0, 1]. In a folder, parquet files whose names start with
-            train, validation (valid, val, dev) or test, or folders with these names, make the splits.
+        source: An image folder (one folder per class), a parquet file or folder with an image column, a tar
+            file or folder of them (WebDataset: 1.jpg, 1.cls, 2.jpg, ...), or a Hub name; null takes the
+            embedded digits. Images are PNG, JPEG, WebP, BMP, TIFF or GIF, of 8 or 16 bits, or TIFF in
+            floating point within [0, 1]. In a folder, parquet files whose names start with train, validation
+            (valid, val, dev) or test, tar files whose names contain these, or folders with these names, make
+            the splits.
         name: Configuration of a Hub data set.
         image_column: The column of images; null takes the one that holds images.
-        label_column: The column of classes; null takes the one that holds class labels, or is named label.
+        label_column: The column of classes; null takes the one of class labels, or named label or cls.
         image_size: Height and width in pixels; null takes the model's on the command line, otherwise 8 for
             the digits and 224 for other images. A model without a size of its own takes this one.
         batch_size: Images per step and process. On the command line, null takes what fits the model, the
@@ -85,7 +87,8 @@ class ImageDataModule(DataModule):
         interpolation: How images are resized: bicubic, bilinear or nearest; null: bicubic.
         mean: Mean to subtract from each channel, for pixels in [0, 1]; the digits have their own.
         std: Standard deviation to divide each channel by; the digits have their own.
-        num_workers: Processes that load batches in advance; 0 loads in the training process.
+        num_workers: Processes that load batches in advance; 0 loads in the training process. On the command
+            line, null takes a share of the cores that a GPU's process can use; elsewhere it is 0.
         seed: Decides the order and the augmentation; null takes the run's seed (seed_everything).
         cache_dir: Folder for prepared data; null takes the default folder of `datasets`.
 
@@ -118,13 +121,13 @@ class ImageDataModule(DataModule):
         interpolation: str | None = None,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         seed: int | None = None,
         cache_dir: str | None = None,
     ):
         super().__init__(
             batch_size=BATCH_SIZE if batch_size is None else batch_size,
-            num_workers=num_workers,
+            num_workers=num_workers or 0,
             seed=seed,
             eval_batch_size=eval_batch_size,
             repeats=repeated_augmentation,
@@ -184,13 +187,15 @@ class ImageDataModule(DataModule):
         """The transform of timm for training or evaluation."""
         from timm.data import create_transform
 
+        from stableqat.data.augmentation import keep_a_bit
+
         options = self.preprocessing
         if training:
             own = {key: value for key, value in options.items() if not key.startswith("crop")}
             options = own | self._augmentation
         size = (self.in_chans, self.image_size, self.image_size)
         try:
-            return create_transform(size, is_training=training, **options)
+            return keep_a_bit(create_transform(size, is_training=training, **options))
         except (AssertionError, ValueError, KeyError) as error:
             policy = self._augmentation["auto_augment"]
             raise UserError(f"auto_augment {policy} is not a timm policy: {error}") from error
@@ -233,7 +238,7 @@ class ImageDataModule(DataModule):
             )
 
         def holds_labels(key: str) -> bool:
-            return isinstance(features[key], ClassLabel) if labelled else key in ("label", "labels")
+            return isinstance(features[key], ClassLabel) if labelled else key in ("label", "labels", "cls")
 
         self.label_column = find(self.label_column, "label", holds_labels)
         encoded = Image(decode=False)
@@ -269,6 +274,15 @@ class ImageDataModule(DataModule):
         """The number of classes."""
         return len(self.class_names)
 
+    def _is_hidden(self, split: str) -> bool:
+        """Whether a test split has no labels: some are published without, as ImageNet's is."""
+        if split != "test" or any(
+            value not in (-1, None) for value in self._images[split][self.label_column]
+        ):
+            return False
+        log.info("%s: leaving out the test split, which has no labels", self.source)
+        return True
+
     def _labels(self, split: str) -> np.ndarray:
         """The labels of a split as integers, checked against the classes."""
         values = self._images[split][self.label_column][:]
@@ -303,13 +317,15 @@ class ImageDataModule(DataModule):
                 "validation": ImageRows(pixels[held].__getitem__, classes[held], DigitsTransform(False)),
             }
 
-        labels = {split: self._labels(split) for split in self._images}
-        for split in labels if "train" in labels else ():
-            if unseen := set(labels[split].tolist()) - set(labels["train"].tolist()):
-                names = ", ".join(self.class_names[label] for label in sorted(unseen)[:10])
-                log.warning(
-                    "%s: %d classes of %s have no training image: %s", self.source, len(unseen), split, names
-                )
+        labels = {split: self._labels(split) for split in self._images if not self._is_hidden(split)}
+        known = set(labels["train"].tolist()) if "train" in labels else set()
+        for split in labels if known else ():
+            of_split = set(labels[split].tolist())
+            for lost, of, what in ((of_split - known, split, "training"), (known - of_split, "train", split)):
+                if lost:
+                    names = listed([self.class_names[label] for label in sorted(lost)])
+                    told = self.source, len(lost), of, what, names
+                    log.warning("%s: %d classes of %s have no %s image: %s", *told)
         # Each split, with the split of the source that it comes from and its rows there.
         chosen = {split: (split, np.arange(len(labels[split]))) for split in labels}
         if self.training and "validation" not in labels:

@@ -87,9 +87,10 @@ class ImageRows:
 
     def __getitem__(self, keys: list[Key]) -> dict[str, torch.Tensor]:
         images, labels = [], []
-        for seed, epoch, index in keys:
-            image = self.read(max(index, 0))
-            with sample_rng(seed, epoch, max(index, 0)):
+        with sample_rng() as begin:
+            for seed, epoch, index in keys:
+                image = self.read(max(index, 0))
+                begin(seed, epoch, max(index, 0))
                 images.append(self.transform(image))
-            labels.append(-100 if index == PAD else int(self.labels[index]))
+                labels.append(-100 if index == PAD else int(self.labels[index]))
         return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}

@@ -40,14 +40,20 @@ _ORIGIN = {
 
 
 @contextmanager
-def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed the CPU generators of Python, NumPy and torch for one sample, and restore them afterwards."""
-    words = np.random.SeedSequence([seed, epoch, index]).generate_state(4)
-    with isolate_rng(include_cuda=False):
+def sample_rng() -> Iterator[Callable[[int, int, int], None]]:
+    """Give a function that seeds the CPU generators of Python, NumPy and torch for the sample of a key.
+
+    They are restored afterwards, once for a whole batch, as that takes as long as augmenting a small image.
+    """
+
+    def begin(seed: int, epoch: int, index: int) -> None:
+        words = np.random.SeedSequence([seed, epoch, index]).generate_state(4)
         random.seed(words.tobytes())
         np.random.seed(words)
         torch.default_generator.manual_seed(int(words.view(np.uint64)[0]) >> 1)
-        yield
+
+    with isolate_rng(include_cuda=False):
+        yield begin
 
 
 # Lightning's overfit_batches replaces any sampler that is not a SequentialSampler with one that does not know

@@ -26,11 +26,13 @@ log = logging.getLogger(__name__)
 TEXT_FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text"}
 IMAGE_FORMATS = {
     ".parquet": "parquet",
+    ".tar": "webdataset",
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"), "imagefolder"),
 }
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLITS |= {"dev": "validation", "test": "test"}
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
+_SPLIT_OF_SHARD = re.compile(rf"(?:.*[^a-z])?{_SPLIT_NAME.pattern}")  # imagenet1k-train-0000.tar
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 #: Columns of chats, and of pairs of a request and an answer, under names other than the known ones.
 _CHATS: list[tuple[str, ...]] = [("messages",), ("conversations",), ("conversation",), ("dialog",), ("chat",)]
@@ -44,14 +46,16 @@ _CHATS += [
 def _split(path: Path) -> str | None:
     """The split that a path inside a folder names: by the whole name of a folder, or the start of a file's.
 
-    Single images take it only from folders, because image files may have any name.
+    Single images take it only from folders, because image files may have any name; shards of a WebDataset
+    also from the middle of theirs.
     """
     for folder in path.parts[:-1]:
         if split := SPLITS.get(folder.lower()):
             return split
-    if IMAGE_FORMATS.get(file_format(path)) == "imagefolder":
+    kind = IMAGE_FORMATS.get(file_format(path))
+    if kind == "imagefolder":
         return None
-    match = _SPLIT_NAME.match(path.name.lower())
+    match = (_SPLIT_OF_SHARD if kind == "webdataset" else _SPLIT_NAME).match(path.name.lower())
     return SPLITS[match[1]] if match else None
 
 

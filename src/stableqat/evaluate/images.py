@@ -92,7 +92,7 @@ def part_of(split: str, rows: int, there: int) -> str:
 
 def channels(model: Any, otherwise: int = 3) -> int:
     """How many channels of an image a timm model takes; `otherwise` if it does not say."""
-    embedding = getattr(model, "patch_embed", None)
+    embedding: Any = getattr(model, "patch_embed", None)
     patches = getattr(embedding, "proj", None)
     if isinstance(patches, torch.nn.Linear):
         return int(patches.in_features // math.prod(embedding.patch_size))

@@ -51,7 +51,7 @@ def make_linear(model: Any) -> None:
     with torch.device("meta"):
         linear = nn.Linear(channels * height * width, convolution.out_channels, convolution.bias is not None)
     linear.weight = nn.Parameter(convolution.weight.detach().flatten(1))
-    linear.bias = convolution.bias
+    linear.bias = convolution.bias  # type: ignore[assignment]
     linear.register_forward_pre_hook(partial(_cut, height, width))
     linear.register_forward_hook(_channels_first)
     model.patch_embed.proj = linear.train(convolution.training)
