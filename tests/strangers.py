@@ -8,7 +8,7 @@ from torch import nn
 
 from stableqat import ops
 from stableqat.quantizers import STE, Quantizer
-from stableqat.quantizers.base import local
+from stableqat.quantizers.shard import local
 
 
 class Hardening(Quantizer):

@@ -28,6 +28,7 @@ METHODS = {
     if name not in ("Quantizer", "QuantizerFactory", "QuantizerSpec", "QuantizedWeight")
 }
 STRATEGIES = {"ddp", "fsdp"}
+REMEDIES = {"dampening", "freezing"}  # laid over a method
 # parameters of the published models
 SIZES = {
     "llama-30m": 29_893_120,
@@ -144,8 +145,9 @@ def start(tmp_path_factory) -> dict[str, list[str]]:
 def test_an_overlay_changes_what_it_names_and_nothing_else(family, name, command, images, start):
     source = images if family == "vit" and name in SIZES else []
     both = start[family] if name == "distill" else []
-    base = resolved(command(*arguments(family), *both))
-    after = resolved(command(*arguments(family, name), *source, *both))
+    under = ["ste"] if name in REMEDIES else []
+    base = resolved(command(*arguments(family, *under), *both))
+    after = resolved(command(*arguments(family, *under, name), *source, *both))
     changed = {key for key in base.keys() | after.keys() if base.get(key) != after.get(key)}
     changed.discard("data.init_args.source")
     if source:  # images are prepared as the model of that name wants them
@@ -231,6 +233,19 @@ def test_a_method_overlay_is_the_quantizer_alone(family):
         assert kind.rpartition(".")[2].lower() == name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", sorted(REMEDIES))
+def test_a_remedy_lies_over_any_method(family, name, command):
+    assert list(leaves(raw(family, name))) == [f"model.init_args.quantizer.init_args.{name}"]
+    for method in METHODS:
+        quantizer = command(*arguments(family, method, name)).model.quantizer
+        described = quantizer(torch.randn(8, 64)).describe()
+        assert described["method"].lower() == method
+        assert {key: described[key] for key in REMEDIES & described.keys()} == {
+            name: raw(family, name)["model"]["init_args"]["quantizer"]["init_args"][name]
+        }
+
+
 @pytest.mark.parametrize(("first", "last"), [("dsq", "stableqat"), ("stableqat", "dsq"), ("paretoq", "ste")])
 def test_the_last_of_two_methods_leaves_nothing_of_the_first(first, last, command):
     """jsonargparse keeps what fits of the options of an earlier class."""
@@ -298,7 +313,7 @@ def test_both_families_have_the_same_files():
     own = SIZES.keys() | {"activation-checkpointing"}
     shared = [{path.stem for path in (ROOT / family).glob("*.yaml")} - own for family in FAMILIES]
     assert shared[0] == shared[1]
-    assert shared[0] >= METHODS | STRATEGIES | {"base", "finetune", "debug", "demo"}
+    assert shared[0] >= METHODS | STRATEGIES | REMEDIES | {"base", "finetune", "debug", "demo"}
     for family, name in OVERLAYS:
         if name in SIZES:
             assert all(key.startswith("model.init_args.") for key in leaves(raw(family, name)))

@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from stableqat.errors import UserError
 from stableqat.layers.latent import latent_weights
 from stableqat.quantizers import Quantizer
-from stableqat.quantizers.base import local
+from stableqat.quantizers.oscillation import dampening
 from stableqat.quantizers.position import Position
+from stableqat.quantizers.shard import local
 
 
 def follow(
@@ -64,14 +65,16 @@ class Clock:
         for weight in latent_weights(model).values():
             followed = _Followed(*weight)
             followed.quantizer.position = position
-            if followed.active:
+            if followed.penalizes or followed.acts:
                 self._file(followed)
+            if position.step == 0:
+                followed.begin()
         self._hooks: list[RemovableHandle] = []
         for optimizer, own in self._by_optimizer.items():
             # a fused one would undo a loss scale inside its step: too late for clipping, guard and penalty
             vars(optimizer)["_step_supports_amp_scaling"] = False
             self._hooks.append(optimizer.register_step_post_hook(self._after))
-            if any(each.overrides("penalty") for each in own):
+            if any(each.penalizes for each in own):
                 self._hooks.append(optimizer.register_step_pre_hook(self._before))
 
     def at(self, step: int) -> None:
@@ -142,7 +145,7 @@ class Clock:
         self._penalized.discard(optimizer)
         self.position.step += 1
         for followed in self._followed(optimizer):
-            if followed.overrides("after_step"):
+            if followed.acts:
                 followed.step(optimizer.param_groups[followed.group]["lr"], self.position.progress)
 
 
@@ -155,17 +158,30 @@ class _Followed(NamedTuple):
     from_rows: Callable[[Tensor], Tensor]
     group: int = 0
 
-    def overrides(self, name: str) -> bool:
-        return getattr(type(self.quantizer), name) is not getattr(Quantizer, name)
+    @property
+    def penalizes(self) -> bool:
+        return self._overrides("penalty") or self.quantizer.dampening > 0
 
     @property
-    def active(self) -> bool:
-        return self.overrides("penalty") or self.overrides("after_step")
+    def acts(self) -> bool:
+        return self._overrides("after_step") or self.quantizer.freezing is not None
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self.quantizer), name) is not getattr(Quantizer, name)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        if self.quantizer.freezing is not None:
+            self.quantizer.freezing.begin(self.quantizer, self.to_rows(local(self.parameter)))
 
     @torch.enable_grad()
     def penalize(self) -> None:
         leaf = local(self.parameter).detach().requires_grad_(self.parameter.requires_grad)
-        penalty = self.quantizer.penalty(self.to_rows(leaf))
+        rows = self.to_rows(leaf)
+        penalty = self.quantizer.penalty(rows)
+        if self.quantizer.dampening > 0:
+            dampened = dampening(self.quantizer, rows)
+            penalty = dampened if penalty is None else penalty + dampened
         if penalty is None or not penalty.requires_grad:
             return
         owners = [self.parameter, *(p for p in self.quantizer.parameters() if p.requires_grad)]
@@ -181,5 +197,7 @@ class _Followed(NamedTuple):
         weight = local(self.parameter)
         rows = self.to_rows(weight)
         self.quantizer.after_step(rows, float(lr), progress)
+        if self.quantizer.freezing is not None:
+            self.quantizer.freezing.step(self.quantizer, rows, progress)
         if rows.data_ptr() != weight.data_ptr():  # a copy: transposed experts
             weight.copy_(self.from_rows(rows))

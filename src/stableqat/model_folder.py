@@ -164,6 +164,7 @@ def _trained(
     made = _made(cls, name, linear, kind).to_empty(device="cpu")
     prefix = name + QUANTIZER
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    own = {key: tensor for key, tensor in own.items() if not key.startswith("freezing.")}  # for training
     try:
         made.load_state_dict(own)
     except RuntimeError as error:

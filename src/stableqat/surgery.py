@@ -365,5 +365,6 @@ def make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool =
         return quantizer
     quantizer.to_empty(device=weight.device)
     for parameter in quantizer.parameters():
-        nn.init.constant_(parameter, torch.nan)  # to be noticed if no state dict follows
+        if parameter.is_floating_point():
+            nn.init.constant_(parameter, torch.nan)  # to be noticed if no state dict follows
     return quantizer

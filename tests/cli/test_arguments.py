@@ -53,6 +53,10 @@ MISSPELT = [
         ["fit", "-c", "llama/ste", "-c", "llama/base"],
         "ste.yaml: changes the model, but nothing before it says",
     ),
+    (
+        ["fit", "-c", "llama/base", "-c", "llama/freezing", "-c", "llama/ste"],
+        "freezing.yaml: changes the quantizer, but nothing before it says which quantizer; put a method",
+    ),
     (["fit", "--config=llama/ste"], "put the base first, as in -c llama/base -c llama/ste"),
     (
         ["fit", "-c", "vit/finetune", "-c", "llama/distill"],

@@ -232,6 +232,7 @@ def prepared(folder, family="llama", **options):
         {"method": "paretoq", "bits": 4, "per_channel": False},
         {"method": "stableqat", "bits": 2, "family": "qwen3"},
         {"method": "scaledste", "bits": 2, "skip": ["lm_head", "*.mlp.*"]},
+        {"bits": 2, "freezing": 0.01},
     ],
     ids=str,
 )

@@ -76,6 +76,29 @@ def test_the_same_grid_takes_all_parameters_bit_for_bit(family, kind, starts, tm
     assert not any("latent weights are taken" in message for message in caplog.messages)
 
 
+def test_a_second_phase_keeps_what_the_first_has_frozen(starts, tmp_path):
+    """And freezing begins anew where the start did not freeze."""
+    freezing = partial(STE, bits=4, freezing=0.0)
+    module = tiny.module("llama", quantizer=freezing, optimizer=partial(torch.optim.SGD, lr=2.0))
+    trainer = tiny.trainer(max_steps=6)
+    trainer.fit(module, tiny.loader("llama", 64))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    second = begun("llama", tmp_path / "last.ckpt", freezing)
+    expected = module.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in second.state_dict().items())
+    kept = [layer.weight_quantizer.freezing.frozen for layer in quantized_layers(second).values()]
+    assert sum(each.sum() for each in kept) > 0
+    deployed = [x.weight_quantizer.quantize(x.weight).codes for x in quantized_layers(second).values()]
+    tiny.trainer(max_steps=2).fit(second, tiny.loader("llama", 64))
+    for layer, frozen, codes in zip(quantized_layers(second).values(), kept, deployed, strict=True):
+        assert layer.weight_quantizer.freezing.frozen[frozen].all()
+        assert torch.equal(layer.weight_quantizer.quantize(layer.weight).codes[frozen], codes[frozen])
+    assert begun("llama", tmp_path / "last.ckpt", partial(STE, bits=4)).state_dict().keys() < expected.keys()
+    third = begun("llama", starts["llama"], partial(DSQ, bits=4, freezing=0.0))
+    assert torch.equal(logits(third, "llama"), logits(loaded(third, starts["llama"]), "llama"))
+    assert not any(x.weight_quantizer.freezing.frozen.any() for x in quantized_layers(third).values())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_method_on_the_same_grid_starts_with_the_same_values(family, starts):
     module = begun(family, starts[family], partial(STE, bits=4))

@@ -20,11 +20,16 @@ def quantizer(name, **options):
     return {"class_path": f"strangers.{name}", "init_args": {"bits": 2, **options}}
 
 
+OURS = {
+    "class_path": "stableqat.quantizers.StableQAT",
+    "init_args": {"bits": 2, "dampening": 5.0, "freezing": 0.005},
+}
 METHODS = {
     "*q_proj": quantizer("Hardening"),
     "*k_proj": quantizer("Stochastic"),
     "*o_proj": quantizer("LowRank", rank=4),
     "*up_proj": quantizer("Freezing", threshold=0.05),
+    "*gate_proj": OURS,
     "*": quantizer("Dampened", strength=10.0),
 }
 
@@ -73,14 +78,16 @@ def test_a_run_with_a_clock_resumes_bit_for_bit(how, folder):
 
     # otherwise the comparison would prove little
     state = checkpoint(whole)["state_dict"]
-    frozen = torch.cat([value.flatten() for name, value in state.items() if name.endswith(".frozen")])
-    assert 0 < (frozen <= 1).sum() < frozen.numel()  # of codes -2 to 1
+    for name, is_frozen in ((".frozen", lambda x: x <= 1), (".freezing.frequency", lambda x: x > 1)):
+        found = torch.cat([value.flatten() for key, value in state.items() if key.endswith(name)])
+        assert 0 < is_frozen(found).sum() < found.numel()
 
 
 def test_a_clock_acts_on_shards(folder):
     """Penalties, clipped with the loss, and steps of a method's own, on two processes' rows as on one's."""
     acting = {
         "*self_attn*": quantizer("Dampened", strength=100.0),
+        "*gate_proj": {**OURS, "init_args": {"bits": 2, "dampening": 100.0, "freezing": 0.0}},
         "*": quantizer("Freezing", threshold=-1.0),
     }
     plain = {"*": {**quantizer(""), "class_path": "stableqat.quantizers.STE"}}

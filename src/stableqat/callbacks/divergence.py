@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stableqat.errors import check_range
-from stableqat.quantizers.base import local
+from stableqat.quantizers.shard import local
 
 logger = logging.getLogger(__name__)
 

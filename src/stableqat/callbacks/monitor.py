@@ -2,11 +2,12 @@
 
 Measured on a fixed sample of rows (at most 64 per layer; of this process's shard under FSDP2): `flip_rate`,
 the share of codes that change in a step (EMA 0.99); `oscillation`, the share that flip back against their
-previous direction (EMA 0.99, Nagel et al. 2022, arXiv 2203.11086); `clipped`, the share of weights outside
-the grid's range; `scale_drift`, the mean of |log2(s / s_start)|; `snr_db`, the power of the weight over that
-of its quantization error; the share of each code (up to 4 bits), and their entropy in bits. `scale_at_floor`
-counts, of all the layer's scales, those at their floor. The monitor reads codes and scales only, and is the
-same for every method.
+previous direction (EMA 0.99, Nagel et al. 2022, arXiv 2203.11086); `oscillating`, the share of weights of
+which that average is above 0.005; `frozen`, the share that `freezing` has frozen; `clipped`, the share of
+weights outside the grid's range; `scale_drift`, the mean of |log2(s / s_start)|; `snr_db`, the power of the
+weight over that of its quantization error; the share of each code (up to 4 bits), and their entropy in bits.
+`scale_at_floor` counts, of all the layer's scales, those at their floor. But for `frozen`, the monitor reads
+codes and scales only, and is the same for every method.
 """
 
 from collections.abc import Callable
@@ -24,13 +25,14 @@ from stableqat import ops
 from stableqat.errors import check_range
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer
-from stableqat.quantizers.base import local
+from stableqat.quantizers.shard import local
 
 MOST_BITS_BY_LEVEL = 4  # wider grids have too many codes for a line each
+OSCILLATES = 0.005  # frequency of flips back above which a weight counts as oscillating, as in the paper
 
 
 class _Watch:
-    """Layers on one grid, so that a step takes few calls for any number of layers.
+    """Layers on one grid, all freezing or none, so that a step takes few calls for any number of layers.
 
     The sampled rows of all layers form one matrix of blocks with one scale each, `(blocks, length)`.
     """
@@ -54,7 +56,7 @@ class _Watch:
         _, _, self._codes = self.look()
         self._direction = torch.zeros_like(self._codes)
         self._flip_rate = torch.zeros(len(self.names), device=self.device)
-        self._oscillation = self._flip_rate.clone()
+        self._frequency = torch.zeros_like(self._codes, dtype=torch.float16)  # of flips back
 
     def look(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return current weights, scales `(blocks, 1)` and codes."""
@@ -71,31 +73,31 @@ class _Watch:
         weight, scale, codes = self.look()
         # int16, because a flip across an 8-bit grid does not fit into int8
         direction = (codes.short() - self._codes).sign_().to(torch.int8)
-        back = direction * self._direction < 0
-        for average, now in ((self._flip_rate, direction.abs()), (self._oscillation, back)):
-            average.lerp_(self._of_layers(now.float().mean(1)), 0.01)
+        self._flip_rate.lerp_(self._of_layers(direction.abs().float().mean(1)), 0.01)
+        self._frequency.lerp_((direction * self._direction < 0).half(), 0.01)
         self._direction = torch.where(direction == 0, self._direction, direction)
         self._codes = codes
         return weight, scale, codes
 
     def flips(self) -> dict[str, dict[str, Tensor]]:
         """Return the state of counting flips, by layer."""
-        directions = [each.flatten() for each in self._direction.split(self._blocks)]
-        values = zip(self.names, self._flip_rate, self._oscillation, directions, strict=True)
+        blocks = (each.split(self._blocks) for each in (self._direction, self._frequency))
+        values = zip(self.names, self._flip_rate, *blocks, strict=True)
         return {
-            name: {"flip_rate": rate.clone(), "oscillation": oscillation.clone(), "direction": direction}
-            for name, rate, oscillation, direction in values
+            name: {"flip_rate": rate.clone(), "direction": direction.flatten(), "frequency": often.flatten()}
+            for name, rate, direction, often in values
         }
 
     def resume_flips(self, known: dict[str, dict[str, Tensor]]) -> None:
         """Continue from `flips`; other shards may have fewer or more rows."""
-        shares = self._direction.split(self._blocks)
-        for number, (name, blocks) in enumerate(zip(self.names, shares, strict=True)):
+        shares = zip(self._direction.split(self._blocks), self._frequency.split(self._blocks), strict=True)
+        for number, (name, (directions, often)) in enumerate(zip(self.names, shares, strict=True)):
             if name in known:
                 self._flip_rate[number] = known[name]["flip_rate"]
-                self._oscillation[number] = known[name]["oscillation"]
-                direction = known[name]["direction"][: blocks.numel()]
-                blocks.view(-1)[: len(direction)] = direction
+                for own, what in ((directions, "direction"), (often, "frequency")):
+                    if what in known[name]:
+                        value = known[name][what][: own.numel()]
+                        own.view(-1)[: len(value)] = value
 
     def describe(self, weight: Tensor, scale: Tensor, codes: Tensor, start: Tensor) -> dict[str, Tensor]:
         """Return the values to log, one per layer.
@@ -122,7 +124,9 @@ class _Watch:
         occupancy = {f"share_of_code_{lowest + i}": share[:, i] for i in range(levels)}
         return {
             "flip_rate": self._flip_rate.clone(),
-            "oscillation": self._oscillation.clone(),
+            "oscillation": self._of_layers(self._frequency.float().mean(1)),
+            "oscillating": self._of_layers((self._frequency > OSCILLATES).float().mean(1)),
+            **self._frozen(),
             "scale_drift": torch.segment_reduce(
                 drift, "mean", lengths=self._lengths(self.scales_of_layer), unsafe=True
             ),
@@ -142,6 +146,13 @@ class _Watch:
         with torch.no_grad():
             latents = [layer.weight_quantizer.latent(layer.weight) for layer in self._layers]
         return [_flat(latent, self._rows) for latent in latents]
+
+    def _frozen(self) -> dict[str, Tensor]:
+        found = [x.weight_quantizer.freezing for x in self._layers if x.weight_quantizer.freezing is not None]
+        if not found:
+            return {}
+        frozen = torch.cat([_flat(each.frozen, self._rows) for each in found]).view(-1, self._length)
+        return {"frozen": self._of_layers(frozen.float().mean(1))}
 
     def _scales(self, name: str) -> list[Tensor]:
         return self._views(f"sampled {name}", lambda: self._of_quantizers(name), self._rows)
@@ -199,7 +210,8 @@ class QuantizerMonitor(L.Callback):
         alike: dict[Any, dict[str, QuantLinear]] = {}
         if trainer.is_global_zero and trainer.loggers:
             for name, layer in quantized_layers(pl_module).items():
-                alike.setdefault(layer.weight_quantizer.grid, {})[name] = layer
+                quantizer = layer.weight_quantizer
+                alike.setdefault((quantizer.grid, quantizer.freezing is None), {})[name] = layer
         self._watches = [_Watch(layers, self.rows) for layers in alike.values()]
         for watch in self._watches:
             scales = watch.acting_scales().split(watch.scales_of_layer)

@@ -17,6 +17,7 @@ TRAINING = {"gradient norm": "^train/grad_norm$", "learning rate": "^lr-"}
 QUANTIZERS = {
     "codes that flip per step": "^quant/flip_rate$",
     "codes that flip back per step": "^quant/oscillation$",
+    "weights that oscillate, or are frozen": "^quant/(oscillating|frozen)$",
     "drift of the scales": "^quant/scale_drift$",
     "signal to noise (dB)": "^quant/snr_db$",
 }

@@ -75,15 +75,17 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_bases(layers: Sequence[Layer]) -> None:
-    """Refuse a file that changes a model, or data, whose class comes later or not at all."""
-    for block in ("model", "data"):
+    """Refuse a file that changes a model, data or a quantizer whose class comes later or not at all."""
+    for block, first in {"model": "the base", "data": "the base", QUANTIZER: "a method"}.items():
         for layer in layers:
-            if any(_named_classes([("", *one) for one in layer.settings], block)):
+            named = list(_named_classes([("", *one) for one in layer.settings], block))
+            if any(named) or (named and block == QUANTIZER):  # a mapping names classes below
                 break
             if layer.where and any(key.startswith(f"{block}.") for key, _ in layer.settings):
+                what = block.rpartition(".")[2]
                 raise UserError(
-                    f"{layer.where}changes the {block}, but nothing before it says which {block}; put the "
-                    "base first, as in -c llama/base -c llama/ste"
+                    f"{layer.where}changes the {what}, but nothing before it says which {what}; put {first} "
+                    "first, as in -c llama/base -c llama/ste"
                 )
 
 

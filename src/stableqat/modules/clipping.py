@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.optim import Optimizer
 
-from stableqat.quantizers.base import local
+from stableqat.quantizers.shard import local
 
 
 def clip_gradients(

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from stableqat.checkpoints.names import REST, is_sharded
 from stableqat.checkpoints.sharded import load_shards
 from stableqat.errors import UserError
+from stableqat.quantizers.oscillation import Freezing
 
 
 class _Reducing:
@@ -158,6 +159,9 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
         raise UserError(
             "trainer.strategy: tensor parallelism is not supported; take --trainer.strategy fsdp2"
         )
+    for module in model.modules():
+        if isinstance(module, Freezing):  # apart, and so never gathered: no forward reads it
+            fully_shard(module, mesh=mesh["data_parallel"])
     for block in blocks:
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])

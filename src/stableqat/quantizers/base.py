@@ -16,13 +16,14 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from stableqat import ops
-from stableqat.errors import UserError, check_known
+from stableqat.errors import LARGEST, UserError, check_known, check_range
 from stableqat.quantizers.options import scale_shape, special_grid, width_of
+from stableqat.quantizers.oscillation import Freezing
 from stableqat.quantizers.position import Position
 from stableqat.quantizers.quantized_weight import QuantizedWeight
+from stableqat.quantizers.shard import local
 
 FLOOR = 1e-4  # of the initial scale
 
@@ -46,10 +47,13 @@ class Quantizer(nn.Module, ABC):
         scale_init: signed_mse, mse, max, lsq or absmax_as_step; docs/methods.md has the formulas.
         per_channel: One scale per row, or one for the whole tensor if false.
         group_size: One scale per run of this many inputs in a row.
+        dampening: End value of the penalty that draws weights to their levels; 0 for none (docs/methods.md).
+        freezing: End value of the frequency above which oscillating weights are frozen, such as 0.01; null
+            freezes none.
 
     Raises:
-        UserError: If an option is unknown, the grid does not exist at this width, or `group_size` does
-            not divide the inputs.
+        UserError: If an option is unknown or out of range, the grid does not exist at this width, or
+            `group_size` does not divide the inputs.
     """
 
     scale: nn.Parameter
@@ -70,8 +74,14 @@ class Quantizer(nn.Module, ABC):
         scale_init: ops.ScaleInit = "signed_mse",
         per_channel: bool = True,
         group_size: int | None = None,
+        dampening: float = 0.0,
+        freezing: float | None = None,
     ) -> None:
         super().__init__()
+        check_range("dampening", dampening, 0, LARGEST)
+        check_range("freezing", freezing, 0, 1, null=True)
+        if freezing is not None and not self.trains_weight:
+            raise UserError(f"freezing: {type(self).__name__} does not train the weight; leave it out")
         check_known("mask", surrogate.mask, get_args(ops.Mask))
         check_known("scale_init", scale_init, get_args(ops.ScaleInit))
         width = width_of(bits, levels, grid)
@@ -80,6 +90,8 @@ class Quantizer(nn.Module, ABC):
         self.scale_init = scale_init
         self.group_size = group_size
         self.weight_shape = tuple(weight.shape)
+        self.dampening = dampening
+        self.freezing = None if freezing is None else Freezing(freezing, weight)
         shape = scale_shape(weight, per_channel, group_size)
         self.allocate(shape, dtype=torch.float32, device=weight.device)
         if not weight.is_meta:
@@ -126,6 +138,8 @@ class Quantizer(nn.Module, ABC):
         scale = ops.initial_scale(weight, shape, self.grid, self.scale_init)
         self.scale.copy_(scale)
         self.scale_floor.copy_(scale * FLOOR)
+        if self.freezing is not None:
+            self.freezing.reset()
 
     def surrogate_param(self) -> Tensor | None:
         """The surrogate's learned parameter, shaped like `scale`; None if it learns nothing."""
@@ -318,6 +332,8 @@ class Quantizer(nn.Module, ABC):
         floor = local(self.scale_floor)
         acts = ops.acting_scale(own, floor) == own
         floor.copy_(torch.where(acts, floor, own * FLOOR))  # also where it is unset
+        if self.freezing is not None:
+            self.freezing.reset()
         latent = local(self.latent(weight))
         levels = ops.dequantize_codes(codes, own, grid.zero_point, latent.dtype)
         has_code = ops.quantize_codes(latent, own, grid=grid) == codes
@@ -337,6 +353,8 @@ class Quantizer(nn.Module, ABC):
     def describe(self) -> dict[str, str | int | float]:
         """Flat hyper-parameters that name this quantizer in a table or in TensorBoard."""
         whole = "channel" if self.scale.shape[0] > 1 else "tensor"
+        dampening = {"dampening": self.dampening} if self.dampening else {}
+        freezing = {"freezing": self.freezing.threshold} if self.freezing else {}
         return {
             "method": type(self).__name__,
             "bits": self.bits,
@@ -345,6 +363,8 @@ class Quantizer(nn.Module, ABC):
             "scale_init": self.scale_init,
             "granularity": f"group {self.group_size}" if self.group_size else whole,
             **vars(self.surrogate),
+            **dampening,
+            **freezing,
         }
 
     @property
@@ -363,8 +383,3 @@ QuantizerFactory = Callable[[Tensor], Quantizer]
 
 QuantizerSpec = QuantizerFactory | dict[str, QuantizerFactory | None]
 """One factory for all layers, or factories by layer pattern; None leaves a layer in full precision."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded parameter; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,7 +21,7 @@ QUANTIZER = "model.quantizer"
 # What runs log of themselves, beside the settings of their surrogates.
 LOGGED = (
     *("method", "bits", "grid", "mask", "scale_init", "granularity", "quantizers"),
-    *("quantized_share", "deployed_mb", "a", "amplitude", "harmonics", "value"),
+    *("dampening", "freezing", "quantized_share", "deployed_mb", "a", "amplitude", "harmonics", "value"),
     *("scale_lr_multiplier", "weight_lr_multiplier", "optimizer", "weight_decay", "warmup_steps"),
     *("gradient_clip_val", "max_steps", "batch_size", "tokens_per_step", "training_tokens", "named"),
 )
