@@ -76,10 +76,11 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _check_bases(layers: Sequence[Layer]) -> None:
     """Refuse a file that changes a model, data or a quantizer whose class comes later or not at all."""
-    for block, first in {"model": "the base", "data": "the base", QUANTIZER: "a method"}.items():
+    method = QUANTIZERS[0]
+    for block, first in {"model": "the base", "data": "the base", method: "a method"}.items():
         for layer in layers:
             named = list(_named_classes([("", *one) for one in layer.settings], block))
-            if any(named) or (named and block == QUANTIZER):  # a mapping names classes below
+            if any(named) or (named and block == method):  # a mapping names classes below
                 break
             if layer.where and any(key.startswith(f"{block}.") for key, _ in layer.settings):
                 what = block.rpartition(".")[2]
