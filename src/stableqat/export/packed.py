@@ -151,6 +151,11 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
     layers = _layers(model)
     if not layers:
         raise UserError("no layer is quantized: this was trained in full precision; export a quantized run")
+    if getattr(module, "cache_bits", None) is not None:
+        raise UserError(
+            "model.cache_bits: a file holds no width of the cache, which the runtime chooses, so its model "
+            "would not be the trained one; export a run without it"
+        )
     for name, layer in layers.items():
         if layer.input_quantizer is not None:
             raise UserError(

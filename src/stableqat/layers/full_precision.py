@@ -28,7 +28,7 @@ class _Latent(nn.Module):
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside, quantized layers, tied embeddings and experts compute with latent weights and plain inputs.
+    """Inside, quantized layers, tied embeddings and experts compute with plain weights and activations.
 
     Nothing is copied, and sharded weights work as well. A compiled model compiles anew, unless it is told to
     run eagerly.
@@ -42,10 +42,11 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     places += [(module, f"{key}_quantizer") for module, key, _ in quantized_experts(model).values()]
     inputs = [layer for layer in quantized_layers(model).values() if layer.input_quantizer is not None]
     places += [(layer, "input_quantizer") for layer in inputs]
+    places += [(m, "cache_quantizer") for m in model.modules() if m._modules.get("cache_quantizer")]
     quantizers = [module._modules[name] for module, name in places]
     try:
         for module, name in places:
-            module._modules[name] = None if name == "input_quantizer" else _Latent()
+            module._modules[name] = None if name in ("input_quantizer", "cache_quantizer") else _Latent()
         yield
     finally:
         for (module, name), quantizer in zip(places, quantizers, strict=True):

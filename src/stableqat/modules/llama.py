@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from stableqat.checkpoints.names import find_checkpoint
-from stableqat.errors import UserError, first_line
+from stableqat.errors import UserError, check_range, first_line
 from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.base import QATModule
+from stableqat.modules.cache import quantize_cache
 from stableqat.modules.config import compare_configs, hub_refusal, resolve_config
 from stableqat.modules.documents import documents_of
 from stableqat.modules.language_teacher import LanguageTeacher
@@ -38,6 +39,8 @@ class LlamaModule(QATModule):
             folder or hub name that has one. None takes it from `init_from`.
         lean_loss: Compute the loss chunk by chunk, without the logits of a whole batch; equal up to rounding.
             None does so for vocabularies of 16,384 entries and more.
+        cache_bits: Width of keys and values, 2 to 8, each rounded per token and head as a quantized cache
+            holds them. None leaves them as they are.
         skip: Linear layers that stay in full precision, by name patterns.
         options: Those of `QATModule`.
 
@@ -55,11 +58,14 @@ class LlamaModule(QATModule):
         config: dict[str, Any] | str | None = None,
         skip: Sequence[str] = heads,
         lean_loss: bool | None = None,
+        cache_bits: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(skip=skip, **options)
         self.config = resolve_config(config, self.init_from)
         self.lean_loss = self.config.vocab_size >= _LARGE if lean_loss is None else lean_loss
+        check_range("model.cache_bits", cache_bits, 2, 8, null=True)
+        self.cache_bits = cache_bits
         self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
 
@@ -119,8 +125,15 @@ class LlamaModule(QATModule):
     def adapt(self, model: nn.Module) -> None:
         """See `QATModule.adapt`: a tied embedding follows its head, a lean loss makes no logits."""
         quantize_tied_embedding(model)
+        if self.cache_bits is not None:
+            quantize_cache(model, self.cache_bits)
         if self.lean_loss or self.distillation is not None:
             vars(model)["forward"] = MethodType(lean_forward, model)
+
+    def describe(self) -> dict[str, str | int | float]:
+        """See `QATModule.describe`; with the width of the cache, if it is quantized."""
+        cache = {} if self.cache_bits is None else {"cache_bits": self.cache_bits}
+        return {**super().describe(), **cache}
 
     def load_teacher(self, settings: Distillation) -> LanguageTeacher:
         """See `QATModule.load_teacher`: a language model."""
