@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stableqat.modules import LlamaModule, QATModule, ViTModule
-from stableqat.quantizers import DSQ, STE, ParetoQ, StableQAT
+from stableqat.quantizers import DSQ, LRQAT, STE, ParetoQ, StableQAT
 
 METHODS = {
     "fp": None,
@@ -17,6 +17,7 @@ METHODS = {
     "dsq": partial(DSQ, bits=2),
     "paretoq": partial(ParetoQ, bits=2),
     "stableqat": partial(StableQAT, bits=2),
+    "lrqat": partial(LRQAT, bits=2),
 }
 LLAMA = {
     "model_type": "llama",

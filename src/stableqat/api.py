@@ -15,6 +15,7 @@ from stableqat.errors import UserError
 from stableqat.layers.calibration import calibrate_inputs
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.experts import make_plain
+from stableqat.layers.latent import store_weights
 from stableqat.layers.linear import QuantLinear, quantized_inputs, quantized_layers
 from stableqat.layers.trial import check_calls, forget_calls, is_shown
 from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
@@ -118,7 +119,8 @@ def prepare_and_report(
     except UserError:
         put_back(model, {name: linears[name] for name in report.swapped if name in linears})
         raise
-    layers = quantized_layers(model).values()
+    store_weights(model)
+    layers = [x for x in quantized_layers(model).values() if x.weight.is_floating_point()]
     if half := next((x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4), None):
         logger.warning(
             "weights are %s, which loses small updates; load them as float32 and train with autocast",

@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: weights (decayed), scales (with their own learning rate), the rest.
+"""Parameter groups for an optimizer: weights (decayed), scales and factors (at rates of their own), the rest.
 
 Adam moves a parameter by about its learning rate per step, whatever the gradient, and scales are small.
 """
@@ -11,7 +11,7 @@ from torch import nn
 from stableqat.layers.linear import QuantLinear
 from stableqat.quantizers import Quantizer
 
-KINDS = ("weights", "scales", "norms_and_biases")
+KINDS = ("weights", "scales", "factors", "norms_and_biases")
 
 
 def parameter_groups(
@@ -19,12 +19,13 @@ def parameter_groups(
     lr: float | None = None,
     scale_lr_multiplier: float = 0.1,
     lr_factors: Mapping[str, float] | None = None,
+    factor_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameters for an optimizer: weights (with decay), scales and the rest (both without).
 
     A group without parameters is left out, so that full precision gets an ordinary optimizer. A parameter
-    that a quantizer's `roles` calls a weight is grouped like the model's own weights; all parameters of an
-    input quantizer without `roles` are scales.
+    that a quantizer's `roles` calls a weight is grouped like the model's own weights; low-rank factors are a
+    group of their own; all parameters of an input quantizer without `roles` are scales.
 
     Args:
         model: The model, after surgery. A module's `no_weight_decay()`, as timm defines it, is respected.
@@ -32,35 +33,38 @@ def parameter_groups(
         scale_lr_multiplier: Learning rate of the scales as a share of `lr`.
         lr_factors: Learning rate of a parameter as a share of its group's, by name, where it is not 1: deeper
             layers of a pretrained model may learn more slowly. Each share has groups of its own.
+        factor_lr_multiplier: Learning rate of low-rank factors as a share of `lr`.
 
     Returns:
-        Groups as `torch.optim` takes them, each with a `name`, its `kind` (weights, scales or
-        norms_and_biases) and its `lr_factor`.
+        Groups as `torch.optim` takes them, each with a `name`, its `kind` (weights, scales,
+        factors or norms_and_biases) and its `lr_factor`.
     """
-    scales = set()
+    role_of: dict[int, str] = {}
     for quantizer in _quantizers(model):
         roles = quantizer.roles() if hasattr(quantizer, "roles") else {}  # type: ignore[operator]
-        scales |= {id(p) for name, p in quantizer.named_parameters() if roles.get(name, "scale") == "scale"}
+        role_of |= {id(p): roles.get(name, "scale") for name, p in quantizer.named_parameters()}
     exempt = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         for name in getattr(module, "no_weight_decay", set)()
     }
-    factors = lr_factors or {}
+    group_of = {"scale": "scales", "factor": "factors"}
+    multipliers = {"scales": scale_lr_multiplier, "factors": factor_lr_multiplier}
+    shares = lr_factors or {}
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "weights" if parameter.ndim >= 2 and name not in exempt else "norms_and_biases"
-            kind = "scales" if id(parameter) in scales else kind
-            groups.setdefault((kind, factors.get(name, 1.0)), []).append(parameter)
+            kind = group_of.get(role_of.get(id(parameter), ""), kind)
+            groups.setdefault((kind, shares.get(name, 1.0)), []).append(parameter)
     made = []
-    for kind, factor in sorted(groups, key=lambda each: (KINDS.index(each[0]), -each[1])):
-        group: dict[str, Any] = {"name": kind if factor == 1 else f"{kind} x {factor:.3g}"}
-        group |= {"params": groups[kind, factor], "kind": kind, "lr_factor": factor}
+    for kind, share in sorted(groups, key=lambda each: (KINDS.index(each[0]), -each[1])):
+        group: dict[str, Any] = {"name": kind if share == 1 else f"{kind} x {share:.3g}"}
+        group |= {"params": groups[kind, share], "kind": kind, "lr_factor": share}
         if kind != "weights":
             group["weight_decay"] = 0.0
         if lr is not None:
-            group["lr"] = lr * factor * (scale_lr_multiplier if kind == "scales" else 1.0)
+            group["lr"] = lr * share * multipliers.get(kind, 1.0)
         made.append(group)
     return made
 

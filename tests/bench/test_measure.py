@@ -42,14 +42,17 @@ def test_the_overlay_lies_over_its_base(at):
 
 
 def test_all_means_every_method():
-    assert set(method_factories(["all"], 2)) == {"STE", "DSQ", "ParetoQ", "StableQAT"}
+    assert set(method_factories(["all"], 2)) == {"STE", "DSQ", "ParetoQ", "StableQAT", "LRQAT"}
 
 
 def test_arms_share_the_weights(built):
     full = dict(built["FP"].named_parameters())
     for name, model in built.items():
         own = dict(model.named_parameters())
-        assert all(own[key] is parameter for key, parameter in full.items())
+        frozen = {f"{key}.weight" for key in quantized_layers(model)} if name == "LRQAT" else set()
+        assert all(own[key] is parameter for key, parameter in full.items() if key not in frozen)
+        assert all(own[key].dtype == torch.int8 for key in frozen)
+        assert all(parameter.requires_grad for parameter in full.values())
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert len(quantized_layers(model)) == (0 if name in ("FP", "rounded") else 14)
         assert type(model.lm_head) is nn.Linear
@@ -134,6 +137,26 @@ def test_every_pass_finds_a_changed_weight():
     versions = [version for _, _, version in calls]
     assert sorted(set(versions)) == versions
     assert 0 < (model.weight - before).abs().max() < 1e-3  # and the optimizer has moved it
+
+
+def test_state_is_what_an_arm_keeps_between_steps(workload, monkeypatch):
+    """Weights and AdamW's two numbers for each that trains; a frozen weight takes a byte."""
+    monkeypatch.setattr(arms, "find_spec", lambda name: None)
+    model = workload.build_model()
+    built = build_arms(model, workload.module, method_factories(["STE", "LRQAT"], 4), {})
+    results = measure.measure("eager", built, workload, workload.batches(), 1, lambda text: None)
+    whole = sum(p.numel() for p in model.parameters())
+    layers = quantized_layers(built[2].model).values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    factors = sum(
+        p.numel() for x in layers for n, p in x.weight_quantizer.named_parameters() if "factor" in n
+    )
+    scales = sum(layer.weight_quantizer.scale.numel() for layer in layers)
+    few = 4 * 200 + 256  # AdamW counts the steps of each parameter; tables of positions
+    assert results["FP"]["state_bytes"] == pytest.approx(12 * whole, abs=few)
+    assert results["STE"]["state_bytes"] == pytest.approx(12 * whole + 16 * scales, abs=few)
+    expected = 12 * (whole - weights + factors) + weights + 20 * scales
+    assert results["LRQAT"]["state_bytes"] == pytest.approx(expected, abs=few)
 
 
 def test_a_fault_is_its_rivals_alone():

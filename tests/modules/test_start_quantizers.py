@@ -13,9 +13,10 @@ import yaml
 import tiny
 from stableqat.cli.main import main
 from stableqat.errors import UserError
+from stableqat.layers.full_precision import full_precision
 from stableqat.layers.linear import quantized_layers
 from stableqat.modules import start
-from stableqat.quantizers import DSQ, STE
+from stableqat.quantizers import DSQ, LRQAT, STE
 
 FAMILIES = ["llama", "vit"]
 
@@ -130,6 +131,51 @@ def test_another_grid_starts_from_the_deployed_values(family, quantizer, starts,
 def test_layers_that_are_not_quantized_any_more_keep_the_deployed_values(family, starts):
     module = begun(family, starts[family], None)
     assert torch.equal(logits(module, family), logits(loaded(module, starts[family]), family))
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory):
+    """A run whose factors training has moved; its weights are stored in a byte each."""
+    module = tiny.module(
+        "llama", quantizer=partial(LRQAT, bits=4), optimizer=partial(torch.optim.AdamW, lr=2e-2)
+    )
+    trainer = tiny.trainer(max_steps=3)
+    trainer.fit(module, tiny.loader("llama"))
+    path = tmp_path_factory.mktemp("low_rank") / "last.ckpt"
+    trainer.save_checkpoint(path)
+    return path
+
+
+def test_a_stored_weight_is_taken_with_its_factors(low_rank, caplog):
+    caplog.set_level(logging.INFO)
+    module = begun("llama", low_rank, partial(LRQAT, bits=4))
+    expected = torch.load(low_rank, weights_only=True)["state_dict"]
+    state = module.state_dict()
+    assert any(value.dtype == torch.int8 for value in expected.values())
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert "14 layers with the start's scales" in caplog.text
+
+
+@pytest.mark.parametrize("quantizer", [partial(STE, bits=4), None], ids=["STE", "none"])
+def test_another_method_starts_as_the_stored_weight_deploys(quantizer, low_rank):
+    module = begun("llama", low_rank, quantizer)
+    assert torch.equal(logits(module, "llama"), logits(loaded(module, low_rank), "llama"))
+
+
+def test_stored_weights_start_others_by_what_was_learned(low_rank):
+    """Not by the frozen weight: as other methods' latent weights do, which training has moved."""
+    module = tiny.configured("llama", "fp", init_from=str(low_rank))
+    theirs = loaded(module, low_rank)
+    with full_precision(theirs.model):
+        expected = logits(theirs, "llama")
+    assert torch.equal(logits(module, "llama"), expected)
+
+
+def test_low_rank_training_starts_as_another_method_deploys(starts, caplog):
+    caplog.set_level(logging.INFO)
+    module = begun("llama", starts["llama"], partial(LRQAT, bits=4))
+    assert torch.equal(logits(module, "llama"), logits(loaded(module, starts["llama"]), "llama"))
+    assert "14 layers with the start's codes and scales" in caplog.text
 
 
 def test_a_classifier_of_other_classes_is_set_from_its_own_weights(starts, caplog):

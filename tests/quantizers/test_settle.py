@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import stableqat.quantizers
 from stableqat.errors import UserError
-from stableqat.quantizers import STE, Quantizer
+from stableqat.quantizers import LRQAT, STE, Quantizer
 from strangers import Dampened, Freezing, LowRank, Rotated
 
 ROWS, INPUTS = 6, 32
@@ -63,7 +63,7 @@ def test_any_codes_and_scales_settle(method, options):
         quantizer = method(weight.to("meta"), **options, **granularity).to_empty(device="cpu")
         for parameter in quantizer.parameters():  # as a model whose scales were never set
             torch.nn.init.constant_(parameter, torch.nan)
-        if method in (LowRank, Freezing):
+        if method in (LRQAT, LowRank, Freezing):
             quantizer.initialize(weight)
         grid = quantizer.grid
         codes = torch.randint(grid.q_min, grid.q_max + 1, weight.shape, dtype=torch.int8)

@@ -21,6 +21,7 @@ LOOKS = {
     "STE": ("#009E73", "o"),
     "DSQ": ("#0072B2", "s"),
     "ParetoQ": ("#D55E00", "D"),
+    "LRQAT": ("#332288", "p"),
     "StableQAT": ("#CC79A7", "^"),
     "ScaledSTE": ("#E69F00", "v"),
     "PermutedStableQAT": ("#56B4E9", "P"),
@@ -28,8 +29,8 @@ LOOKS = {
     "STEAtRandomRounding": ("#44AA99", "8"),
     "STEAtNoise": ("#DDCC77", "H"),
 }
-OTHER_COLOURS = ("#332288", "#882255", "#999933", "#661100")
-OTHER_MARKERS = ("<", ">", "h", "p", "*", "X")
+OTHER_COLOURS = ("#882255", "#999933", "#661100")
+OTHER_MARKERS = ("<", ">", "h", "*", "X")
 LINES: tuple[Any, ...] = (
     "-",
     (0, (6, 2)),

@@ -27,6 +27,7 @@ _TRAINING = {
     "lr_scheduler",
     "scale_lr_multiplier",
     "weight_lr_multiplier",
+    "factor_lr_multiplier",
     "compile_model",
     "graphed",
     "recompute",

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from stableqat.errors import UserError, did_you_mean, one_line
+from stableqat.layers.latent import store_weights
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.factory import methods
@@ -128,6 +129,7 @@ def build_arms(
         quantized = sharing(model)
         report = module.assemble(quantized, quantizer)
         assert report is not None
+        _own_what_is_frozen(quantized)
         layers = report.swapped
         arms.append(Arm(name, quantized, path=quantized_layers(quantized)[layers[0]].implementation))
     return arms + [_rival_arm(name, factory, model, module, layers) for name, factory in rivals.items()]
@@ -136,6 +138,15 @@ def build_arms(
 def sharing(model: nn.Module) -> nn.Module:
     """Copy a plain model on the same Parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _own_what_is_frozen(model: nn.Module) -> None:
+    """Give an arm weights of its own where its method freezes them, so that the other arms' still train."""
+    for layer in quantized_layers(model).values():
+        if not layer.weight_quantizer.trains_weight:
+            shared = layer.weight.requires_grad_(True)
+            layer.weight = nn.Parameter(shared.detach(), requires_grad=False)
+    store_weights(model)
 
 
 def _rival_arm(name: str, factory: Factory, model: nn.Module, module: "QATModule", layers: list[str]) -> Arm:

@@ -48,8 +48,8 @@ def measure(
         tell: Reports progress.
 
     Returns:
-        By arm: milliseconds by round (null if the mode cannot tell them), `peak_bytes` (null on a CPU), or
-        `failed` with the reason.
+        By arm: milliseconds by round (null if the mode cannot tell them), `peak_bytes` (null on a CPU) and
+        `state_bytes`, or `failed` with the reason.
     """
     results: dict[str, dict[str, Any]] = {}
     runners: dict[str, Stepped] = {}
@@ -75,7 +75,8 @@ def measure(
             tell(f"{mode}: something was recompiled during the rounds; check the spread")
         for name in runners:
             times = {key: [done[key] for done in passes[name]] for key in passes[name][0]}
-            results[name] |= dict.fromkeys(KEYS) | times | {"peak_bytes": runners[name].peak_bytes}
+            results[name] |= dict.fromkeys(KEYS) | times
+            results[name] |= {key: getattr(runners[name], key) for key in ("peak_bytes", "state_bytes")}
         runners.clear()  # and with them their memory
     _collect(workload.device)
     tell(f"{mode}: {rounds} rounds done")
@@ -95,6 +96,7 @@ class Stepped:
 
     Attributes:
         peak_bytes: Peak memory of a pass, with the arm's own parameters and without optimizer states.
+        state_bytes: Memory of the arm's parameters, buffers and optimizer states, also on a CPU.
     """
 
     def __init__(
@@ -118,6 +120,8 @@ class Stepped:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=_LEARNING_RATE, fused=fused)
         self.optimizer.state = states  # type: ignore[assignment]
         self.time(inputs[0])
+        own = [t for p in self.parameters for t in states[p].values() if isinstance(t, Tensor)]
+        self.state_bytes = _bytes([*model.parameters(), *model.buffers(), *own])
 
     def time(self, batch: Batch) -> dict[str, float]:
         """Time one training step."""
@@ -206,8 +210,13 @@ def _peak(workload: Workload, model: nn.Module) -> Iterator[list[int | None]]:
     yield peak
     torch.cuda.synchronize(workload.device)
     tensors = [*model.parameters(), *model.buffers()]
+    peak[0] = torch.cuda.max_memory_allocated(workload.device) - before + _bytes(tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory of tensors, once where they share it."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    peak[0] = torch.cuda.max_memory_allocated(workload.device) - before + sum(storages.values())
+    return sum(storages.values())
 
 
 def _renew(parameters: Iterable[nn.Parameter]) -> None:

@@ -15,7 +15,8 @@ FULL_PRECISION = "FP"
 NOTES = (
     "Medians over rounds; ratios to full precision are taken within a round: median (smallest-largest)."
     " A step is forward, backward and AdamW. Peak: of forward and backward, with the model's own parameters"
-    " and without optimizer states; GB = 10^9 bytes."
+    " and without optimizer states. State: parameters and optimizer states, without gradients."
+    " GB = 10^9 bytes."
 )
 Row = dict[str, str]  # text by column; trailing blanks tell equal titles apart
 _TITLES = {
@@ -110,6 +111,7 @@ def _tables(result: dict[str, Any]) -> Iterator[tuple[str, list[Row], list[str]]
 def _row(mode: dict[str, Any], arm: str, settings: dict[str, Any]) -> Row:
     record = mode[arm]
     step, peak, memory = record.get("step_ms"), record.get("peak_bytes"), memory_ratio(mode, arm)
+    state = record.get("state_bytes")  # older files do not have it
     return {
         "arm": f"{arm} (failed)" if "failed" in record else arm,
         "kernels": record.get("path") or "-",
@@ -122,6 +124,7 @@ def _row(mode: dict[str, Any], arm: str, settings: dict[str, Any]) -> Row:
         f"{settings['unit']}/s": f"{settings['items'] / median(step) * 1e3:,.0f}" if step else "-",
         "peak GB": f"{peak / 1e9:.2f}" if peak else "-",
         "ratio to FP  ": f"{memory:.3f}" if memory else "-",
+        "state GB": f"{state / 1e9:.2f}" if state else "-",
     }
 
 

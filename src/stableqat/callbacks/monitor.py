@@ -208,8 +208,9 @@ class QuantizerMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note codes and scales at the start; continue counting flips from the checkpoint."""
         alike: dict[Any, dict[str, QuantLinear]] = {}
-        if trainer.is_global_zero and trainer.loggers:
-            for name, layer in quantized_layers(pl_module).items():
+        layers = quantized_layers(pl_module)
+        if trainer.loggers and (trainer.is_global_zero or any(map(_gathers, layers.values()))):
+            for name, layer in layers.items():
                 quantizer = layer.weight_quantizer
                 alike.setdefault((quantizer.grid, quantizer.freezing is None), {})[name] = layer
         self._watches = [_Watch(layers, self.rows) for layers in alike.values()]
@@ -239,7 +240,7 @@ class QuantizerMonitor(L.Callback):
                 values.setdefault(what, {}).update(zip(watch.names, of_layers, strict=True))
         means = {f"quant/{what}": sum(v.values()) / len(v) for what, v in values.items()}
         single = {f"layers/{name}/{what}": x for what, v in values.items() for name, x in v.items()}
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             _log(logger, means, single if self.per_layer else {}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,6 +253,11 @@ class QuantizerMonitor(L.Callback):
         """See `state_dict`; checkpoints of earlier versions have no flips."""
         self._start_scales = state_dict["start_scales"]
         self._flips = state_dict.get("flips", {})
+
+
+def _gathers(layer: QuantLinear) -> bool:
+    """Whether the latent weight of a shard takes tensors of other processes, which then must look as well."""
+    return isinstance(layer.latent, DTensor) and type(layer.weight_quantizer).latent is not Quantizer.latent
 
 
 def _log(logger: Logger, means: dict[str, float], single: dict[str, float], step: int) -> None:

@@ -46,7 +46,9 @@ class QuantEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Entries `(...)` to vectors `(..., embedding_dim)`."""
         value = effective_weight(self._head[0])
-        return F.embedding(input, value, self.padding_idx).to(self.weight.dtype)
+        stored = not self.weight.is_floating_point()
+        dtype = self._head[0].weight_quantizer.scale.dtype if stored else self.weight.dtype
+        return F.embedding(input, value, self.padding_idx).to(dtype)
 
 
 def quantize_tied_embedding(model: Any) -> None:

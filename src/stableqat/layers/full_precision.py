@@ -9,18 +9,23 @@ from torch.nn import functional as F
 from stableqat.layers.experts import quantized_experts
 from stableqat.layers.hold import release_weights
 from stableqat.layers.linear import quantized_layers
+from stableqat.quantizers import Quantizer
 
 
 class _Latent(nn.Module):
-    """Stands in for a quantizer and leaves the weight as it is."""
+    """Stands in for a quantizer and rounds nothing."""
 
     fuses = False
 
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.latent = quantizer.latent  # the quantizer does not become a submodule
+
     def forward(self, weight: Tensor) -> Tensor:
-        return weight
+        return self.latent(weight)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> Tensor:
-        return F.linear(input, weight, bias)
+        return F.linear(input, self.latent(weight), bias)
 
     def implementation(self, weight: Tensor) -> str:
         return "torch"
@@ -46,7 +51,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     quantizers = [module._modules[name] for module, name in places]
     try:
         for module, name in places:
-            module._modules[name] = None if name in ("input_quantizer", "cache_quantizer") else _Latent()
+            made = module._modules[name]
+            module._modules[name] = _Latent(made) if isinstance(made, Quantizer) else None
         yield
     finally:
         for (module, name), quantizer in zip(places, quantizers, strict=True):

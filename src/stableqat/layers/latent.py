@@ -40,5 +40,18 @@ def latent_weights(model: nn.Module) -> dict[str, LatentWeight]:
     return found
 
 
+def store_weights(model: nn.Module) -> None:
+    """Bring the weights that do not train into the form that their quantizers keep, such as a byte each.
+
+    Do it last: before, a weight has its values. The Parameters stay the same.
+
+    Args:
+        model: The model, with its weights and quantizers set, or to be set by a state dict.
+    """
+    for layer in quantized_layers(model).values():
+        if not layer.weight_quantizer.trains_weight:
+            layer.latent.data = layer.weight_quantizer.stored(layer.latent.detach())
+
+
 def _same(weight: Tensor) -> Tensor:
     return weight

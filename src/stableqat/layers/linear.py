@@ -73,7 +73,12 @@ class QuantLinear(nn.Linear):
         if self._group is not None:
             self._group.dissolve()
         self.release()
-        self.weight.copy_(self.weight_quantizer.quantize(self.weight).dequantize())
+        deployed = self.weight_quantizer.quantize(self.weight).dequantize()
+        if self.weight_quantizer.trains_weight:
+            self.weight.copy_(deployed)
+        else:
+            self.weight.data = deployed  # may have been stored in another type
+            self.weight.requires_grad_(True)
         return _rebuilt(nn.Linear, self).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:

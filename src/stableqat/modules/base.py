@@ -27,6 +27,7 @@ from stableqat.callbacks.refused import check_trainer, left_out
 from stableqat.checkpoints.read import read_checkpoint
 from stableqat.errors import LARGEST, UserError, check_range
 from stableqat.kinds import deployed_bytes, describe
+from stableqat.layers.latent import store_weights
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.compiled import compile_blocks, compiles
@@ -71,6 +72,7 @@ class QATModule(Training, Evaluation, ABC):
         lr_scheduler: Makes the scheduler from the optimizer; it steps with the optimizer.
         scale_lr_multiplier: Learning rate of the quantizers' parameters as a share of `lr`.
         weight_lr_multiplier: Learning rate of the weights as a share of `lr`; matches smaller gradients.
+        factor_lr_multiplier: Learning rate of low-rank factors (LRQAT) as a share of `lr`.
         compile_model: Compile each transformer block with `torch.compile`, for training. None tries to on a
             GPU.
         graphed: Replay each step's forward and backward as CUDA graphs, without launching their kernels one
@@ -99,6 +101,7 @@ class QATModule(Training, Evaluation, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         scale_lr_multiplier: float = 0.1,
         weight_lr_multiplier: float = 1.0,
+        factor_lr_multiplier: float = 1.0,
         compile_model: bool | None = None,
         graphed: bool | None = None,
         recompute: bool | None = None,
@@ -109,6 +112,7 @@ class QATModule(Training, Evaluation, ABC):
         save_plain_hyperparameters(self)
         check_range("scale_lr_multiplier", scale_lr_multiplier, 0, LARGEST)
         check_range("weight_lr_multiplier", weight_lr_multiplier, 0, LARGEST)
+        check_range("factor_lr_multiplier", factor_lr_multiplier, 0, LARGEST)
         check_range("calibration_batches", calibration_batches, 1)
         if input_quantizer is not None and quantizer is None:
             raise UserError(
@@ -127,6 +131,7 @@ class QATModule(Training, Evaluation, ABC):
         self.lr_scheduler = lr_scheduler
         self.scale_lr_multiplier = scale_lr_multiplier
         self.weight_lr_multiplier = weight_lr_multiplier
+        self.factor_lr_multiplier = factor_lr_multiplier
         self.compile_model = compile_model
         self.graphed = graphed
         self.recompute = recompute
@@ -228,6 +233,7 @@ class QATModule(Training, Evaluation, ABC):
         self.surgery = self.assemble(model, self.quantizer, initialize=not (follows or takes))
         if takes:
             take_quantizers(model, start)
+        store_weights(model)
         if self.device_mesh is not None:
             shard(model, self.blocks(model), self.device_mesh)
         self.model = model
@@ -309,7 +315,11 @@ class QATModule(Training, Evaluation, ABC):
         """Optimizer and scheduler, from the parameters that exist after surgery."""
         assert self.model is not None
         optimizer = self.optimizer(parameter_groups(self.model, lr_factors=self.lr_factors(self.model)))
-        multipliers = {"weights": self.weight_lr_multiplier, "scales": self.scale_lr_multiplier}
+        multipliers = {
+            "weights": self.weight_lr_multiplier,
+            "scales": self.scale_lr_multiplier,
+            "factors": self.factor_lr_multiplier,
+        }
         for group in optimizer.param_groups:
             group["lr"] *= multipliers.get(group["kind"], 1.0) * group["lr_factor"]
         if self.lr_scheduler is None:
@@ -343,7 +353,10 @@ class QATModule(Training, Evaluation, ABC):
         """Flat settings of the run for TensorBoard's HParams and for tables."""
         assert self.model is not None
         method = describe(self.model, self.surgery)
-        multipliers = {key: getattr(self, key) for key in ("scale_lr_multiplier", "weight_lr_multiplier")}
+        keys = ["scale_lr_multiplier", "weight_lr_multiplier"]
+        if any(group["kind"] == "factors" for group in parameter_groups(self.model)):
+            keys.append("factor_lr_multiplier")
+        multipliers = {key: getattr(self, key) for key in keys}
         share = {"quantized_share": round(self.surgery.quantized_share, 4)} if self.surgery else {}
         size = {"deployed_mb": round(deployed_bytes(self.model) / 1e6, 6)}
         taught = {} if self.distillation is None else self.distillation.describe()

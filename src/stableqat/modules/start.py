@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from stableqat.checkpoints.names import find_checkpoint
 from stableqat.checkpoints.read import check_sums, read_checkpoint
 from stableqat.errors import UserError
+from stableqat.layers.linear import QuantLinear, quantized_layers
+from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
 
 if TYPE_CHECKING:
     from stableqat.modules.base import QATModule
@@ -69,6 +71,47 @@ class Start:
         assert self.checkpoint is not None
         return read_checkpoint(self.checkpoint)
 
+    @cached_property
+    def layers(self) -> dict[str, QuantLinear]:
+        """The quantized layers of the checkpoint: on the CPU, with their quantizers and weights.
+
+        Raises:
+            UserError: If its module cannot be made, or a quantizer is damaged.
+        """
+        from stableqat.modules.base import QATModule
+
+        assert self.checkpoint is not None
+        with torch.device("meta"), state_dict_follows():
+            module = rebuild(QATModule, self.checkpoint, self.content, **ONLY_FOR_TRAINING)
+            module.configure_model()
+        layers = quantized_layers(module.model)
+        state = self.content["state_dict"]
+        for name, layer in layers.items():
+            for place in ("weight_quantizer", "input_quantizer"):
+                made, prefix = getattr(layer, place), f"model.{name}.{place}."
+                own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                try:
+                    if made is not None:
+                        made.to_empty(device="cpu").load_state_dict(own)
+                except RuntimeError as error:
+                    raise UserError(f"{self.source}: the quantizer of layer {name} is damaged") from error
+            layer.weight = nn.Parameter(state[f"model.{name}.weight"], requires_grad=False)
+        return layers
+
+    @torch.no_grad()
+    def latent_weights(self) -> dict[str, Tensor]:
+        """The full-precision weights of the checkpoint, by the model's names.
+
+        Raises:
+            UserError: As `layers`.
+        """
+        state = self.content["state_dict"]
+        weights = {k.removeprefix("model."): v for k, v in state.items() if "_quantizer." not in k}
+        if any(not weight.is_floating_point() for weight in weights.values()):  # frozen and stored
+            for name, layer in self.layers.items():
+                weights[f"{name}.weight"] = layer.weight_quantizer.latent(layer.weight).detach()
+        return weights
+
 
 def load_start(module: "QATModule", start: Start) -> nn.Module:
     """Build a module's architecture with the weights of its start.
@@ -88,7 +131,7 @@ def load_start(module: "QATModule", start: Start) -> nn.Module:
         return module.load_pretrained(source)
     model = module.build_model()
     state = start.content["state_dict"]
-    weights = _latent(state)
+    weights = start.latent_weights()
     if len(weights) < len(state) and module.init_quantizers == "weights":
         logger.warning("init_from: %s was trained with quantizers; its latent weights are taken", source)
     load_weights(model, module.fit_state(model, weights, source), source)
@@ -108,7 +151,7 @@ def check_start(module: "QATModule", start: Start) -> None:
     with torch.device("meta"):
         model = module.build_model()
     check_sums(start.checkpoint)
-    state = _latent(start.content["state_dict"])
+    state = start.latent_weights()
     compare_weights(model, module.fit_state(model, state, source), source)
 
 
@@ -141,10 +184,6 @@ def compare_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> 
         raise UserError(
             f"{source}: weights of another architecture: {differences[0]}{more}; check the model's settings"
         )
-
-
-def _latent(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("model."): v for k, v in state.items() if "_quantizer." not in k}
 
 
 def _tied(model: nn.Module) -> dict[str, set[str]]:

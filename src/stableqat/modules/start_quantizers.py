@@ -8,6 +8,7 @@ scale is set from it: what rounded differently before is lost, and what is left 
 
 import logging
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from stableqat.errors import UserError, counted
 from stableqat.layers.linear import QuantLinear, quantized_layers
-from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
-from stableqat.modules.start import Start, state_dict_follows
+from stableqat.modules.start import Start
 from stableqat.quantizers import Quantizer
 from stableqat.quantizers.inputs import InputQuantizer
 from stableqat.surgery import quantize_linears
@@ -50,35 +50,21 @@ def start_quantizers(model: nn.Module, start: Start | None) -> dict[str, QuantLi
     Raises:
         UserError: If the start, or in it one of the model's quantized layers, has no quantizer.
     """
-    from stableqat.modules.base import QATModule
-
     key, remedy = "model.init_quantizers: start", "take init_quantizers: weights"
     if start is None or start.checkpoint is None:
         what = "init_from is missing" if start is None else f"{start.source} is not a run or checkpoint"
         raise UserError(f"{key}, but {what}; name a quantized run as model.init_from, or {remedy}")
-    source, read = start.source, start.content
-    with torch.device("meta"), state_dict_follows():
-        theirs = rebuild(QATModule, start.checkpoint, read, **ONLY_FOR_TRAINING)
-        theirs.configure_model()
-    assert theirs.model is not None
-    layers = quantized_layers(theirs.model)
+    source = start.source
+    try:
+        layers = start.layers
+    except UserError as error:
+        raise UserError(f"{error}; model.init_quantizers: start needs them; {remedy}") from error
     if not layers:
         raise UserError(f"{key}, but {source} was trained without quantizers; {remedy}")
     if lost := [name for name in quantized_layers(model) if name not in layers]:
         raise UserError(
             f"{key}, but layer {lost[0]} has no quantizer in {source}; add it to model.skip, or {remedy}"
         )
-    for name, layer in layers.items():
-        for place in ("weight_quantizer", "input_quantizer"):
-            made, prefix = getattr(layer, place), f"model.{name}.{place}."
-            state = {k.removeprefix(prefix): v for k, v in read["state_dict"].items() if k.startswith(prefix)}
-            try:
-                if made is not None:
-                    made.to_empty(device="cpu").load_state_dict(state)
-            except RuntimeError as error:
-                raise UserError(
-                    f"{key}, but the quantizer of layer {name} in {source} is damaged; {remedy}"
-                ) from error
     return layers
 
 
@@ -100,7 +86,7 @@ def take_quantizers(model: nn.Module, start: Start | None) -> None:
         if own is not None:
             _take_input(layer.input_quantizer, theirs.input_quantizer)
         if layer.weight.shape == theirs.weight.shape:
-            ways[_take(layer.weight, own, theirs.weight_quantizer.to(layer.weight.device))] += 1
+            ways[_take(layer.weight, own, theirs)] += 1
         elif own is not None:  # a new classifier
             own.initialize(layer.weight)
             ways["new weights"] += 1
@@ -117,9 +103,12 @@ def _take_input(own: nn.Module | None, theirs: nn.Module | None) -> None:
         own.load_state_dict(theirs.state_dict())
 
 
-def _take(weight: Tensor, own: Quantizer | None, theirs: Quantizer) -> str:
+def _take(weight: Tensor, own: Quantizer | None, start: QuantLinear) -> str:
     """Start a layer as its start deploys it; in words, how."""
-    deployed = theirs.quantize(weight).dequantize()
+    theirs, stored = start.weight_quantizer.to(weight.device), start.weight.to(weight.device)
+    small = not stored.is_floating_point()
+    made = theirs.quantize(stored if small else weight)
+    deployed = made.dequantize()
     if own is None:
         weight.copy_(deployed)
         return "the start's values"
@@ -128,8 +117,13 @@ def _take(weight: Tensor, own: Quantizer | None, theirs: Quantizer) -> str:
         if own.state_dict().keys() - state.keys():  # another method, which learns more
             own.initialize(weight)
         own.load_state_dict(state, strict=False)
-        if torch.equal(own.quantize(weight).dequantize(), deployed):
+        if small and type(own) is type(theirs):
+            weight.data = stored.detach().clone()
+        if torch.equal(own.codes(weight), made.codes):
             return "the start's scales"
+        with suppress(UserError):
+            own.settle(weight, made)
+            return "the start's codes and scales"
     weight.copy_(deployed)
     own.initialize(weight)
     return "scales set from the start's values"

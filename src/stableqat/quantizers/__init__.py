@@ -3,6 +3,7 @@
 from stableqat.quantizers.base import Quantizer, QuantizerFactory, QuantizerSpec
 from stableqat.quantizers.controls import PermutedStableQAT, ScaledSTE
 from stableqat.quantizers.dsq import DSQ
+from stableqat.quantizers.lrqat import LRQAT
 from stableqat.quantizers.paretoq import ParetoQ
 from stableqat.quantizers.places import STEAtNoise, STEAtRandomRounding, STEAtWeight
 from stableqat.quantizers.quantized_weight import QuantizedWeight
@@ -11,6 +12,7 @@ from stableqat.quantizers.ste import STE
 
 __all__ = [
     "DSQ",
+    "LRQAT",
     "STE",
     "ParetoQ",
     "PermutedStableQAT",

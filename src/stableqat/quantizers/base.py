@@ -27,7 +27,7 @@ from stableqat.quantizers.shard import local
 
 FLOOR = 1e-4  # of the initial scale
 
-Role = Literal["scale", "weight"]
+Role = Literal["scale", "weight", "factor"]
 
 
 class Quantizer(nn.Module, ABC):
@@ -149,7 +149,8 @@ class Quantizer(nn.Module, ABC):
         """How an optimizer treats each parameter of this quantizer, by name.
 
         Returns:
-            "scale" for the scales' learning rate and no decay, "weight" to train like the model's weights.
+            "scale" for the scales' learning rate and no decay, "factor" for that of low-rank factors and no
+            decay, "weight" to train like the model's weights.
         """
         return {name: "scale" for name, _ in self.named_parameters()}
 
@@ -171,6 +172,18 @@ class Quantizer(nn.Module, ABC):
             latent: Its new latent weight, of this process's shard.
         """
         local(weight).copy_(latent)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight that does not train, as its layer keeps it: a method may take a smaller type."""
+        return weight
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The deployed codes, int8, of this process's shard.
+
+        Args:
+            weight: The layer's weight, `(out, ...)`.
+        """
+        return ops.quantize_codes(local(self.latent(weight)), self.effective_scale(), grid=self.grid)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize a weight.
@@ -296,11 +309,9 @@ class Quantizer(nn.Module, ABC):
         Returns:
             Codes, scale, zero point and bits; `dequantize` equals the evaluation forward bit for bit.
         """
-        latent, scale = local(self.latent(weight)), self.effective_scale()
-        codes = ops.quantize_codes(latent, scale, grid=self.grid)
-        return QuantizedWeight(
-            codes, scale, float(self.grid.zero_point), self.bits, self.grid.name, latent.dtype
-        )
+        codes, dtype = self.codes(weight), self.latent(weight).dtype
+        zero_point = float(self.grid.zero_point)
+        return QuantizedWeight(codes, self.effective_scale(), zero_point, self.bits, self.grid.name, dtype)
 
     @torch.no_grad()
     def settle(self, weight: Tensor, quantized: QuantizedWeight) -> None:
@@ -334,11 +345,11 @@ class Quantizer(nn.Module, ABC):
         floor.copy_(torch.where(acts, floor, own * FLOOR))  # also where it is unset
         if self.freezing is not None:
             self.freezing.reset()
-        latent = local(self.latent(weight))
+        latent, has_code = local(self.latent(weight)), self.codes(weight) == codes
         levels = ops.dequantize_codes(codes, own, grid.zero_point, latent.dtype)
-        has_code = ops.quantize_codes(latent, own, grid=grid) == codes
-        for target in (torch.where(has_code, latent, levels), levels):  # rotating back may spoil the first
-            self.set_latent(weight, target)
+        for target in (None, torch.where(has_code, latent, levels), levels):  # rotating back may spoil one
+            if target is not None:
+                self.set_latent(weight, target)
             made = self.quantize(weight)
             if torch.equal(made.codes, codes) and torch.equal(made.scale.to(scale.dtype), scale):
                 return

@@ -22,7 +22,8 @@ QUANTIZER = "model.quantizer"
 LOGGED = (
     *("method", "bits", "grid", "mask", "scale_init", "granularity", "quantizers"),
     *("dampening", "freezing", "quantized_share", "deployed_mb", "a", "amplitude", "harmonics", "value"),
-    *("scale_lr_multiplier", "weight_lr_multiplier", "optimizer", "weight_decay", "warmup_steps"),
+    *("rank", "alpha", "factor_lr_multiplier", "scale_lr_multiplier", "weight_lr_multiplier"),
+    *("optimizer", "weight_decay", "warmup_steps"),
     *("gradient_clip_val", "max_steps", "batch_size", "tokens_per_step", "training_tokens", "named"),
 )
 
