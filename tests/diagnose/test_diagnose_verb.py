@@ -35,7 +35,12 @@ def llama(place, diagnose, tmp_path_factory):
 @pytest.fixture(scope="module")
 def vit(place, diagnose, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis") / "vit"
-    assert diagnose(place / "vit", out, block_size=None, batch_size=4, skip="head fc1", bits="2 4 8") == 0
+    assert (
+        diagnose(
+            place / "vit", out, block_size=None, batch_size=4, skip="head fc1", bits="2 4 8", size_budget=3
+        )
+        == 0
+    )
     return out
 
 
@@ -151,10 +156,10 @@ def test_tables_and_pictures(llama):
     assert files == PICTURES | {"diagnosis.csv", "diagnosis.json", "quantizer-4.yaml"}
 
 
-@pytest.mark.parametrize("family", ["llama", "vit"])
-def test_fit_takes_the_mapping_as_it_is(family, place, request, tmp_path):
+@pytest.mark.parametrize(("family", "budget"), [("llama", "4"), ("vit", "3")])
+def test_fit_takes_the_mapping_as_it_is(family, budget, place, request, tmp_path):
     out = request.getfixturevalue(family)
-    widths = record(out)["mixed"]["4"]["widths"]
+    widths = record(out)["mixed"][budget]["widths"]
     data = place / ("text.jsonl" if family == "llama" else "images")
     flags = ["--model.init_from", place / family, "--data.source", data, "--trainer.max_steps", 1]
     flags += ["--data.validation_fraction", 0.3]
@@ -167,7 +172,10 @@ def test_fit_takes_the_mapping_as_it_is(family, place, request, tmp_path):
         "false",
     ]
     assert (
-        main(["fit", "-c", f"{family}/finetune", "-c", str(out / "quantizer-4.yaml"), *map(str, flags)]) == 0
+        main(
+            ["fit", "-c", f"{family}/finetune", "-c", str(out / f"quantizer-{budget}.yaml"), *map(str, flags)]
+        )
+        == 0
     )
     (run,) = tmp_path.rglob("config.yaml")
     layers = quantized_layers(open_run(str(run.parent)).load().model)
@@ -210,6 +218,17 @@ def test_groups_and_grids_reach_the_mapping(place, diagnose, tmp_path):
     quantizer = partial(STE, bits=2, group_size=16, grid="stretched")(weight)
     rise = plain.loss({layer["name"]: quantizer.quantize(weight).dequantize()}) - plain.loss({})
     assert layer["settings"]["2"]["rtn"]["rise"] == pytest.approx(rise, abs=1e-4)
+
+
+def test_blocks_may_be_left_alone(llama, place, diagnose, tmp_path):
+    options = {"bits": "2,4", "skip": "lm_head model.layers.0.*", "directions": 0}
+    assert diagnose(place / "llama", tmp_path / "out", **options) == 0
+    found, whole = record(tmp_path / "out")["measured"]["layers"], record(llama)["measured"]["layers"][7:]
+    assert [layer["name"] for layer in found] == [layer["name"] for layer in whole]
+    for one, other in zip(found, whole, strict=True):
+        assert one["settings"]["2"] == other["settings"]["2"]
+    made = yaml.safe_load((tmp_path / "out" / "quantizer-3.yaml").read_text())["model"]["init_args"]
+    assert made["skip"] == ["lm_head", "model.layers.0.*"]
 
 
 def interrupted(monkeypatch, after):

@@ -5,10 +5,12 @@ import pytest
 from stableqat.diagnose.verdict import in_words, rows, summary
 
 
-def layer(name, weights, rtn, gptq):
+def layer(name, weights, rtn, gptq, predicted=0.005):
     """A layer whose rises beyond the slope are known."""
     kinds = {"rtn": rtn, "gptq": gptq}
-    own = {each: {"slope": -0.5, "curvature": 0.25, "rise": rise - 0.5} for each, rise in kinds.items()}
+    own = {
+        each: {"slope": -0.5, "curvature": 2 * predicted, "rise": rise - 0.5} for each, rise in kinds.items()
+    }
     return {
         "name": name,
         "block": 0,
@@ -24,7 +26,7 @@ MEASURED = {
         layer("a", 300, rtn=0.07, gptq=0.01),
         layer("b", 100, rtn=0.07, gptq=0.02),
         layer("c", 300, rtn=0.09, gptq=0.08),
-        layer("d", 300, rtn=0.09, gptq=0.2),
+        layer("d", 300, rtn=0.01, gptq=0.01, predicted=0.25),
     ],
     "model": {"2": {"rtn": 3.5, "gptq": 3.25}},
 }
@@ -37,8 +39,9 @@ def test_a_layer_may_cost_its_share():
     assert {row["step / width"] for row in table} == {2.0}
     (line,) = summary(MEASURED, table)
     assert (line["rtn actual"], line["gptq actual"]) == (0.5, 0.25)
-    assert line["gptq sum of layers"] == pytest.approx(0.31)
-    assert line["rtn predicted"] == pytest.approx(0.5)
+    assert line["gptq sum of layers"] == pytest.approx(0.12)
+    assert line["rtn predicted"] == pytest.approx(0.265)
+    assert [row["gptq score"] for row in table] == pytest.approx([0.01, 0.02, 0.08, 0.25])
     assert [line[each] for each in ("RTN is enough", "GPTQ is enough", "needs QAT")] == [1, 1, 2]
     assert list(in_words(table)) == [
         "2 bits: RTN is enough for 1 of 4 layers; GPTQ is enough for 1 of 4 layers; QAT is needed for 2 of 4 "

@@ -1,5 +1,6 @@
 """What rounding single layers of a block does to the model's loss, beside what is predicted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from statistics import median
@@ -76,6 +77,7 @@ def measure_layers(
     moments: dict[str, Moments],
     spaces: dict[str, WeightSpace],
     settings: Settings,
+    tell: Callable[[int, str], None],
 ) -> tuple[list[Record], dict[str, Rounded]]:
     """Round each layer of a block by itself, and measure the loss.
 
@@ -86,10 +88,13 @@ def measure_layers(
         moments: Of the inputs of each layer.
         spaces: The weight of each layer.
         settings: How.
+        tell: Called for each layer with the number of those that are measured, and its name.
 
     Returns:
         A record per layer, and the rounded weights of each.
     """
+    if not block.layers:
+        return [], {}
     base = mean_loss(losses).item()
     found = {
         name: round_layer(each.weight, moments.get(name), settings) for name, each in block.layers.items()
@@ -101,8 +106,9 @@ def measure_layers(
         for name, (_, rounded) in found.items()
     }
     predicted = quadratics(block, stream, errors, spaces, seed=settings.seed)
-    records = []
+    records: list[Record] = []
     for name, (quantizers, rounded) in found.items():
+        tell(len(records), name)
         space = spaces[name]
         record: Record = {"name": name, "block": block.number, "weights": space.size}
         record["width"] = _width(space, losses, predicted[name], settings)

@@ -6,7 +6,7 @@ rounded throughout, one per width and method.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -75,20 +75,27 @@ def measure(
             for method in METHODS
         }
         done = _resume(unfinished, record, models)
-        with progress(len(held.modules), done) as show:
+        with progress(len(spaces), len(record["layers"])) as show:
             for block, _ in zip(held.blocks(), data.blocks(), strict=True):
                 number = block.number
                 if number < done:
                     continue
-                show(number, f"block {number + 1} of {len(held.modules)}")
+                told = partial(
+                    _tell, show, len(record["layers"]), f"block {number + 1} of {len(held.modules)}"
+                )
+                told(0, "inputs")
                 moments = moments_of(block, data, Share())
                 own = _resumed(held, losses, number)
-                records, rounded = measure_layers(block, held, own, moments, spaces, settings)
+                records, rounded = measure_layers(block, held, own, moments, spaces, settings, told)
                 record["layers"] += records
                 _flow(models, number, rounded, spaces)
                 _keep(unfinished, number, record, models)
         record["model"] = _losses(models, losses)
     return record
+
+
+def _tell(show: Callable[[float, str], None], before: int, block: str, count: int, name: str) -> None:
+    show(before + count, f"{block}, {name.rpartition('.')[2]}")
 
 
 def _inside_blocks(module: QATModule) -> list[str]:

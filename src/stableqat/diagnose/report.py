@@ -57,7 +57,7 @@ def _mixed(table: list[Record], budget: float) -> Record:
     costs: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
     for row in table:
-        costs.setdefault(row["layer"], {})[row["bits"]] = row["gptq actual"]
+        costs.setdefault(row["layer"], {})[row["bits"]] = row["gptq score"]
         sizes[row["layer"]] = row["weights"]
     chosen = dict(zip(costs, choose_widths(list(costs.values()), list(sizes.values()), budget), strict=True))
     found: Record = {
@@ -90,7 +90,7 @@ def _write_mapping(folder: Path, known: Record, budget: str, mixed: Record, out:
 def _told(budget: str, mixed: Record) -> str:
     uniform = mixed["uniform"]
     return (
-        f"quantizer-{budget}.yaml: {mixed['bits']:.3g} bits per weight, summed rise of the loss "
+        f"quantizer-{budget}.yaml: {mixed['bits']:.3g} bits per weight, summed score "
         f"{mixed['score']:.4g} (all at {uniform['bits']} bits: {uniform['score']:.4g})"
     )
 

@@ -2,7 +2,8 @@
 
 The rises of the loss here are those beyond the slope, `f(w + d) - f(w) - <g, d>`, beside `<d, F d> / 2`. The
 slope along a rounding error is as often below 0 as above, and depends on the rows that are drawn; where the
-rise is small, it would be most of what is measured.
+rise is small, it would be most of what is measured. The score of a setting is the larger of both: a few rows
+can make a rise too small by luck, and the curvature does not see a wall further away.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def _row(layer: Record, bits: str, setting: Record, accepted: float) -> dict[str
         own = setting[method]
         row[f"{method} predicted"] = own["curvature"] / 2
         row[f"{method} actual"] = own["rise"] - own["slope"]
-    enough = [row["rtn actual"] <= accepted, row["gptq actual"] <= accepted, True]
+        row[f"{method} score"] = max(row[f"{method} predicted"], row[f"{method} actual"])
+    enough = [row["rtn score"] <= accepted, row["gptq score"] <= accepted, True]
     return row | {"verdict": VERDICTS[enough.index(True)]}
 
 
@@ -68,5 +70,5 @@ def in_words(table: list[dict[str, Any]]) -> Iterator[str]:
                 share = "all layers" if len(found) == len(own) else f"{len(found)} of {len(own)} layers"
                 told.append(f"{verdict} for {share}" if verdict != NEEDS else f"QAT is needed for {share}")
         if verdict == NEEDS and found:
-            told[-1] += f", most for {max(found, key=lambda row: row['gptq actual'])['layer']}"
+            told[-1] += f", most for {max(found, key=lambda row: row['gptq score'])['layer']}"
         yield f"{bits} bits: {'; '.join(told)}"
