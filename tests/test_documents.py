@@ -188,6 +188,7 @@ def test_verbs_and_flags_in_running_text_exist():
         "mismatch": [callbacks.GradientMismatch],
         "evaluate": [callbacks.Evaluate],
         "last": [callbacks.LastCheckpoint],
+        "ema": [callbacks.EMA],
     }
     known = {
         "ckpt_path",
@@ -214,6 +215,7 @@ def test_verbs_and_flags_in_running_text_exist():
                 continue
             if (match := re.match("stableqat (.+)", quoted)) and not re.match(rf"(?:{VERB}|\.)", match[1]):
                 unknown.add(quoted)
-            flags = re.findall(r"(?<!\S)--([a-z][\w.]+)", quoted)
-            unknown |= {each for each in flags if ".".join(each.split(".")[:2]) not in known}
+            flags = re.findall(r"(?<!\S)--([a-z][\w.-]+)", quoted)
+            short = {each: ".".join(each.replace("-", "_").split(".")[:2]) for each in flags}
+            unknown |= {each for each, key in short.items() if key not in known}
     assert not unknown

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import words
 from stableqat.cli.inherit import inherit
 from stableqat.cli.main import main
-from stableqat.cli.sizing import _fewest_bits
+from stableqat.cli.sizing import _fewest_bits, _workers
 from stableqat.data import image
 from stableqat.data.source import load_splits
 from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -289,3 +289,14 @@ def test_as_many_classes_of_other_names_get_a_new_classifier(at, capsys, monkeyp
     flags = ["--model.init_from", "named", "--trainer.max_steps", 1]
     assert fit("vit", *flags) == 0
     assert capsys.readouterr().err.count("a new classifier of 3 classes (the start has one of 3 others)") == 1
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 2, 5), (64, 2, 16), (2, 2, 0)])
+def test_loader_processes_share_the_cores_of_a_gpus_process(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    trainer = Namespace(accelerator="gpu", devices=processes, num_nodes=3)
+    line = f"data.num_workers: {workers}, of {cores} cores for {processes} processes"
+    assert _workers(trainer) == (workers, line)
+    trainer.accelerator = "cpu"
+    assert _workers(trainer) == (0, "data.num_workers: 0, as the CPU trains")

@@ -255,3 +255,14 @@ def test_a_start_without_a_classifier_gets_a_new_one(tmp_path, caplog):
         module.configure_model()
     assert "a new classifier of 2 classes (the start has none)" in caplog.text
     assert torch.equal(module.model.state_dict()["pos_embed"], model.pos_embed)
+
+
+def test_a_teacher_of_other_pixels_is_said_before_training(place):
+    taught = {"key": "model.teacher.source", "source": str(place / "start"), "name": NAME}
+    same = Namespace(mean=tuple(OWN["mean"]), std=OWN["std"])
+    assert inherited._compare_pixels(same, **taught) == []
+    other = Namespace(mean=[0.5, 0.5, 0.5], std=OWN["std"])
+    assert inherited._compare_pixels(other, **taught) == [
+        f"data.mean [0.5, 0.5, 0.5] (the teacher: [0.1, 0.2, 0.3]): {place / 'start'} was trained with other "
+        "pixels"
+    ]
