@@ -135,6 +135,8 @@ REFUSED = {
     "a rival that returns nothing": (["--rival", "rivals.py:forgetful"], "forgetful returns a NoneType"),
     "a rival's syntax": (["--rival", "syntax.py:f"], "syntax.py cannot be imported: SyntaxError"),
     "a rival twice": (["--rival", *["rivals.py:rounded"] * 3], "rivals.py:rounded is named twice"),
+    "a gather by one process": (["--gather", "1", "--device", "cpu"], "gather: must be at least 2, not 1"),
+    "a gather in modes": (["--gather", "2", "--device", "cpu"], "modes: does not apply to gathers; remove"),
     "another suffix": (["--out", "x.txt"], "out: x.txt must end in .json"),
     "a folder that is a file": (["--out", "rivals.py/x.json"], "out: rivals.py/x.json cannot be written"),
     "a file that is there": (["--out", "rivals.json"], "out: rivals.md exists already; name a new file"),

@@ -9,8 +9,10 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = [
@@ -29,6 +31,16 @@ def command(argv: list[str], log: Path, processes: int = 1) -> list[int]:
 
     A process that a signal ended has the signal's negative number.
     """
+    return _codes(_run, (argv,), log, processes)
+
+
+def call(function: Callable[..., None], *arguments: Any, log: Path, processes: int) -> None:
+    """Call a function of a test module in processes of one group (gloo)."""
+    codes = _codes(_call, (function, arguments), log, processes)
+    assert not any(codes), f"{function.__name__} ended with {codes}:\n{log.read_text()[-4000:]}"
+
+
+def _codes(target: Callable[..., None], arguments: tuple[Any, ...], log: Path, processes: int) -> list[int]:
     address = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
@@ -38,9 +50,10 @@ def command(argv: list[str], log: Path, processes: int = 1) -> list[int]:
     _serve()
     started = []
     for rank in range(processes):
-        environment = {**address, "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        alone = processes == 1 and target is _run  # as a user starts it
+        environment = {} if alone else {**address, "LOCAL_RANK": str(rank)}
         output = Path(f"{log}.{rank}") if rank else log
-        process = SERVER.Process(target=_run, args=(argv, environment, str(output)))
+        process = SERVER.Process(target=target, args=(*arguments, environment, str(output)))
         process.start()
         started.append(process)
     deadline = time.monotonic() + SECONDS
@@ -72,12 +85,28 @@ def _serve() -> None:
 def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of the loaders' workers
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    _print_to(log)
     from stableqat.cli.main import main
 
     sys.exit(main(argv))
+
+
+def _call(
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], log: str
+) -> None:
+    os.environ.update(environment, RANK=environment["LOCAL_RANK"])
+    _print_to(log)
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo")
+    function(*arguments)
+    dist.destroy_process_group()
+
+
+def _print_to(log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def _free_port() -> int:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,6 +55,7 @@ def bench(
     kernels: bool = True,
     decode: Sequence[int] = (),
     grid: Literal["integer", "stretched"] = "integer",
+    gather: int = 0,
     out: str | None = None,
 ) -> int:
     """Measures time and memory of quantization-aware training beside the same model in full precision.
@@ -77,6 +79,9 @@ def bench(
         decode: Measure decoding at these bits instead: one stream (batch 1) after a prompt of `tokens`
             (default 128), with the low-bit engines that are installed, beside bfloat16.
         grid: With `decode`, the grid of the weights; some engines take longer for half-integers (stretched).
+        gather: Measure FSDP2 on so many processes of this machine instead, one per GPU: time, memory and
+            bytes of a step by what it gathers. `batch` is that of a process, and the method StableQAT unless
+            `methods` names another.
         out: New JSON file; table (.md) and picture (.png) go beside it. Default: a file in the folder bench,
             named after the model, shape, precision and device.
 
@@ -106,6 +111,8 @@ def bench(
         return _bench_decode(command, architecture, decode, grid, tokens, rounds, _device(device), out)
     if grid != "integer":
         raise UserError("grid: applies to decoding only; remove it, or add --decode")
+    if gather:
+        return _bench_gather(command, changed, architecture, gather, tokens, bits, _device(device), out)
     from stableqat.bench.arms import build_arms, method_factories, rival_factories
     from stableqat.bench.kernels import measure_kernels
     from stableqat.bench.measure import measure
@@ -183,6 +190,62 @@ def _bench_decode(
     target = _target(out, f"{architecture.name}-decode-{bits}-bits{kind}-{device}")
     measured = measure_decode(architecture, widths, grid, tokens, rounds, where, _teller())
     result = {**_circumstances(command, where), **measured}
+    _write_json(target, result)
+    text = markdown(result)
+    _publish(target, text, [text], ".md")
+    return 0
+
+
+def _bench_gather(
+    command: str,
+    changed: dict[str, Any],
+    architecture: "Architecture",
+    processes: int,
+    tokens: int | None,
+    bits: int,
+    where: Any,
+    out: str | None,
+) -> int:
+    import torch
+
+    from stableqat.bench.arms import method_factories
+    from stableqat.bench.gather import Settings, markdown, measure_gathers
+    from stableqat.bench.workload import Workload
+
+    on_gpu = where.type == "cuda"
+    check_range("gather", processes, 2, torch.cuda.device_count() if on_gpu else inf)
+    if other := changed.keys() & {"rival", "modes", "seeds", "kernels"}:
+        raise UserError(f"{min(other)}: does not apply to gathers; remove it with --gather")
+    methods = method_factories(changed.get("methods", ("StableQAT",)), bits)
+    if len(methods) > 1:
+        raise UserError("methods: name one with --gather")
+    precision: Any = changed.get("precision") or ("bf16-mixed" if on_gpu else "32-true")
+    name, batch, rounds = _device_name(where), changed["batch"], changed.get("rounds", 10)
+    workload = Workload(
+        architecture, batch=batch, tokens=tokens, precision=precision, device=where, seeds=2 * processes
+    )
+    workload.module.check_architecture(next(iter(methods.values())))
+    tokens = workload.tokens
+    shape = f"{processes}x{batch}" + (f"x{tokens}" if tokens else "")
+    target = _target(
+        out, f"{architecture.name}-gather-{bits}-bits-{shape}-{precision}-{name if on_gpu else 'cpu'}"
+    )
+    method = next(iter(methods.items()))
+    settings = Settings(architecture, batch, tokens, precision, method, rounds, processes, where.type)
+    result = {
+        **_circumstances(command, where),
+        "settings": {
+            "model": architecture.name,
+            "processes": processes,
+            "batch": batch,
+            "tokens": tokens,
+            "precision": precision,
+            "bits": bits,
+            "rounds": rounds,
+        },
+        "seeds": list(workload.seeds),
+        "arms": measure_gathers(settings),
+    }
     _write_json(target, result)
     text = markdown(result)
     _publish(target, text, [text], ".md")

@@ -45,10 +45,10 @@ class QuantEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Entries `(...)` to vectors `(..., embedding_dim)`."""
-        value = effective_weight(self._head[0])
-        stored = not self.weight.is_floating_point()
-        dtype = self._head[0].weight_quantizer.scale.dtype if stored else self.weight.dtype
-        return F.embedding(input, value, self.padding_idx).to(dtype)
+        (head,) = self._head
+        stored = not head.latent.is_floating_point()
+        dtype = head.weight_quantizer.scale.dtype if stored else head.latent.dtype
+        return F.embedding(input, head.value(), self.padding_idx).to(dtype)
 
 
 def quantize_tied_embedding(model: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from stableqat.layers.experts import quantized_experts
@@ -22,10 +23,11 @@ class _Latent(nn.Module):
         self.latent = quantizer.latent  # the quantizer does not become a submodule
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.latent(weight)
+        latent = self.latent(weight)
+        return latent.full_tensor() if isinstance(latent, DTensor) else latent  # FSDP2 gathers its codes
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> Tensor:
-        return F.linear(input, self.latent(weight), bias)
+        return F.linear(input, self(weight), bias)
 
     def implementation(self, weight: Tensor) -> str:
         return "torch"

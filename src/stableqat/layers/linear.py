@@ -4,16 +4,20 @@ It computes `F.linear(input_quantizer(x), weight_quantizer(weight), bias)` on th
 it replaces, so ties, optimizers and state-dict keys survive; a quantizer only adds keys of its own.
 """
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stableqat import ops
 from stableqat.errors import UserError
 from stableqat.layers.group import LayerGroup
 from stableqat.quantizers import Quantizer
 from stableqat.quantizers.inputs import InputQuantizer
+
+if TYPE_CHECKING:
+    from stableqat.layers.gathered import GatheredWeight
 
 Layer = TypeVar("Layer", bound=nn.Linear)
 
@@ -38,6 +42,7 @@ class QuantLinear(nn.Linear):
     recompute: bool | None
     _group: LayerGroup | None
     _place: int  # among the layers of its group
+    _gathered: "GatheredWeight | None"
     _held: (
         tuple[Tensor, list[tuple[Tensor, int]]] | None
     )  # the value, and the versions of the parameters it is made of
@@ -58,7 +63,7 @@ class QuantLinear(nn.Linear):
         """
         layer = _rebuilt(cls, linear)
         layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
-        layer.recompute = layer._group = layer._held = None
+        layer.recompute = layer._group = layer._gathered = layer._held = None
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -88,8 +93,10 @@ class QuantLinear(nn.Linear):
             of_input = made.activation()
         elif made is not None:
             input = made(input)
-        value, quantizer = self.known_value(), self._quantizer
-        return quantizer.linear(
+        value = self.known_value()
+        if value is not None and value.requires_grad:
+            return ops.product(input, value, self.bias, of_input=of_input)
+        return self._quantizer.linear(
             input, self.latent, self.bias, recompute=self.recompute, value=value, of_input=of_input
         )
 
@@ -112,12 +119,17 @@ class QuantLinear(nn.Linear):
 
     @property
     def latent(self) -> Tensor:
-        """The latent weight, even while `weight` shows the fake-quantized one to a module that reads it."""
+        """The latent weight, even where `weight` is the fake-quantized one: shown to a module or gathered."""
+        if self._gathered is not None:
+            return self._gathered.parameter
         weight = self._parameters.get("weight")  # missing if it is parametrized, or in a replica
         return self.weight if weight is None else weight
 
     def known_value(self) -> Tensor | None:
-        """The fake-quantized weight if it is already known: computed by the layer's group, or held."""
+        """The fake-quantized weight if it is already known: gathered, computed by the group, or held."""
+        if self._gathered is not None:
+            weight = self._parameters["weight"]
+            return weight if self._quantizer.fuses and not isinstance(weight, DTensor) else None
         group = self._group
         if group is not None and group.values is not None:
             value = group.value_of(self._place, self.latent)

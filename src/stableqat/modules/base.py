@@ -39,6 +39,7 @@ from stableqat.modules.start import Start, load_start, state_dict_follows, will_
 from stableqat.modules.start_quantizers import take_quantizers
 from stableqat.modules.teacher import Distillation, Teacher
 from stableqat.modules.training import Training
+from stableqat.ops import compute_dtype
 from stableqat.parameters import parameter_groups
 from stableqat.quantizers import QuantizerSpec
 from stableqat.quantizers.inputs import InputQuantizerSpec
@@ -235,8 +236,14 @@ class QATModule(Training, Evaluation, ABC):
             take_quantizers(model, start)
         store_weights(model)
         if self.device_mesh is not None:
-            shard(model, self.blocks(model), self.device_mesh)
+            shard(model, self.blocks(model), self.device_mesh, self._type_of_gathered_codes(model))
         self.model = model
+
+    def _type_of_gathered_codes(self, model: nn.Module) -> torch.dtype | None:
+        if getattr(self.trainer.strategy, "gather", "weights") == "weights":
+            return None
+        with self.trainer.precision_plugin.forward_context():
+            return compute_dtype(next(model.parameters()))
 
     def assemble(
         self, model: nn.Module, quantizer: QuantizerSpec | None, *, initialize: bool = True

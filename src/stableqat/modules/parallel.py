@@ -4,13 +4,14 @@ Lightning's FSDP2 makes the GPUs of a node a tensor-parallel group. Here all pro
 data-parallel group, and `QATModule.configure_model` shards the model block by block.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch import strategies
 from torch import distributed as dist
@@ -23,7 +24,16 @@ from torch.utils.checkpoint import checkpoint
 
 from stableqat.checkpoints.names import REST, is_sharded
 from stableqat.checkpoints.sharded import load_shards
-from stableqat.errors import UserError
+from stableqat.errors import UserError, check_known
+from stableqat.layers.gathered import (
+    GatheredWeight,
+    gather_codes,
+    gathered_weights,
+    pull_back,
+    shard_quantizers,
+    why_not_gathered,
+)
+from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers.oscillation import Freezing
 
 
@@ -74,6 +84,11 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
         build_on_cpu: Build the model on the CPU. By default each process builds the whole float32 model on
             its device and keeps its shard: faster by minutes at a billion weights, with the random weights of
             a single GPU; but the model must fit.
+        gather: What processes send one another of quantized layers: weights in float32, or codes with their
+            scales, of a sixteenth of the bytes at 2 bits. Other parameters are gathered in float32.
+
+    Raises:
+        UserError: If `gather` is something else.
     """
 
     def __init__(
@@ -81,7 +96,11 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         build_on_cpu: bool = False,
+        gather: Literal["weights", "codes"] = "weights",
     ) -> None:
+        check_known("trainer.strategy.gather", gather, ("weights", "codes"))
+        self.gather = gather
+        self._gathered: list[GatheredWeight] = []
         self._build_on_cpu = build_on_cpu
         super().__init__(
             tensor_parallel_size=1,
@@ -93,6 +112,24 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
         """Set the group's size, which is known once the trainer has chosen its devices."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Note the weights whose codes are gathered."""
+        super().setup(trainer)
+        assert self.model is not None
+        self._gathered = gathered_weights(self.model)
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        """Before anybody looks at the step's gradients, turn those by values into those of the parameters."""
+
+        def pulled_back() -> Any:
+            loss = closure()
+            pull_back(self._gathered)
+            return loss
+
+        return super().optimizer_step(optimizer, pulled_back, model, **kwargs)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -149,22 +186,38 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
         vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
+def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any, codes: torch.dtype | None = None) -> None:
     """Shard a model over all processes, block by block.
 
+    Args:
+        model: The model.
+        blocks: Its repeated blocks, each gathered as a whole.
+        mesh: The strategy's processes.
+        codes: Gather codes in place of quantized weights, and compute with values of this type.
+
     Raises:
-        UserError: If the mesh asks for tensor parallelism.
+        UserError: If the mesh asks for tensor parallelism, or codes cannot be gathered.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise UserError(
             "trainer.strategy: tensor parallelism is not supported; take --trainer.strategy fsdp2"
         )
-    for module in model.modules():
-        if isinstance(module, Freezing):  # apart, and so never gathered: no forward reads it
-            fully_shard(module, mesh=mesh["data_parallel"])
-    for block in blocks:
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
+    processes, units = mesh["data_parallel"], [*blocks, model]
+    options: dict[str, Any] = {"mesh": processes}
+    if codes is not None:
+        if reason := why_not_gathered(model):
+            raise UserError(
+                f"trainer.strategy.gather: {reason}, so its codes cannot be gathered; take weights"
+            )
+        options["ignored_params"] = shard_quantizers(quantized_layers(model).values(), processes)
+    else:
+        for module in model.modules():
+            if isinstance(module, Freezing):  # apart, and so never gathered: no forward reads it
+                fully_shard(module, mesh=processes)
+    for unit in units:
+        fully_shard(unit, **options)
+    if codes is not None:
+        gather_codes(units, processes.size(), codes)
 
 
 def states_by_name(module: nn.Module, optimizers: Iterable[Optimizer], states: list[dict[str, Any]]) -> None:

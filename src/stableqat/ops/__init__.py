@@ -7,6 +7,7 @@ from stableqat.ops.fake_quantize import (
     dequantize_codes,
     fake_quantize,
     fake_quantize_many,
+    pull_back,
     quantize_codes,
 )
 from stableqat.ops.grids import Grid, GridName, Mask, make_grid
@@ -23,6 +24,7 @@ from stableqat.ops.product import product
 from stableqat.ops.reference import acting_scale
 from stableqat.ops.scale_init import ScaleInit, initial_scale
 from stableqat.ops.surrogates import Constant, Fourier, Identity, KernelForm, Permuted, Surrogate, Tanh
+from stableqat.ops.wire import Wire, decode, encode
 
 __all__ = [
     "BINS",
@@ -42,11 +44,14 @@ __all__ = [
     "ScaleInit",
     "Surrogate",
     "Tanh",
+    "Wire",
     "acting_scale",
     "compute_dtype",
     "count_values",
     "counted_values",
+    "decode",
     "dequantize_codes",
+    "encode",
     "fake_quantize",
     "fake_quantize_many",
     "fused_cross_entropy",
@@ -56,6 +61,7 @@ __all__ = [
     "least_scale_and_offset",
     "make_grid",
     "product",
+    "pull_back",
     "quantize_codes",
     "quantize_input",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stableqat.ops import reference
-from stableqat.ops.dispatch import gradients_of, gradients_of_many, value_of, values_of
+from stableqat.ops.dispatch import Gradients, gradients_of, gradients_of_many, value_of, values_of
 from stableqat.ops.grids import Grid
 from stableqat.ops.once_differentiable import once_differentiable
 from stableqat.ops.operands import Operands, Spec, from_text, to_text
@@ -75,6 +75,29 @@ def fake_quantize_many(
     known = [None if value is None or value.dtype != spec.dtype else value for value in values or ()]
     is_known = any(value is not None for value in known)
     return _FakeQuantizeMany.apply(spec, known if is_known else None, *tensors)
+
+
+def pull_back(
+    grads: Sequence[Tensor], weights: Sequence[Operands], *, grid: Grid, surrogate: Surrogate
+) -> Sequence[Gradients]:
+    """The backward of `fake_quantize_many` alone, for values that were made elsewhere.
+
+    Args:
+        grads: Gradients by the values.
+        weights: The weights, of one type; they may have no rows.
+        grid: Where the levels are.
+        surrogate: Derivative of round, with its mask.
+
+    Returns:
+        For each weight the gradients of `x`, `scale` and `param`.
+    """
+    spec = Spec(grid, surrogate, weights[0].x.dtype)
+    if all(weight.x.numel() for weight in weights):
+        return gradients_of_many(grads, weights, spec)
+    return [
+        gradients_of(grad, weight, spec)[0] if weight.x.numel() else (weight.x, weight.scale, weight.param)
+        for grad, weight in zip(grads, weights, strict=True)
+    ]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -247,14 +247,12 @@ class Quantizer(nn.Module, ABC):
             bias: `(out,)` or None.
             recompute: Recompute the fake-quantized weight in the backward instead of saving it; None
                 recomputes on a GPU.
-            value: The fake-quantized weight, if it is already known.
+            value: The fake-quantized weight, if it is already known, without its gradient.
             of_input: How to quantize the activations; None leaves them as they are.
 
         Returns:
             `(..., out)`.
         """
-        if value is not None and value.requires_grad:
-            return ops.product(input, value, bias, of_input=of_input)
         if not self.fuses:
             return ops.product(input, self(weight), bias, of_input=of_input)
         return ops.product(
