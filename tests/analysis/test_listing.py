@@ -155,3 +155,9 @@ def test_it_imports_no_torch(logs):
     code = "import sys; from stableqat.cli.main import main; main(['runs', sys.argv[1]])"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(logs)], check=True, capture_output=True)
+
+
+def test_the_widths_of_a_run_that_quantizes_activations(tmp_path, capsys):
+    log_run(tmp_path / "one", STE | {"input_bits": 8}, finished(3.0))
+    assert main(["runs", str(tmp_path)]) == 0
+    assert " W2A8 " in capsys.readouterr().out

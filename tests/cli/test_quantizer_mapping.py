@@ -74,6 +74,20 @@ def test_the_later_quantizer_wins(case, files, capsys):
         assert list(made) == list(wanted)  # the first match wins
 
 
+def test_quantizers_of_inputs_take_a_mapping_alike(files, capsys):
+    """Over a mapping, a class replaces the whole of it and a setting is refused."""
+    plus = {"class_path": "stableqat.quantizers.inputs.LSQPlus", "init_args": {"bits": 4}}
+    inputs = {"model": {"init_args": {"input_quantizer": {"*down_proj": plus, "*": None}}}}
+    (files / "inputs.yaml").write_text(yaml.safe_dump(inputs, sort_keys=False))
+    base = ["fit", "-c", "llama.yaml", "-c", "llama/ste", "-c", "inputs.yaml"]
+    for more, wanted in ([], {"*down_proj": "LSQPlus4", "*": None}), (["-c", "llama/w4a8"], "PerToken8"):
+        assert main([*base, *more, "--print_config"]) == 0
+        made = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["input_quantizer"]
+        assert short(made) == wanted
+    assert main([*base, "--model.input_quantizer.bits", "3"]) == 2
+    assert "model.input_quantizer.bits: a mapping takes no bits of its own" in capsys.readouterr().err
+
+
 def test_nothing_of_a_replaced_mapping_is_left(files, capsys):
     both = {"*": {"class_path": "stableqat.quantizers.STE", "init_args": {"bits": 2}}}
     (files / "both.yaml").write_text(text(both))

@@ -262,3 +262,21 @@ def test_a_method_with_its_own_forward_takes_a_quantized_input():
     layer = model[0]
     value = 2 * STE(linear.weight, bits=4)(linear.weight)
     assert torch.equal(layer(x), nn.functional.linear(layer.input_quantizer(x), value, linear.bias))
+
+
+@each_kind
+def test_a_layer_compiles_whole(kind, surrogate):
+    """Forward and backward of `QuantLinear`, without a break in the graph, equal the eager ones."""
+
+    def run(compiled: bool):
+        torch.manual_seed(0)
+        spec = partial(kind, bits=4, surrogate=surrogate)
+        model = stableqat.prepare(net(), "stableqat", (), bits=4, input_quantizer=spec)
+        stableqat.calibrate(model, [x := gelu()])
+        layer = torch.compile(model[0], backend="aot_eager", fullgraph=True) if compiled else model[0]
+        output = layer(x)
+        output.square().sum().backward()
+        return [output.detach(), *(p.grad for p in model[0].parameters() if p.requires_grad)]
+
+    torch.compiler.reset()
+    assert all(map(torch.equal, run(True), run(False)))

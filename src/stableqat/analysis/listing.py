@@ -48,6 +48,7 @@ class Row:
         family: text or images.
         method: Name of its method; FP is full precision.
         bits: Width of its weights.
+        input_bits: Width of its activations, if they are quantized.
         grid: Their grid.
         lr: Learning rate.
         state: running, finished, diverged, stopped or failed; damaged if its files cannot be read.
@@ -64,6 +65,7 @@ class Row:
     family: str | None
     method: str | None
     bits: float | None
+    input_bits: float | str | None
     grid: str | None
     lr: float | None
     state: str
@@ -138,6 +140,7 @@ def _row(folder: Path) -> Row:
         family="images" if TOP1 in scalars else "text" if "val/perplexity" in scalars else None,
         method=settings.get("method"),
         bits=settings.get("bits"),
+        input_bits=settings.get("input_bits"),
         grid=settings.get("grid"),
         lr=settings.get("lr"),
         state=_state(run),
@@ -212,6 +215,8 @@ def _cell(row: Row, key: str) -> str:
     if key == "steps":
         return f"{row.step}" if row.planned is None else f"{row.step}/{row.planned}"
     value = getattr(row, key)
+    if key == "bits" and row.input_bits is not None:
+        return f"W{value}A{row.input_bits}"
     if value is None:
         return "-"
     if key == "age":
