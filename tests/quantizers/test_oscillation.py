@@ -15,6 +15,7 @@ import stableqat
 import tiny
 from stableqat.callbacks import PrepareQAT
 from stableqat.errors import UserError
+from stableqat.export.packed import pack
 from stableqat.layers.linear import quantized_layers
 from stableqat.modules.graphed import _no_schedule
 from stableqat.quantizers import STE
@@ -331,5 +332,9 @@ def test_a_lightning_run_freezes_and_dampens(family, prepared, tmp_path):
                 trainer.save_checkpoint(tmp_path / "run.ckpt")
                 loaded = type(module).load_from_checkpoint(tmp_path / "run.ckpt")
                 assert all(map(torch.equal, module.state_dict().values(), loaded.state_dict().values()))
+                packed = pack(loaded, torch.float32, torch.float32)  # as every export does
+                for name, layer in quantized_layers(module.model).items():
+                    freezing = layer.weight_quantizer.freezing
+                    assert torch.equal(packed[name].codes[freezing.frozen], freezing.code[freezing.frozen])
     assert (weights[0] - weights[1]).abs().max() > 1e-3
     assert 0 < sum(counts) < len(weights[0])
