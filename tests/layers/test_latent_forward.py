@@ -31,6 +31,18 @@ def test_a_quantized_model_computes_its_latent_weights(method, options):
     assert not torch.equal(before, plain.loss(batch))
 
 
+def test_a_part_may_be_asked_for_within_the_whole():
+    quantized, batch = tiny.configured("llama"), tiny.batch("llama")
+    rounded, block = quantized.loss(batch), quantized.model.model.layers[0]
+    with full_precision(quantized):
+        plain = quantized.loss(batch)
+        with full_precision(block):
+            assert torch.equal(quantized.loss(batch), plain)
+        assert torch.equal(quantized.loss(batch), plain)
+    assert torch.equal(quantized.loss(batch), rounded)
+    assert not torch.equal(rounded, plain)
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_so_do_experts_also_after_an_exception(kind):
     torch.manual_seed(0)

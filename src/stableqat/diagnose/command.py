@@ -178,16 +178,17 @@ def _measured(settings: dict[str, Any], out: str, device: str | None) -> tuple[d
 
 
 def _class(name: str) -> Any:
-    """The class of a quantizer."""
+    """The class of a quantizer that trains the weight itself."""
     from inspect import isabstract
 
     from stableqat import quantizers
 
-    known = {each: getattr(quantizers, each) for each in quantizers.__all__}
+    named = {each: getattr(quantizers, each) for each in quantizers.__all__}
+    classes = {each: found for each, found in named.items() if isinstance(found, type)}
     known = {
         each: found
-        for each, found in known.items()
-        if isinstance(found, type) and issubclass(found, quantizers.Quantizer) and not isabstract(found)
+        for each, found in classes.items()
+        if issubclass(found, quantizers.Quantizer) and found.trains_weight and not isabstract(found)
     }
     check_known("quantizer", name, known)
     return known[name]

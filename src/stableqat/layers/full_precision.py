@@ -54,7 +54,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     try:
         for module, name in places:
             made = module._modules[name]
-            module._modules[name] = _Latent(made) if isinstance(made, Quantizer) else None
+            if not isinstance(made, _Latent):  # which the model around a part of it has put there
+                module._modules[name] = _Latent(made) if isinstance(made, Quantizer) else None
         yield
     finally:
         for (module, name), quantizer in zip(places, quantizers, strict=True):
