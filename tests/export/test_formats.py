@@ -94,6 +94,14 @@ def test_every_grid_in_one_onnx_file(family, options, more, tmp_path):
         assert told["input_ids"].startswith("(batch, tokens); no key-value cache and no attention mask")
 
 
+@pytest.mark.parametrize("format", ["hf", "onnx"])
+def test_a_first_layer_of_patches_is_exported_as_it_trains(format, tmp_path):
+    """To timm as its convolution, to ONNX as a product of flattened patches."""
+    model, logits = models.packed("vit", "integer-4", first_last_bits=8)
+    assert model.layers["patch_embed.proj"].bits == model.layers["head"].bits == 8
+    assert_equal(format, model, logits, tmp_path)
+
+
 def test_int8_activations_change_logits_and_no_weight(tmp_path):
     """A runtime without a fast kernel would compute as exactly as ever."""
     wide = {"hidden_size": 128, "intermediate_size": 128}

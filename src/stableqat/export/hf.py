@@ -43,7 +43,9 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
             logits = model(packed.input)
     else:
         model, logits = load_language_model(packed, folder)
-    return {name: model.get_submodule(name).weight.detach() for name in packed.layers}, logits
+    # flat: a first layer that is linear here is a convolution there
+    weights = {name: model.get_submodule(name).weight.detach().flatten(1) for name in packed.layers}
+    return weights, logits
 
 
 def notes(packed: PackedModel) -> list[str]:

@@ -226,8 +226,13 @@ def place_operators(
         int8_activations: See `MatMulNBits`.
     """
     for name, weight in layers.items():
-        bias: Any = model.get_submodule(name).bias
-        model.set_submodule(name, MatMulNBits(weight, bias, int8_activations=int8_activations))
+        layer: Any = model.get_submodule(name)
+        operator = MatMulNBits(weight, layer.bias, int8_activations=int8_activations)
+        for hook in layer._forward_pre_hooks.values():  # a patch embedding's, which cut the image
+            operator.register_forward_pre_hook(hook)
+        for hook in layer._forward_hooks.values():
+            operator.register_forward_hook(hook)
+        model.set_submodule(name, operator)
 
 
 def _width(bits: int) -> int:
