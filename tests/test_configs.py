@@ -237,7 +237,7 @@ def test_a_method_overlay_is_the_quantizer_alone(family):
 @pytest.mark.parametrize("name", sorted(REMEDIES))
 def test_a_remedy_lies_over_any_method(family, name, command):
     assert list(leaves(raw(family, name))) == [f"model.init_args.quantizer.init_args.{name}"]
-    for method in METHODS:
+    for method in METHODS - {"lrqat"}:  # its weight is frozen
         quantizer = command(*arguments(family, method, name)).model.quantizer
         described = quantizer(torch.randn(8, 64)).describe()
         assert described["method"].lower() == method
