@@ -28,7 +28,9 @@ def _texts(output: nbformat.NotebookNode) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert {"efficiency", "initialisation", "stability", "surrogates"} <= {path.stem for path in NOTEBOOKS}
+    assert {"basin", "efficiency", "initialisation", "stability", "surrogates"} <= {
+        path.stem for path in NOTEBOOKS
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
