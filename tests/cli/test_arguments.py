@@ -59,8 +59,8 @@ MISSPELT = [
     ),
     (["fit", "--config=llama/ste"], "put the base first, as in -c llama/base -c llama/ste"),
     (
-        ["fit", "-c", "vit/finetune", "-c", "llama/distill"],
-        "distill.yaml: model.teacher: a setting of LlamaModule, but the model is ViTModule; leave it or the "
+        ["fit", "-c", "vit/finetune", "-c", "lean.yaml"],
+        "lean.yaml: model.lean_loss: a setting of LlamaModule, but the model is ViTModule; leave it or the "
         "whole file out",
     ),
     (
@@ -106,6 +106,7 @@ FREE = {
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("trainer: {max_stepz: 3}")
+    (tmp_path / "lean.yaml").write_text("model: {init_args: {lean_loss: true}}")
     (tmp_path / "rows.yaml").write_text("data: {init_args: {batch_size: 3}}")
     (tmp_path / "twice.yaml").write_text(
         "trainer: {max_steps: 1,\n logger: &again {a: [*again]},\n max_steps: 2}"
