@@ -19,6 +19,7 @@ def arm(ratio: float, peak: float | None, path: str | None, step: bool = True) -
         "forward_backward_ms": times(150),
         "step_ms": times(160) if step else None,
         "peak_bytes": peak and int(peak * 1e9),
+        "state_bytes": 14_800_000_000 if step else None,
     }
 
 

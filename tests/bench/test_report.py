@@ -52,7 +52,7 @@ def test_the_table(made):
     assert "- NVIDIA H200, 2026-01-02" in text
     torchao = row(text, "Eager", "torchao")
     assert torchao[4:7] == ["187.50", "1.250 (1.243-1.265)", "200.00"]
-    assert torchao[8:] == ["40,960", "36.00", "1.200"]
+    assert torchao[8:] == ["40,960", "36.00", "1.200", "14.80"]
     assert row(text, "Eager", "FP")[5] == "1.000"
     assert set(row(text, "Eager", "broken (failed)")[1:]) == {"-"}
     assert "- broken failed: RuntimeError: no such kernel" in text
@@ -74,7 +74,7 @@ def test_without_kernels_and_memory(made, tmp_path):
         record["peak_bytes"] = None
     made |= {"modes": {"eager": made["modes"]["eager"]}, "kernels": None}
     assert "Fake quantization" not in markdown(made)
-    assert row(markdown(made), "Eager", "STE")[-2:] == ["-", "-"]
+    assert row(markdown(made), "Eager", "STE")[-3:] == ["-", "-", "14.80"]
     draw(made, tmp_path / "one")
     assert (tmp_path / "one").read_bytes().startswith(b"\x89PNG")
 
