@@ -795,7 +795,7 @@ def test_a_method_has_one_colour_and_one_marker_in_every_picture() -> None:
     assert len({(str(style["linestyle"]), style["fillstyle"]) for style in stable}) == len(stable) == 24
     assert beside["FP"]["color"] == "black"
     for looks in zip(*map(look_of, [*LOOKS, "Mine"]), strict=True):
-        assert len(set(looks)) == len(looks) == 11
+        assert len(set(looks)) == len(looks) == 12
     assert set(LOOKS) >= {name for name in quantizers.__all__ if not name.startswith("Quantize")} | {"FP"}
 
 
