@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=lambda item: "systems" not in item.path.parts)
+    items.sort(key=lambda item: not {"systems", "notebooks"} & {*item.path.parts})
     if (seed := config.getoption("shuffle")) is not None:
         chance = random.Random(seed)
         order = {path: chance.random() for path in dict.fromkeys(item.path for item in items)}

@@ -143,7 +143,8 @@ def test_the_custom_scalars_tab_draws_losses_first_and_only_what_runs_log(tensor
     wanted = [tag for c in layout["category"] for chart in c["chart"] for tag in chart["multiline"]["tag"]]
     logged = [any(re.match(each, tag) for tag in tags) for each in wanted if "quant" not in each]
     assert logged == [True] * 4 + [False]  # no monitor of learning rates here
-    assert {each.strip("^$").removeprefix("quant/") for each in wanted if "quant" in each} <= {*MEANS}
+    drawn = [each.strip("^$").removeprefix("quant/").strip("()") for each in wanted if "quant" in each]
+    assert {name for each in drawn for name in each.split("|")} <= {*MEANS, "oscillating", "frozen"}
 
 
 def test_the_settings_that_a_comparison_reads_are_flat_and_resolved(runs):

@@ -78,7 +78,7 @@ SETTINGS = {
     ),
     "an unknown key of the quantizer": (
         llama("--model.quantizer.temperature", "1"),
-        ["model.quantizer.temperature: unknown key; choose one of amplitude, bits, grid, group_size,"],
+        ["model.quantizer.temperature: unknown key; choose one of amplitude, bits, dampening, freezing, "],
     ),
     "a misspelt key of the optimizer": (
         llama("--model.optimizer.weight_decai", "0"),
@@ -126,7 +126,7 @@ SETTINGS = {
         llama("--model.quantizer", "LSQ"),
         [
             "model.quantizer: LSQ is not a Quantizer",
-            "choose one of DSQ, ParetoQ, PermutedStableQAT, STE, STEAtNoise, STEAtRandomRounding, "
+            "choose one of DSQ, LRQAT, ParetoQ, PermutedStableQAT, STE, STEAtNoise, STEAtRandomRounding, "
             "STEAtWeight, ScaledSTE, StableQAT",
         ],
     ),
