@@ -49,13 +49,7 @@ def test_kept(path):
     assert path.stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in ("basin", "stability")), id=path.stem)
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_again(path, tmp_path, monkeypatch):
     """In a folder beside the repository's configs, as notebooks/ is, and leaving nothing there."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the kernels' tests set it, slow for training
