@@ -19,7 +19,6 @@ from stableqat.ptq.stream import Block, Stream
 from stableqat.quantizers import QuantizedWeight, Quantizer, QuantizerFactory
 from stableqat.surgery import make_quantizer
 
-METHODS = ("rtn", "gptq")
 Record = dict[str, Any]
 Rounded = dict[tuple[int, str], QuantizedWeight]
 """A layer's weight by width and method."""

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stableqat.diagnose.layers import METHODS, Record, Rounded, Settings, measure_layers
+from stableqat.diagnose.layers import Record, Rounded, Settings, measure_layers
+from stableqat.diagnose.verdict import METHODS
 from stableqat.errors import UserError
 from stableqat.evaluate.processes import Share
 from stableqat.files import whole_file, writing

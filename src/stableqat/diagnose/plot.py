@@ -6,6 +6,7 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stableqat.diagnose.verdict import METHODS
 from stableqat.files import whole_file
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 LEAST = 1e-5  # rise of a loss that a picture tells from none
-METHODS = {"rtn": "RTN", "gptq": "GPTQ"}
 
 
 def draw(table: list[Row], chosen: dict[str, dict[str, int]], out: Path) -> list[Path]:

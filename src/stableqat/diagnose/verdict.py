@@ -9,8 +9,9 @@ can make a rise too small by luck, and the curvature does not see a wall further
 from collections.abc import Iterator
 from typing import Any
 
+METHODS = {"rtn": "RTN", "gptq": "GPTQ"}  # by key, as pictures and sentences name them
 NEEDS = "needs QAT"
-VERDICTS = ("RTN is enough", "GPTQ is enough", NEEDS)
+VERDICTS = (*(f"{name} is enough" for name in METHODS.values()), NEEDS)
 Record = dict[str, Any]
 
 
@@ -34,12 +35,12 @@ def _row(layer: Record, bits: str, setting: Record, accepted: float) -> dict[str
     width = layer["width"]
     row: dict[str, Any] = {"layer": layer["name"], "block": layer["block"], "weights": layer["weights"]}
     row |= {"bits": int(bits), "step / width": setting["step"] / width if width else None}
-    for method in ("rtn", "gptq"):
+    for method in METHODS:
         own = setting[method]
         row[f"{method} predicted"] = own["curvature"] / 2
         row[f"{method} actual"] = own["rise"] - own["slope"]
         row[f"{method} score"] = max(row[f"{method} predicted"], row[f"{method} actual"])
-    enough = [row["rtn score"] <= accepted, row["gptq score"] <= accepted, True]
+    enough = [*(row[f"{method} score"] <= accepted for method in METHODS), True]
     return row | {"verdict": VERDICTS[enough.index(True)]}
 
 
@@ -49,7 +50,7 @@ def summary(measured: Record, table: list[dict[str, Any]]) -> list[dict[str, Any
     for bits, losses in measured["model"].items():
         own = [row for row in table if row["bits"] == int(bits)]
         line: dict[str, Any] = {"bits": int(bits)}
-        for method in ("rtn", "gptq"):
+        for method in METHODS:
             line[f"{method} actual"] = losses[method] - measured["loss"]
             line[f"{method} sum of layers"] = sum(row[f"{method} actual"] for row in own)
             line[f"{method} predicted"] = sum(row[f"{method} predicted"] for row in own)
