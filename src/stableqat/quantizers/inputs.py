@@ -12,7 +12,7 @@ To add one: a subclass here with `activation`, and `calibrate` if it has somethi
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import log
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -150,24 +150,41 @@ class InputQuantizer(nn.Module, ABC):
         self._checked = False
 
 
-class LSQ(InputQuantizer):
+class LearnedScale(InputQuantizer):
+    """A scale per tensor, which calibration sets and training learns.
+
+    Args:
+        features: Number of features of the input.
+        options: Those of `InputQuantizer`.
+    """
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(features, **options)
+        self.scale = _unset()
+        # frozen parameters, not buffers: FSDP shards them as it does the scale
+        self.scale_floor = _unset(frozen=True)
+        self.a_logit = _unset() if self.surrogate_name == "dsq" else None
+
+    def set_scale(self, scale: float) -> None:
+        """Set the scale and what follows from it."""
+        _fill(self.scale, scale)
+        _fill(self.scale_floor, scale * FLOOR)
+        if self.a_logit is not None:
+            a = cast(ops.Tanh, self.surrogate).a
+            _fill(self.a_logit, log(a / (1 - a)))
+
+
+class LSQ(LearnedScale):
     """One learned scale; the codes are unsigned where calibration sees nothing negative, otherwise signed.
 
     Args:
         features: Number of features of the input.
-        bits: Width of a code, 2 to 8.
-        surrogate: Stands for the derivative of round: ste, dsq or stableqat.
-        mask: Activations that receive a gradient: range, levels or none.
+        options: Those of `InputQuantizer`.
     """
 
-    def __init__(
-        self, features: int, *, bits: int, surrogate: SurrogateName = "ste", mask: ops.Mask = "range"
-    ) -> None:
-        super().__init__(features, bits=bits, surrogate=surrogate, mask=mask)
-        self.scale = _unset()
-        # frozen parameters, not buffers: FSDP shards them as it does the scale
-        self.scale_floor, self.lowest = _unset(frozen=True), _unset(frozen=True)
-        self.a_logit = _unset() if surrogate == "dsq" else None
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(features, **options)
+        self.lowest = _unset(frozen=True)
 
     def operands(self) -> ops.InputOperands:
         """See `InputQuantizer.operands`."""
@@ -179,26 +196,20 @@ class LSQ(InputQuantizer):
         low = 0 if values.min() >= 0 else -levels // 2
         scale, _ = ops.least_scale(values, counts, low, low + levels - 1)
         _fill(self.lowest, low)
-        _set_scale(self, scale)
+        self.set_scale(scale)
 
 
-class LSQPlus(InputQuantizer):
+class LSQPlus(LearnedScale):
     """One learned scale and a learned offset, the value of code 0, for inputs that are not symmetric.
 
     Args:
         features: Number of features of the input.
-        bits: Width of a code, 2 to 8.
-        surrogate: Stands for the derivative of round: ste, dsq or stableqat.
-        mask: Activations that receive a gradient: range, levels or none.
+        options: Those of `InputQuantizer`.
     """
 
-    def __init__(
-        self, features: int, *, bits: int, surrogate: SurrogateName = "ste", mask: ops.Mask = "range"
-    ) -> None:
-        super().__init__(features, bits=bits, surrogate=surrogate, mask=mask)
-        self.scale, self.offset = _unset(), _unset()
-        self.scale_floor = _unset(frozen=True)
-        self.a_logit = _unset() if surrogate == "dsq" else None
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(features, **options)
+        self.offset = _unset()
 
     def operands(self) -> ops.InputOperands:
         """See `InputQuantizer.operands`."""
@@ -208,7 +219,7 @@ class LSQPlus(InputQuantizer):
         """See `InputQuantizer.set_from`: scale and offset of least squared error."""
         scale, offset = ops.least_scale_and_offset(values, counts, 2**self.bits)
         _fill(self.offset, offset)
-        _set_scale(self, scale)
+        self.set_scale(scale)
 
 
 class PerToken(InputQuantizer):
@@ -247,11 +258,3 @@ def _unset(*, frozen: bool = False) -> nn.Parameter:
 
 def _fill(parameter: nn.Parameter, value: float) -> None:
     local(parameter).fill_(value)  # on one of the processes that share it, and on no other
-
-
-def _set_scale(quantizer: Any, scale: float) -> None:
-    _fill(quantizer.scale, scale)
-    _fill(quantizer.scale_floor, scale * FLOOR)
-    if quantizer.a_logit is not None:
-        a = quantizer.surrogate.a
-        _fill(quantizer.a_logit, log(a / (1 - a)))

@@ -131,20 +131,12 @@ class LRQAT(Quantizer):
         scale = (self.effective_scale() + moved).to(in_steps.dtype)  # LSQ's gradient scale, as everywhere
         return _per_scale(torch.mul, levels, scale).to(ops.compute_dtype(self._floating(weight)))
 
-    def linear(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        recompute: bool | None = None,
-        value: Tensor | None = None,
-        of_input: ops.Activation | None = None,
-    ) -> Tensor:
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         """See `Quantizer.linear`; None recomputes everywhere, lest each value outweigh what it is made of."""
-        compute = partial(super().linear, of_input=of_input)
-        if recompute is False or value is not None or not torch.is_grad_enabled():
-            return compute(input, weight, bias, value=value)
+        compute = partial(super().linear, **options)
+        kept = options.get("recompute") is False or options.get("value") is not None
+        if kept or not torch.is_grad_enabled():
+            return compute(input, weight, bias)
         # up to what the product saves, not the product itself
         return checkpoint(compute, input, weight, bias, use_reentrant=False, preserve_rng_state=False)
 
