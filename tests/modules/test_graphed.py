@@ -96,11 +96,14 @@ class Graph:
 
 def test_gradients_add_up_until_they_are_dropped():
     model = torch.nn.Linear(2, 1)
-    step, gradient = GraphedLoss(model, None, always=True), torch.zeros(1, 2)
+    more = iter([True, True, False, False, False, True])
+    step = GraphedLoss(model, None, always=True, accumulates=lambda: next(more))
+    gradient = torch.zeros(1, 2)
     graph = SimpleNamespace(gradients=[gradient, None], scale=torch.ones(()), backward=Graph(gradient))
     step.graphs = graph
     for total in (10, 110, 1110):
         step.differentiate(torch.ones(()))
+        gradient.zero_()  # as the next forward may, which is replayed on the same memory
         assert model.weight.grad.tolist() == [[total, total]]
         assert model.bias.grad is None
     model.zero_grad(set_to_none=True)
@@ -109,6 +112,10 @@ def test_gradients_add_up_until_they_are_dropped():
     model.zero_grad(set_to_none=False)
     step.differentiate(torch.ones(()))
     assert model.weight.grad.tolist() == [[1e5, 1e5]]
+    model.zero_grad(set_to_none=False)
+    step.differentiate(torch.ones(()))
+    assert model.weight.grad is not gradient
+    assert model.weight.grad.tolist() == [[1e6, 1e6]]
 
 
 @pytest.mark.parametrize("change", ["froze", "moved"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stableqat.bench.measure import timed
-from stableqat.quantizers import QuantizerFactory
+from stableqat.quantizers import Quantizer, QuantizerFactory
 
 SHAPE = (8192, 8192)
 _BUFFERS = 3
@@ -27,7 +27,7 @@ def measure_kernels(methods: dict[str, QuantizerFactory], device: torch.device) 
     """Time each method's forward and backward from float32 weights to bfloat16, with one scale per row.
 
     Args:
-        methods: Quantizers by name.
+        methods: Quantizers by name; those that do not round the weight itself are left out.
         device: A CUDA device.
 
     Returns:
@@ -44,6 +44,8 @@ def measure_kernels(methods: dict[str, QuantizerFactory], device: torch.device) 
     graphs = {("copy", ""): _captured(lambda i: copies[i].copy_(weights[i]), stream, pool)}
     for name, factory in methods.items():
         kernel = _Kernel(factory, weights, upstream)
+        if not kernel.rounds_weight:
+            continue
         graphs["forward", name] = _captured(kernel.forward, stream, pool)
         with torch.cuda.stream(stream):  # a backward runs where its forward ran
             kernel.keep_outputs()
@@ -78,6 +80,7 @@ class _Kernel:
         self, factory: QuantizerFactory, weights: Sequence[Tensor], upstream: Sequence[Tensor]
     ) -> None:
         self.quantizer = factory(weights[0])
+        self.rounds_weight = type(self.quantizer).latent is Quantizer.latent
         self.learned = [p for p in self.quantizer.parameters() if p.requires_grad]
         self.weights = [weight.detach().requires_grad_() for weight in weights]
         self.upstream = upstream

@@ -45,12 +45,18 @@ class _GuardedCheckpoint(ModelCheckpoint):
             tidy(Path(self.dirpath) / f"{self.filename}{SUFFIX}")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if between_steps(trainer) and not _suspicious(trainer):
+        if between_steps(trainer):
             super().on_train_batch_end(trainer, *args)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    # The guard waits for the step's loss, so it is asked only when a checkpoint is due.
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
         if not _suspicious(trainer):
-            super().on_validation_end(trainer, pl_module)
+            super()._save_topk_checkpoint(trainer, *args)
+
+    def _save_last_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        if not _suspicious(trainer):
+            super()._save_last_checkpoint(trainer, *args)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # one process of several cannot save alone

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stableqat.callbacks.arrival import on_its_way
 from stableqat.errors import check_range
 from stableqat.quantizers.shard import local
 
@@ -85,7 +86,7 @@ class DivergenceGuard(L.Callback):
             drop = True
         elif optimizer.defaults.get("fused") and not scaler:
             optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
-            self._unjudged = partial(_when_arrived, loss.to("cpu", non_blocking=True), _mark(loss), judge)
+            self._unjudged = partial(_judge_later, on_its_way(loss), judge)
             drop = False
         else:
             value = loss.item()
@@ -155,20 +156,8 @@ class DivergenceGuard(L.Callback):
         logger.warning("diverged at step %d: %s%s", step, reason, blame)
 
 
-def _mark(tensor: Tensor) -> torch.cuda.Event | None:
-    """Mark this place among a GPU's work."""
-    if not tensor.is_cuda:
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
-
-
-def _when_arrived(value: Tensor, mark: torch.cuda.Event | None, judge: Callable[[float], None]) -> None:
-    """Judge a value that is on its way to the host."""
-    if mark is not None:
-        mark.synchronize()
-    judge(value.item())
+def _judge_later(read: Callable[[], Tensor], judge: Callable[[float], None]) -> None:
+    judge(read().item())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ codes and scales only, and is the same for every method.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import gcd, log
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stableqat import ops
+from stableqat.callbacks.arrival import on_its_way
 from stableqat.errors import check_range
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer
@@ -29,6 +31,8 @@ from stableqat.quantizers.shard import local
 
 MOST_BITS_BY_LEVEL = 4  # wider grids have too many codes for a line each
 OSCILLATES = 0.005  # frequency of flips back above which a weight counts as oscillating, as in the paper
+
+_Measured = tuple[list[str], list[str], Callable[[], Tensor]]  # layers, what was measured, (what, layer)
 
 
 class _Watch:
@@ -49,10 +53,11 @@ class _Watch:
         each = [n // self._length for n in per_scale]
         self._blocks = [s * n for s, n in zip(self.scales_of_layer, each, strict=True)]
         self._blocks_of_layer = self._lengths(self._blocks)
+        self._layer_of_block = self._numbers(self._blocks)
         blocks_of_scale = [n for s, n in zip(self.scales_of_layer, each, strict=True) for _ in range(s)]
-        self._scale_of_block = torch.arange(len(blocks_of_scale), device=self.device).repeat_interleave(
-            self._lengths(blocks_of_scale)
-        )
+        self._scale_of_block = self._numbers(blocks_of_scale)
+        self._sampled = self._lengths(self.scales_of_layer)
+        self._present = self._lengths([scale.numel() for scale in self._all_scales("scale")])
         _, _, self._codes = self.look()
         self._direction = torch.zeros_like(self._codes)
         self._flip_rate = torch.zeros(len(self.names), device=self.device)
@@ -112,14 +117,14 @@ class _Watch:
         v, (low, high) = weight.float() / scale, grid.bounds("range")
         error = ops.dequantize_codes(codes, scale, grid.zero_point, weight.dtype).float() - weight
         levels, lowest = 2**grid.bits, -(2 ** (grid.bits - 1))
-        layer = torch.arange(len(self.names), device=self.device).repeat_interleave(self._blocks_of_layer)
-        place = codes.int().sub_(lowest).add_(layer.int()[:, None] * levels)
-        counts = torch.bincount(place.flatten(), minlength=len(self.names) * levels).view(-1, levels)
+        place = (codes.long().sub_(lowest) + self._layer_of_block[:, None] * levels).flatten()
+        counts = torch.zeros(len(self.names) * levels, dtype=torch.int32, device=self.device)
+        counts.scatter_add_(0, place, torch.ones_like(place, dtype=counts.dtype))  # bincount waits for the GPU
+        counts = counts.view(-1, levels)
         share = counts / counts.sum(1, keepdim=True)
         signal, noise = (self._of_layers(x.float().square().sum(1), "sum") for x in (weight, error))
         floors = torch.cat(self._all_scales("scale_floor"))
         at_floor = ops.acting_scale(torch.cat(self._all_scales("scale")), floors) == floors
-        lengths = self._lengths([each.numel() for each in self._all_scales("scale")])
         drift = (self.acting_scales() / start).log2_().abs_()
         occupancy = {f"share_of_code_{lowest + i}": share[:, i] for i in range(levels)}
         return {
@@ -127,14 +132,12 @@ class _Watch:
             "oscillation": self._of_layers(self._frequency.float().mean(1)),
             "oscillating": self._of_layers((self._frequency > OSCILLATES).float().mean(1)),
             **self._frozen(),
-            "scale_drift": torch.segment_reduce(
-                drift, "mean", lengths=self._lengths(self.scales_of_layer), unsafe=True
-            ),
+            "scale_drift": torch.segment_reduce(drift, "mean", lengths=self._sampled, unsafe=True),
             "snr_db": 10 * torch.log10(signal / noise),
             "level_entropy_bits": -torch.special.xlogy(share, share).sum(1) / log(2),
             **(occupancy if grid.bits <= MOST_BITS_BY_LEVEL else {}),
             "clipped": self._of_layers(((v < low) | (v > high)).float().mean(1)),
-            "scale_at_floor": torch.segment_reduce(at_floor.float(), "sum", lengths=lengths, unsafe=True),
+            "scale_at_floor": torch.segment_reduce(at_floor.float(), "sum", lengths=self._present, unsafe=True),
         }
 
     def _of_layers(self, of_blocks: Tensor, reduce: str = "mean") -> Tensor:
@@ -176,6 +179,10 @@ class _Watch:
     def _lengths(self, lengths: list[int]) -> Tensor:
         return torch.tensor(lengths, device=self.device)
 
+    def _numbers(self, lengths: list[int]) -> Tensor:
+        """0, 1, 2 and so on, each as often as `lengths` says."""
+        return torch.arange(len(lengths), device=self.device).repeat_interleave(self._lengths(lengths))
+
 
 def _flat(tensor: Tensor, rows: slice) -> Tensor:
     return local(tensor.detach())[rows].flatten()
@@ -204,6 +211,7 @@ class QuantizerMonitor(L.Callback):
         self._start_scales: dict[str, Tensor] = {}
         self._flips: dict[str, dict[str, Tensor]] = {}
         self._seen_step = 0
+        self._unwritten: Callable[[], None] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note codes and scales at the start; continue counting flips from the checkpoint."""
@@ -224,7 +232,8 @@ class QuantizerMonitor(L.Callback):
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Count flips after every optimizer step, and log every n steps."""
+        """Count flips after every optimizer step; measure every n steps, and log that a step later."""
+        self._catch_up()
         every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
         if not self._watches or not every or trainer.global_step == self._seen_step:
             return  # nothing is quantized or logged, or a micro-batch of gradient accumulation
@@ -232,19 +241,39 @@ class QuantizerMonitor(L.Callback):
         looks = [watch.step() for watch in self._watches]
         if trainer.global_step % every:
             return
-        values: dict[str, dict[str, float]] = {}  # by what, then layer
+        measured = []
         for watch, look in zip(self._watches, looks, strict=True):
             start = torch.cat([self._start_scales[name] for name in watch.names])
-            measured = watch.describe(*look, start)
-            for what, of_layers in zip(measured, torch.stack(list(measured.values())).tolist(), strict=True):
-                values.setdefault(what, {}).update(zip(watch.names, of_layers, strict=True))
+            values = watch.describe(*look, start)
+            measured.append((watch.names, list(values), on_its_way(torch.stack(list(values.values())))))
+        self._unwritten = partial(self._write, trainer, trainer.global_step, measured)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what the last step measured."""
+        self._catch_up()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write what was measured before a run breaks off."""
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        unwritten, self._unwritten = self._unwritten, None
+        if unwritten is not None:
+            unwritten()
+
+    def _write(self, trainer: L.Trainer, step: int, measured: list[_Measured]) -> None:
+        values: dict[str, dict[str, float]] = {}  # by what, then layer
+        for layers, whats, read in measured:
+            for what, of_layers in zip(whats, read().tolist(), strict=True):
+                values.setdefault(what, {}).update(zip(layers, of_layers, strict=True))
         means = {f"quant/{what}": sum(v.values()) / len(v) for what, v in values.items()}
         single = {f"layers/{name}/{what}": x for what, v in values.items() for name, x in v.items()}
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            _log(logger, means, single if self.per_layer else {}, trainer.global_step)
+            _log(logger, means, single if self.per_layer else {}, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to log the same as the uninterrupted one."""
+        self._catch_up()
         for watch in self._watches:
             self._flips |= watch.flips()
         return {"start_scales": self._start_scales, "flips": self._flips}

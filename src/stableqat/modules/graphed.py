@@ -41,6 +41,8 @@ class GraphedLoss:
         model: Its trainable parameters get the gradients.
         loss: The loss of a batch.
         always: Whether to keep the graphs even if they are not faster.
+        accumulates: Whether the gradients of a backward have to outlive the next forward, which is replayed
+            on the same memory.
         pool: Memory of the graphs, shared with others that are never in use at the same time; None takes its
             own.
     """
@@ -51,10 +53,11 @@ class GraphedLoss:
         loss: Callable[[Batch], Tensor],
         *,
         always: bool,
+        accumulates: Callable[[], bool] = lambda: False,
         pool: Any = None,
     ) -> None:
         self.model, self.loss, self.always = model, loss, always
-        self.pool = pool
+        self.accumulates, self.pool = accumulates, pool
         self.root = torch.zeros((), requires_grad=True)  # gives the loss a backward
         self._all = list(model.parameters())
         self.parameters = [p for p in self._all if p.requires_grad]
@@ -89,17 +92,15 @@ class GraphedLoss:
         assert self.graphs is not None
         pairs = zip(self.parameters, self.graphs.gradients, strict=True)
         given = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
-        for parameter, gradient in given:
-            if parameter.grad is gradient:  # of a batch before, which the replay would overwrite
-                parameter.grad = gradient.clone()
+        known = [(p.grad, g) for p, g in given if p.grad is not None and p.grad is not g]
         self.graphs.scale.copy_(scale)
         self.graphs.backward.replay()
-        known = [(parameter.grad, g) for parameter, g in given if parameter.grad is not None]
         if known:
             torch._foreach_add_(*zip(*known, strict=True))
+        keep = self.accumulates()
         for parameter, gradient in given:
-            if parameter.grad is None:
-                parameter.grad = gradient
+            if parameter.grad is None or parameter.grad is gradient:  # one set to zero is what was replayed
+                parameter.grad = gradient.clone() if keep else gradient
 
     def _weights(self) -> list[tuple[int, bool]]:
         """Where each parameter lies and whether it is trained: what a graph holds fast."""

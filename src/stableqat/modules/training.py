@@ -55,7 +55,10 @@ class Training(L.LightningModule):
         """Replay the steps to come if the settings allow it; the first one shows whether they can be."""
         assert self.model is not None
         if self.graphed is not False and why_not_graphed(self.trainer, self) is None:
-            self._graphed_loss = GraphedLoss(self.model, self.loss, always=bool(self.graphed))
+            accumulates = self.trainer.fit_loop.epoch_loop._should_accumulate
+            self._graphed_loss = GraphedLoss(
+                self.model, self.loss, always=bool(self.graphed), accumulates=accumulates
+            )
 
     def on_train_end(self) -> None:
         """Free the graphs' memory."""
