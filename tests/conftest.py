@@ -1,9 +1,9 @@
 """One thread a test process, and no trace of one test in the next: cores and order decide no result."""
 
+import gc
 import logging
 import os
 import random
-import re
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -42,24 +42,6 @@ def pytest_configure(config: pytest.Config) -> None:
     )  # as the command does, and for its reason
 
 
-# of tests that repeat another in a longer or a second form; `pytest -m slow` runs them
-SLOW = (
-    "bench/test_decode.py::test_(two_models|the_command)",
-    "diagnose/test_diagnose_verb.py::test_(groups|blocks|a_diagnosis_is)",
-    "notebooks/test_notebooks.py::test_runs_again.(basin|stability|initialisation)",
-    "systems/test_killed_sweeps.py::test_(a_run_that_was_told|two_sweeps)",
-    "systems/test_faults.py::test_(kills.6|all_processes_stop_at_one_step.01|a_damaged_last.*(flipped|missing))",
-    "systems/test_faults.py::test_a_signal_saves_and_ends_with_143.(SIGUSR1|before|between)",
-    "systems/test_launch.py::test_what_one_process_finds_wrong",
-    "systems/test_divided_rounding.py::.*lapq",
-    "systems/test_clocked_runs.py::test_a_run_with_a_clock_resumes_bit_for_bit.kill",
-    "systems/test_gathered_codes.py::test_(it_resumes|the_benchmark|shards_become|codes_train.*binary)",
-    "systems/test_processes.py::test_two_processes_measure_the_start_as_one_does.vit",
-    "systems/test_kill.py::.*(vit-0|llama-2|terminate)",
-    "systems/test_memory.py::.*fsdp2",
-)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and their tests, in random order")
 
@@ -72,14 +54,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if any(re.match(f"(tests/)?{each}", item.nodeid) for each in SLOW):
-            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not {"systems", "notebooks"} & {*item.path.parts})
     if (seed := config.getoption("shuffle")) is not None:
         chance = random.Random(seed)
         order = {path: chance.random() for path in dict.fromkeys(item.path for item in items)}
         chance.shuffle(items)
         items.sort(key=lambda item: order[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays; looking for garbage in it takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +81,9 @@ def _nothing_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.partition(".")[0] in ("stableqat", "lightning"):
             logger = logging.getLogger(name)
             logger.handlers.clear()
-            logger.setLevel(logging.NOTSET)
             logger.propagate = True
+            if logger.level:  # setting it empties a cache of every logger there is
+                logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -224,6 +224,7 @@ def test_ratios_are_those_of_a_round(done):
     assert "| 3.000 (1.000-5.000) | 0.38 (0.25-0.50) | 0.60 (0.40-0.80) |" in row
 
 
+@pytest.mark.slow
 def test_two_models_at_a_time_are_held(home, monkeypatch):
     """Bfloat16's, while the next is built and takes turns with it."""
     living, held = weakref.WeakSet(), []

@@ -183,6 +183,7 @@ def test_fit_takes_the_mapping_as_it_is(family, budget, place, request, tmp_path
     assert len(set(widths.values())) > 1
 
 
+@pytest.mark.slow
 def test_a_diagnosis_is_a_source(llama, diagnose, tmp_path, capsys):
     """Other budgets and another tolerance of the same measurements; the first diagnosis stays as it was."""
     before = {path: path.read_bytes() for path in llama.iterdir()}
@@ -203,6 +204,7 @@ def test_a_diagnosis_is_a_source(llama, diagnose, tmp_path, capsys):
     assert {path: path.read_bytes() for path in llama.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_groups_and_grids_reach_the_mapping(place, diagnose, tmp_path):
     options = {"bits": "2,4", "group_size": 16, "grid": "stretched", "quantizer": "STE", "directions": 0}
     assert diagnose(place / "llama", tmp_path / "out", **options) == 0
@@ -220,6 +222,7 @@ def test_groups_and_grids_reach_the_mapping(place, diagnose, tmp_path):
     assert layer["settings"]["2"]["rtn"]["rise"] == pytest.approx(rise, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_may_be_left_alone(llama, place, diagnose, tmp_path):
     options = {"bits": "2,4", "skip": "lm_head model.layers.0.*", "directions": 0}
     assert diagnose(place / "llama", tmp_path / "out", **options) == 0

@@ -8,6 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
+LONG = {"basin", "initialisation", "stability"}  # they train
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w<.])/(?:home|mnt|private|root|tmp|Users|usr|var|work)/")
 
@@ -49,7 +50,11 @@ def test_kept(path):
     assert path.stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else ()) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_runs_again(path, tmp_path, monkeypatch):
     """In a folder beside the repository's configs, as notebooks/ is, and leaving nothing there."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the kernels' tests set it, slow for training

@@ -20,8 +20,13 @@ PRELOAD = [
     "stableqat.data",
     "datasets",
     "timm",
+    "omegaconf",
+    "scipy.io",
+    "sklearn.datasets",
+    "tensorboard.plugins.hparams.api_pb2",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
+    "parsed",
 ]
 SECONDS = 600
 

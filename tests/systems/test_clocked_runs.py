@@ -57,7 +57,7 @@ def arguments(folder: Path, version: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("how", ["kill", "terminate"])
+@pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), "terminate"])
 def test_a_run_with_a_clock_resumes_bit_for_bit(how, folder):
     """Cut short after the 5th step: killed, it resumes from the 3rd, told to stop it ends the 6th."""
     log, whole = folder / "log", folder / "llama" / "whole"

@@ -12,7 +12,7 @@ import words
 from stableqat.runs import open_run
 
 
-@pytest.mark.parametrize("method", ["gptq", "lapq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("lapq", marks=pytest.mark.slow)])
 def test_two_processes_round_as_one_does(method, tmp_path, monkeypatch):
     monkeypatch.setattr(forked, "_run", as_torchrun)
     starts.model_folder(tmp_path / "model")

@@ -109,7 +109,8 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("number", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [6, 20])
 def test_kills(number, place):
     """At any time of a run's life, many of them in the middle of writing a checkpoint."""
     kills, versions, finished = 0, iter(range(100)), []
@@ -146,7 +147,9 @@ SIGNALS = {
 }
 
 
-@pytest.mark.parametrize("case", [*list(SIGNALS)[1:], pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", [case if "in a" in case else pytest.param(case, marks=pytest.mark.slow) for case in SIGNALS]
+)
 def test_a_signal_saves_and_ends_with_143(case, place):
     version = case.replace(" ", "-")
     assert place.run(version, *fault("Signal", **SIGNALS[case])) == [143]
@@ -156,7 +159,7 @@ def test_a_signal_saves_and_ends_with_143(case, place):
     place.assert_undisturbed(version)
 
 
-@pytest.mark.parametrize("ranks", ["01", "1"])
+@pytest.mark.parametrize("ranks", [pytest.param("01", marks=pytest.mark.slow), "1"])
 def test_all_processes_stop_at_one_step(ranks, place):
     """Whichever gets the signal, and whenever."""
     version = f"signal-to-{ranks}"
@@ -234,7 +237,9 @@ def cut(place, request):
     return version
 
 
-@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize(
+    "case", ["cut short", *(pytest.param(case, marks=pytest.mark.slow) for case in list(DAMAGE)[1:])]
+)
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(case, place, cut):
     last = place.at(cut) / "checkpoints" / "last.ckpt"
     previous = last.with_name("previous.ckpt")

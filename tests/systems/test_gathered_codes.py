@@ -174,6 +174,7 @@ def bench_all(path: Path) -> None:
         torch.save(found, path)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_gathers(tmp_path):
     forked.call(bench_all, tmp_path / "found.pt", log=tmp_path / "log", processes=2)
     arms = torch.load(tmp_path / "found.pt", weights_only=True)
@@ -239,9 +240,11 @@ def test_its_checkpoint_is_that_of_a_run_that_gathers_weights(runs):
     assert list(one["state_dict"]) == list(two["state_dict"])
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, atol=2e-3, rtol=0)
-    assert all("/optimizer_states/" in key or "/state_dict/" in key for key in differing(one, two))
+    rounded = ("/optimizer_states/", "/state_dict/", "/callbacks/DivergenceGuard/average")  # of the losses
+    assert not [key for key in differing(one, two) if not key.startswith(rounded)]
 
 
+@pytest.mark.slow
 def test_it_resumes_what_the_other_saved(runs):
     straight = runs.probed("weights")["losses"]
     for start, version in (("weights", "codes after weights"), ("codes", "weights after codes")):
@@ -251,6 +254,7 @@ def test_it_resumes_what_the_other_saved(runs):
         assert resumed == pytest.approx(straight[6:], abs=1e-2)
 
 
+@pytest.mark.slow
 def test_shards_become_the_one_file(runs):
     runs.probed("codes")
     runs.probed("codes in shards", "--trainer.strategy.save_distributed_checkpoint", "true")

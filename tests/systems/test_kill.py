@@ -82,11 +82,11 @@ def runs(tmp_path_factory):
 
 CASES = [
     ("llama", 0, "kill"),
-    ("llama", 2, "kill"),
-    ("vit", 0, "kill"),
+    pytest.param("llama", 2, "kill", marks=pytest.mark.slow),
+    pytest.param("vit", 0, "kill", marks=pytest.mark.slow),
     ("vit", 2, "kill"),
-    ("llama", 0, "terminate"),
-    ("vit", 0, "raise"),
+    pytest.param("llama", 0, "terminate", marks=pytest.mark.slow),
+    pytest.param("vit", 0, "raise", marks=pytest.mark.slow),
 ]
 
 
@@ -99,9 +99,9 @@ def test_every_loss_is_that_of_the_uninterrupted_run(family, workers, how, runs)
     assert trace(runs.resumed(family, workers, how)) == whole
 
 
-@pytest.mark.parametrize(("family", "workers"), [case[:2] for case in CASES[:4]])
-def test_the_last_checkpoint_is_that_of_the_uninterrupted_run(family, workers, runs):
-    whole, resumed = checkpoint(runs.whole(family)), checkpoint(runs.resumed(family, workers, "kill"))
+@pytest.mark.parametrize(("family", "workers", "how"), CASES[:4])
+def test_the_last_checkpoint_is_that_of_the_uninterrupted_run(family, workers, how, runs):
+    whole, resumed = checkpoint(runs.whole(family)), checkpoint(runs.resumed(family, workers, how))
     assert not list(differing(whole, resumed))
 
 

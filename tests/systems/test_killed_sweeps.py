@@ -63,6 +63,7 @@ def test_a_sweep_killed_three_times_ends_with_the_same_table(undisturbed):
     assert table(folder / "killed") == expected
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_run_each_point_once(undisturbed):
     folder, expected = undisturbed
     assert [sweep.wait() for sweep in (begin(folder, "shared"), begin(folder, "shared"))] == [0, 0]
@@ -73,6 +74,7 @@ def test_two_sweeps_at_once_run_each_point_once(undisturbed):
     assert [record["status"] for record in records] == ["done"] * 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_told_to_stop_is_not_done_even_without_checkpoints(undisturbed):
     """Lightning ends it in order, and there is nothing to go on from: it begins anew."""
     folder, expected = undisturbed

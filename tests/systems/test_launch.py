@@ -42,6 +42,7 @@ def test_two_processes_from_one_command(strategy, tmp_path):
     assert read_run(tmp_path / "vit" / "run").last("hp/steps") == 2
 
 
+@pytest.mark.slow
 def test_what_one_process_finds_wrong_ends_all_with_one_line(tmp_path):
     """The first prepares the data while the others wait."""
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": ')

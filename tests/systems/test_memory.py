@@ -11,6 +11,7 @@ import torch
 from test_processes import PROCESSES, arguments, probe
 
 STEPS = 3
+STRATEGIES = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,14 @@ def agree(one, two, tolerance=2e-6):
 LEAN = ("--model.lean_loss", "true", "--model.activation_checkpointing", "true")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lean_and_checkpointed_processes_train_as_one_plain_one(strategy, run):
     found = run(strategy, "lean", *LEAN)
     assert found["sharded"] == (strategy == "fsdp2")
     agree(run("auto", "plain"), found)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_process_has_the_teacher(strategy, run):
     start = run("auto", "plain")["folder"]
     taught = ("--model.teacher.source", str(start), "--model.teacher.hidden_weight", "0.5")

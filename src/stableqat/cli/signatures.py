@@ -29,6 +29,7 @@ def our_classes(room: str) -> dict[str, ast.ClassDef]:
     return classes((OURS / room).glob("*.py"))
 
 
+@cache
 def trainer_class() -> dict[str, ast.ClassDef]:
     """Return Lightning's Trainer, by name."""
     lightning = find_spec("lightning")

@@ -9,6 +9,7 @@ and Permuted are the controls that separate the two effects.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import cos, pi, sqrt
 from typing import Any, Literal, NamedTuple
 
@@ -80,6 +81,18 @@ class Identity(Surrogate):
         return None
 
 
+@cache  # every layer of a model asks for the same
+def _lowest(amplitude: float, harmonics: int) -> float:
+    """The least value of the Fourier surrogate."""
+
+    def value(u: float) -> float:
+        waves = sum((-1) ** m / (2 * m + 1) * cos((2 * m + 1) * pi * u) for m in range(harmonics))
+        s = amplitude * sqrt(2) * pi * waves
+        return (1 - s) / (1 + s)
+
+    return min(value(i / 4096) for i in range(2049))
+
+
 @dataclass(frozen=True)
 class Fourier(Surrogate):
     """StableQAT's rotated, damped Fourier series of the staircase.
@@ -101,18 +114,12 @@ class Fourier(Surrogate):
     def __post_init__(self) -> None:
         check_range("harmonics", self.harmonics, 1)
         check_range("amplitude", self.amplitude, 0)
-        low = min(self._closed_form(i / 4096) for i in range(2049))
+        low = _lowest(self.amplitude, self.harmonics)
         if not low > 0:
             raise UserError(
                 f"amplitude: at {self.amplitude} with {self.harmonics} harmonic(s) the surrogate falls to "
                 f"{low:.3g}, so gradients vanish or change sign; with one harmonic stay below 0.225"
             )
-
-    def _closed_form(self, u: float) -> float:
-        orders = range(self.harmonics)
-        waves = sum((-1) ** m / (2 * m + 1) * cos((2 * m + 1) * pi * u) for m in orders)
-        s = self.amplitude * sqrt(2) * pi * waves
-        return (1 - s) / (1 + s)
 
     @property
     def kernel(self) -> KernelForm:
