@@ -119,7 +119,8 @@ class _Watch:
         levels, lowest = 2**grid.bits, -(2 ** (grid.bits - 1))
         place = (codes.long().sub_(lowest) + self._layer_of_block[:, None] * levels).flatten()
         counts = torch.zeros(len(self.names) * levels, dtype=torch.int32, device=self.device)
-        counts.scatter_add_(0, place, torch.ones_like(place, dtype=counts.dtype))  # bincount waits for the GPU
+        # bincount waits for the GPU
+        counts.scatter_add_(0, place, torch.ones_like(place, dtype=counts.dtype))
         counts = counts.view(-1, levels)
         share = counts / counts.sum(1, keepdim=True)
         signal, noise = (self._of_layers(x.float().square().sum(1), "sum") for x in (weight, error))
@@ -137,7 +138,9 @@ class _Watch:
             "level_entropy_bits": -torch.special.xlogy(share, share).sum(1) / log(2),
             **(occupancy if grid.bits <= MOST_BITS_BY_LEVEL else {}),
             "clipped": self._of_layers(((v < low) | (v > high)).float().mean(1)),
-            "scale_at_floor": torch.segment_reduce(at_floor.float(), "sum", lengths=self._present, unsafe=True),
+            "scale_at_floor": torch.segment_reduce(
+                at_floor.float(), "sum", lengths=self._present, unsafe=True
+            ),
         }
 
     def _of_layers(self, of_blocks: Tensor, reduce: str = "mean") -> Tensor:
@@ -252,7 +255,9 @@ class QuantizerMonitor(L.Callback):
         """Write what the last step measured."""
         self._catch_up()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Write what was measured before a run breaks off."""
         self._catch_up()
 
