@@ -52,7 +52,7 @@ ALLOWED = {
     "model_folder": {"api", "layers", "ops", "quantizers"},
     "evaluate": {"checkpoints", "data", "kinds", "layers", "model_folder", "modules", "runs"},
     "predict": {"data", "evaluate"},
-    "export": {"api", "data", "kinds", "layers", "model_folder", "modules", "quantizers", "runs"},
+    "export": {"api", "data", "kinds", "layers", "model_folder", "modules", "ops", "quantizers", "runs"},
     "importing": {"data", "layers", "modules", "ops", "quantizers", "runs"},
     "ptq": {"data", "evaluate", "layers", "modules", "ops", "quantizers", "runs"},
     "diagnose": {"evaluate", "landscape", "layers", "modules", "ptq", "quantizers", "surgery"},

@@ -37,6 +37,21 @@ def test_a_run_says_what_it_is_and_what_comes_next(at, capsys):
     assert [line.removeprefix("next: ") for line in lines if line.startswith("next: ")] == commands
 
 
+@pytest.mark.parametrize(
+    ("flags", "format"),
+    [
+        (["--model.input_quantizer", "stableqat.quantizers.inputs.PerToken"], "onnx"),
+        (["--model.cache_bits", "8"], None),
+    ],
+)
+def test_a_run_is_told_of_the_format_that_holds_it(flags, format, at, capsys):
+    if format is not None:
+        flags = [*flags, "--model.input_quantizer.bits", "8"]
+    assert fit(f"held-{format}", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2", *flags) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "next: stableqat export" in line]
+    assert [line.split(" --format ")[1].split()[0] for line in told] == ([] if format is None else [format])
+
+
 def test_a_run_that_keeps_no_checkpoint_names_none(at, capsys):
     flags = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
     assert fit("kept-none", *flags, "--best.enabled", "false", "--last.enabled", "false") == 0

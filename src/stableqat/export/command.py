@@ -2,7 +2,8 @@
 
 Scales are rounded to the file's type inside the model, which is evaluated again. The file is written under a
 temporary name and read back with the format's own reader. It gets its name only if every quantized weight
-equals the model's, bit for bit, and the reader's logits are the model's.
+equals the model's, bit for bit, and the reader's logits are the model's; with quantized inputs, the logits on
+equal codes (`input_codes`).
 """
 
 import hashlib
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from stableqat.export.packed import PackedModel
     from stableqat.export.source import Source
+    from stableqat.modules import QATModule
     from stableqat.quantizers import QuantizedWeight
 
 REPORT = "export.json"
@@ -43,7 +45,7 @@ def export(
     format: Literal["hf", "compressed-tensors", "gguf", "onnx", "torchao"],
     out: str,
     dtype: Literal["fp16", "bf16", "fp32"] | None = None,
-    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16",
+    scale_dtype: Literal["fp16", "bf16", "fp32"] | None = None,
     storage_bits: Literal[4, 8] | None = None,
     embedding_bits: Literal[4, 8] | None = None,
     tokenizer: str | None = None,
@@ -64,8 +66,11 @@ def export(
             compressed-tensors, because vLLM computes in the type of the file and rounds a float32 file to
             bfloat16.
         scale_dtype: Type to which scales are rounded, in the model, before it is evaluated and written.
+            Default: fp16, but fp32 for onnx if every layer has an input with one scale, because that file
+            holds float32 scales anyway.
         storage_bits: For compressed-tensors, store narrower codes in 4 or 8 bits, which every GPU kernel of
-            vLLM and SGLang reads; the values stay the same.
+            vLLM and SGLang reads; the values stay the same. For onnx with quantized inputs, 8 stores codes in
+            the types that onnxruntime multiplies as integers.
         embedding_bits: Also round token embedding and head to this many bits; the report says what it costs.
         tokenizer: Tokenizer to put beside a language model. Default: the run's or the folder's.
         template: For gguf, a file that llama.cpp's converter made from the hf export; its tokenizer is kept,
@@ -81,14 +86,14 @@ def export(
     """
     if missing := [name for name in LIBRARIES[format] if find_spec(name.replace("-", "_")) is None]:
         raise UserError(f"format: {format} needs {', '.join(missing)}; pip install 'stableqat[export]'")
-    for key, used, only in (
-        ("template", template is not None, "gguf"),
-        ("storage_bits", storage_bits is not None, "compressed-tensors"),
-        ("target", target != "cpu", "gguf"),
-        ("int8_activations", int8_activations, "onnx"),
+    for key, used, those in (
+        ("template", template is not None, ("gguf",)),
+        ("storage_bits", storage_bits is not None, ("compressed-tensors", "onnx")),
+        ("target", target != "cpu", ("gguf",)),
+        ("int8_activations", int8_activations, ("onnx",)),
     ):
-        if used and format != only:
-            raise UserError(f"{key}: is for {only}, not for {format}; leave it out")
+        if used and format not in those:
+            raise UserError(f"{key}: is for {' and '.join(those)}, not for {format}; leave it out")
     check_source(source, local=True)
     # torch is slow to import; mistakes above are refused without it
     from stableqat.export import gguf_template
@@ -101,6 +106,7 @@ def export(
         show(0, "reading the model")
         found = load_source(source, tokenizer)
         chosen = dtype or _default_dtype(format, found.dtype)
+        scale_dtype = scale_dtype or _default_scale_dtype(format, found.module)
         types = DTYPES[chosen], DTYPES[scale_dtype]
         packed = PackedModel(
             found.module,
@@ -116,6 +122,7 @@ def export(
             tokenizer=found.tokenizer,
         )
         writer = import_module(f"stableqat.export.{format.replace('-', '_')}")
+        _check_inputs(packed, format)
         writer.check(packed)  # what does not depend on layers, before anything is computed
         show(1, "evaluating the model")
         _, trained = evaluate(found.module, found.batch)
@@ -133,6 +140,10 @@ def export(
             _write(writer, found, packed, part)
             show(4 + evaluations, "reading back")
             differences = _compare(format, writer.read(packed, part), packed, logits)
+            if packed.inputs:
+                from stableqat.export.input_codes import compare_inputs
+
+                differences |= compare_inputs(packed, part, LOGITS_DIFFER)
             report: dict[str, Any] = {
                 "format": format,
                 "source": str(found.checkpoint),
@@ -170,6 +181,24 @@ def _default_dtype(format: str, of_start: str | None) -> str:
     return of_start or "fp32"
 
 
+def _default_scale_dtype(format: str, module: "QATModule") -> Literal["fp16", "fp32"]:
+    """The shortest type of scales that a file gains from."""
+    from stableqat.layers.linear import quantized_inputs, quantized_layers
+
+    assert module.model is not None
+    inputs = quantized_inputs(module.model)
+    static = [name for name, made in inputs.items() if made.operands().scale is not None]
+    return "fp32" if format == "onnx" and len(static) == len(quantized_layers(module.model)) else "fp16"
+
+
+def _check_inputs(packed: "PackedModel", format: str) -> None:
+    if packed.inputs and format != "onnx":
+        raise UserError(
+            f"{format}: layer {next(iter(packed.inputs))} quantizes its input, which this format cannot "
+            "hold; take onnx"
+        )
+
+
 def _write(writer: Any, found: "Source", packed: "PackedModel", part: Path) -> None:
     from safetensors import SafetensorError
 
@@ -201,8 +230,8 @@ def _compare(
                 "discarded; use another format"
             )
     difference, largest = (theirs.float() - logits).abs().max().item(), logits.abs().max().item()
-    # int8 activations change logits, as the report says
-    if not (packed.int8_activations or difference <= LOGITS_DIFFER * largest):
+    # int8 activations change logits, as the report says; with quantized inputs a later comparison decides
+    if not (packed.int8_activations or packed.inputs or difference <= LOGITS_DIFFER * largest):
         raise UserError(
             f"{format}: logits of the file differ from the model's by up to {difference:.1e} (the largest is "
             f"{largest:.1e}), so the file is discarded; use another format"
@@ -299,6 +328,18 @@ def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
         f"scales in {report['scale_dtype']}); left, in {report['dtype']}: {left}",
         *report["notes"],
         f"read back: weights differ by {weights:g}, logits by {logits:.1e}",
+        *_of_inputs(report),
         f"loss on {report['batch']}: {losses}",
     ]
     terminal().print("\n  ".join(lines))
+
+
+def _of_inputs(report: dict[str, Any]) -> list[str]:
+    if "inputs" not in report:
+        return []
+    others, count = report["inputs_on_other_codes"], report["inputs"]
+    logits = report["max_logit_difference_on_equal_codes"]
+    return [
+        f"inputs: equal ones have equal codes; the order of sums moves {others:,} of {count:,} to the next "
+        f"code; on equal codes logits differ by {logits:.1e}"
+    ]

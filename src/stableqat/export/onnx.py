@@ -11,13 +11,15 @@ inputs. The form decides which kernel of onnxruntime runs, and kernels differ in
 
 Scales have the type of the activations, so a float32 model stores them as float32. A language model's graph
 is a function of whole rows of tokens, without cache or mask. The file's metadata holds what a graph cannot
-say: that, or a vision transformer's preprocessing and classes.
+say: that, or a vision transformer's preprocessing and classes. Layers that quantize their input leave as
+`qdq` describes.
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from stableqat.errors import UserError, one_line
-from stableqat.export import hf
+from stableqat.export import hf, qdq
 from stableqat.export.packed import PackedModel
+from stableqat.ops import Activation
+from stableqat.ops.inputs import input_value
+from stableqat.ops.operands import Spec
 from stableqat.quantizers import QuantizedWeight
 
 FILE = "model.onnx"
@@ -45,6 +50,8 @@ def check(packed: PackedModel) -> None:
     """
     if packed.dtype != torch.float32:
         raise UserError("onnx: the graph computes in float32; leave --dtype at fp32, or take hf")
+    qdq.check(packed)
+    static = qdq.static_inputs(packed)
     for name, weight in packed.layers.items():
         if isinstance(packed.model.get_submodule(name), nn.Embedding):
             raise UserError(
@@ -55,6 +62,8 @@ def check(packed: PackedModel) -> None:
                 f"onnx: {name} has the 8-bit {weight.grid} grid, but half-integer zero points end at 4 bits; "
                 "take torchao"
             )
+        if name in static:  # standard operators, which take groups of any size and any scale
+            continue
         if stored_form(weight, packed.int8_activations).zero_point and packed.scale_dtype == torch.float32:
             raise UserError(
                 "onnx: onnxruntime multiplies the scale by code and zero point apart, which rounds float32 "
@@ -69,13 +78,14 @@ def check(packed: PackedModel) -> None:
 
 def notes(packed: PackedModel) -> list[str]:
     """Return how each grid is stored, what int8 activations mean, and what the graph takes."""
-    forms = [(weight, stored_form(weight, packed.int8_activations)) for weight in packed.layers.values()]
-    counts = Counter(
-        f"{weight.bits}-bit {weight.grid} grid as {_width(form.bits)}-bit "
-        f"{'codes' if form is weight else 'odd integers'}"
-        for weight, form in forms
-    )
-    lines = [f"{count} layers of the {form}" for form, count in counts.items()]
+    static = qdq.static_inputs(packed)
+    counts: Counter[str] = Counter()
+    for name, weight in packed.layers.items():
+        form = weight.integers() if name in static else stored_form(weight, packed.int8_activations)
+        codes = "codes" if form is weight else "odd integers"
+        width = qdq.form(packed, name) if name in static else f"{_width(form.bits)}-bit"
+        counts[f"{weight.bits}-bit {weight.grid} grid as {width} {codes}"] += 1
+    lines = [f"{count} layers of the {form}" for form, count in counts.items()] + qdq.notes(packed)
     if packed.int8_activations:
         lines.append("onnxruntime rounds activations to int8: its logits are no longer the model's")
     return lines if packed.family == "vit" else [*lines, _WHOLE_ROWS]
@@ -89,18 +99,26 @@ def write(packed: PackedModel, folder: Path) -> None:
     """
     model: Any = packed.plain()
     _check_calls(model, packed)
-    place_operators(model, packed.layers, int8_activations=packed.int8_activations)
+    inputs = {name: quantizer.activation() for name, quantizer in packed.inputs.items()}
+    place_operators(
+        model,
+        packed.layers,
+        inputs,
+        int8_activations=packed.int8_activations,
+        storage_bits=packed.storage_bits,
+    )
     is_text = packed.module.family == "text"
+    called = _Logits(model).eval() if is_text else model
     batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = {0: batch, 1: length} if is_text else {0: batch}
     try:
         program: Any = torch.onnx.export(
-            _Logits(model).eval() if is_text else model,
+            called,
             (packed.input[:1].repeat_interleave(2, dim=0),),  # a batch of one would become a constant
             input_names=[packed.module.input_key],
             output_names=["logits"],
             dynamic_shapes=(shapes,),
-            opset_version=21,
+            opset_version=qdq.OPSET,
             dynamo=True,
             verbose=False,
         )
@@ -108,6 +126,7 @@ def write(packed: PackedModel, folder: Path) -> None:
         raise UserError(f"onnx: torch cannot export this model ({_cause(error)}); take hf") from error
     program.model.metadata_props.update(_metadata(packed))
     graph = program.model.graph
+    qdq.store_four_bits(graph, called)
     for node in graph:  # where it is in the source would fill most of a small file
         node.metadata_props.clear()
         node.doc_string = None
@@ -116,7 +135,7 @@ def write(packed: PackedModel, folder: Path) -> None:
 
 
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the weights as onnxruntime's operator multiplies by them, and its logits."""
+    """Return the weights as onnxruntime's operators multiply by them, and its logits."""
     import onnx
     import onnxruntime
 
@@ -126,11 +145,18 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     constants = {each.name: each for each in graph.initializer}
     weights = {}
     for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            name = node.input[1].removesuffix(".codes")
-            name = name.removeprefix(f"{_Logits.PREFIX}.") if packed.module.family == "text" else name
-            weights[name] = torch.from_numpy(_multiplied_by_identity(node, constants))
+        if (name := layer_of(node, packed)) is not None:
+            weights[name] = torch.from_numpy(_multiplied(node, constants))
     return weights, torch.from_numpy(logits)
+
+
+def layer_of(node: Any, packed: PackedModel) -> str | None:
+    """The layer whose weight an operator of a file holds; None if it holds none."""
+    place = {"MatMulNBits": 1, "DequantizeLinear": 0}.get(node.op_type)
+    if place is None or not (codes := node.input[place]).endswith(".codes"):
+        return None
+    prefix = f"{_Logits.PREFIX}." if packed.module.family == "text" else ""
+    return str(codes.removeprefix(prefix).removesuffix(".codes"))
 
 
 def _check_calls(model: nn.Module, packed: PackedModel) -> None:
@@ -216,23 +242,42 @@ class MatMulNBits(nn.Module):
 
 
 def place_operators(
-    model: nn.Module, layers: Mapping[str, QuantizedWeight], *, int8_activations: bool = False
+    model: nn.Module,
+    layers: Mapping[str, QuantizedWeight],
+    inputs: Mapping[str, Activation] | None = None,
+    *,
+    int8_activations: bool = False,
+    storage_bits: int | None = None,
 ) -> None:
     """Replace linear layers by operators.
 
     Args:
         model: A plain model, changed in place.
         layers: Weights by layer name.
+        inputs: How inputs are quantized, by layer name.
         int8_activations: See `MatMulNBits`.
+        storage_bits: See `qdq.QDQLinear`.
     """
     for name, weight in layers.items():
         layer: Any = model.get_submodule(name)
-        operator = MatMulNBits(weight, layer.bias, int8_activations=int8_activations)
+        made = None if inputs is None else inputs.get(name)
+        operator: nn.Module
+        if made is not None and made.operands.scale is not None:
+            operator = qdq.QDQLinear(weight, layer.bias, made, storage_bits)
+        else:
+            operator = MatMulNBits(weight, layer.bias, int8_activations=int8_activations)
         for hook in layer._forward_pre_hooks.values():  # a patch embedding's, which cut the image
             operator.register_forward_pre_hook(hook)
+        if made is not None and made.operands.scale is None:
+            operator.register_forward_pre_hook(partial(_round_tokens, made))
         for hook in layer._forward_hooks.values():
             operator.register_forward_hook(hook)
         model.set_submodule(name, operator)
+
+
+def _round_tokens(made: Activation, _: nn.Module, args: tuple[Tensor]) -> Tensor:
+    (input,) = args
+    return input_value(input, made.operands, Spec(made.grid, made.surrogate, input.dtype))
 
 
 def _width(bits: int) -> int:
@@ -265,31 +310,32 @@ class _Logits(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-def _multiplied_by_identity(node: Any, constants: dict[str, Any]) -> np.ndarray:
-    """Return the weight of an operator: its transposed product with the identity, one term per sum.
+def _multiplied(node: Any, constants: dict[str, Any]) -> np.ndarray:
+    """Return the weight of an operator: dequantized, or the product with the identity, one term per sum.
 
     The codes, scales and zero points are the file's; the product is always in float32.
     """
     import onnxruntime
     from onnx import TensorProto, helper
 
-    alone = helper.make_node(
-        "MatMulNBits",
-        ["x", *node.input[1:]],
-        ["y"],
-        domain=node.domain,
-        **{each.name: helper.get_attribute_value(each) for each in node.attribute} | {"accuracy_level": 1},
-    )
-    inputs = next(each.i for each in node.attribute if each.name == "K")
+    alone = type(node)()
+    alone.CopyFrom(node)
+    alone.output[0] = "y"
+    given, shape = {}, [None, None]
+    if node.op_type == "MatMulNBits":
+        alone.input[0] = "x"
+        attributes = {each.name: each for each in alone.attribute}
+        attributes["accuracy_level"].i = 1
+        given = {"x": np.eye(attributes["K"].i, dtype=np.float32)}
     graph = helper.make_graph(
         [alone],
         "weight",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [inputs, inputs])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [inputs, None])],
-        [constants[name] for name in node.input[1:] if name],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in given.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [constants[name] for name in node.input if name in constants],
     )
-    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    domains = [helper.make_opsetid("", qdq.OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (product,) = session.run(None, {"x": np.eye(inputs, dtype=np.float32)})
-    return np.ascontiguousarray(product.T)
+    (transposed,) = session.run(None, given)
+    return np.ascontiguousarray(transposed.T)

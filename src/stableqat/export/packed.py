@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from stableqat.errors import UserError
 from stableqat.export.gguf_header import Header
-from stableqat.layers.attention import describe_attention
 from stableqat.layers.embedding import QuantEmbedding
-from stableqat.layers.linear import QuantLinear, quantized_layers
+from stableqat.layers.linear import QuantLinear, quantized_inputs, quantized_layers
 from stableqat.modules import QATModule
 from stableqat.quantizers import STE, QuantizedWeight
+from stableqat.quantizers.inputs import InputQuantizer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,7 +37,8 @@ class PackedModel:
         batch: Inputs on which the file is compared with the model.
         template: Header of a GGUF of llama.cpp's converter, whose metadata is kept; or None.
         int8_activations: Whether an ONNX file lets the runtime round activations to int8.
-        storage_bits: Bits in which compressed-tensors stores a code; None takes the fewest.
+        storage_bits: Bits in which compressed-tensors, and onnx beside quantized inputs, store a code; None
+            takes the fewest.
         images: How images are resized and normalised, as timm's `pretrained_cfg`; None takes timm's own.
         classes: Names of a vision transformer's classes, by label; None if unknown.
         tokenizer: A language model's tokenizer, or None.
@@ -78,9 +79,14 @@ class PackedModel:
         """The batch's token ids or images."""
         return self.batch[self.module.input_key]
 
+    @property
+    def inputs(self) -> dict[str, InputQuantizer]:
+        """The quantizers of inputs by layer name."""
+        return quantized_inputs(self.model)
+
     def rest(self) -> dict[str, Tensor]:
         """Parameters and buffers that are not quantized, in their type, without a tied head."""
-        left = {k: v for k, v in self.model.state_dict().items() if ".weight_quantizer." not in k}
+        left = {k: v for k, v in self.model.state_dict().items() if "_quantizer." not in k}
         left = {k: v for k, v in left.items() if k.removesuffix(".weight") not in self.layers}
         if self.tied:
             left.pop("lm_head.weight")
@@ -152,17 +158,17 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
     layers = _layers(model)
     if not layers:
         raise UserError("no layer is quantized: this was trained in full precision; export a quantized run")
-    if attention := describe_attention(model).get("attention"):
+    if getattr(module, "cache_bits", None) is not None:
         raise UserError(
-            f"this run quantizes what attention multiplies ({attention}), and no format here holds that: a "
-            "runtime chooses the width of its cache itself; export a run without model.attention_quantizer "
-            "and model.cache_bits"
+            "model.cache_bits: a file holds no width of the cache, which the runtime chooses, so its model "
+            "would not be the trained one; export a run without it"
         )
     for name, layer in layers.items():
-        if layer.input_quantizer is not None:
+        made = layer.input_quantizer
+        if made is not None and not isinstance(made, InputQuantizer):
             raise UserError(
-                f"layer {name} quantizes its input, and no format here holds the quantizer of an input; "
-                "export a run without model.input_quantizer"
+                f"layer {name}: no format knows the codes of its input quantizer, a {type(made).__name__}; "
+                "take LSQ, LSQPlus, PerToken or another InputQuantizer"
             )
         _snap(name, layer, scale_dtype)
     latent = {id(layer.weight) for layer in layers.values()}

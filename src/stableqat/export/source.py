@@ -144,7 +144,7 @@ def _of_folder(source: str, tokenizer: str | None) -> Source:
 
 def _kinds(module: QATModule, *more: str) -> list[dict[str, Any]]:
     assert module.model is not None
-    keys = ("pattern", "layers", *more, "bits", "grid", "granularity")
+    keys = ("pattern", "layers", *more, "bits", "grid", "granularity", "input_quantizer", "input_bits")
     return [{k: kind[k] for k in keys if k in kind} for kind in kinds(module.model, module.surgery)]
 
 

@@ -1,4 +1,4 @@
-"""Calibration: set the scales of input quantizers from what flows into layers and into attention."""
+"""Calibration: set the scales of input quantizers from what flows into their layers."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -8,7 +8,8 @@ from torch import Tensor, distributed, nn
 
 from stableqat import ops
 from stableqat.errors import UserError
-from stableqat.quantizers.inputs import InputQuantizer, input_quantizers
+from stableqat.layers.linear import quantized_inputs, quantized_layers
+from stableqat.quantizers.inputs import InputQuantizer
 
 Batch = TypeVar("Batch")
 
@@ -26,8 +27,8 @@ class _Counter(nn.Module):
 
 
 def uncalibrated(model: nn.Module) -> dict[str, InputQuantizer]:
-    """The input quantizers whose parameters are not set, by name."""
-    return {name: quantizer for name, quantizer in input_quantizers(model).items() if not quantizer.is_set}
+    """The input quantizers whose parameters are not set, by the names of their layers."""
+    return {name: quantizer for name, quantizer in quantized_inputs(model).items() if not quantizer.is_set}
 
 
 @torch.no_grad()
@@ -43,23 +44,24 @@ def calibrate_inputs(model: nn.Module, batches: Iterable[Batch], run: Callable[[
         run: Runs the model on a batch.
 
     Returns:
-        The number of quantizers that were set.
+        The number of layers that were calibrated.
 
     Raises:
-        UserError: If what flows into a layer gives no scale; names the layer, or the operand of attention.
+        UserError: If what flows into a layer gives no scale; names the layer.
     """
     left = uncalibrated(model)
     if not left:
         return 0
-    counters = {name: _Counter(next(made.parameters()).device) for name, made in left.items()}
+    layers = quantized_layers(model)
+    counters = {name: _Counter(layers[name].latent.device) for name in left}
     try:
         for name, counter in counters.items():
-            model.set_submodule(name, counter)
+            layers[name].input_quantizer = counter
         for batch in batches:
             run(batch)
     finally:
         for name, quantizer in left.items():
-            model.set_submodule(name, quantizer)
+            layers[name].input_quantizer = quantizer
     together = distributed.is_available() and distributed.is_initialized()
     for name, quantizer in left.items():
         if together:
@@ -67,6 +69,5 @@ def calibrate_inputs(model: nn.Module, batches: Iterable[Batch], run: Callable[[
         try:
             quantizer.calibrate(counters[name].counts)
         except UserError as error:
-            place = name.removesuffix(".input_quantizer").replace(".attention_quantizer", "")
-            raise UserError(f"layer {place}: {error}") from error
+            raise UserError(f"layer {name}: {error}") from error
     return len(left)

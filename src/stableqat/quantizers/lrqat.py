@@ -133,8 +133,7 @@ class LRQAT(Quantizer):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         """See `Quantizer.linear`; None recomputes everywhere, lest each value outweigh what it is made of."""
-        base: Any = super().linear
-        compute = partial(base, **options)
+        compute = partial(super().linear, **options)
         kept = options.get("recompute") is False or options.get("value") is not None
         if kept or not torch.is_grad_enabled():
             return compute(input, weight, bias)
