@@ -42,6 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )  # as the command does, and for its reason
 
 
+# folders and files that take longest
+FIRST = ("systems", "notebooks", "test_configs.py", "cli", "export", "callbacks", "data")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and their tests, in random order")
 
@@ -54,7 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=lambda item: not {"systems", "notebooks"} & {*item.path.parts})
+    items.sort(
+        key=lambda item: next((at for at, name in enumerate(FIRST) if name in item.path.parts), len(FIRST))
+    )
     if (seed := config.getoption("shuffle")) is not None:
         chance = random.Random(seed)
         order = {path: chance.random() for path in dict.fromkeys(item.path for item in items)}

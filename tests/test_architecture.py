@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,15 @@ def part(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -120,7 +127,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_no_forbidden_habits(path: Path) -> None:
-    text, tree = path.read_text(), ast.parse(path.read_text())
+    text, tree = path.read_text(), parsed(path)
     assert path.stem not in {"utils", "helpers", "common", "misc"}
     assert text.isascii(), "sources are ASCII"
     assert ast.get_docstring(tree), "a module says what it is for"
@@ -143,7 +150,7 @@ def test_a_file_is_short_and_keeps_no_state(path: Path) -> None:
     text, name = path.read_text(), path.relative_to(SOURCE).as_posix()
     assert len(text.splitlines()) <= LONGEST
     assert path.name == "errors.py" or "difflib" not in text
-    tree = ast.parse(text)
+    tree = parsed(path)
     state = {each for node in ast.walk(tree) if isinstance(node, ast.Global) for each in node.names}
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:

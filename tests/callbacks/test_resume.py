@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 ROWS = 40
+MODEL = {"config": tiny.LLAMA | {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}}
 
 
 class Rows:
@@ -77,7 +78,7 @@ def run(folder, ckpt_path=None, last=None, seen=None, batch_size=4, **options):
         },
         callbacks=[DivergenceGuard(), Interruption(), BestCheckpoint(), LastCheckpoint(last), seen],
     )
-    model = tiny.configured("llama", "stableqat")
+    model = tiny.configured("llama", "stableqat", **MODEL)
     trainer.fit(model, datamodule=Data(batch_size=batch_size, seed=0), ckpt_path=ckpt_path, weights_only=True)
     seen.ended = trainer.fit_loop.epoch_progress.current
     return seen
@@ -208,7 +209,9 @@ def test_no_path_in_a_checkpoint_is_removed(theirs, tmp_path):
             callbacks=[*mine, plain] if theirs else mine,
         )
         data = Data(batch_size=4, seed=0)
-        trainer.fit(tiny.configured("llama"), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(
+            tiny.configured("llama", **MODEL), datamodule=data, ckpt_path=ckpt_path, weights_only=True
+        )
 
     folder, victim = tmp_path / "run", tmp_path / "victim"
     go(None, 2)
@@ -242,7 +245,7 @@ def test_another_batch_size_after_an_epochs_end(tmp_path):
             callbacks=[Interruption(), LastCheckpoint(5), seen],
             **options,
         )
-        model, data = tiny.configured("llama", "stableqat"), Odd(batch_size=size, seed=0)
+        model, data = tiny.configured("llama", "stableqat", **MODEL), Odd(batch_size=size, seed=0)
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         return [epoch for epoch, *_ in seen.batches]
 

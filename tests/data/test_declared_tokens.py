@@ -11,15 +11,15 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "model.config": "{model_type: llama, vocab_size: 300, hidden_size: 16, intermediate_size: 16, "
     "num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}",
-    "data.tokens": "8K",
-    "data.tokens_per_step": 1024,
-    "data.block_size": 64,
+    "data.tokens": "2K",
+    "data.tokens_per_step": 280,
+    "data.block_size": 40,
     "trainer.accelerator": "cpu",
     "trainer.precision": "32",
     "trainer.devices": 1,
     "trainer.num_nodes": 1,
     "trainer.strategy": "auto",
-    "trainer.accumulate_grad_batches": 16,
+    "trainer.accumulate_grad_batches": 7,
     "trainer.val_check_interval": 1000,
     "trainer.limit_val_batches": 2,
     "last.every_n_train_steps": 1000,
@@ -28,15 +28,15 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tokenized sources with one tokenizer, about 10,000 tokens each."""
+    """Two tokenized sources with one tokenizer, some thousands of tokens each."""
     folder = tmp_path_factory.mktemp("corpora")
     for name in ("slimpajama", "fineweb-edu"):
         raw = folder / f"raw-{name}"
         raw.mkdir()
-        text = "".join(f'{{"text": "{name} {i} says {i * i} and {i % 7} more words"}}\n' for i in range(1600))
+        text = "".join(f'{{"text": "{name} {i} says {i * i} and {i % 7} more words"}}\n' for i in range(500))
         (raw / "train.jsonl").write_text(text)
     first, second = folder / "slimpajama", folder / "fineweb-edu"
-    common = ["--block_size", "64"]
+    common = ["--block_size", "40"]
     made = ["data", "tokenize", "--input", str(folder / "raw-slimpajama"), "--out", str(first)]
     assert main([*made, "--tokenizer", "train:300", *common]) == 0
     made = ["data", "tokenize", "--input", str(folder / "raw-fineweb-edu"), "--out", str(second)]
@@ -56,8 +56,8 @@ def fit(corpora: Path, folder: Path, **changed: object) -> int:
 def test_a_recipe_ends_with_its_budget_and_says_what_it_took(corpora: Path, tmp_path: Path) -> None:
     assert fit(corpora, tmp_path, trainer__logger__version="v") == 0
     run = read_run(tmp_path / "paper" / "v")
-    assert run.last("hp/steps") == 8  # 8,000 tokens are 125 rows of 64, 7 steps of 16 rows and one of 13
-    assert (run.hparams["tokens_per_step"], run.hparams["training_tokens"]) == (1024, 8000)
+    assert run.last("hp/steps") == 8  # 2,000 tokens are 50 rows of 40, 7 steps of 7 rows and one of 1
+    assert (run.hparams["tokens_per_step"], run.hparams["training_tokens"]) == (280, 2000)
     assert (run.hparams["lr"], run.hparams["warmup_steps"], run.hparams["scale_lr_multiplier"]) == (
         1e-4,
         0,
@@ -68,9 +68,9 @@ def test_a_recipe_ends_with_its_budget_and_says_what_it_took(corpora: Path, tmp_
 @pytest.mark.parametrize(
     ("changed", "steps", "tokens"),
     [
-        ({"trainer__max_epochs": 3, "data__repeat": "true"}, 24, 3 * 8000),
-        ({"trainer__max_epochs": -1, "trainer__max_steps": 12, "data__repeat": "true"}, 12, 8000 + 4 * 1024),
-        ({"trainer__max_epochs": 3, "trainer__limit_train_batches": 40}, 9, 3 * 40 * 64),
+        ({"trainer__max_epochs": 3, "data__repeat": "true"}, 24, 3 * 2000),
+        ({"trainer__max_epochs": -1, "trainer__max_steps": 12, "data__repeat": "true"}, 12, 2000 + 4 * 280),
+        ({"trainer__max_epochs": 3, "trainer__limit_train_batches": 16}, 9, 3 * 16 * 40),
     ],
     ids=["epochs", "steps", "parts of an epoch"],
 )
@@ -87,7 +87,7 @@ def test_a_run_that_ends_with_its_time_declares_no_tokens_in_all(corpora: Path, 
     assert fit(corpora, tmp_path, trainer__logger__version="v", model__lr_scheduler="null", **endless) == 0
     run = read_run(tmp_path / "paper" / "v")
     assert run.last("hp/steps") > 0
-    assert run.hparams["tokens_per_step"] == 1024
+    assert run.hparams["tokens_per_step"] == 280
     assert "training_tokens" not in run.hparams
 
 
@@ -95,23 +95,23 @@ def test_a_run_that_ends_with_its_time_declares_no_tokens_in_all(corpora: Path, 
     ("changed", "message"),
     [
         (
-            {"trainer__accumulate_grad_batches": 8},
-            "tokens_per_step 1024 is declared, but a step takes 512: batch_size 1 x block_size 64 x "
-            "processes 1 x accumulate_grad_batches 8; change one of them",
+            {"trainer__accumulate_grad_batches": 3},
+            "tokens_per_step 280 is declared, but a step takes 120: batch_size 1 x block_size 40 x "
+            "processes 1 x accumulate_grad_batches 3; change one of them",
         ),
         (
             {"trainer__max_steps": 8},
-            "tokens 8000 is declared, but trainer.max_steps 8 takes 8192: lower max_steps (-1 with "
+            "tokens 2000 is declared, but trainer.max_steps 8 takes 2240: lower max_steps (-1 with "
             "max_epochs 1 ends with the budget), or set repeat: true",
         ),
         (
             {"trainer__max_epochs": 3},
-            "tokens 8000 is declared, but trainer.max_epochs 3 takes 24000: lower max_epochs (1 ends with "
+            "tokens 2000 is declared, but trainer.max_epochs 3 takes 6000: lower max_epochs (1 ends with "
             "the budget), or set repeat: true",
         ),
         (
             {"trainer__max_epochs": -1, "model__lr_scheduler": "null", "trainer__max_time": "00:00:00:01"},
-            "tokens 8000 is declared, but trainer.max_epochs -1 takes more: lower max_epochs (1 ends with "
+            "tokens 2000 is declared, but trainer.max_epochs -1 takes more: lower max_epochs (1 ends with "
             "the budget), or set repeat: true",
         ),
         (
