@@ -90,8 +90,10 @@ def test_a_report_lies_beside_the_files(trained, tmp_path, capsys, monkeypatch):
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("named", ["config", "start"])
-def test_what_is_not_quantized_has_the_type_of_the_start(named, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("named", "types"), [("config", {"hf": "bf16", "onnx": "fp32"}), ("start", {"hf": "bf16"})]
+)
+def test_what_is_not_quantized_has_the_type_of_the_start(named, types, tmp_path, capsys):
     """Of a bfloat16 model that a run starts from, whether the run takes its architecture or gives it."""
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**models.CONFIGS["llama"]))
     plain.to(torch.bfloat16).save_pretrained(tmp_path / "start")
@@ -102,7 +104,7 @@ def test_what_is_not_quantized_has_the_type_of_the_start(named, tmp_path, capsys
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
 
-    for format, own in (("hf", "bf16"), ("onnx", "fp32")):
+    for format, own in types.items():
         out = tmp_path / format
         assert main(["export", str(tmp_path / "run.ckpt"), "--format", format, "--out", str(out)]) == 0
         assert json.loads((out / "export.json").read_text())["dtype"] == own

@@ -256,7 +256,7 @@ def settings(family):
     return {"model": model, "data": DATA[family], "trainer": trainer}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
 def test_phases_and_widths_on_the_command_line(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(yaml.safe_dump(settings(family) | {"baseline": {"stop_at_chance": False}}))
