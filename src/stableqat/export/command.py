@@ -236,7 +236,12 @@ def _compare(
             f"{format}: logits of the file differ from the model's by up to {difference:.1e} (the largest is "
             f"{largest:.1e}), so the file is discarded; use another format"
         )
-    return {"max_weight_difference": 0.0, "max_logit_difference": difference}
+    same = (theirs.argmax(-1) == logits.argmax(-1)).float().mean().item()
+    return {
+        "max_weight_difference": 0.0,
+        "max_logit_difference": difference,
+        **({"same_predictions": same} if packed.inputs else {}),
+    }
 
 
 def _sizes(writer: Any, packed: "PackedModel", part: Path) -> dict[str, Any]:
@@ -283,7 +288,7 @@ def _describe(found: "Source", packed: "PackedModel", report: dict[str, Any], pa
     facts: dict[str, Any] = {
         "architecture": getattr(found.module, "model_name", packed.family),
         "quantized": "; ".join(report["grids"]),
-        **{key: settings[key] for key in ("method", "mask", "scale_init") if key in settings},
+        **{key: settings[key] for key in ("method", "widths", "mask", "scale_init") if key in settings},
         "steps": found.step,
         "validation loss of the run": None if found.val_loss is None else f"{found.val_loss:.4g}",
         "loss on the comparison batch": f"{report['loss']['file']:.4g} ({found.batch_of})",
@@ -340,6 +345,7 @@ def _of_inputs(report: dict[str, Any]) -> list[str]:
     others, count = report["inputs_on_other_codes"], report["inputs"]
     logits = report["max_logit_difference_on_equal_codes"]
     return [
-        f"inputs: equal ones have equal codes; the order of sums moves {others:,} of {count:,} to the next "
-        f"code; on equal codes logits differ by {logits:.1e}"
+        f"equal inputs have equal codes, and on equal codes logits differ by {logits:.1e}; the order of sums "
+        f"moves {others:,} of {count:,} inputs to the next code, and {report['same_predictions']:.2%} of the "
+        "likeliest answers are the same"
     ]

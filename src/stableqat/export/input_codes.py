@@ -8,18 +8,17 @@ all of them. The model, given these codes in place of its own, must make the sam
 and the same logits, up to the order of sums.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stableqat.errors import UserError
-from stableqat.export.onnx import FILE, layer_of
+from stableqat.export.onnx import FILE, layer_of, open_session
 from stableqat.export.packed import PackedModel
 from stableqat.export.qdq import input_width, step_of
 from stableqat.layers.linear import quantized_layers
@@ -131,7 +130,6 @@ def _standing_in(model: nn.Module, given: dict[str, _Given]) -> Iterator[None]:
 def _session(packed: PackedModel, folder: Path) -> tuple[Any, dict[str, tuple[str, str]]]:
     """Return a session that also shows what flows into a layer and what it makes of it, by layer."""
     import onnx
-    import onnxruntime
     from onnx import TensorProto, helper
 
     program = onnx.load(str(folder / FILE), load_external_data=False)
@@ -160,9 +158,7 @@ def _session(packed: PackedModel, folder: Path) -> tuple[Any, dict[str, tuple[st
         outputs[name] = given, made
     shown = dict.fromkeys(name for pair in outputs.values() for name in pair)
     graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in shown)
-    with TemporaryDirectory(dir=folder) as beside:  # hard links: constants outside a file lie in its folder
-        for path in folder.glob(f"{FILE}.*"):
-            os.link(path, Path(beside, path.name))
-        onnx.save(program, str(Path(beside, FILE)))
-        session = onnxruntime.InferenceSession(Path(beside, FILE), providers=["CPUExecutionProvider"])
+    with NamedTemporaryFile(dir=folder, suffix=".onnx") as file:  # large constants lie in the same folder
+        onnx.save(program, file.name)
+        session = open_session(Path(file.name))
     return session, outputs

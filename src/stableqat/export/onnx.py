@@ -137,9 +137,8 @@ def write(packed: PackedModel, folder: Path) -> None:
 def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     """Return the weights as onnxruntime's operators multiply by them, and its logits."""
     import onnx
-    import onnxruntime
 
-    session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+    session = open_session(folder / FILE)
     (logits,) = session.run(None, {session.get_inputs()[0].name: packed.input.numpy()})
     graph = onnx.load(str(folder / FILE)).graph
     constants = {each.name: each for each in graph.initializer}
@@ -148,6 +147,15 @@ def read(packed: PackedModel, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
         if (name := layer_of(node, packed)) is not None:
             weights[name] = torch.from_numpy(_multiplied(node, constants))
     return weights, torch.from_numpy(logits)
+
+
+def open_session(file: Path) -> Any:
+    """Open a file in onnxruntime, with integer products that do not saturate on any CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def layer_of(node: Any, packed: PackedModel) -> str | None:
