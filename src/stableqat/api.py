@@ -21,12 +21,16 @@ from stableqat.layers.trial import check_calls, forget_calls, is_shown
 from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
 from stableqat.quantizers.choice import Choice, matches
 from stableqat.quantizers.factory import NamedSpec, make_factory, methods
-from stableqat.quantizers.inputs import InputQuantizer, InputQuantizerFactory, InputQuantizerSpec
+from stableqat.quantizers.inputs import (
+    InputQuantizer,
+    InputQuantizerFactory,
+    InputQuantizerSpec,
+    make_input_quantizer,
+)
 from stableqat.surgery import (
     HEADS,
     SurgeryReport,
     check_skip,
-    make_input_quantizer,
     make_quantizer,
     put_back,
     quantize_linears,
@@ -245,7 +249,8 @@ def refuse_another(
             asked = make_quantizer(layer.latent.to("meta"), factory).describe()
         if name in made_inputs:
             own |= made_inputs[name].describe()
-        of_input = None if inputs is None else make_input_quantizer(layer, inputs.of(name))
+        made = None if inputs is None else inputs.of(name)
+        of_input = make_input_quantizer(made, layer.in_features, layer.latent.device)
         if isinstance(of_input, InputQuantizer):
             asked |= of_input.describe()
         if asked != own:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from stableqat.layers.latent import latent_weights
 from stableqat.layers.linear import quantized_inputs
 from stableqat.quantizers import Quantizer
+from stableqat.quantizers.inputs import input_quantizers
 from stableqat.surgery import SurgeryReport
 
 _PLACE = ("pattern", "layers", "weights")  # of a kind, beside what its quantizers are
@@ -91,7 +92,7 @@ def deployed_bytes(model: nn.Module) -> int:
     quantized = {weight: quantizer for quantizer, weight in _quantized(model).values()}
     others = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
     others |= {
-        p for made in quantized_inputs(model).values() for p in made.parameters() if not p.requires_grad
+        p for made in input_quantizers(model).values() for p in made.parameters() if not p.requires_grad
     }
     rest = sum(p.numel() for p in model.parameters() if p not in quantized and p not in others)
     codes = sum(weight.numel() * quantizer.bits for weight, quantizer in quantized.items())

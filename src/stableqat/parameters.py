@@ -10,6 +10,7 @@ from torch import nn
 
 from stableqat.layers.linear import QuantLinear
 from stableqat.quantizers import Quantizer
+from stableqat.quantizers.inputs import InputQuantizer
 
 KINDS = ("weights", "scales", "factors", "norms_and_biases")
 
@@ -72,7 +73,7 @@ def parameter_groups(
 def _quantizers(model: nn.Module) -> Iterator[nn.Module]:
     """Quantizers of weights and of inputs."""
     for module in model.modules():
-        if isinstance(module, Quantizer):
+        if isinstance(module, Quantizer | InputQuantizer):
             yield module
         elif isinstance(module, QuantLinear) and module.input_quantizer is not None:
             yield module.input_quantizer

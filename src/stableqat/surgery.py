@@ -21,7 +21,7 @@ from stableqat.layers.group import group_layers
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer, QuantizerFactory, QuantizerSpec
 from stableqat.quantizers.choice import Choice, matches
-from stableqat.quantizers.inputs import InputQuantizer, InputQuantizerFactory, InputQuantizerSpec
+from stableqat.quantizers.inputs import InputQuantizer, InputQuantizerSpec, make_input_quantizer
 from stableqat.terminal import progress
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,8 @@ def quantize_linears(
                     made = make_quantizer(linear.weight, factories[name], initialize)
                 except UserError as error:
                     raise UserError(f"layer {choice.named(name)}: {error}") from error
-                of_input = None if inputs is None else make_input_quantizer(linear, inputs.of(name))
+                makes = None if inputs is None else inputs.of(name)
+                of_input = make_input_quantizer(makes, linear.in_features, linear.weight.device)
                 replacements[linear] = QuantLinear.from_linear(linear, made, of_input)
                 replacements[linear].recompute = recompute
             show(number, f"quantized {number} of {counted(len(chosen), 'layer')}")
@@ -322,27 +323,6 @@ def _leave_fast_path(model: nn.Module) -> None:
 def _freeze(weight: Tensor, quantizer: Quantizer) -> None:
     if not quantizer.trains_weight:
         weight.requires_grad_(False)
-
-
-def make_input_quantizer(linear: nn.Linear, factory: InputQuantizerFactory | None) -> nn.Module | None:
-    """Call a factory, which may be a user's and make any module, on the layer's device.
-
-    Args:
-        linear: The layer.
-        factory: Makes the quantizer of its input from its number of features; None makes none.
-
-    Raises:
-        UserError: If it makes no module.
-    """
-    if factory is None:
-        return None
-    with linear.weight.device:
-        made = factory(linear.in_features)
-    if not isinstance(made, nn.Module):
-        raise UserError(
-            f"input_quantizer: the factory returns {type(made).__name__}; it must return a module"
-        )
-    return made.train(linear.training)
 
 
 def make_quantizer(weight: Tensor, factory: QuantizerFactory, initialize: bool = True) -> Quantizer:

@@ -39,7 +39,8 @@ TRUSTED = (
 VARIABLE = "STABLEQAT_ALLOW"  # names that the user allows; the processes of a run inherit it
 STUDY = "STABLEQAT_STUDY"  # set where a study, not the user, wrote the command line
 # settings that name classes
-KEYS = ("class_path", "model", "data", "quantizer", "input_quantizer", "optimizer", "lr_scheduler")
+QUANTIZERS = ("quantizer", "input_quantizer", "attention_quantizer")  # a class, or a mapping to classes
+KEYS = ("class_path", "model", "data", *QUANTIZERS, "optimizer", "lr_scheduler")
 TRAINER_KEYS = ("accelerator", "callbacks", "logger", "plugins", "profiler", "strategy")
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
@@ -216,7 +217,7 @@ def _setting(key: str) -> str:
 def _names_classes(key: str) -> bool:
     *above, last = key.strip(".").replace(".init_args", "").split(".")
     # by layer pattern, whose dots look like keys
-    named = last in KEYS or not {"quantizer", "input_quantizer"}.isdisjoint(above)
+    named = last in KEYS or not set(QUANTIZERS).isdisjoint(above)
     return named or (last in TRAINER_KEYS and above[-1:] in ([], ["trainer"]))
 
 

@@ -103,7 +103,7 @@ def test_what_gives_no_scale_is_refused_in_one_line_that_names_the_layer(kind, x
         stableqat.calibrate(model, [x])
     assert str(error.value).startswith("layer 0: ")
     assert "\n" not in str(error.value)
-    assert list(uncalibrated(model)) == ["0"]
+    assert list(uncalibrated(model)) == ["0.input_quantizer"]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_what_gives_no_scale_is_refused_in_one_line_that_names_the_layer(kind, x
     ],
 )
 def test_an_option_out_of_range_is_refused(options, key):
-    with pytest.raises(UserError, match=f"input_quantizer.{key}"):
-        LSQ(FEATURES, **options)
+    with pytest.raises(UserError, match=f"^input_quantizer.{key}: "):
+        stableqat.prepare(net(), "ste", (), bits=4, input_quantizer=partial(LSQ, **options))
 
 
 def test_a_sharpness_needs_a_scale():

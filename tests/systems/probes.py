@@ -154,4 +154,5 @@ class Ranks(L.Callback):
 
 
 def _of_inputs(module: L.LightningModule) -> Any:
-    return ((name, p) for name, p in module.named_parameters() if ".input_quantizer." in name)
+    places = (".input_quantizer.", ".attention_quantizer.")
+    return ((name, p) for name, p in module.named_parameters() if any(place in name for place in places))

@@ -1,4 +1,4 @@
-"""Runs that quantize inputs: killed and resumed bit for bit, and in processes that calibrate together."""
+"""Runs that quantize inputs and attention: killed and resumed bit for bit, and in calibrating processes."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from test_processes import arguments as divided
 INPUTS = [
     *["--model.quantizer.bits", "4", "--model.input_quantizer", "stableqat.quantizers.inputs.LSQPlus"],
     *["--model.input_quantizer.bits", "4", "--model.input_quantizer.surrogate", "dsq"],
-    *["--model.calibration_batches", "3"],
+    *["--model.attention_quantizer", "stableqat.quantizers.inputs.LSQ"],
+    *["--model.attention_quantizer.bits", "4", "--model.calibration_batches", "3"],
 ]
 
 
@@ -49,8 +50,9 @@ def test_a_killed_run_is_the_one_that_was_not(family, folder):
     assert "calibrated" not in (folder / "log").read_text()
     assert trace(resumed) == trace(whole)
     assert not list(differing(checkpoint(whole), checkpoint(resumed)))
-    learned = [name for name in checkpoint(whole)["state_dict"] if ".input_quantizer." in name]
-    assert {name.rsplit(".", 1)[1] for name in learned} == {"scale", "scale_floor", "offset", "a_logit"}
+    for place, own in (("input", {"offset", "a_logit"}), ("attention", {"lowest"})):
+        state = [name for name in checkpoint(whole)["state_dict"] if f".{place}_quantizer." in name]
+        assert {name.rsplit(".", 1)[1] for name in state} == {"scale", "scale_floor", *own}
 
 
 def probed(family: str, strategy: str, folder: Path) -> dict:

@@ -41,7 +41,7 @@ class CalibrateInputs(L.Callback):
                 model, self._batches(trainer, pl_module), lambda batch: pl_module.predict_step(batch, 0)
             )
         if done and trainer.is_global_zero:
-            logger.info("input_quantizer: %s calibrated", counted(done, "layer"))
+            logger.info("activations: %s calibrated", counted(done, "quantizer"))
 
     def _batches(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Any]:
         loader: Any = trainer.fit_loop._data_source.dataloader()

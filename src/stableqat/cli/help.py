@@ -53,8 +53,8 @@ _GROUPS = {
     title: keys.split()
     for title, keys in {
         "Run": "config ckpt_path seed_everything trainer.logger.version print_config",
-        "Model": "model.init_from model.init_quantizers model.input_quantizer model.skip "
-        "model.teacher.weight model.compile_model model.activation_checkpointing",
+        "Model": "model.init_from model.init_quantizers model.input_quantizer model.attention_quantizer "
+        "model.skip model.teacher.weight model.compile_model model.activation_checkpointing",
         "Quantizer": "bits levels grid group_size per_channel scale_init mask amplitude",
         "Data of language models": "source tokenizer block_size batch_size tokens validation_fraction",
         "Data of vision transformers": "source image_size batch_size augment mean std",

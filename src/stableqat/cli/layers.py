@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import yaml
 
+from stableqat import trust
 from stableqat.errors import UserError
 from stableqat.shipped import find_config, shipped_config
 from stableqat.trust import flags, walk
 
-QUANTIZERS = ("model.quantizer", "model.input_quantizer")
+QUANTIZERS = tuple(f"model.{key}" for key in trust.QUANTIZERS)
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError)  # the parser says so
 

@@ -43,7 +43,7 @@ from stableqat.modules import QATModule
 from stableqat.modules.parallel import register_strategies
 from stableqat.modules.start import Start, check_start, state_dict_follows
 from stableqat.modules.start_quantizers import check_quantizers
-from stableqat.trust import check_settings, wall
+from stableqat.trust import QUANTIZERS, check_settings, wall
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class QATCommand(LightningCLI):
         if (spec := saved_model(Path(path), configured)) is None:
             return
         replaced = self.config.clone()
-        for key in ("quantizer", "input_quantizer"):  # the parser would mix a class and a mapping
+        for key in QUANTIZERS:  # the parser would mix a class and a mapping
             replaced.pop(f"{self._verb}.model.init_args.{key}")
         try:
             self.config = self.parser.parse_object({self._verb: {"model": spec}}, replaced)

@@ -16,10 +16,11 @@ from stableqat.construct import arguments, find_class
 from stableqat.errors import UserError
 from stableqat.modules import QATModule
 from stableqat.modules.hyperparameters import saved_arguments
+from stableqat.trust import QUANTIZERS
 
 logger = logging.getLogger(__name__)
 
-_QUANTIZERS = ("init_args.quantizer", "init_args.input_quantizer")
+_QUANTIZERS = tuple(f"init_args.{key}" for key in QUANTIZERS)
 # null in a configuration leaves them to the start, the data or the model's size
 _LEFT_OPEN = (
     "init_args.new_classifier",

@@ -37,6 +37,8 @@ class Summary(L.Callback):
             method = f"quantized by {described['method']}, {described['bits']} bits, {described['grid']} grid"
             if "widths" in described:
                 method += f", and inputs by {described['input_quantizer']} ({described['widths']})"
+        if "attention" in described:
+            method += f", attention's {described['attention']}"
         logger.info("trains: %s parameters, %s", _short(count), method)
         planned = trainer.estimated_stepping_batches
         if 0 < planned < float("inf"):
@@ -77,7 +79,8 @@ def say_the_end(trainer: L.Trainer, pl_module: Any) -> None:
         run = str(consolidated(checkpoints[0]))
         logger.info("next: stableqat consolidate %s", shlex.quote(str(checkpoints[0])))
     logger.info("next: stableqat evaluate %s", shlex.quote(run))
-    if pl_module.surgery is not None and getattr(pl_module, "cache_bits", None) is None:
+    # no format holds quantizers of attention
+    if pl_module.surgery is not None and pl_module.attention_quantizer is None:
         out = shlex.quote(f"out/{Path(folder).name}")
         made = FORMATS[pl_module.family] if pl_module.input_quantizer is None else "onnx"
         logger.info("next: stableqat export %s --format %s --out %s", shlex.quote(run), made, out)

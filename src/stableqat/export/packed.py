@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from stableqat.errors import UserError
 from stableqat.export.gguf_header import Header
+from stableqat.layers.attention import describe_attention
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.linear import QuantLinear, quantized_inputs, quantized_layers
 from stableqat.modules import QATModule
@@ -158,10 +159,11 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
     layers = _layers(model)
     if not layers:
         raise UserError("no layer is quantized: this was trained in full precision; export a quantized run")
-    if getattr(module, "cache_bits", None) is not None:
+    if attention := describe_attention(model).get("attention"):
         raise UserError(
-            "model.cache_bits: a file holds no width of the cache, which the runtime chooses, so its model "
-            "would not be the trained one; export a run without it"
+            f"this run quantizes what attention multiplies ({attention}), and no format here holds that: a "
+            "runtime chooses the width of its cache itself; export a run without model.attention_quantizer "
+            "and model.cache_bits"
         )
     for name, layer in layers.items():
         made = layer.input_quantizer

@@ -1,4 +1,4 @@
-"""Calibration: set the scales of input quantizers from what flows into their layers."""
+"""Calibration: set the scales of input quantizers from what flows into layers and into attention."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -8,8 +8,7 @@ from torch import Tensor, distributed, nn
 
 from stableqat import ops
 from stableqat.errors import UserError
-from stableqat.layers.linear import quantized_inputs, quantized_layers
-from stableqat.quantizers.inputs import InputQuantizer
+from stableqat.quantizers.inputs import InputQuantizer, input_quantizers
 
 Batch = TypeVar("Batch")
 
@@ -27,8 +26,8 @@ class _Counter(nn.Module):
 
 
 def uncalibrated(model: nn.Module) -> dict[str, InputQuantizer]:
-    """The input quantizers whose parameters are not set, by the names of their layers."""
-    return {name: quantizer for name, quantizer in quantized_inputs(model).items() if not quantizer.is_set}
+    """The input quantizers whose parameters are not set, by name."""
+    return {name: quantizer for name, quantizer in input_quantizers(model).items() if not quantizer.is_set}
 
 
 @torch.no_grad()
@@ -44,24 +43,23 @@ def calibrate_inputs(model: nn.Module, batches: Iterable[Batch], run: Callable[[
         run: Runs the model on a batch.
 
     Returns:
-        The number of layers that were calibrated.
+        The number of quantizers that were set.
 
     Raises:
-        UserError: If what flows into a layer gives no scale; names the layer.
+        UserError: If what flows into a layer gives no scale; names the layer, or the operand of attention.
     """
     left = uncalibrated(model)
     if not left:
         return 0
-    layers = quantized_layers(model)
-    counters = {name: _Counter(layers[name].latent.device) for name in left}
+    counters = {name: _Counter(next(made.parameters()).device) for name, made in left.items()}
     try:
         for name, counter in counters.items():
-            layers[name].input_quantizer = counter
+            model.set_submodule(name, counter)
         for batch in batches:
             run(batch)
     finally:
         for name, quantizer in left.items():
-            layers[name].input_quantizer = quantizer
+            model.set_submodule(name, quantizer)
     together = distributed.is_available() and distributed.is_initialized()
     for name, quantizer in left.items():
         if together:
@@ -69,5 +67,6 @@ def calibrate_inputs(model: nn.Module, batches: Iterable[Batch], run: Callable[[
         try:
             quantizer.calibrate(counters[name].counts)
         except UserError as error:
-            raise UserError(f"layer {name}: {error}") from error
+            place = name.removesuffix(".input_quantizer").replace(".attention_quantizer", "")
+            raise UserError(f"layer {place}: {error}") from error
     return len(left)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from stableqat.layers.attention import QuantAttention
 from stableqat.layers.experts import quantized_experts
 from stableqat.layers.hold import release_weights
 from stableqat.layers.linear import quantized_layers
@@ -49,7 +50,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     places += [(module, f"{key}_quantizer") for module, key, _ in quantized_experts(model).values()]
     inputs = [layer for layer in quantized_layers(model).values() if layer.input_quantizer is not None]
     places += [(layer, "input_quantizer") for layer in inputs]
-    places += [(m, "cache_quantizer") for m in model.modules() if m._modules.get("cache_quantizer")]
+    places += [(m, "attention_quantizer") for m in model.modules() if isinstance(m, QuantAttention)]
     quantizers = [module._modules[name] for module, name in places]
     try:
         for module, name in places:

@@ -27,6 +27,7 @@ from stableqat.callbacks.refused import check_trainer, left_out
 from stableqat.checkpoints.read import read_checkpoint
 from stableqat.errors import LARGEST, UserError, check_range
 from stableqat.kinds import deployed_bytes, describe
+from stableqat.layers.attention import describe_attention, find_attentions, quantize_attention
 from stableqat.layers.latent import store_weights
 from stableqat.layers.linear import quantized_layers
 from stableqat.layers.trial import Calls, check_calls, show_weights
@@ -55,12 +56,15 @@ class QATModule(Training, Evaluation, ABC):
         family: What the model reads.
         input_key: The model's input in a batch.
         heads: Default of `skip`.
+        attention_has: An attribute by which an attention module is known.
 
     Args:
         quantizer: Makes the quantizer of one weight; or a mapping from layer patterns to such, of which the
             first match wins, None leaving a layer as it is. None trains in full precision, without surgery.
         input_quantizer: Makes the quantizer of a quantized layer's input, or a mapping as above. None leaves
             inputs as they are.
+        attention_quantizer: Makes the quantizers of what attention multiplies: query, key, probabilities and
+            value; or a mapping as above, over `LAYER.query` and so on. None leaves them as they are.
         calibration_batches: Training batches of each process that set the scales of inputs before the first
             step.
         skip: Linear layers that stay in full precision: shell patterns over names or parts of them.
@@ -88,12 +92,14 @@ class QATModule(Training, Evaluation, ABC):
     family: ClassVar[Literal["text", "images"]]
     input_key: ClassVar[str]
     heads: ClassVar[Sequence[str]] = ()
+    attention_has: ClassVar[str]
 
     def __init__(
         self,
         *,
         quantizer: QuantizerSpec | None = None,
         input_quantizer: InputQuantizerSpec | None = None,
+        attention_quantizer: InputQuantizerSpec | None = None,
         calibration_batches: int = 8,
         skip: Sequence[str] = (),
         init_from: str | None = None,
@@ -122,6 +128,7 @@ class QATModule(Training, Evaluation, ABC):
             )
         self.quantizer = quantizer
         self.input_quantizer = input_quantizer
+        self.attention_quantizer = attention_quantizer
         self.calibration_batches = calibration_batches
         self.skip = skip
         if init_quantizers not in ("weights", "start"):
@@ -211,6 +218,8 @@ class QATModule(Training, Evaluation, ABC):
             report = quantize_linears(model, quantizer, self.skip, input_quantizer=self.input_quantizer)
             if not report.swapped:
                 report.check()
+        self._quantize_attention(model)
+        if quantizer is not None or self.attention_quantizer is not None:
             self.calls = check_calls(model)
 
     def setup(self, stage: str) -> None:
@@ -277,12 +286,18 @@ class QATModule(Training, Evaluation, ABC):
             else:
                 show_weights(model, self.calls)
                 self.calls.tell()
+        self._quantize_attention(model)
         self.adapt(model)
         if self._compiles():
             compile_blocks(self.blocks(model), required=bool(self.compile_model))
         if self.activation_checkpointing:
             checkpoint_activations(self.blocks(model))
         return report
+
+    def _quantize_attention(self, model: nn.Module) -> None:
+        if self.attention_quantizer is not None:
+            attentions = find_attentions(model, self.blocks(model), self.attention_has)
+            quantize_attention(attentions, self.attention_quantizer)
 
     def _compiles(self) -> bool:
         if self.compile_model is None and (trainer := self._trainer) is not None:
@@ -348,7 +363,8 @@ class QATModule(Training, Evaluation, ABC):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The callbacks that these modules need in every trainer."""
-        calibrates = [] if self.input_quantizer is None else [CalibrateInputs(self.calibration_batches)]
+        plain = self.input_quantizer is None and self.attention_quantizer is None
+        calibrates = [] if plain else [CalibrateInputs(self.calibration_batches)]
         return [*calibrates, HoldWeights(), StepPosition(), FollowTraining()]
 
     @property
@@ -359,7 +375,7 @@ class QATModule(Training, Evaluation, ABC):
     def describe(self) -> dict[str, str | int | float]:
         """Flat settings of the run for TensorBoard's HParams and for tables."""
         assert self.model is not None
-        method = describe(self.model, self.surgery)
+        method = {**describe(self.model, self.surgery), **describe_attention(self.model)}
         keys = ["scale_lr_multiplier", "weight_lr_multiplier"]
         if any(group["kind"] == "factors" for group in parameter_groups(self.model)):
             keys.append("factor_lr_multiplier")

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -20,13 +21,13 @@ from stableqat.checkpoints.names import find_checkpoint
 from stableqat.errors import UserError, check_range, first_line
 from stableqat.layers.embedding import quantize_tied_embedding
 from stableqat.modules.base import QATModule
-from stableqat.modules.cache import quantize_cache
 from stableqat.modules.config import compare_configs, hub_refusal, resolve_config
 from stableqat.modules.documents import documents_of
 from stableqat.modules.language_teacher import LanguageTeacher
 from stableqat.modules.loss import IGNORED, lean_forward, token_losses
 from stableqat.modules.metrics import MeanLoss
 from stableqat.modules.teacher import Distillation, load_frozen
+from stableqat.quantizers.inputs import PerToken
 
 _LARGE = 2**14  # entries of a vocabulary from which the loss is lean
 
@@ -40,7 +41,7 @@ class LlamaModule(QATModule):
         lean_loss: Compute the loss chunk by chunk, without the logits of a whole batch; equal up to rounding.
             None does so for vocabularies of 16,384 entries and more.
         cache_bits: Width of keys and values, 2 to 8, each rounded per token and head as a quantized cache
-            holds them. None leaves them as they are.
+            holds them: short for an `attention_quantizer` of these two. None leaves them as they are.
         skip: Linear layers that stay in full precision, by name patterns.
         options: Those of `QATModule`.
 
@@ -51,6 +52,7 @@ class LlamaModule(QATModule):
     family = "text"
     input_key = "input_ids"
     heads = ("lm_head",)
+    attention_has = "k_proj"
 
     def __init__(
         self,
@@ -65,7 +67,14 @@ class LlamaModule(QATModule):
         self.config = resolve_config(config, self.init_from)
         self.lean_loss = self.config.vocab_size >= _LARGE if lean_loss is None else lean_loss
         check_range("model.cache_bits", cache_bits, 2, 8, null=True)
-        self.cache_bits = cache_bits
+        if cache_bits is not None:
+            if self.attention_quantizer is not None:
+                raise UserError(
+                    "model.cache_bits: model.attention_quantizer says how keys and values are quantized; "
+                    "leave one out, or give key and value a PerToken of their own in a mapping"
+                )
+            cached = partial(PerToken, bits=cache_bits)
+            self.attention_quantizer = {"key": cached, "value": cached, "*": None}
         self.check_architecture(self.quantizer)
         self.val_loss = MeanLoss()
 
@@ -125,15 +134,8 @@ class LlamaModule(QATModule):
     def adapt(self, model: nn.Module) -> None:
         """See `QATModule.adapt`: a tied embedding follows its head, a lean loss makes no logits."""
         quantize_tied_embedding(model)
-        if self.cache_bits is not None:
-            quantize_cache(model, self.cache_bits)
         if self.lean_loss or self.distillation is not None:
             vars(model)["forward"] = MethodType(lean_forward, model)
-
-    def describe(self) -> dict[str, str | int | float]:
-        """See `QATModule.describe`; with the width of the cache, if it is quantized."""
-        cache = {} if self.cache_bits is None else {"cache_bits": self.cache_bits}
-        return {**super().describe(), **cache}
 
     def load_teacher(self, settings: Distillation) -> LanguageTeacher:
         """See `QATModule.load_teacher`: a language model."""

@@ -20,6 +20,7 @@ from stableqat.checkpoints.read import check_sums, read_checkpoint
 from stableqat.errors import UserError
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
+from stableqat.quantizers.inputs import input_quantizers
 
 if TYPE_CHECKING:
     from stableqat.modules.base import QATModule
@@ -72,8 +73,8 @@ class Start:
         return read_checkpoint(self.checkpoint)
 
     @cached_property
-    def layers(self) -> dict[str, QuantLinear]:
-        """The quantized layers of the checkpoint: on the CPU, with their quantizers and weights.
+    def model(self) -> nn.Module:
+        """The checkpoint's model: its quantizers, and the weights that they quantize, are on the CPU.
 
         Raises:
             UserError: If its module cannot be made, or a quantizer is damaged.
@@ -84,19 +85,24 @@ class Start:
         with torch.device("meta"), state_dict_follows():
             module = rebuild(QATModule, self.checkpoint, self.content, **ONLY_FOR_TRAINING)
             module.configure_model()
-        layers = quantized_layers(module.model)
-        state = self.content["state_dict"]
+        model, state = module.model, self.content["state_dict"]
+        layers = quantized_layers(model)
+        quantizers = {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in layers.items()}
+        for name, made in {**quantizers, **input_quantizers(model)}.items():
+            prefix = f"model.{name}."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            try:
+                made.to_empty(device="cpu").load_state_dict(own)
+            except RuntimeError as error:
+                raise UserError(f"{self.source}: the quantizer {name} is damaged") from error
         for name, layer in layers.items():
-            for place in ("weight_quantizer", "input_quantizer"):
-                made, prefix = getattr(layer, place), f"model.{name}.{place}."
-                own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                try:
-                    if made is not None:
-                        made.to_empty(device="cpu").load_state_dict(own)
-                except RuntimeError as error:
-                    raise UserError(f"{self.source}: the quantizer of layer {name} is damaged") from error
             layer.weight = nn.Parameter(state[f"model.{name}.weight"], requires_grad=False)
-        return layers
+        return model
+
+    @property
+    def layers(self) -> dict[str, QuantLinear]:
+        """The quantized layers of `model`."""
+        return quantized_layers(self.model)
 
     @torch.no_grad()
     def latent_weights(self) -> dict[str, Tensor]:

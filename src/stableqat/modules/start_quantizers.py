@@ -18,7 +18,7 @@ from stableqat.errors import UserError, counted
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.modules.start import Start
 from stableqat.quantizers import Quantizer
-from stableqat.quantizers.inputs import InputQuantizer
+from stableqat.quantizers.inputs import input_quantizers
 from stableqat.surgery import quantize_linears
 
 if TYPE_CHECKING:
@@ -83,24 +83,24 @@ def take_quantizers(model: nn.Module, start: Start | None) -> None:
     for name, theirs in start_quantizers(model, start).items():
         layer: Any = model.get_submodule(name)
         own = layer.weight_quantizer if isinstance(layer, QuantLinear) else None
-        if own is not None:
-            _take_input(layer.input_quantizer, theirs.input_quantizer)
         if layer.weight.shape == theirs.weight.shape:
             ways[_take(layer.weight, own, theirs)] += 1
         elif own is not None:  # a new classifier
             own.initialize(layer.weight)
             ways["new weights"] += 1
-    told = ", ".join(f"{counted(number, 'layer')} with {way}" for way, number in ways.items())
     assert start is not None
+    _take_inputs(model, start.model)
+    told = ", ".join(f"{counted(number, 'layer')} with {way}" for way, number in ways.items())
     logger.info("init_quantizers: %s: %s", start.source, told)
 
 
-def _take_input(own: nn.Module | None, theirs: nn.Module | None) -> None:
-    """Take the trained quantizer of an input if it is of the same kind; calibration sets any other."""
-    if not (isinstance(own, InputQuantizer) and isinstance(theirs, InputQuantizer)):
-        return
-    if (own.features, own.describe()) == (theirs.features, theirs.describe()):
-        own.load_state_dict(theirs.state_dict())
+def _take_inputs(model: nn.Module, start: nn.Module) -> None:
+    """Take the trained quantizers of activations that are of the same kind; calibration sets the others."""
+    trained = input_quantizers(start)
+    for name, own in input_quantizers(model).items():
+        theirs = trained.get(name)
+        if theirs is not None and (own.features, own.describe()) == (theirs.features, theirs.describe()):
+            own.load_state_dict(theirs.state_dict())
 
 
 def _take(weight: Tensor, own: Quantizer | None, start: QuantLinear) -> str:

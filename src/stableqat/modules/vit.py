@@ -60,6 +60,7 @@ class ViTModule(QATModule):
     family = "images"
     input_key = "pixel_values"
     heads = ("head", "head_dist")
+    attention_has = "fused_attn"
 
     def __init__(
         self,

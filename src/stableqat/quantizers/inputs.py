@@ -24,6 +24,8 @@ from stableqat.quantizers.base import FLOOR, local
 
 SurrogateName = Literal["ste", "dsq", "stableqat"]
 
+_LEAVE = "leave its input as it is, by null in a mapping"
+
 
 class InputQuantizer(nn.Module, ABC):
     """Base of the quantizers of inputs: a width, a surrogate, and what calibration sets.
@@ -49,9 +51,9 @@ class InputQuantizer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         if isinstance(bits, bool) or bits != int(bits) or not 2 <= bits <= 8:
-            raise UserError(f"input_quantizer.bits: must be a whole number from 2 to 8, not {bits}")
-        check_known("input_quantizer.surrogate", surrogate, get_args(SurrogateName))
-        check_known("input_quantizer.mask", mask, get_args(ops.Mask))
+            raise UserError(f"bits: must be a whole number from 2 to 8, not {bits}")
+        check_known("surrogate", surrogate, get_args(SurrogateName))
+        check_known("mask", mask, get_args(ops.Mask))
         kinds = {"ste": ops.Identity, "dsq": ops.Tanh, "stableqat": ops.Fourier}
         self.features, self.bits, self.surrogate_name = features, int(bits), surrogate
         self.surrogate: ops.Surrogate = kinds[surrogate](mask)
@@ -61,6 +63,11 @@ class InputQuantizer(nn.Module, ABC):
     @abstractmethod
     def operands(self) -> ops.InputOperands:
         """The tensors of the operation."""
+
+    def unsigned(self) -> "InputQuantizer":
+        """Let codes start at 0, for inputs that are never negative; what calibration sets sees it itself."""
+        self.grid = ops.Grid("integer", self.bits, 0, 2**self.bits - 1, 0)
+        return self
 
     def set_from(self, values: Tensor, counts: Tensor) -> None:
         """Set the parameters; what learns nothing has none to set.
@@ -95,7 +102,7 @@ class InputQuantizer(nn.Module, ABC):
         """
         values, times = ops.counted_values(counts)
         if not len(values):
-            raise UserError("nothing flowed into it in calibration; add it to skip")
+            raise UserError(f"nothing flowed into it in calibration; {_LEAVE}")
         if not values.isfinite().all():
             raise UserError(
                 "NaN or infinity flowed into it in calibration; take other data, another start, or "
@@ -104,7 +111,7 @@ class InputQuantizer(nn.Module, ABC):
         if values.min() == values.max():
             raise UserError(
                 f"its input is {values[0].item():.4g} everywhere in calibration, which gives no scale; take "
-                "other data, or add it to skip"
+                f"other data, or {_LEAVE}"
             )
         with torch.no_grad():
             self.set_from(values, times)
@@ -235,9 +242,7 @@ class PerToken(InputQuantizer):
 
     def __init__(self, features: int, *, bits: int, surrogate: SurrogateName = "ste") -> None:
         if surrogate == "dsq":
-            raise UserError(
-                "input_quantizer.surrogate: dsq learns a sharpness per scale, and PerToken has none"
-            )
+            raise UserError("surrogate: dsq learns a sharpness per scale, and PerToken has none")
         super().__init__(features, bits=bits, surrogate=surrogate, mask="none")  # nothing is clipped
 
     def operands(self) -> ops.InputOperands:
@@ -250,6 +255,40 @@ InputQuantizerFactory = Callable[[int], InputQuantizer]
 
 InputQuantizerSpec = InputQuantizerFactory | dict[str, InputQuantizerFactory | None]
 """One factory for all quantized layers, or factories by layer pattern; None leaves the input as it is."""
+
+
+def make_input_quantizer(
+    factory: InputQuantizerFactory | None,
+    features: int,
+    device: torch.device,
+    key: str = "input_quantizer",
+) -> nn.Module | None:
+    """Call a factory, which may be a user's and make any module.
+
+    Args:
+        factory: Makes the quantizer of an input from its number of features; None makes none.
+        features: This number.
+        device: Where the module is made.
+        key: The setting, for messages.
+
+    Raises:
+        UserError: If it makes no module, or refuses an option.
+    """
+    if factory is None:
+        return None
+    try:
+        with device:
+            made = factory(features)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from error
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{key}: the factory returns {type(made).__name__}; it must return a module")
+    return made
+
+
+def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
+    """The quantizers of a model's activations by their own names: of inputs of layers, and in attention."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, InputQuantizer)}
 
 
 def _unset(*, frozen: bool = False) -> nn.Parameter:

@@ -133,7 +133,8 @@ class LRQAT(Quantizer):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         """See `Quantizer.linear`; None recomputes everywhere, lest each value outweigh what it is made of."""
-        compute = partial(super().linear, **options)
+        base: Any = super().linear
+        compute = partial(base, **options)
         kept = options.get("recompute") is False or options.get("value") is not None
         if kept or not torch.is_grad_enabled():
             return compute(input, weight, bias)
