@@ -32,9 +32,11 @@ import tiny
 from stableqat.callbacks import HoldWeights
 from stableqat.data.tokenizer import load_tokenizer, train_bpe
 from stableqat.errors import UserError
+from stableqat.layers.calibration import uncalibrated
 from stableqat.layers.embedding import QuantEmbedding
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import DSQ, STE, StableQAT
+from stableqat.quantizers.inputs import LSQ
 
 ROOT = Path(__file__).parents[1]
 METHODS = ["ste", "dsq", "paretoq", "stableqat"]
@@ -581,6 +583,64 @@ def test_the_callback_resumes_exactly(late, tmp_path):
     read.load_state_dict(torch.load(tmp_path / "cut.ckpt", weights_only=True)["state_dict"])
 
 
+@pytest.mark.parametrize("how", ["batches", "function"])
+def test_the_callback_calibrates_inputs_and_resumes_exactly(how, tmp_path):
+    """Its first step is that of a module which was prepared and calibrated by hand."""
+    batches = samples(24)
+    x = next(iter(batches))[0]
+    runs = []
+
+    def run(module):
+        runs.append(module.training)
+        return module.net(x)
+
+    given = [x] if how == "batches" else run
+    inputs = partial(LSQ, bits=4)
+
+    def fit(steps, seed, **options):
+        torch.manual_seed(seed)
+        module = Foreign()
+        made = {"skip": ["net.4"], "bits": 2, "input_quantizer": inputs, "calibration": given}
+        trainer = lightning(steps, callbacks=[stableqat.PrepareQAT("dsq", **made)], limit_val_batches=0)
+        trainer.fit(module, batches, **options)
+        return module, trainer
+
+    whole, _ = fit(4, 0)
+    torch.manual_seed(0)
+    by_hand = stableqat.prepare(
+        Foreign(), "dsq", ["net.4"], bits=2, input_quantizer=inputs, calibration=given
+    )
+    started = {name: p.clone() for name, p in by_hand.named_parameters()}
+    tiny.trainer(max_steps=4).fit(by_hand, batches)
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in by_hand.state_dict().items())
+    scales = [f"net.{i}.input_quantizer.scale" for i in (0, 2)]
+    assert all(started[name] != expected[name] for name in scales)  # they learn
+
+    _, first = fit(2, 0)
+    first.save_checkpoint(tmp_path / "cut.ckpt")
+    before = len(runs)
+    resumed, _ = fit(4, 1, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
+    assert len(runs) == before
+    assert not any(runs)  # in evaluation mode
+    assert all(torch.equal(value, expected[key]) for key, value in resumed.state_dict().items())
+
+
+def test_calibration_needs_what_it_calibrates():
+    for make in (partial(stableqat.prepare, Foreign()), stableqat.PrepareQAT):
+        with pytest.raises(UserError, match=r"calibration: .* name an input_quantizer"):
+            make("dsq", bits=2, calibration=[torch.zeros(1, 8)])
+    model, nan = Foreign(), [torch.full((1, 8), torch.nan)]
+    with pytest.raises(UserError, match=r"layer net.0: NaN or infinity"):
+        stableqat.prepare(model, "dsq", bits=2, input_quantizer=partial(LSQ, bits=4), calibration=nan)
+    assert not quantized_layers(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    module = Foreign()
+    callback = stableqat.PrepareQAT("dsq", bits=2, input_quantizer=partial(LSQ, bits=4))
+    with pytest.raises(UserError, match="give PrepareQAT a calibration"):
+        lightning(1, callbacks=[callback]).fit(module, samples())
+
+
 def test_the_callback_computes_weights_once_an_evaluation(computed):
     module = Foreign()
     trainer = lightning(1)
@@ -737,7 +797,17 @@ def blocks() -> dict[str, str]:
 
 def test_there_is_an_example_for_each_trainer():
     trainers = ["transformers' Trainer", "A loop in plain torch", "A LightningModule"]
-    assert list(blocks()) == [*trainers, "Only the scales"]
+    assert list(blocks()) == [*trainers, "Activations", "Only the scales"]
+
+
+def test_the_example_with_activations_runs():
+    """It continues that of a LightningModule."""
+    code = (blocks()["A LightningModule"] + blocks()["Activations"]).replace("max_epochs=10", "max_epochs=1")
+    given = {"batches": DataLoader([(torch.randn(64), torch.tensor(3))] * 4, batch_size=2)}
+    exec(compile(code, "docs/trainers.md", "exec"), given)
+    module = given["trainer"].lightning_module
+    assert not uncalibrated(module)
+    assert module.net[0].input_quantizer.bits == 8
 
 
 def test_the_scales_alone_are_trained():

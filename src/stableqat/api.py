@@ -6,7 +6,7 @@ this suite are built from the same pieces.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
+Calibration = Iterable[Any] | Callable[[Any], object]
+"""Calibration batches, or what runs a model on them, see `calibrate`."""
+
 _CONVERTED = "_stableqat_converted"
 GRIDS = "stableqat"  # key of a transformers config for the grids of the layers
 INPUTS = "quantized_inputs"  # in it, the layers whose inputs are quantized
@@ -51,6 +54,7 @@ def prepare(
     skip: str | Sequence[str] = HEADS,
     *,
     input_quantizer: InputQuantizerSpec | None = None,
+    calibration: Calibration | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> Model:
@@ -72,7 +76,9 @@ def prepare(
             name or a part between dots. Default: heads. Embeddings and convolutions are never quantized.
         input_quantizer: Makes the quantizer of a quantized layer's input from its number of features, as
             `functools.partial(stableqat.quantizers.inputs.LSQ, bits=8)`; a mapping assigns them to layers by
-            pattern. `stableqat.calibrate` then sets their scales. None leaves inputs as they are.
+            pattern. None leaves inputs as they are.
+        calibration: Sets the scales of input quantizers, as `calibrate` does later. Not needed where a state
+            dict follows.
         example_inputs: Inputs of the model's forward: a tensor, a tuple of positional inputs or a dictionary
             of named ones. A trial forward finds weights that are used without calling their layers. None
             takes the inputs that a transformers or timm model declares, or waits for the first forward. For
@@ -89,7 +95,13 @@ def prepare(
             calling its layer. The model is then unchanged.
     """
     prepare_and_report(
-        model, quantizer, skip, input_quantizer=input_quantizer, example_inputs=example_inputs, **options
+        model,
+        quantizer,
+        skip,
+        input_quantizer=input_quantizer,
+        calibration=calibration,
+        example_inputs=example_inputs,
+        **options,
     )
     return model
 
@@ -100,11 +112,13 @@ def prepare_and_report(
     skip: str | Sequence[str],
     *,
     input_quantizer: InputQuantizerSpec | None = None,
+    calibration: Calibration | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> SurgeryReport:
     """`prepare`, returning its report."""
     skip = [skip] if isinstance(skip, str) else skip
+    check_calibration(input_quantizer, calibration)
     factory = make_factory(quantizer, options)
     check_skip(model, skip)
     _refuse_adapters(model, skip)
@@ -119,8 +133,11 @@ def prepare_and_report(
         report.check()
         if report.swapped and (calls := check_calls(model, _example(example_inputs))):
             calls.tell()
+        if calibration is not None:
+            calibrate(model, calibration)
         _record_grids(model)
     except UserError:
+        forget_calls(model)
         put_back(model, {name: linears[name] for name in report.swapped if name in linears})
         raise
     store_weights(model)
@@ -133,7 +150,13 @@ def prepare_and_report(
     return report
 
 
-def calibrate(model: Model, batches: Iterable[Any]) -> Model:
+def check_calibration(input_quantizer: InputQuantizerSpec | None, calibration: Calibration | None) -> None:
+    """Refuse calibration of nothing."""
+    if calibration is not None and input_quantizer is None:
+        raise UserError("calibration: sets the scales of input quantizers; name an input_quantizer, too")
+
+
+def calibrate(model: Model, calibration: Calibration) -> Model:
     """Set the scales of a prepared model's input quantizers, to the least squared error over all batches.
 
     Call it before the first step, and not after loading a checkpoint, which brings the scales. In a
@@ -141,7 +164,8 @@ def calibrate(model: Model, batches: Iterable[Any]) -> Model:
 
     Args:
         model: A model that was prepared with an `input_quantizer`, in the autocast region that it trains in.
-        batches: Inputs of its forward: tensors, tuples of positional inputs or dictionaries of named ones.
+        calibration: Inputs of its forward, batch by batch: tensors, tuples of positional inputs or
+            dictionaries of named ones; or a function that is given the model and runs it on all batches.
 
     Returns:
         The same model.
@@ -157,7 +181,10 @@ def calibrate(model: Model, batches: Iterable[Any]) -> Model:
 
     model.eval()
     try:
-        calibrate_inputs(model, batches, run)
+        if callable(calibration):
+            calibrate_inputs(model, [model], calibration)
+        else:
+            calibrate_inputs(model, calibration, run)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -148,7 +148,7 @@ class InputQuantizer(nn.Module, ABC):
         if not self.is_set:
             raise UserError(
                 "the scales of input quantizers are not set: call stableqat.calibrate(model, batches) before "
-                "the first forward, or load a checkpoint of a run"
+                "the first forward, give PrepareQAT a calibration, or load a checkpoint of a run"
             )
         self._checked = True
 
