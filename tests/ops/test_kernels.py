@@ -345,8 +345,7 @@ def test_an_unaligned_weight_after_an_aligned_one():
     check(replace(case, x=shifted), BF16)
 
 
-@pytest.mark.parametrize("surrogate", ["identity", "fourier-1", "tanh"])
-@pytest.mark.parametrize("floor", [False, True])
+@pytest.mark.parametrize(("surrogate", "floor"), [("identity", True), ("fourier-1", False), ("tanh", True)])
 def test_several_weights_in_one_launch(surrogate, floor):
     """What each gets in a launch of its own: values bit for bit, sums too where rows are of whole tiles."""
     grid, surrogate = make_grid("integer", 4), SURROGATES[surrogate]

@@ -26,8 +26,10 @@ METHODS = sorted(
     (c for c in subclasses(Quantizer) if c.__module__.startswith("stableqat.")), key=lambda c: c.__name__
 )
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda c: c.__name__)
-each_width = pytest.mark.parametrize("bits", WIDTHS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+TYPES = {torch.float32: WIDTHS, torch.bfloat16: (1, 2, 8), torch.float64: (1, 2, 8)}
+each_case = pytest.mark.parametrize(
+    ("bits", "dtype"), [(bits, dtype) for dtype, widths in TYPES.items() for bits in widths], ids=str
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +56,7 @@ def test_the_four_methods_are_found_and_exported():
 
 
 @each_method
-@each_width
-@each_dtype
+@each_case
 def test_values_lie_on_the_grid(method, bits, dtype):
     weight = make_weight(dtype)
     working = torch.float64 if dtype == torch.float64 else torch.float32
@@ -75,8 +76,7 @@ def test_values_lie_on_the_grid(method, bits, dtype):
 
 
 @each_method
-@each_width
-@each_dtype
+@each_case
 def test_dequantize_is_the_evaluation_forward_bit_for_bit(method, bits, dtype):
     weight = make_weight(dtype)
     for options in GRANULARITIES:
@@ -98,8 +98,7 @@ def test_dequantize_is_the_evaluation_forward_bit_for_bit(method, bits, dtype):
 
 
 @each_method
-@each_width
-@each_dtype
+@each_case
 def test_a_power_of_two_passes_through(method, bits, dtype):
     """Q(c * w; c * s) = c * Q(w; s)."""
     weight = make_weight(dtype)
@@ -115,8 +114,7 @@ def test_a_power_of_two_passes_through(method, bits, dtype):
 
 
 @each_method
-@each_width
-@each_dtype
+@each_case
 def test_every_parameter_learns(method, bits, dtype):
     for options in GRANULARITIES:
         weight = make_weight(dtype, requires_grad=True)
