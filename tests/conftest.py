@@ -26,6 +26,8 @@ if os.environ.get("STABLEQAT_TEST_GPU") != "1":
     if _interpreter_works():  # Triton reads this once, at its import
         os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read once, at the import, as is the next
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asking it in vain takes half a minute
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
 

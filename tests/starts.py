@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -75,3 +76,22 @@ def models_and_data(folder: Path) -> Path:
         picture.paste((255, 9 * index, 0), (index % 7, 3, 12, 15))
         picture.save(folder / "images" / "abc"[index % 3] / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="package")
+def place(tmp_path_factory):
+    return models_and_data(tmp_path_factory.mktemp("models"))
+
+
+def verb(name: str, **few):
+    """Call a verb on a model of `place`, with few samples of its data; None leaves an option out."""
+
+    def call(source, out, **options):
+        from stableqat.cli.main import main
+
+        data = source.parent / ("images" if source.name == "vit" else "text.jsonl")
+        options = {"data": data, "samples": 6, "block_size": 16, "device": "cpu", **few, **options}
+        flags = [(f"--{key}", *str(value).split()) for key, value in options.items() if value is not None]
+        return main([name, str(source), "--out", str(out), *(each for flag in flags for each in flag)])
+
+    return call

@@ -1,12 +1,7 @@
 import json
-import os
 
 import pytest
 import yaml
-
-# read once, when the libraries are imported; the command sets them too, if it is the first to import
-os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 LLAMA = {
     "class_path": "stableqat.modules.LlamaModule",

@@ -1,17 +1,11 @@
 """A full-precision run, a 2-bit run that started from it, and a task of the harness in local files."""
 
-import os
-
 import pytest
 import yaml
 
 import tiny
 import words
 from caches import _cache  # noqa: F401
-
-# read once, when the libraries are imported
-os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 LLAMA = tiny.LLAMA | {"vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.3}
 

@@ -1,16 +1,11 @@
 """A language model and a vision transformer in full precision, and runs that were trained from them."""
 
-import os
-
 import pytest
 import yaml
 
 import tiny
 import words
 from caches import _cache  # noqa: F401
-
-os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read once, at the import
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 LLAMA = tiny.LLAMA | {"vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.3}
 
