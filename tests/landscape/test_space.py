@@ -37,6 +37,12 @@ def test_an_unknown_layer_is_named(model):
         WeightSpace(model, ["model.layers.0.mlp.up_pro"])
 
 
+def test_frozen_weights_are_refused_in_a_line():
+    with pytest.raises(UserError, match=r"^the weights of all quantized layers are frozen.* LRQAT does not$"):
+        WeightSpace(tiny.configured("llama", "lrqat").model)
+    assert not len(WeightSpace(tiny.configured("llama", "fp").model))
+
+
 def test_a_move_adds_directions_of_any_type_to_a_start(model):
     space = WeightSpace(model)
     start, noise = space.get(), space.noise(3)

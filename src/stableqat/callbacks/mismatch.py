@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stableqat.callbacks.throughput import untimed
 from stableqat.errors import UserError, check_range
-from stableqat.landscape.space import Direction, Point, WeightSpace, dot, norm
+from stableqat.landscape.space import Direction, Point, WeightSpace, dot, norm, trained_weights
 
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # signs of the noise and of the surrogate's gradient
 
@@ -73,9 +73,9 @@ class GradientMismatch(L.Callback):
         if not self.every_n_steps or step % self.every_n_steps or step == self._seen_step:
             return
         self._seen_step = step
-        probe = _Probe(trainer, pl_module, batch, self.sigma)
-        if not len(probe.space):
+        if not trained_weights(pl_module):  # full precision, or frozen
             return
+        probe = _Probe(trainer, pl_module, batch, self.sigma)
         first = step * self.directions  # the same directions in every run and process
         with untimed(trainer):
             cosine, error = _cosine(*probe.slopes(range(first, first + self.directions)))

@@ -17,7 +17,7 @@ from stableqat.callbacks.record import run_folder
 from stableqat.callbacks.throughput import untimed
 from stableqat.errors import UserError, check_range
 from stableqat.landscape.codes import codes_file, write_codes
-from stableqat.landscape.space import WeightSpace
+from stableqat.landscape.space import WeightSpace, trained_weights
 from stableqat.layers.full_precision import full_precision
 from stableqat.quantizers import QuantizedWeight
 
@@ -61,7 +61,7 @@ class Trajectory(L.Callback):
             UserError: If there is nothing to validate on, or weights are sharded.
         """
         self._codes, self._seen_step = None, trainer.global_step
-        if not self.every_n_steps or not len(WeightSpace(pl_module)):
+        if not self.every_n_steps or not trained_weights(pl_module):
             return
         if not sum(trainer.num_val_batches):
             raise UserError(
@@ -81,9 +81,9 @@ class Trajectory(L.Callback):
             self._measure(trainer, pl_module)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        space, step = WeightSpace(pl_module), trainer.global_step
-        if not len(space):
+        if not trained_weights(pl_module):  # full precision, or frozen
             return
+        space, step = WeightSpace(pl_module), trainer.global_step
         with untimed(trainer):
             with full_precision(pl_module):
                 latent = validation_loss(trainer, pl_module, self.batches)

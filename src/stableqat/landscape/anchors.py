@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stableqat.errors import UserError
 from stableqat.landscape.batches import Batches, losses_of
 from stableqat.landscape.curvature import mean_loss
-from stableqat.landscape.space import Losses, ParameterSpace, Point, WeightSpace
+from stableqat.landscape.space import Losses, ParameterSpace, Point, WeightSpace, trained_weights
 from stableqat.layers.full_precision import full_precision
 from stableqat.layers.latent import latent_weights
 from stableqat.modules import QATModule
@@ -100,11 +100,12 @@ def find_anchors(
 
 
 def _read(run: Run, module: QATModule) -> tuple[QATModule, ParameterSpace, WeightSpace, list[Tensor]]:
-    weights, known = WeightSpace(module), latent_weights(module)
+    known = latent_weights(module)
     if not known:
         raise UserError(f"{run.checkpoint}: is in full precision; take runs with quantizers")
-    if len(weights) < len(known):
+    if len(trained_weights(module)) < len(known):
         raise UserError(f"{run.checkpoint}: its method freezes weights, so there is no way between them")
+    weights = WeightSpace(module)
     space = ParameterSpace(module, weights.weights | _others(module, weights))
     return module, space, weights, [each.codes for each in weights.quantized()]
 

@@ -109,6 +109,11 @@ class ParameterSpace:
         return Noise(self, seed)
 
 
+def trained_weights(model: nn.Module) -> dict[str, LatentWeight]:
+    """The latent weights of a model that train, by the name of their layer."""
+    return {name: each for name, each in latent_weights(model).items() if each.parameter.requires_grad}
+
+
 class WeightSpace(ParameterSpace):
     """The space of a model's latent weights that train, with their quantizers.
 
@@ -120,11 +125,16 @@ class WeightSpace(ParameterSpace):
         weights: The parameters, by the name of their layer.
 
     Raises:
-        UserError: If there is no such layer, or weights are sharded.
+        UserError: If there is no such layer, weights are sharded, or all are frozen, as LR-QAT's are.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str] | None = None) -> None:
-        known = {name: each for name, each in latent_weights(model).items() if each.parameter.requires_grad}
+        known = trained_weights(model)
+        if not known and latent_weights(model):
+            raise UserError(
+                "the weights of all quantized layers are frozen, so none can move; take a method that trains "
+                "them, which LRQAT does not"
+            )
         for name in layers or ():
             if name not in known:
                 raise UserError(f"layers: no quantized layer is called {name}; {did_you_mean(name, known)}")
