@@ -138,6 +138,18 @@ def test_an_argument_in_place_of_a_block_takes_the_quantizer_away() -> None:
     assert "model.quantizer.class_path" not in points(text)["fp"].settings()
 
 
+def test_axes_of_inputs_do_not_repeat_an_arm_that_does_not_quantize_them() -> None:
+    inputs = {"model.input_quantizer.class_path": "LSQ"}
+    mapped = {"model.input_quantizer": {"*": {"class_path": "LSQ", "init_args": {"bits": 4}}}}
+    arms = {"fp": None, "ste": {"configs": ["ste.yaml"]}}
+    arms |= {name: {"configs": ["ste.yaml"], "args": args} for name, args in (("a", inputs), ("m", mapped))}
+    grid = {"arm": arms, "bits": 2, "model.input_quantizer.bits": [4, 8]}
+    found = points(yaml.safe_dump({"grid": grid}, sort_keys=False))
+    assert list(found) == ["fp", "ste-b2", "a-b2-bits4", "a-b2-bits8", "m-b2"]
+    assert found["m-b2"].settings()["model.input_quantizer"] == mapped["model.input_quantizer"]
+    assert not any("input_quantizer" in key for key in found["ste-b2"].settings())
+
+
 ARM = "grid: {arm: {fp: }"
 STES = (
     "grid: {arm: {fp: , ste: {args: {model.quantizer.class_path: stableqat.quantizers.STE}}}, bits: [2, 3]}"

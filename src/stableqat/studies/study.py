@@ -22,9 +22,10 @@
       model.scale_lr_multiplier: [0.1, 1]      # any argument can be an axis
 
 A point is the base, its arm, and a value of each axis. An arm that sets an argument itself is not repeated
-over that axis. Axes of the quantizer (`bits`, `model.quantizer...`) do not repeat an arm without a quantizer,
-or with a mapping of them, and only these axes repeat the `validate` arms. File names are relative to the
-current folder, as on a command line; shipped configurations have names, such as llama/base.
+over that axis. Axes of a quantizer (`bits`, `model.quantizer...`, `model.input_quantizer...`) do not repeat
+an arm without it, or with a mapping in its place, and only these axes repeat the `validate` arms. File names
+are relative to the current folder, as on a command line; shipped configurations have names, such as
+llama/base.
 """
 
 import itertools
@@ -40,9 +41,11 @@ from stableqat.errors import UserError
 from stableqat.shipped import find_config
 from stableqat.studies.plan import QUANTIZER, SHORT_AXES, Plan, check_baseline, plan_of
 from stableqat.studies.yaml_file import check_keys, load_yaml, unknown
+from stableqat.trust import QUANTIZERS
 
 INIT_FROM = "model.init_from"
 START = "start"
+_QUANTIZERS = tuple(f"model.{key}" for key in QUANTIZERS)
 _KEYS = ("name", "logs", "vars", "configs", "args", "runs_per_gpu", START, "validate", "grid", "compare")
 
 
@@ -77,8 +80,12 @@ class Overlay:
 
     @property
     def quantized(self) -> bool:
-        """Whether a config file or an argument names a quantizer."""
-        return any(f"{k}.".startswith(f"{QUANTIZER}.") and v is not None for k, v in self.settings().items())
+        """Whether a config file or an argument names a quantizer of weights."""
+        return self.names(QUANTIZER)
+
+    def names(self, quantizer: str) -> bool:
+        """Whether a config file or an argument names a quantizer, or a mapping of such."""
+        return any(f"{k}.".startswith(f"{quantizer}.") and v is not None for k, v in self.settings().items())
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ def read_study(path: str | Path) -> Study:
         base += Overlay(args={INIT_FROM: str(start.folder)})
 
     validate = _mapping(path, "validate", tree.get("validate"))
-    quantizer_axes = [axis for axis in axes if axis.quantizer]
+    quantizer_axes = [axis for axis in axes if axis.quantizer is not None]
     for verb, section, arms_, axes_ in (
         ("validate", "validate", validate, quantizer_axes),
         ("fit", "grid.arm", arms, axes),
@@ -186,8 +193,7 @@ def read_study(path: str | Path) -> Study:
             own = _overlay(path, where, content)
             arm = base + own
             begins = start if start and arm.args[INIT_FROM] == str(start.folder) else None
-            one = arm.quantized and not isinstance(arm.settings().get(QUANTIZER), dict)
-            free = [a for a in axes_ if a.argument not in own.args and (one or not a.quantizer)]
+            free = [axis for axis in axes_ if axis.argument not in own.args and axis.varies(arm)]
             for values in itertools.product(*(axis.values for axis in free)):
                 parts = [axis.label(value) for axis, value in zip(free, values, strict=True)]
                 point = _name(path, where, "-".join([arm_name, *parts]))
@@ -214,8 +220,15 @@ class _Axis:
     values: list[Any]
 
     @property
-    def quantizer(self) -> bool:
-        return self.argument.startswith(QUANTIZER + ".")
+    def quantizer(self) -> str | None:
+        """The setting that names the quantizer to which the argument belongs."""
+        return next((each for each in _QUANTIZERS if self.argument.startswith(f"{each}.")), None)
+
+    def varies(self, arm: Overlay) -> bool:
+        """Whether the argument exists in an arm, which a quantizer's does not without it or in a mapping."""
+        if self.quantizer is None:
+            return True
+        return arm.names(self.quantizer) and not isinstance(arm.settings().get(self.quantizer), dict)
 
     def label(self, value: Any) -> str:
         """What a value adds to the name of a point; of a path, its last part."""
@@ -277,7 +290,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _maps_quantizers(key: str, value: dict[str, Any]) -> bool:
     """Whether a setting is a mapping from layer patterns to quantizers, which stays whole."""
     inside = any(isinstance(each, dict) and "class_path" in each for each in value.values())
-    return key.replace(".init_args.", ".") == QUANTIZER and (
+    return key.replace(".init_args.", ".") in _QUANTIZERS and (
         inside or any(set("*?[") & set(k) for k in value)
     )
 
