@@ -2,19 +2,24 @@
 
 The run finishes its step, writes a checkpoint and exits with code 143. Lightning's own handlers communicate
 between processes as soon as a signal arrives, which breaks a step that communicates, too; under SLURM they
-save in the middle of a step, into the working folder. Here a handler only sets a flag; processes compare
-their flags before a step changes weights, and all stop after the same step. A validation that is due or has
-begun runs when the run resumes; Lightning would skip it. Validations wait for the end of a step, so a
-checkpoint after one never holds half a step.
+save in the middle of a step, into the working folder. Here a handler only sets a flag. Processes exchange
+their flags in each step and read them in the next, for which nobody waits, and all stop after the same step.
+A validation that is due or has begun runs when the run resumes; Lightning would skip it. Validations wait for
+the end of a step, so a checkpoint after one never holds half a step.
 """
 
 import signal
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loops.fit_loop import RestartStage
+from torch import Tensor
+
+from stableqat.callbacks.arrival import on_its_way
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 128 + signal.SIGTERM
@@ -29,6 +34,7 @@ class Interruption(L.Callback):
     def __init__(self) -> None:
         self._unvalidated = False
         self._signalled = self._agreed = False
+        self._exchanged: Callable[[], Tensor] | None = None
         self._seen_step = 0
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,7 +58,7 @@ class Interruption(L.Callback):
             trainer.training = True
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        """Compare flags here, where the divergence guard waits for the device anyway."""
+        """Compare flags before a step changes weights."""
         self._compare(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -90,7 +96,13 @@ class Interruption(L.Callback):
         self._signalled = True
 
     def _compare(self, trainer: L.Trainer) -> None:
-        self._agreed = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
+        """Read the flags that processes exchanged before, and exchange them again."""
+        if trainer.world_size == 1:
+            return
+        if self._exchanged is not None:
+            self._agreed = bool(self._exchanged() > 0)
+        flag = torch.full((), float(self._signalled), device=trainer.strategy.root_device)
+        self._exchanged = on_its_way(trainer.strategy.reduce(flag, reduce_op="sum"))
 
     def _stop(self, trainer: L.Trainer) -> None:
         agreed = self._agreed or (self._signalled and trainer.world_size == 1)  # alone: no need to wait

@@ -188,7 +188,9 @@ class _Watch:
 
 
 def _flat(tensor: Tensor, rows: slice) -> Tensor:
-    return local(tensor.detach())[rows].flatten()
+    with torch.no_grad():  # otherwise autograd would take the shard, which takes longer
+        own = local(tensor)
+    return own.detach()[rows].flatten()
 
 
 class QuantizerMonitor(L.Callback):

@@ -102,8 +102,8 @@ class TrainingProgress(ProgressBar):
             first, began = self._counted_from
             seconds = (time.monotonic() - began) / (self._step - first) * (self._total - self._step)
             left = f", {clock(seconds)} left"
-        known = trainer.progress_bar_metrics
-        metrics = ", ".join(
-            f"{name} {value:.4g}" for name, value in known.items() if isinstance(value, float)
-        )
+        found = {
+            name: trainer.callback_metrics.get(name) for name in ("train/loss", *trainer.progress_bar_metrics)
+        }
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if value is not None)
         return f"step {self._step}{of}{left}{': ' * bool(metrics)}{metrics}"

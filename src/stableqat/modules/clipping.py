@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from stableqat.quantizers.shard import local
 
 
+@torch.no_grad()
 def clip_gradients(
     optimizer: Optimizer, limit: float, *, by_norm: bool, measure: bool = False
 ) -> Tensor | None:

@@ -39,7 +39,8 @@ class Training(L.LightningModule):
         """Log the loss, and return what is differentiated."""
         compute = self._graphed_loss or self.loss
         loss = compute(self.augment(batch)) * self.share(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        # not for Lightning's bar, which waits for the loss of every step
+        self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
     def setup(self, stage: str) -> None:
