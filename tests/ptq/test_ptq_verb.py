@@ -123,8 +123,9 @@ def test_images_and_biases(method, place, ptq, tmp_path):
     arguments = ["--data", str(place / "images"), "--device", "cpu", "--out", str(out)]
     assert main(["evaluate", str(tmp_path / "true"), *arguments]) == 0
     (found,) = json.loads(out.read_text())["sources"][0]["images"].values()
+    rounded = open_run(str(tmp_path / "true")).load()
     with torch.no_grad():
-        losses = [open_run(str(tmp_path / "true")).load().loss(batch) for batch in drawn(module, place, 24)]
+        losses = [rounded.loss(batch) for batch in drawn(module, place, 24)]
     assert found["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     onnx = ["export", str(tmp_path / "true"), "--format", "onnx", "--out", str(tmp_path / "onnx")]
     assert main(onnx) == 0
