@@ -28,7 +28,7 @@ pytest.importorskip("onnxscript")
 
 from stableqat.export import onnx as onnx_format  # noqa: E402
 from stableqat.export.input_codes import compare_inputs  # noqa: E402
-from stableqat.export.qdq import OPSET, QDQLinear, store_four_bits  # noqa: E402
+from stableqat.export.qdq import OPSET, QDQLinear, set_types  # noqa: E402
 
 FEATURES = 40
 
@@ -79,29 +79,29 @@ def test_all_kinds_of_inputs_in_one_file(tmp_path):
     """Each with codes equal to training's, at widths with a type of their own and without."""
     inputs = {
         "*qkv": partial(LSQPlus, bits=4),
-        "*proj": partial(LSQ, bits=8),
+        "*proj": None,
         "*fc1": partial(LSQPlus, bits=2),
         "*fc2": partial(PerToken, bits=3),
-        "head": None,
+        "head": partial(LSQ, bits=8),
     }
     grids = {
         (96, 32): {"bits": 4, "grid": "stretched"},
         (32, 32): {"bits": 4, "group_size": 16},
         (128, 32): {"bits": 3, "grid": "stretched"},
         (32, 128): {"levels": 3},
-        (10, 32): {"bits": 2, "grid": "stretched"},
+        (10, 32): {"bits": 8},
     }
     quantizer = lambda weight: STE(weight, **grids[tuple(weight.shape)])  # noqa: E731
     model = packed("vit", inputs, quantizer=quantizer, skip=[], scale_dtype=torch.float16)
     graph = written(model, tmp_path)
     assert codes_by_layer(graph) == {
         "attn.qkv": ("UINT4", 0, False, "INT8"),  # odd integers
-        "attn.proj": ("UINT8", 128, False, "INT4"),
         "mlp.fc1": ("UINT8", 0, True, "INT4"),
+        "head": ("UINT8", 128, False, "INT8"),
     }
     assert [node.op_type for node in graph.node].count("MatMulNBits") == 2
     compared = compare_inputs(model, tmp_path, 1e-5)
-    assert compared["inputs"] == 2 * 17 * (3 * 32 + 128)  # rows, tokens, features
+    assert compared["inputs"] == 2 * (17 * (2 * 32 + 128) + 32)  # rows, tokens, features
     assert compared["inputs_on_other_codes"] < 1e-3 * compared["inputs"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [onnx_format.FILE]
 
@@ -121,12 +121,15 @@ def test_eight_bits_are_multiplied_as_integers(tmp_path):
 
 
 class Side(nn.Module):
-    """Layers with the identity as their weight, side by side."""
+    """Layers with the identity as their weight, side by side, every other one in INT8."""
 
-    def __init__(self, quantizers, make):
+    def __init__(self, quantizers):
         super().__init__()
         one = QuantizedWeight(torch.eye(FEATURES).to(torch.int8), torch.ones(FEATURES, 1), 0.0, 4, "integer")
-        self.layers = nn.ModuleList(make(one, each.activation()) for each in quantizers)
+        self.layers = nn.ModuleList(
+            QDQLinear(one, None, each.activation(), (None, 8)[place % 2])
+            for place, each in enumerate(quantizers)
+        )
 
     def forward(self, input):
         return torch.stack([layer(input) for layer in self.layers])
@@ -141,7 +144,7 @@ def rounded(tmp_path_factory):
         for kind, sees in ((LSQ, torch.randn(99)), (LSQ, torch.rand(99)), (LSQPlus, torch.rand(99) - 0.17)):
             quantizers.append(kind(FEATURES, bits=bits))
             quantizers[-1].calibrate(ops.count_values(sees))
-    model = Side(quantizers, lambda weight, made: QDQLinear(weight, None, made)).eval()
+    model = Side(quantizers).eval()
     spread = torch.linspace(-4, 4, 997)
     edges = [spread, torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4])]
     for each in quantizers:
@@ -157,18 +160,20 @@ def rounded(tmp_path_factory):
         dynamo=True,
         verbose=False,
     )
-    store_four_bits(program.model.graph, model)
+    set_types(program.model.graph, model)
     file = tmp_path_factory.mktemp("rounded") / "side.onnx"
     program.save(file)
     with torch.no_grad():
         return rows, file, torch.stack([each(rows) for each in quantizers])
 
 
+@pytest.mark.parametrize("precise", ["0", "1"], ids=["", "precise"])
 @pytest.mark.parametrize("optimized", [True, False])
-def test_a_value_gets_the_code_of_training_bit_for_bit(rounded, optimized):
+def test_a_value_gets_the_code_of_training_bit_for_bit(rounded, optimized, precise):
     """At thresholds, where half goes to even, beyond the outermost codes, and for offsets off the grid."""
     rows, file, expected = rounded
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", precise)
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -126,7 +126,7 @@ def write(packed: PackedModel, folder: Path) -> None:
         raise UserError(f"onnx: torch cannot export this model ({_cause(error)}); take hf") from error
     program.model.metadata_props.update(_metadata(packed))
     graph = program.model.graph
-    qdq.store_four_bits(graph, called)
+    qdq.set_types(graph, called)
     for node in graph:  # where it is in the source would fill most of a small file
         node.metadata_props.clear()
         node.doc_string = None

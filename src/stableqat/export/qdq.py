@@ -156,34 +156,47 @@ def check(packed: PackedModel) -> None:
             )
 
 
-def store_four_bits(graph: Any, model: nn.Module) -> None:
-    """Give 4-bit codes their type, which torch does not have.
+def set_types(graph: Any, model: nn.Module) -> None:
+    """Give 4-bit codes their type, which torch does not have, and 8-bit weights a zero point of their own.
+
+    Without one, or with one that layers share, onnxruntime makes a graph that fails from its option
+    session.x64quantprecision.
 
     Args:
         graph: Of the exported program, changed in place.
         model: What was exported.
     """
-    from onnx_ir import DataType, Value
+    from onnx_ir import DataType
 
     for name, layer in model.named_modules():
         if not isinstance(layer, QDQLinear):
             continue
         codes = graph.initializers[f"{name}.codes"]
+        ((dequantize, _),) = codes.uses()
         if layer.input_width == 4:
-            ((dequantize, _),) = codes.uses()
             ((product, _),) = dequantize.outputs[0].uses()
             of_input = product.inputs[0].producer()
-            zero_point = Value(name=f"{name}.input_zero_point_in_4_bits")
-            zero_point.const_value = _tensor(layer.input_zero_point.numpy(), zero_point.name, DataType.UINT4)
-            graph.register_initializer(zero_point)
+            zero_point = _constant(graph, f"{name}.input_zero", layer.input_zero_point, DataType.UINT4)
             for node in (of_input, of_input.inputs[0].producer()):
                 node.replace_input_with(2, zero_point)
             of_input.inputs[0].dtype = DataType.UINT4
         if layer.weight_width == 4:
             codes.const_value = _tensor(codes.const_value.numpy(), codes.name, DataType.INT4)
             codes.dtype = DataType.INT4
+        else:
+            zeros = torch.zeros(codes.shape[1], dtype=torch.int8)
+            dequantize.resize_inputs(3)
+            dequantize.replace_input_with(2, _constant(graph, f"{name}.zero_point", zeros, DataType.INT8))
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
+
+
+def _constant(graph: Any, name: str, values: Tensor, dtype: Any) -> Any:
+    from onnx_ir import Value
+
+    made = Value(name=name, const_value=_tensor(values.numpy(), name, dtype))
+    graph.register_initializer(made)
+    return made
 
 
 def _tensor(values: np.ndarray, name: str | None, dtype: Any) -> Any:
