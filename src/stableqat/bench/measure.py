@@ -184,7 +184,7 @@ def _surviving(arm: Arm, runners: dict[str, Any], result: dict[str, Any]) -> Ite
         yield
         return
     except Exception as error:
-        if not (arm.rival or isinstance(error, torch.OutOfMemoryError)):
+        if not (arm.rival or _out_of_memory(error)):
             raise
         result["failed"] = reason(error)
         traceback.clear_frames(error.__traceback__)  # they hold tensors
@@ -192,6 +192,13 @@ def _surviving(arm: Arm, runners: dict[str, Any], result: dict[str, Any]) -> Ite
     assert arm.model is not None
     _drop_gradients(arm.model.parameters())
     _collect(next(arm.model.parameters()).device)
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether too little memory is what an error comes from."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextmanager
