@@ -133,6 +133,27 @@ def test_shards_of_two_processes_resume_in_one_file_on_two(runs):
     assert load(changed)["global_step"] == 9
 
 
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("sharded", marks=pytest.mark.slow)])
+def test_an_optimizer_that_keeps_nothing_resumes(kind, runs):
+    """Plain SGD: no states, but a learning rate that its schedule has moved."""
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e-2"]
+    sgd += [
+        "--model.lr_scheduler",
+        "torch.optim.lr_scheduler.ExponentialLR",
+        "--model.lr_scheduler.gamma",
+        "0.5",
+    ]
+    whole = runs.succeed(kind, f"{kind}-sgd", *sgd)
+    runs.succeed(kind, f"{kind}-sgd-cut", *sgd, steps=3)
+    resumed = runs.succeed(kind, f"{kind}-sgd-cut", *sgd, "--ckpt_path", "last")
+    if kind == "sharded":
+        for path in (whole, resumed):
+            assert main(["consolidate", str(path), "--out", f"{path}.whole"]) == 0
+        whole, resumed = Path(f"{whole}.whole"), Path(f"{resumed}.whole")
+    assert not load(whole)["optimizer_states"][0]["state"]
+    assert not list(differing(load(whole), load(resumed)))
+
+
 def flip(folder: Path) -> None:
     file = folder / "__1_0.distcp"
     content = bytearray(file.read_bytes())

@@ -150,11 +150,26 @@ class FSDP2Strategy(_Reducing, strategies.ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Resume from one file or from the shards of any number of processes, without pickle."""
         path = Path(self.broadcast(checkpoint_path))
-        if not is_sharded(path):
-            return super().load_checkpoint(path, weights_only)
         assert self.model is not None
-        load_shards(path, self.model, self.optimizers)
-        return torch.load(path / REST, map_location="cpu", weights_only=True)
+        if is_sharded(path):
+            load_shards(path, self.model, self.optimizers)
+            return torch.load(path / REST, map_location="cpu", weights_only=True)
+        optimizers = self.optimizers
+        if self._keeps_nothing(path):  # Lightning asks for the first of its states
+            self.optimizers = []
+        try:
+            content = super().load_checkpoint(path, weights_only)
+        finally:
+            unread, self.optimizers = optimizers[len(self.optimizers) :], optimizers
+        for optimizer, state in zip(unread, content.get("optimizer_states", ()), strict=False):
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({key: value for key, value in saved.items() if key != "params"})
+        return content
+
+    def _keeps_nothing(self, path: Path) -> bool:
+        """Whether the optimizers of a checkpoint have no states, as plain SGD's."""
+        content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        return not any(state["state"] for state in content.get("optimizer_states", ()))
 
 
 def _saved_buffers(model: nn.Module) -> set[str]:
