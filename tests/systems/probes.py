@@ -22,7 +22,7 @@ class Probe(L.Callback):
         keep_at: Step at which the last checkpoint is copied beside it, before the next one replaces it.
     """
 
-    def __init__(self, path: str, keep_at: int = 12) -> None:
+    def __init__(self, path: str, keep_at: int = 8) -> None:
         self.path = Path(path)
         self.keep_at = keep_at
         self.seen: dict[str, Any] = {"gradients": {}, "losses": [], "clipped_norms": [], "types": []}
