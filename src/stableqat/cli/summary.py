@@ -38,7 +38,7 @@ class Summary(L.Callback):
             if "widths" in described:
                 method += f", and inputs by {described['input_quantizer']} ({described['widths']})"
         if "attention" in described:
-            method += f", attention's {described['attention']}"
+            method += f", and attention's {described['attention']}"
         logger.info("trains: %s parameters, %s", _short(count), method)
         planned = trainer.estimated_stepping_batches
         if 0 < planned < float("inf"):

@@ -21,6 +21,7 @@ QUANTIZER = "model.quantizer"
 # What runs log of themselves, beside the settings of their surrogates.
 LOGGED = (
     *("method", "bits", "grid", "mask", "scale_init", "granularity", "quantizers"),
+    *("input_quantizer", "input_bits", "input_surrogate", "input_mask", "widths", "attention"),
     *("dampening", "freezing", "quantized_share", "deployed_mb", "a", "amplitude", "harmonics", "value"),
     *("rank", "alpha", "factor_lr_multiplier", "scale_lr_multiplier", "weight_lr_multiplier"),
     *("optimizer", "weight_decay", "warmup_steps"),
