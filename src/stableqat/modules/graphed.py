@@ -8,17 +8,18 @@ same order: values are bit for bit those of a step launched kernel by kernel.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from stableqat.errors import UserError, one_line
 from stableqat.layers.hold import release_weights
+from stableqat.modules.exchange import GradientExchange
 from stableqat.ops.once_differentiable import once_differentiable
 from stableqat.quantizers import Quantizer
 
@@ -41,6 +42,7 @@ class GraphedLoss:
         model: Its trainable parameters get the gradients.
         loss: The loss of a batch.
         always: Whether to keep the graphs even if they are not faster.
+        exchange: Averages gradients over processes; None if there is one process.
         accumulates: Whether the gradients of a backward have to outlive the next forward, which is replayed
             on the same memory.
         pool: Memory of the graphs, shared with others that are never in use at the same time; None takes its
@@ -53,11 +55,12 @@ class GraphedLoss:
         loss: Callable[[Batch], Tensor],
         *,
         always: bool,
+        exchange: GradientExchange | None = None,
         accumulates: Callable[[], bool] = lambda: False,
         pool: Any = None,
     ) -> None:
         self.model, self.loss, self.always = model, loss, always
-        self.accumulates, self.pool = accumulates, pool
+        self.exchange, self.accumulates, self.pool = exchange, accumulates, pool
         self.root = torch.zeros((), requires_grad=True)  # gives the loss a backward
         self._all = list(model.parameters())
         self.parameters = [p for p in self._all if p.requires_grad]
@@ -69,19 +72,29 @@ class GraphedLoss:
         """Compute the loss of a batch, differentiable once."""
         if self.batch is None:
             self.batch = {key: value.clone() for key, value in batch.items()}
+            if self.exchange is not None:
+                self.exchange.start()
             self._capture()
             self._captured = self._weights()
+            if self.graphs is None:
+                self.end()
         if self.graphs is not None and self._weights() != self._captured:
             logger.warning(
                 "weights were frozen, thawed or moved: steps are launched kernel by kernel from now on"
             )
-            self.graphs = None
+            self.end()
         if self.graphs is None or not _alike(batch, self.batch):
             return self.loss(batch)
         for key, value in batch.items():
             self.batch[key].copy_(value)
         loss: Tensor = _Replay.apply(self.root, self)
         return loss
+
+    def end(self) -> None:
+        """Replay no more: launch, and leave the exchange of gradients to DDP."""
+        self.graphs = None
+        if self.exchange is not None:
+            self.exchange.stop()
 
     def differentiate(self, scale: Tensor) -> None:
         """Add the gradients to those of the parameters; autograd would take them to each one by one.
@@ -119,10 +132,10 @@ class GraphedLoss:
                     for _ in range(_WARM_UP):
                         self._launch()
                     launched = _seconds(self._launch)
-                if not self.always and _used(device) > _ROOM:
+                if not self._agree(self.always or _used(device) <= _ROOM):
                     raise _Unfit("it would take too much of the device's memory")
                 torch.cuda.empty_cache()  # what launched steps leave there, the graphs can use
-                graphs = _Graphs(self.loss, self.batch, self.parameters, stream, self.pool)
+                graphs = _Graphs(self.loss, self._gradients, self.batch, stream, self.pool)
                 replayed = _seconds(graphs.replay)
         except (RuntimeError, _Unfit) as error:
             reason = one_line(_first(error))
@@ -133,7 +146,7 @@ class GraphedLoss:
         finally:
             torch.cuda.current_stream(device).wait_stream(stream)
         times = f"{1e3 * replayed:.1f} ms for forward and backward, {1e3 * launched:.1f} ms launched"
-        if self.always or replayed < _WORTH * launched:
+        if self._agree(self.always or replayed < _WORTH * launched):
             self.graphs = graphs
             logger.info("steps are replayed as CUDA graphs: %s", times)
         else:
@@ -147,8 +160,15 @@ class GraphedLoss:
 
     def _launch(self) -> None:
         assert self.batch is not None
-        loss = self.loss(self.batch)
-        torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        self._gradients(self.loss(self.batch))
+
+    def _gradients(self, loss: Tensor, scale: Tensor | None = None) -> Sequence[Tensor | None]:
+        with nullcontext() if self.exchange is None else self.exchange.overlapping():
+            return torch.autograd.grad(loss, self.parameters, scale, allow_unused=True)
+
+    def _agree(self, yes: bool) -> bool:
+        """Whether all processes say yes: what one replays, the others have to."""
+        return yes if self.exchange is None else self.exchange.agree(yes)
 
 
 class _Graphs:
@@ -157,8 +177,8 @@ class _Graphs:
     def __init__(
         self,
         loss: Callable[[Batch], Tensor],
+        gradients: Callable[[Tensor, Tensor], Sequence[Tensor | None]],
         batch: Batch,
-        parameters: list[nn.Parameter],
         stream: torch.cuda.Stream,
         pool: Any,
     ) -> None:
@@ -169,7 +189,7 @@ class _Graphs:
         self.scale = torch.ones_like(self.loss)
         pool = self.forward.pool()
         with torch.cuda.graph(self.backward, pool, stream, capture_error_mode="thread_local"):
-            self.gradients = torch.autograd.grad(self.loss, parameters, self.scale, allow_unused=True)
+            self.gradients = gradients(self.loss, self.scale)
         self.loss = self.loss.detach()
 
     def replay(self) -> None:
@@ -197,8 +217,10 @@ def why_not_graphed(trainer: L.Trainer, module: Any) -> str | None:
     """Say why the steps of a run cannot be replayed, as far as is known before the first step."""
     if trainer.strategy.root_device.type != "cuda":
         return "it needs a CUDA device"
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return "it works in a run of one process, as gradients are exchanged while they are computed"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        return "it works in a run of one process, or with --trainer.strategy ddp"
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.accumulate_grad_batches != 1:
+        return "processes that exchange gradients cannot accumulate them"
     if module.activation_checkpointing:
         return "it does not go with activation_checkpointing"
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):

@@ -5,9 +5,11 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stableqat.errors import UserError
 from stableqat.modules.clipping import clip_gradients
+from stableqat.modules.exchange import GradientExchange
 from stableqat.modules.graphed import Batch, GraphedLoss, why_not_graphed
 
 
@@ -55,14 +57,25 @@ class Training(L.LightningModule):
     def on_train_start(self) -> None:
         """Replay the steps to come if the settings allow it; the first one shows whether they can be."""
         assert self.model is not None
-        if self.graphed is not False and why_not_graphed(self.trainer, self) is None:
-            accumulates = self.trainer.fit_loop.epoch_loop._should_accumulate
-            self._graphed_loss = GraphedLoss(
-                self.model, self.loss, always=bool(self.graphed), accumulates=accumulates
-            )
+        exchange, wanted = None, self.graphed is not False
+        if isinstance(wrapped := self.trainer.strategy.model, DistributedDataParallel):
+            wanted = bool(self.graphed)
+            trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            exchange = GradientExchange(wrapped, trained)
+        if not wanted or why_not_graphed(self.trainer, self) is not None:
+            return
+        self._graphed_loss = GraphedLoss(
+            self.model,
+            self.loss,
+            always=bool(self.graphed),
+            exchange=exchange,
+            accumulates=self.trainer.fit_loop.epoch_loop._should_accumulate,
+        )
 
     def on_train_end(self) -> None:
         """Free the graphs' memory."""
+        if self._graphed_loss is not None:
+            self._graphed_loss.end()
         self._graphed_loss = None
 
     def configure_gradient_clipping(
