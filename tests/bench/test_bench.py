@@ -160,3 +160,17 @@ def test_bad_input(case, at, capsys):
     assert expected in err
     assert len(err) < 300
     assert sorted(at.iterdir()) == [*before]
+
+
+def test_inputs_are_quantized_beside_inputs_as_they_are(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("stableqat.bench.arms.find_spec", lambda name: None)
+    command = "bench --model tiny-llama --batch 1 --tokens 8 --methods STE --bits 2 --input_bits 4 8"
+    assert (
+        main(shlex.split(f"{command} --modes eager --rounds 1 --seeds 1 --device cpu --out inputs.json")) == 0
+    )
+    arms = json.loads((place / "inputs.json").read_text())["modes"]["eager"]
+    assert list(arms) == ["FP", "STE", "STE, 4-bit inputs", "STE, 8-bit inputs"]
+    # scale and offset of 14 layers' inputs and their floors, and AdamW's two averages of the first two
+    more = arms["STE, 4-bit inputs"]["state_bytes"] - arms["STE"]["state_bytes"]
+    assert more > 14 * 2 * 3 * 4

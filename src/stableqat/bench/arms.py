@@ -16,13 +16,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stableqat.errors import UserError, did_you_mean, one_line
+from stableqat.layers.calibration import calibrate_inputs
 from stableqat.layers.latent import store_weights
 from stableqat.layers.linear import quantized_layers
 from stableqat.quantizers import QuantizerFactory
 from stableqat.quantizers.factory import methods
+from stableqat.quantizers.inputs import LSQPlus
 
 if TYPE_CHECKING:
     from stableqat.modules import QATModule
@@ -108,17 +110,21 @@ def build_arms(
     module: "QATModule",
     methods: dict[str, QuantizerFactory],
     rivals: dict[str, Factory],
+    input_bits: Sequence[int] = (),
 ) -> list[Arm]:
     """Make arms of full precision, of each method and of each rival, all assembled for training.
+
+    Input quantizers are those of the overlays; `calibrate_arms` sets them.
 
     Args:
         model: The plain model, whose Parameters all arms share.
         module: Its training system.
         methods: Quantizers by name, at least one.
         rivals: Factories of linear layers by name.
+        input_bits: Widths of inputs; each makes another arm of each method.
 
     Raises:
-        UserError: If there is no layer to quantize.
+        UserError: If there is no layer to quantize, or a width is out of range.
     """
     module.check_architecture(next(iter(methods.values())))
     full = sharing(model)
@@ -126,13 +132,30 @@ def build_arms(
     arms = [Arm(FULL_PRECISION, full)]
     layers: list[str] = []
     for name, quantizer in methods.items():
-        quantized = sharing(model)
-        report = module.assemble(quantized, quantizer)
-        assert report is not None
-        _own_what_is_frozen(quantized)
-        layers = report.swapped
-        arms.append(Arm(name, quantized, path=quantized_layers(quantized)[layers[0]].implementation))
+        for width in (None, *input_bits):
+            module.input_quantizer = None if width is None else partial(LSQPlus, bits=width)
+            quantized = sharing(model)
+            report = module.assemble(quantized, quantizer)
+            assert report is not None
+            _own_what_is_frozen(quantized)
+            layers = report.swapped
+            path = quantized_layers(quantized)[layers[0]].implementation
+            arms.append(Arm(name if width is None else f"{name}, {width}-bit inputs", quantized, path=path))
+    module.input_quantizer = None
     return arms + [_rival_arm(name, factory, model, module, layers) for name, factory in rivals.items()]
+
+
+def calibrate_arms(arms: Sequence[Arm], batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    """Set the input quantizers of arms that have some.
+
+    Args:
+        arms: All arms.
+        batch: What to calibrate on.
+        loss: The training loss of a model.
+    """
+    for arm in arms:
+        if arm.model is not None:
+            calibrate_inputs(arm.model, [batch], partial(loss, arm.model))
 
 
 def sharing(model: nn.Module) -> nn.Module:

@@ -46,6 +46,7 @@ def bench(
     tokens: int | None = None,
     methods: Sequence[str] = ("all",),
     bits: int = 4,
+    input_bits: Sequence[int] = (),
     rival: Sequence[str] = (),
     modes: Sequence[Literal["eager", "compiled", "graphed"]] = (),
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] | None = None,
@@ -66,6 +67,7 @@ def bench(
         tokens: Tokens per row, for language models only. Default: 2048.
         methods: Methods by name, or all.
         bits: Width of the methods, and of torchao's layer, which is measured if torchao is installed.
+        input_bits: Measure each method also with inputs of so many bits (LSQ+), besides inputs as they are.
         rival: FILE.py:FACTORY, your own function that takes an nn.Linear and returns the module to replace
             it; each is an arm.
         modes: eager; compiled, block by block, as fit does on several GPUs; graphed, compiled blocks replayed
@@ -101,6 +103,7 @@ def bench(
         if training := changed.keys() & {
             "methods",
             "bits",
+            "input_bits",
             "rival",
             "modes",
             "precision",
@@ -113,7 +116,7 @@ def bench(
         raise UserError("grid: applies to decoding only; remove it, or add --decode")
     if gather:
         return _bench_gather(command, changed, architecture, gather, tokens, bits, _device(device), out)
-    from stableqat.bench.arms import build_arms, method_factories, rival_factories
+    from stableqat.bench.arms import build_arms, calibrate_arms, method_factories, rival_factories
     from stableqat.bench.kernels import measure_kernels
     from stableqat.bench.measure import measure
     from stableqat.bench.workload import Workload
@@ -136,7 +139,8 @@ def bench(
     tell = _teller()
     untouched = workload.build_model()
     inputs = workload.batches()
-    arms = build_arms(untouched, workload.module, factories, rivals)
+    arms = build_arms(untouched, workload.module, factories, rivals, input_bits)
+    calibrate_arms(arms, inputs[0], workload.loss)
     tell(f"{len(arms)} arms of {architecture.name} on {name}: {', '.join(arm.name for arm in arms)}")
     result: dict[str, Any] = {
         **_circumstances(command, where),
@@ -214,7 +218,7 @@ def _bench_gather(
 
     on_gpu = where.type == "cuda"
     check_range("gather", processes, 2, torch.cuda.device_count() if on_gpu else inf)
-    if other := changed.keys() & {"rival", "modes", "seeds", "kernels"}:
+    if other := changed.keys() & {"input_bits", "rival", "modes", "seeds", "kernels"}:
         raise UserError(f"{min(other)}: does not apply to gathers; remove it with --gather")
     methods = method_factories(changed.get("methods", ("StableQAT",)), bits)
     if len(methods) > 1:
