@@ -43,11 +43,11 @@ class Steps(L.Callback):
         self.note()
 
 
-@pytest.mark.parametrize("method", ["fp", "stableqat"])
-def test_a_step_reads_the_loss_of_the_step_before_and_nothing_else(method, tmp_path):
+@pytest.mark.parametrize(("family", "method"), [("llama", "fp"), ("llama", "stableqat"), ("vit", "dsq")])
+def test_a_step_reads_the_loss_of_the_step_before_and_nothing_else(family, method, tmp_path):
     reads = Reads()
     steps = Steps(reads)
-    module = tiny.module("llama", method, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True))
+    module = tiny.module(family, method, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True))
     made = tiny.trainer(
         max_steps=8,
         log_every_n_steps=4,
@@ -66,7 +66,7 @@ def test_a_step_reads_the_loss_of_the_step_before_and_nothing_else(method, tmp_p
             steps,
         ],
     )
-    data = tiny.loader("llama", count=32, batch_size=4)
+    data = tiny.loader(family, count=32, batch_size=4)
     with reads:
         made.fit(module, data)
     fifth_to_seventh = steps.counts[1 + 2 * 4 : 1 + 2 * 7]  # the fourth and the eighth are logged
