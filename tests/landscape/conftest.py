@@ -21,11 +21,11 @@ def place(tmp_path_factory):
 def fit(place):
     """Train a run of a family for some steps, and return its folder."""
 
-    def train(name, family, quantizer=None, start=None, **more):
+    def train(name, family, quantizer=None, start=None, options=None, **more):
         from stableqat.cli.main import main
 
         logger = {"save_dir": str(place), "name": "study", "version": name, "default_hp_metric": False}
-        init = {"quantizer": quantizer, "init_from": None if start is None else str(start)}
+        init = {"quantizer": quantizer, "init_from": None if start is None else str(start), **(options or {})}
         text = {"source": str(place / "text.jsonl"), "block_size": 16, "batch_size": 4, "vocab_size": 300}
         images = {"batch_size": 16}  # of the embedded digits
         vit = {

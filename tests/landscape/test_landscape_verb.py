@@ -75,6 +75,20 @@ def test_what_it_measures_is_what_the_models_do(family, request, tmp_path):
     assert float(row["deployed"]) == pytest.approx(known["trained_deployed"], rel=1e-5)
 
 
+def test_activations_stay_in_full_precision(vit, fit, tmp_path, caplog):
+    """Of a run that quantizes them: the losses are those of its weights alone, and a line says so."""
+    _, start = vit
+    inputs = {"class_path": "stableqat.quantizers.inputs.LSQPlus", "init_args": {"bits": 2}}
+    options = {"input_quantizer": inputs, "attention_quantizer": inputs}
+    quantizer = {"class_path": "stableqat.quantizers.STE", "init_args": {"bits": 2}}
+    folder = fit("activations", "vit", quantizer, start, options)
+    assert call(folder, out=tmp_path, parts="ends lines inward map") == 0
+    run = open_run(str(folder))
+    trained = loss(run.load(), run, latent=True)
+    assert json.loads((tmp_path / "activations.json").read_text())["ends"]["loss"]["trained"] == trained
+    assert "quantizes activations, which stay in full precision" in caplog.text
+
+
 def test_the_basin_and_the_way(llama, tmp_path):
     folder, _ = llama
     assert call(folder, out=tmp_path, parts="basin map") == 0

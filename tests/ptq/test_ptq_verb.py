@@ -15,6 +15,7 @@ from stableqat.modules import LlamaModule
 from stableqat.modules.vit_config import preprocessing
 from stableqat.ptq.subject import Subject, calibration_batches
 from stableqat.quantizers import STE, StableQAT
+from stableqat.quantizers.inputs import LSQ
 from stableqat.runs import open_run
 
 METHODS = ("rtn", "mse", "gptq", "adaround", "lapq")
@@ -138,9 +139,17 @@ def drawn(module, place, samples=6):
     return calibration_batches(subject, str(place / "images"), samples=samples, **options)
 
 
-def test_a_run_is_rounded_like_the_model_that_it_holds(runs, place, ptq, tmp_path):
-    """Of a run in full precision: what the folder that it started from becomes."""
-    module = LlamaModule(init_from=str(place / "llama"))
+ACTIVATIONS = {
+    "quantizer": partial(STE, bits=4),
+    "input_quantizer": partial(LSQ, bits=4),
+    "attention_quantizer": partial(LSQ, bits=4),
+}
+
+
+@pytest.mark.parametrize("options", [{}, ACTIVATIONS], ids=["full precision", "quantized activations"])
+def test_a_run_is_rounded_like_the_model_that_it_holds(options, runs, place, ptq, tmp_path, caplog):
+    """What the folder that it started from becomes; nothing sets scales of activations, so none are left."""
+    module = LlamaModule(init_from=str(place / "llama"), **options)
     module.configure_model()
     trainer = tiny.trainer(max_steps=0)
     trainer.fit(module, tiny.loader("llama"))
@@ -149,7 +158,10 @@ def test_a_run_is_rounded_like_the_model_that_it_holds(runs, place, ptq, tmp_pat
     shutil.copytree(runs / "gptq" / "tokenizer", tmp_path / "fp" / "tokenizer")
     assert ptq(tmp_path / "fp", tmp_path / "run", data=place / "text.jsonl") == 0
     own, other = (open_run(str(each)).content["state_dict"] for each in (tmp_path / "run", runs / "gptq"))
+    assert own.keys() == other.keys()
     assert all(torch.equal(own[key], value) for key, value in other.items())
+    told = "input_quantizer, attention_quantizer is left out" in caplog.text
+    assert told == bool(options)
 
 
 def test_every_grid_and_groups(place, ptq, tmp_path):

@@ -2,9 +2,11 @@
 
 A point holds the quantized layers' weights first and then every other parameter of the model but those of
 quantizers, so that the loss at a point is that of a whole model. All losses are taken on one model in full
-precision, whose weights are moved: on deployed values it computes what the quantized model does.
+precision, whose weights are moved: on deployed values it computes what the quantized model does, unless that
+quantizes activations.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +21,10 @@ from stableqat.landscape.space import Losses, ParameterSpace, Point, WeightSpace
 from stableqat.layers.full_precision import full_precision
 from stableqat.layers.latent import latent_weights
 from stableqat.modules import QATModule
-from stableqat.quantizers import Quantizer
+from stableqat.quantizers.inputs import input_quantizers
 from stableqat.runs import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,6 +90,8 @@ def find_anchors(
     if run.start is None:
         raise UserError(f"{run.checkpoint}: has no init_from, and a landscape lies around a trained start")
     trained = run.load().to(device)
+    if input_quantizers(trained):
+        logger.warning("%s: quantizes activations, which stay in full precision here", run.checkpoint)
     _, space, weights, trained_codes = _read(run, trained)
     points = {"trained": space.get(), "trained_deployed": _deployed(space, weights)}
     names = list(space.weights)
@@ -113,10 +119,8 @@ def _read(run: Run, module: QATModule) -> tuple[QATModule, ParameterSpace, Weigh
 def _others(model: nn.Module, weights: WeightSpace) -> dict[str, Tensor]:
     """Every parameter that is neither a latent weight nor a quantizer's."""
     taken = set(weights.weights.values())
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            taken.update(module.parameters())
-    return {name: each for name, each in model.named_parameters() if each not in taken}
+    with full_precision(model):
+        return {name: each for name, each in model.named_parameters() if each not in taken}
 
 
 def _deployed(space: ParameterSpace, weights: WeightSpace) -> Point:

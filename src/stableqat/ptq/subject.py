@@ -1,6 +1,7 @@
 """What to round: a model as a training system, with what belongs to it and the data that calibrates it."""
 
 import json
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,12 @@ from stableqat.modules.vit_config import architecture, preprocessing
 from stableqat.ptq.stream import Batch
 from stableqat.quantizers import QuantizerFactory
 from stableqat.runs import open_run
+
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS = dict.fromkeys(
+    ("input_quantizer", "attention_quantizer", "cache_bits")
+)  # nothing sets their scales
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,10 @@ def find_subject(source: str, quantizer: QuantizerFactory, skip: Sequence[str], 
     options: dict[str, Any] = {"quantizer": quantizer} | ({"skip": list(skip)} if skip else {})
     if is_run(source):
         run = open_run(source)
-        start = {**ONLY_FOR_TRAINING, "init_from": str(run.checkpoint), **options}
+        start = {**ONLY_FOR_TRAINING, **ACTIVATIONS, "init_from": str(run.checkpoint), **options}
+        saved = run.content[QATModule.CHECKPOINT_HYPER_PARAMS_KEY]
+        if found := [key for key in ACTIVATIONS if saved.get(key) is not None]:
+            logger.warning("%s: %s is left out, as only weights are rounded", source, ", ".join(found))
         module = _configured(rebuild(QATModule, run.checkpoint, run.content, **start))
         if module.family == "text":
             return Subject(module, run.load_tokenizer(module, None), data=run.settings("data") or None)
