@@ -278,12 +278,18 @@ RECIPES = {
     "cifar/scratch": [],
     "cifar/qat": [],
 }
+VIT_STUDIES = {  # points that train, among them the start, and arms
+    "dinov2/study": (37, 6),
+    "dinov2/activations": (31, 10),
+    "dinov2/seeds": (25, 8),
+    "cifar/study": (37, 6),
+}
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
 
 
 def test_every_recipe_for_images_is_tested():
     found = {p.relative_to(ROOT / "vit").with_suffix("").as_posix() for p in (ROOT / "vit").glob("*/*.yaml")}
-    assert found == RECIPES.keys()
+    assert found == {*RECIPES, *VIT_STUDIES, "dinov2/base", "dinov2/start"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -396,6 +402,37 @@ def test_every_arm_of_the_smollm2_study_builds(command, monkeypatch):
             assert quantizer(torch.randn(8, 64)).grid.name == (
                 "stretched" if "stretched" in arm else "integer"
             )
+
+
+@pytest.mark.parametrize("name", VIT_STUDIES)
+def test_the_arms_of_a_vit_study_start_alike_and_are_what_their_names_say(name, command, images):
+    points = [p for p in read_study(ROOT / "vit" / f"{name}.yaml").points if p.verb == "fit"]
+    start, *runs = points
+    arms = {point.arm: point for point in runs}
+    assert (len(points), len(arms)) == VIT_STUDIES[name]
+    assert start.study == ("vit-cifar" if name.startswith("cifar") else "vit-dinov2")
+    budget = ("trainer.max_epochs", "data.batch_size", "model.label_smoothing", "ema.decay", "last.enabled")
+    assert len({tuple(str(p.overlay.settings().get(key)) for key in budget) for p in runs}) == 1
+    elsewhere = [*images, "--model.init_from", "null", "--model.num_classes", "10", "--data.num_workers", "0"]
+    elsewhere += ["--trainer.precision", "32-true"]
+    for arm, point in {"start": start, **arms}.items():
+        model = command(*point.argv[1:], *elsewhere).model
+        method, *rest = arm.split("-")
+        assert (model.layer_lr_decay < 1) == (arm == "start" and start.study == "vit-dinov2")
+        if method in ("start", "fp"):
+            assert model.quantizer is None
+            continue
+        quantizer = model.quantizer(torch.randn(8, 64))
+        assert type(quantizer).__name__.lower() == method
+        assert quantizer.grid.name == (
+            "stretched" if {method, *rest} & {"paretoq", "stretched"} else "integer"
+        )
+        if rest and rest[0][0] == "w":
+            inputs = model.input_quantizer(64)
+            assert f"w{quantizer.bits}a{inputs.bits}" == rest[0]
+            assert inputs.surrogate_name == ("stableqat" if {"inputs", "both"} & {*rest} else "ste")
+        else:
+            assert model.input_quantizer is None
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -45,7 +45,7 @@ def test_a_file_of_the_current_folder_comes_first(name, elsewhere):
     ("name", "remedy"),
     [
         ("llama/stablqat", "did you mean llama/stableqat?"),
-        ("base", "did you mean llama/base, llama/smollm2/base, llama/study/base, vit/base?"),
+        ("base", "did you mean llama/base, llama/smollm2/base, llama/study/base, vit/base, vit/dinov2/base?"),
         ("mine.yaml", "stableqat fit --help lists the shipped ones"),
         ("../configs/llama/base", "did you mean"),
         ("", "stableqat fit --help lists the shipped ones"),

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lightning as L
 import pytest
 import torch
 
@@ -53,6 +54,26 @@ def test_a_run_validates_trains_and_resumes(family, tmp_path, monkeypatch):
         assert value.isfinite().all()
     moved = [name for name, value in states(half).items() if not torch.equal(states(whole)[name], value)]
     assert {name.rsplit(".", 1)[1] for name in moved} == {"scale", "offset"}
+
+
+def test_validate_measures_with_the_scales_that_training_begins_with():
+    begun: dict[str, torch.Tensor] = {}
+
+    class Begin(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            begun.update(states(pl_module))
+
+    settings = {"quantizer": BITS, "input_quantizer": INPUTS, "calibration_batches": 2}
+    modules = [tiny.module("vit", **settings) for _ in range(2)]
+    trainer = tiny.trainer(max_steps=1, limit_val_batches=2, callbacks=[Begin()])
+    torch.manual_seed(0)
+    [measured] = trainer.validate(modules[0], datamodule=ImageDataModule(batch_size=32), verbose=False)
+    assert measured["val/loss"] > 0
+    rounded = states(modules[0])
+    torch.manual_seed(0)
+    trainer.fit(modules[1], datamodule=ImageDataModule(batch_size=32))
+    assert rounded.keys() == begun.keys()
+    assert all(torch.equal(value, begun[name]) for name, value in rounded.items())
 
 
 def test_the_place_in_the_data_stays(monkeypatch):

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class CalibrateInputs(L.Callback):
-    """Calibrate before the first step, and never in a run that resumes: its checkpoint brings the scales.
+    """Calibrate before the first step or the validation of a start; a checkpoint brings its own scales.
 
     All processes take the same scales. The place in the training data and the random states stay as they
     were. The modules of this suite add the callback.
@@ -28,11 +28,19 @@ class CalibrateInputs(L.Callback):
         self.batches = batches
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Calibrate.
+        """Calibrate a run that trains.
 
         Raises:
             UserError: As `calibrate_inputs`.
         """
+        self._calibrate(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Calibrate a run that only validates, as `on_fit_start` does."""
+        if trainer.state.fn == "validate":
+            self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.ckpt_path is not None:
             return
         model: Any = pl_module.model
