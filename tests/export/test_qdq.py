@@ -33,9 +33,13 @@ from stableqat.export.qdq import OPSET, QDQLinear, set_types  # noqa: E402
 FEATURES = 40
 
 
-def packed(family, inputs, scale_dtype=torch.float32, options=None, **more):
-    """A packed model whose inputs are calibrated."""
+def packed(family, inputs, scale_dtype=torch.float32, options=None, equal=(), **more):
+    """A packed model with calibrated inputs; pairs of `equal` projections of a Llama have equal weights."""
     made = models.module(family, input_quantizer=inputs, **more)
+    for names in equal:
+        one, other = (made.model.model.layers[0].self_attn.get_submodule(name) for name in names)
+        other.load_state_dict({**other.state_dict(), "weight": one.weight})
+        other.weight_quantizer.load_state_dict(one.weight_quantizer.state_dict())
     batch = tiny.batch("vit" if family == "vit" else "llama", 2)
     calibrate_inputs(made.model, [batch], lambda each: made(each[made.input_key]))
     layers = pack(made, torch.float32, scale_dtype)
@@ -104,6 +108,16 @@ def test_all_kinds_of_inputs_in_one_file(tmp_path):
     assert compared["inputs"] == 2 * (17 * (2 * 32 + 128) + 32)  # rows, tokens, features
     assert compared["inputs_on_other_codes"] < 1e-3 * compared["inputs"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [onnx_format.FILE]
+
+
+def test_small_layers_with_equal_weights_stay_apart(tmp_path):
+    """With the same input or another: the exporter makes one of equal constants of up to 1,024 elements."""
+    static, by_token = partial(LSQ, bits=4), partial(PerToken, bits=4)
+    inputs = {"*k_proj": static, "*v_proj": static, "*q_proj": by_token, "*o_proj": by_token, "*": None}
+    options = {"config": {"hidden_size": 32}, "scale_dtype": torch.float16}
+    model = packed("llama", inputs, equal=[("k_proj", "v_proj"), ("q_proj", "o_proj")], **options)
+    written(model, tmp_path)
+    assert compare_inputs(model, tmp_path, 1e-5)["max_logit_difference_on_equal_codes"] < 1e-5
 
 
 def test_eight_bits_are_multiplied_as_integers(tmp_path):

@@ -97,6 +97,8 @@ def write(packed: PackedModel, folder: Path) -> None:
     Raises:
         UserError: If torch cannot export the model.
     """
+    import onnx_ir as ir
+
     model: Any = packed.plain()
     _check_calls(model, packed)
     inputs = {name: quantizer.activation() for name, quantizer in packed.inputs.items()}
@@ -109,6 +111,7 @@ def write(packed: PackedModel, folder: Path) -> None:
     )
     is_text = packed.module.family == "text"
     called = _Logits(model).eval() if is_text else model
+    codes = _number_layers(called)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = {0: batch, 1: length} if is_text else {0: batch}
     try:
@@ -126,6 +129,8 @@ def write(packed: PackedModel, folder: Path) -> None:
         raise UserError(f"onnx: torch cannot export this model ({_cause(error)}); take hf") from error
     program.model.metadata_props.update(_metadata(packed))
     graph = program.model.graph
+    for name, held in codes.items():
+        graph.initializers[name].const_value = ir.tensor(held.numpy(), name=name)
     qdq.set_types(graph, called)
     for node in graph:  # where it is in the source would fill most of a small file
         node.metadata_props.clear()
@@ -249,6 +254,9 @@ class MatMulNBits(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+_OPERATORS = MatMulNBits, qdq.QDQLinear
+
+
 def place_operators(
     model: nn.Module,
     layers: Mapping[str, QuantizedWeight],
@@ -281,6 +289,18 @@ def place_operators(
         for hook in layer._forward_hooks.values():
             operator.register_forward_hook(hook)
         model.set_submodule(name, operator)
+
+
+def _number_layers(model: nn.Module) -> dict[str, Tensor]:
+    """Take out the codes and leave a number per layer: the exporter makes one of small equal layers."""
+    found = {}
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, _OPERATORS))
+    for number, (name, layer) in enumerate(layers):
+        found[f"{name}.codes"] = layer.codes
+        layer.codes = torch.zeros_like(layer.codes)
+        digits = torch.tensor([number % 128, number // 128], dtype=layer.codes.dtype)
+        layer.codes.view(-1)[:2] = digits[: layer.codes.numel()]
+    return found
 
 
 def _round_tokens(made: Activation, _: nn.Module, args: tuple[Tensor]) -> Tensor:
