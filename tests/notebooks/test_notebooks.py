@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
-LONG = {"basin", "initialisation", "stability"}  # they train
+LONG = {"basin", "initialisation", "stability", "vit_ablation"}  # they train
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w<.])/(?:home|mnt|private|root|tmp|Users|usr|var|work)/")
 
@@ -29,9 +29,8 @@ def _texts(output: nbformat.NotebookNode) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert {"basin", "efficiency", "initialisation", "stability", "surrogates"} <= {
-        path.stem for path in NOTEBOOKS
-    }
+    known = {"basin", "efficiency", "initialisation", "stability", "surrogates", "vit_ablation"}
+    assert known <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
