@@ -113,6 +113,7 @@ REFUSED = {
     "nothing to quantize": (["--model", "whole"], "skip: * leaves none of the 5 linear layers to quantize"),
     "a batch of none": (["--batch", "0"], "batch: must be at least 1, not 0"),
     "no rounds": (["--rounds", "0"], "rounds: must be at least 1, not 0"),
+    "inputs of one bit": (["--input_bits", "8", "1"], "input_bits: must be at least 2 and at most 8, not 1"),
     "no seeds": (["--seeds", "0"], "seeds: must be at least 1, not 0"),
     "half a batch": (["--batch", "1.5"], "batch: must be a whole number, not 1.5"),
     "too many tokens": (["--tokens", "33"], "tokens: tiny-llama takes from 2 to 32 tokens per row, not 33"),
@@ -165,7 +166,7 @@ def test_bad_input(case, at, capsys):
 def test_inputs_are_quantized_beside_inputs_as_they_are(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("stableqat.bench.arms.find_spec", lambda name: None)
-    command = "bench --model tiny-llama --batch 1 --tokens 8 --methods STE --bits 2 --input_bits 4 8"
+    command = "bench --model tiny-llama --batch 1 --tokens 8 --methods STE --bits 2 --input_bits 4 8 4"
     assert (
         main(shlex.split(f"{command} --modes eager --rounds 1 --seeds 1 --device cpu --out inputs.json")) == 0
     )

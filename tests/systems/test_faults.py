@@ -159,6 +159,14 @@ def test_a_signal_saves_and_ends_with_143(case, place):
     place.assert_undisturbed(version)
 
 
+def test_ctrl_c_ends_with_130(place):
+    assert place.run("ctrl-c", *fault("Signal", step=7, number=int(signal.SIGINT))) == [130]
+    assert place.said()[-1] == "stableqat: interrupted"
+    assert "Traceback" not in place.log.read_text()
+    place.resume("ctrl-c")
+    place.assert_undisturbed("ctrl-c")
+
+
 @pytest.mark.parametrize("ranks", [pytest.param("01", marks=pytest.mark.slow), "1"])
 def test_all_processes_stop_at_one_step(ranks, place):
     """Whichever gets the signal, and whenever."""

@@ -94,6 +94,8 @@ def bench(
     command = _command(changed)
     for key, number in {"batch": batch, "rounds": rounds, "seeds": seeds}.items():
         check_range(key, number, 1)
+    for width in input_bits:
+        check_range("input_bits", width, 2, 8)
     from stableqat.bench.architecture import read_architecture
 
     architecture = read_architecture(model)
@@ -139,7 +141,7 @@ def bench(
     tell = _teller()
     untouched = workload.build_model()
     inputs = workload.batches()
-    arms = build_arms(untouched, workload.module, factories, rivals, input_bits)
+    arms = build_arms(untouched, workload.module, factories, rivals, list(dict.fromkeys(input_bits)))
     calibrate_arms(arms, inputs[0], workload.loss)
     tell(f"{len(arms)} arms of {architecture.name} on {name}: {', '.join(arm.name for arm in arms)}")
     result: dict[str, Any] = {

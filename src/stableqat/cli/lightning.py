@@ -245,6 +245,10 @@ class QATCommand(LightningCLI):
                 logger.warning("stopped at step %d; resume with the same command and --ckpt_path last", step)
             stop.code = EXIT_CODE
             raise
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes 1 of Ctrl-C
+                raise stop.__context__ from None
+            raise
         except MisconfigurationException as error:
             raise UserError(f"{first_line(error)}; correct this setting") from error
         except OSError as error:

@@ -65,7 +65,7 @@ def find_subject(source: str, quantizer: QuantizerFactory, skip: Sequence[str], 
         start = {**ONLY_FOR_TRAINING, **ACTIVATIONS, "init_from": str(run.checkpoint), **options}
         saved = run.content[QATModule.CHECKPOINT_HYPER_PARAMS_KEY]
         if found := [key for key in ACTIVATIONS if saved.get(key) is not None]:
-            logger.warning("%s: %s is left out, as only weights are rounded", source, ", ".join(found))
+            logger.warning("%s: only weights are rounded; left out: %s", source, ", ".join(found))
         module = _configured(rebuild(QATModule, run.checkpoint, run.content, **start))
         if module.family == "text":
             return Subject(module, run.load_tokenizer(module, None), data=run.settings("data") or None)
