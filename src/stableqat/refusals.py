@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -52,6 +53,9 @@ def refusal(hint: Any, message: str) -> str:
     values = _VALUE.findall(message)
     names = [name for match in _CLASS.findall(message) for name in match if name]
     given = names[0] if names else values[-1] if values else ""
+    home, dot, _ = given.partition(".")
+    if bases and dot and find_spec(home) is None:
+        return f"{given}: no module {home} is installed, nor in the current folder; correct the name"
     if bases and (wanted in ([], ["null"]) or "given class_path" in message):
         return f"{given} is not {article(bases[0])} that can be imported{_suggestion(given, bases)}"
     if wanted:

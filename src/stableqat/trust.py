@@ -3,7 +3,8 @@
 A checkpoint's hyper-parameters, a run's `config.yaml`, a study or a configuration may come from anybody. They
 may name classes of this suite, torch's optimizers and schedulers, and some of Lightning's. Any other class is
 refused before it is imported, unless the user allows it: on the command line with `--allow my_methods.Mine`
-or by naming it there (`--model.quantizer my_methods.Mine`), in Python by importing it.
+or by naming it there (`--model.quantizer my_methods.Mine`), in Python by importing it. What the command line
+names may lie in the current folder.
 """
 
 import itertools
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,25 @@ def allowed() -> list[str]:
 
 def is_trusted(name: str) -> bool:
     """Whether a file may name the class of this import path."""
-    return any(f"{name}.".startswith(f"{prefix}.") for prefix in (*TRUSTED, *allowed()))
+    return _lies_in(name, (*TRUSTED, *allowed()))
+
+
+def allow_flags() -> str:
+    """The flags with which another command may read what this one writes, each after a space."""
+    return "".join(f" --allow {name}" for name in allowed() if not _lies_in(name, TRUSTED))
+
+
+def _lies_in(name: str, prefixes: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+
+
+class _CurrentFolder(MetaPathFinder):
+    """Finds modules that the user allows in the current folder, if none that is installed has their name."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if path is None and fullname in {name.partition(".")[0] for name in allowed()}:
+            return PathFinder.find_spec(fullname, [os.getcwd()])
+        return None
 
 
 @contextmanager
@@ -70,6 +91,8 @@ def allowing(arguments: Sequence[str]) -> Iterator[list[str]]:
     Raises:
         UserError: If a name is not an import path.
     """
+    if not any(isinstance(finder, _CurrentFolder) for finder in sys.meta_path):
+        sys.meta_path.append(_CurrentFolder())
     if STUDY in os.environ:
         yield list(arguments)
         return

@@ -4,6 +4,8 @@ import copy
 import json
 import sys
 from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from stableqat.modules import LlamaModule, QATModule, ViTModule
 from stableqat.modules.hyperparameters import rebuild
 from stableqat.modules.start import state_dict_follows
 from stableqat.studies.study import read_study
-from stableqat.trust import check_settings, read_settings
+from stableqat.trust import allowing, check_settings, read_settings
 
 PLANTED = """
 from pathlib import Path
@@ -495,3 +497,29 @@ def test_a_study_reads_no_environment(value, here, capsys, monkeypatch):
     Path("study.yaml").write_text(yaml.safe_dump(study))
     [point] = read_study("study.yaml").points
     assert "SECRET:oc.env" in point.argv
+
+
+def test_only_what_the_user_names_is_looked_for_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine_of_the_folder", "other_of_the_folder", "json"):
+        Path(f"{name}.py").write_text("HERE = True")
+    names = ["--allow", "mine_of_the_folder.Mine", "--allow", "json.Mine"]
+    try:
+        with allowing([*names, "runs"]):
+            assert import_module("mine_of_the_folder").HERE
+            assert find_spec("json").origin != str(tmp_path / "json.py")
+            assert find_spec("other_of_the_folder") is None
+        assert find_spec("other_of_the_folder") is None
+        del sys.modules["mine_of_the_folder"]
+        assert find_spec("mine_of_the_folder") is None
+    finally:
+        sys.modules.pop("mine_of_the_folder", None)
+
+
+def test_a_missing_module_is_not_a_class_of_the_wrong_kind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "-c", "llama/base", "--model.quantizer", "of_nobody.STE"]) == 2
+    assert capsys.readouterr().err == (
+        "stableqat: model.quantizer: of_nobody.STE: no module of_nobody is installed, nor in the current "
+        "folder; correct the name\n"
+    )

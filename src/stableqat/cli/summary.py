@@ -12,6 +12,7 @@ from stableqat.callbacks import Baseline, BestCheckpoint
 from stableqat.checkpoints.names import consolidated, last_checkpoints
 from stableqat.errors import counted
 from stableqat.terminal import size
+from stableqat.trust import allow_flags
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +79,14 @@ def say_the_end(trainer: L.Trainer, pl_module: Any) -> None:
     if checkpoints[0].is_dir():  # sharded, which only training reads
         run = str(consolidated(checkpoints[0]))
         logger.info("next: stableqat consolidate %s", shlex.quote(str(checkpoints[0])))
-    logger.info("next: stableqat evaluate %s", shlex.quote(run))
+    logger.info("next: stableqat evaluate %s%s", shlex.quote(run), allow_flags())
     # no format holds quantizers of attention
     if pl_module.surgery is not None and pl_module.attention_quantizer is None:
         out = shlex.quote(f"out/{Path(folder).name}")
         made = FORMATS[pl_module.family] if pl_module.input_quantizer is None else "onnx"
-        logger.info("next: stableqat export %s --format %s --out %s", shlex.quote(run), made, out)
+        logger.info(
+            "next: stableqat export %s --format %s --out %s%s", shlex.quote(run), made, out, allow_flags()
+        )
 
 
 def _data(trainer: L.Trainer, steps: int) -> str:
