@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import words
+from chats import byte_tokenizer, write_jsonl
 from stableqat.cli.inherit import inherit
 from stableqat.cli.main import main
-from stableqat.cli.sizing import _fewest_bits, _workers
+from stableqat.cli.sizing import _choose_rows, _fewest_bits, _workers
 from stableqat.data import image
 from stableqat.data.source import load_splits
 from stableqat.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -130,6 +132,26 @@ def test_what_the_user_gives_stays(at):
     assert (data["block_size"], data["batch_size"]) == (8, 3)
     assert (trainer["val_check_interval"], trainer["precision"]) == (2, "bf16-mixed")
     assert trainer["accumulate_grad_batches"] == 2
+
+
+@pytest.mark.parametrize(
+    ("letters", "positions", "rows", "why"),
+    [
+        (100, 512, 128, ", which hold 99% of the conversations whole"),  # all but one
+        (4, 512, 32, ", fewer as the source is small"),
+        (100, 64, 64, ""),
+    ],
+)
+def test_rows_of_a_small_source_hold_its_conversations(at, letters, positions, rows, why):
+    byte_tokenizer().save_pretrained("tokenizer")
+    prompts = [f"{n:0{letters}}" for n in range(150)] + ["a" * 400]
+    write_jsonl(at / "chats.jsonl", [{"prompt": prompt, "completion": "b"} for prompt in prompts])
+    given = Namespace(source="chats.jsonl", tokenizer="tokenizer", cache_dir="cache", block_size=None)
+    data = Namespace(class_path="stableqat.data.TextDataModule", init_args=given)
+    module = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+    line = _choose_rows(data, module, validation=100)
+    assert given.block_size == rows
+    assert line == f"data.block_size: {rows} of the model's {positions} positions{why}"
 
 
 def test_another_image_size_resamples_the_positions(at, capsys):

@@ -133,7 +133,11 @@ def test_chats_are_recognised_and_said_in_one_line(tmp_path, make, caplog):
     assert "data: chat messages, 60 conversations, loss on the assistant's tokens" in caplog.messages
     cut = sum(rows.cut for rows in data.splits.values())
     assert cut > 1
-    assert f"data: {cut} conversations longer than block_size 64, and cut" in caplog.messages
+    assert (
+        f"data: {cut} of 60 conversations longer than block_size 64, and cut; block_size 96 keeps 99% of "
+        "them whole, if the model has as many positions"
+    ) in caplog.messages
+    assert data.rows_for_conversations() == 96
     batch = next(iter(data.train_dataloader()))
     assert {key: tuple(value.shape) for key, value in batch.items()} == {
         key: (4, 64) for key in ("input_ids", "labels", "position_ids")

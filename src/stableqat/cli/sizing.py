@@ -13,8 +13,9 @@ import torch
 from jsonargparse import Namespace
 
 from stableqat.construct import find_class
-from stableqat.data import ImageDataModule
+from stableqat.data import ImageDataModule, TextDataModule
 from stableqat.data.budget import CHARACTERS_PER_TOKEN
+from stableqat.data.conversation_rows import KEPT
 from stableqat.data.prepared import prepared_manifest
 from stableqat.data.source import TEXT_FORMATS, local_files
 from stableqat.errors import UserError
@@ -54,7 +55,7 @@ def choose(settings: Namespace) -> list[str]:
         module = _module(settings.model)
         train, validation = _tokens(data) if "block_size" in data else (None, None)
         if asks["block_size"]:
-            lines.append(_choose_rows(data, module, validation))
+            lines.append(_choose_rows(settings.data, module, validation))
         size = Size.of(module, data.get("block_size") or 1)
         if asks["batch_size"]:
             lines += _choose_batch(settings, data, size, train)
@@ -89,14 +90,23 @@ def _tokens(data: Namespace) -> tuple[int | None, int | None]:
     return train - held_out, held_out
 
 
-def _choose_rows(data: Namespace, module: Any, validation: int | None) -> str:
-    positions = module.config.max_position_embeddings
+def _choose_rows(settings: Namespace, module: Any, validation: int | None) -> str:
+    data, positions = settings.init_args, module.config.max_position_embeddings
     rows = most = min(positions, LONGEST)
     while validation is not None and rows >= 2 * SHORTEST and validation < VALIDATED_ROWS * rows:
         rows //= 2
+    why = ", fewer as the source is small" if rows < most else ""
+    if rows < most and (fitting := _rows_for_conversations(settings)) is not None and fitting > rows:
+        rows = min(fitting, most)
+        why = f", which hold {KEPT:.0%} of the conversations whole" if rows == fitting else ""
     data.block_size = rows
-    small = f", {VALIDATED_ROWS} of which a small source can validate on" if rows < most else ""
-    return f"data.block_size: {rows} of the model's {positions} positions{small}"
+    return f"data.block_size: {rows} of the model's {positions} positions{why}"
+
+
+def _rows_for_conversations(data: Namespace) -> int | None:
+    if not data.class_path.endswith(TextDataModule.__name__):
+        return None
+    return TextDataModule(**{**data.init_args.as_dict(), "block_size": SHORTEST}).rows_for_conversations()
 
 
 def _choose_batch(settings: Namespace, data: Namespace, size: Size, train: int | None) -> list[str]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LossOn = Literal["assistant", "all"]
+KEPT = 0.99  # share of the conversations that rows should hold whole
+_CUT = 0.03  # share whose cutting is a warning
+_STEP = 32  # tokens in which rows grow
 
 
 class _Lists:
@@ -103,9 +106,16 @@ class ConversationRows(TokenRows):
         return len(self._starts) - 1
 
     @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each conversation, before it is cut."""
+        return self._tokens.lengths
+
+    @property
     def lack(self) -> str:
         """Why there is no row, and what to do."""
-        return f"no label within block_size {self.block_size}: raise block_size or give more conversations"
+        fitting = rows_for(self.lengths) if self.cut else 0
+        remedy = f"raise block_size to {fitting}, or " if fitting > self.block_size else ""
+        return f"no label within block_size {self.block_size}: {remedy}give more conversations"
 
     def _labelled(self, taken: np.ndarray) -> np.ndarray:
         """Whether any token that a row takes of a conversation, but the first, has a label."""
@@ -140,12 +150,35 @@ def report(source: str, records: Records, rows: Sequence[ConversationRows]) -> N
     number, first = sum(len(each.conversations) for each in rows), rows[0]
     on = "the assistant's tokens" if first.loss_on == "assistant" else "all tokens"
     log.info("data: %s, %s, loss on %s", records.words, counted(number, "conversation"), on)
-    if cut := sum(each.cut for each in rows):
+    cut = sum(each.cut for each in rows)
+    if cut > _CUT * number:
+        fitting = rows_for(np.concatenate([each.lengths for each in rows]))
+        log.warning(
+            "data: %d of %s longer than block_size %d, and cut; block_size %d keeps %.0f%% of them whole, if "
+            "the model has as many positions",
+            *(cut, counted(number, "conversation"), first.block_size, fitting, 100 * KEPT),
+        )
+    elif cut:
         log.info(
             "data: %s longer than block_size %d, and cut", counted(cut, "conversation"), first.block_size
         )
     if lost := sum(each.unlabelled for each in rows):
         log.warning("data: %s left out of %s: no label in a row", counted(lost, "conversation"), source)
+
+
+def rows_for(lengths: np.ndarray) -> int:
+    """The tokens of a row that holds nearly every conversation whole, a share of `KEPT`.
+
+    Args:
+        lengths: Tokens of each conversation, at least one.
+    """
+    longest = int(np.quantile(lengths, KEPT, method="higher"))
+    return -(-longest // _STEP) * _STEP
+
+
+def lengths_of(conversations: "Dataset") -> np.ndarray:
+    """The tokens of each conversation of a data set with the column `input_ids`."""
+    return _Lists(conversations.data.column("input_ids")).lengths
 
 
 def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
