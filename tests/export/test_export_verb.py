@@ -206,6 +206,18 @@ def test_embeddings_at_export(trained, bits, tmp_path, capsys):
     assert f"{bits}-bit integer" in capsys.readouterr().out
 
 
+def test_a_file_that_is_mostly_embedding_says_so(capsys):
+    report = {"bytes": 100, "bytes_left": 70, "format": "gguf", "dtype": "fp32", "loss": {}}
+    remedy = "--dtype bf16 and --embedding_bits 8 make it smaller"
+    assert command._of_rest(report) == [f"70% of the file is what is left; {remedy}"]
+    assert command._of_rest({**report, "format": "hf"}) == [
+        "70% of the file is what is left; --dtype bf16 makes it smaller"
+    ]
+    assert command._of_rest({**report, "bytes_left": 30}) == []
+    done = {"dtype": "bf16", "loss": {"embeddings_quantized": 1.0}}
+    assert command._of_rest({**report, **done}) == []
+
+
 def test_an_untied_embedding_and_its_head(tmp_path):
     source = checkpoint(tmp_path, "qwen3")
     out = tmp_path / "model"

@@ -331,12 +331,25 @@ def _tell(report: dict[str, Any], found: "Source", folder: str) -> None:
         f"{size}; {bits}",
         f"{report['layers_packed']} layers quantized ({'; '.join(report['grids'])}; "
         f"scales in {report['scale_dtype']}); left, in {report['dtype']}: {left}",
+        *_of_rest(report),
         *report["notes"],
         f"read back: weights differ by {weights:g}, logits by {logits:.1e}",
         *_of_inputs(report),
         f"loss on {report['batch']}: {losses}",
     ]
     terminal().print("\n  ".join(lines))
+
+
+def _of_rest(report: dict[str, Any]) -> list[str]:
+    """Where most of a file is what no method quantized, say so, and how it gets smaller."""
+    share = report["bytes_left"] / report["bytes"]
+    flags = ["--dtype bf16"] if report["dtype"] == "fp32" else []
+    if report["format"] in ("gguf", "torchao") and "embeddings_quantized" not in report["loss"]:
+        flags.append("--embedding_bits 8")
+    if share < 0.5 or not flags:
+        return []
+    make = "make" if len(flags) > 1 else "makes"
+    return [f"{share:.0%} of the file is what is left; {' and '.join(flags)} {make} it smaller"]
 
 
 def _of_inputs(report: dict[str, Any]) -> list[str]:
