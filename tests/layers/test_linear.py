@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import strangers
 from stableqat import QuantLinear, ops, quantize_linears
 from stableqat.layers.group import FEW_ROWS, MOST_IN_GROUP
 from stableqat.layers.hold import hold_weights, release_weights
-from stableqat.layers.linear import quantized_layers
-from stableqat.quantizers import DSQ, STE, ParetoQ, StableQAT
+from stableqat.layers.linear import quantized_layers, undeployed
+from stableqat.quantizers import DSQ, LRQAT, STE, ParetoQ, StableQAT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -953,3 +954,29 @@ def test_a_compiled_block_has_one_operation_each_way(monkeypatch, method, amp):
     forward, backward = graphs
     assert [target for target in forward if "stableqat" in target] == ["stableqat.values.default"]
     assert [target for target in backward if "stableqat" in target] == ["stableqat.gradients.default"]
+
+
+class Averaged(STE):
+    """Its forward has a scale that `quantize` does not know."""
+
+    def forward(self, weight):
+        scale = weight.abs().mean(1, keepdim=True)
+        return scale * (weight / scale).round().clamp(self.grid.q_min, self.grid.q_max)
+
+
+OWN_FORWARDS = ["Hardening", "Stochastic", "Dampened", "Freezing", "LowRank", "Rotated", "Pulled"]
+
+
+@pytest.mark.parametrize("method", [*OWN_FORWARDS, "LRQAT"])
+def test_what_is_evaluated_is_what_is_deployed(method):
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)).train()
+    made = getattr(strangers, method, LRQAT)
+    quantize_linears(model, partial(made, bits=2), [])
+    assert undeployed(model) is None
+    assert all(layer.weight_quantizer.training for layer in quantized_layers(model).values())
+
+
+def test_a_forward_that_nothing_deploys_is_found():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+    quantize_linears(model, {"0": partial(STE, bits=2), "1": partial(Averaged, bits=2)}, [])
+    assert undeployed(model) == "1"

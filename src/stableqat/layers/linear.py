@@ -191,6 +191,23 @@ def quantized_inputs(model: nn.Module) -> dict[str, InputQuantizer]:
     return {name: quantizer for name, quantizer in made.items() if isinstance(quantizer, InputQuantizer)}
 
 
+@torch.no_grad()
+def undeployed(model: nn.Module) -> str | None:
+    """A quantized layer that evaluates other values than it deploys, by a forward of its quantizer's own."""
+    for name, layer in quantized_layers(model).items():
+        quantizer, weight = layer.weight_quantizer, layer.latent
+        if quantizer.fuses or isinstance(weight, DTensor):
+            continue
+        trains = quantizer.training
+        evaluated = quantizer.eval()(weight).float()
+        quantizer.train(trains)
+        deployed = quantizer.quantize(weight).dequantize().float()
+        near = 1e-2 * deployed.abs().amax().item()  # as autocast and a rotation round
+        if not torch.allclose(evaluated, deployed, rtol=1e-2, atol=near):
+            return name
+    return None
+
+
 def _rebuilt(kind: type[Layer], linear: nn.Linear) -> Layer:
     """A layer of another class on the same Parameters and hooks: whoever added a hook can still remove it."""
     with torch.device("meta"):

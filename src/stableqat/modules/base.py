@@ -29,7 +29,7 @@ from stableqat.errors import LARGEST, UserError, check_range
 from stableqat.kinds import deployed_bytes, describe
 from stableqat.layers.attention import describe_attention, find_attentions, quantize_attention
 from stableqat.layers.latent import store_weights
-from stableqat.layers.linear import quantized_layers
+from stableqat.layers.linear import quantized_layers, undeployed
 from stableqat.layers.trial import Calls, check_calls, show_weights
 from stableqat.modules.compiled import compile_blocks, compiles
 from stableqat.modules.hyperparameters import rebuild, save_plain_hyperparameters
@@ -358,6 +358,12 @@ class QATModule(Training, Evaluation, ABC):
             place(config.scheduler, self._scheduled_steps)
         if paths := {layer.implementation for layer in quantized_layers(self.model).values()}:
             logger.info("weights are fake-quantized by %s", " and ".join(sorted(paths)))
+        if layer := undeployed(self.model):
+            logger.warning(
+                "%s is evaluated on other weights than its quantizer deploys: override `quantize`, too, or no "
+                "loss is that of an exported file",
+                layer,
+            )
         lost = left_out(self.trainer, self.named_parameters())
         assert not lost, f"trainable parameters outside the optimizer: {lost}"
 
