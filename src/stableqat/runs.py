@@ -24,7 +24,7 @@ from stableqat.data.tokenizer import check_vocabulary, clash, keep_tokenizer, lo
 from stableqat.errors import UserError, one_line
 from stableqat.files import check_source
 from stableqat.modules import QATModule
-from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
+from stableqat.modules.hyperparameters import FULL_ACTIVATIONS, ONLY_FOR_TRAINING, rebuild
 from stableqat.modules.start import state_dict_follows
 from stableqat.trust import read_settings
 
@@ -137,7 +137,9 @@ class Run:
         return module
 
     def load_start(self, *, quantized: bool) -> QATModule:
-        """The model that the run started from: in full precision, or rounded to nearest.
+        """The model that the run started from: in full precision, or with weights rounded to nearest.
+
+        Activations stay in full precision: their scales come from training data.
 
         Args:
             quantized: Whether to initialize the run's quantizers on the weights of the start.
@@ -145,7 +147,8 @@ class Run:
         Raises:
             UserError: If the start is not found.
         """
-        return self._build(init_from=self.start, **({} if quantized else {"quantizer": None}))
+        full = FULL_ACTIVATIONS if quantized else {**FULL_ACTIVATIONS, "quantizer": None}
+        return self._build(init_from=self.start, **full)
 
     def _build(self, **changes: Any) -> QATModule:
         module = rebuild(QATModule, self.checkpoint, self.content, **(ONLY_FOR_TRAINING | changes))

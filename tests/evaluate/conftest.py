@@ -10,7 +10,7 @@ from caches import _cache  # noqa: F401
 LLAMA = tiny.LLAMA | {"vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.3}
 
 
-def fit(folder, version, quantizer, init_from, **more):
+def fit(folder, version, quantizer, init_from, *, verb="fit", **more):
     from stableqat.cli.main import main
 
     logger = {"save_dir": str(folder / "logs"), "name": "", "version": version, "default_hp_metric": False}
@@ -18,7 +18,7 @@ def fit(folder, version, quantizer, init_from, **more):
     settings = {
         "model": {
             "class_path": "stableqat.modules.LlamaModule",
-            "init_args": {"config": LLAMA, "quantizer": quantizer, "init_from": init_from},
+            "init_args": {"config": LLAMA, "quantizer": quantizer, "init_from": init_from, **more},
         },
         "data": {
             "class_path": "stableqat.data.TextDataModule",
@@ -36,7 +36,7 @@ def fit(folder, version, quantizer, init_from, **more):
         },
     }
     (folder / f"{version}.yaml").write_text(yaml.safe_dump(settings))
-    assert main([more.get("verb", "fit"), "-c", str(folder / f"{version}.yaml")]) == 0
+    assert main([verb, "-c", str(folder / f"{version}.yaml")]) == 0
     return folder / "logs" / version
 
 
@@ -57,6 +57,13 @@ def start(place):
 def run(place, start):
     quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
     return fit(place, "run", quantizer, str(start))
+
+
+@pytest.fixture(scope="package")
+def with_inputs(place, start):
+    quantizer = {"class_path": "stableqat.quantizers.StableQAT", "init_args": {"bits": 2}}
+    inputs = {"class_path": "stableqat.quantizers.inputs.LSQ", "init_args": {"bits": 8}}
+    return fit(place, "with-inputs", quantizer, str(start), input_quantizer=inputs, cache_bits=4)
 
 
 @pytest.fixture(scope="package")

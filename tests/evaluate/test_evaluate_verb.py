@@ -74,6 +74,20 @@ def test_a_run_beside_what_it_started_from(run, start, rounded, tmp_path, capsys
     new.unlink()
 
 
+def test_baselines_of_a_run_with_quantized_activations(with_inputs, run, tmp_path):
+    """They have full-precision activations, and are those of a run that quantizes weights alone."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    told = results(tmp_path, with_inputs, copy, "--baselines", "true")["sources"]
+    assert [each["about"] for each in told[:3]] == [
+        "StableQAT, 2 bits, integer, W2A8",
+        "its start, full precision",
+        "its start, rounded to nearest, StableQAT, 2 bits, integer, activations in full precision",
+    ]
+    losses = [each["perplexity"]["validation"]["loss"] for each in told]
+    assert losses[1:3] == losses[4:]
+    assert losses[0] not in losses[1:]
+
+
 def test_live_and_exported_are_the_same_model(run, exported, tasks, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     copy = shutil.copytree(run, tmp_path / "run")

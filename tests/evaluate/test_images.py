@@ -19,11 +19,9 @@ from stableqat.events import read_run
 VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
+def fit(folder, version, **more):
     """A run of a few steps on the embedded digits."""
-    folder = tmp_path_factory.mktemp("vit")
-    logger = {"save_dir": str(folder), "name": "", "version": "run", "default_hp_metric": False}
+    logger = {"save_dir": str(folder), "name": "", "version": version, "default_hp_metric": False}
     settings = {
         "model": {
             "class_path": "stableqat.modules.ViTModule",
@@ -33,6 +31,7 @@ def vit(tmp_path_factory):
                 "model_args": VIT,
                 "quantizer": {"class_path": "stableqat.quantizers.STE", "init_args": {"bits": 2}},
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}},
+                **more,
             },
         },
         "data": {"class_path": "stableqat.data.ImageDataModule", "init_args": {"batch_size": 64}},
@@ -48,7 +47,12 @@ def vit(tmp_path_factory):
     }
     (folder / "vit.yaml").write_text(yaml.safe_dump(settings))
     assert main(["fit", "-c", str(folder / "vit.yaml")]) == 0
-    return folder / "run"
+    return folder / version
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("vit"), "run")
 
 
 def call(*arguments):
@@ -79,6 +83,20 @@ def test_a_run_and_its_export(vit, tmp_path, capsys):
         assert picture.size[0] > picture.size[1] > 100
     assert read_run(run, ("eval/",)).last("eval/top1/validation") == pytest.approx(live["top1"])
     assert f"{live['top1']:.4f}" in capsys.readouterr().out
+
+
+def test_baselines_of_a_run_with_quantized_activations(vit, tmp_path):
+    inputs = {"class_path": "stableqat.quantizers.inputs.LSQ", "init_args": {"bits": 8}}
+    both = {"input_quantizer": inputs, "attention_quantizer": inputs}
+    run = fit(tmp_path, "both", **both, init_from=str(vit))
+    assert call(run, "--baselines", "true", "--out", tmp_path / "results.json") == 0
+    told = json.loads((tmp_path / "results.json").read_text())["sources"]
+    assert [each["about"] for each in told] == [
+        "STE, 2 bits, integer, W2A8",
+        "its start, full precision",
+        "its start, rounded to nearest, STE, 2 bits, integer, activations in full precision",
+    ]
+    assert len({each["images"]["validation"]["loss"] for each in told}) == 3
 
 
 @pytest.fixture

@@ -57,7 +57,8 @@ def evaluate(
         tasks_path: Folder with your own task files (YAML). Python code that they name is run.
         num_fewshot: Examples before each question. Default: each task's own number.
         limit: Use only this many documents per task, the first ones, for a quick look.
-        baselines: Also evaluate what a quantized run started from, in full precision and rounded to nearest.
+        baselines: Also evaluate what a quantized run started from, in full precision and rounded to nearest,
+            both with activations in full precision.
         tokenizer: Folder, file or Hub name of a tokenizer. Default: the run's or the folder's.
         batch_size: Blocks, requests or images per forward pass and process.
         dtype: fp32, or bf16 for autocast over float32 weights.

@@ -161,6 +161,8 @@ def _of_run(source: str, run: Run, tokenizer: Any, start: str | None = None) -> 
     about = _in_words(module.describe())
     if start is not None:
         about = f"its start, {'rounded to nearest, ' if start == 'quantized' else ''}{about}"
+        if start == "quantized" and (run.described.input_quantizer or run.described.attention_quantizer):
+            about += ", activations in full precision"
     assert module.model is not None
     network = module.model.eval()
     images = {**(run.preprocessing or {}), "image_size": image_size(network) or run.image_size}
@@ -235,4 +237,5 @@ def _in_words(settings: dict[str, Any]) -> str:
     """How a model is quantized."""
     if "bits" not in settings:
         return "full precision"
-    return f"{settings['method']}, {settings['bits']} bits, {settings['grid']}"
+    widths = f", {settings['widths']}" if "widths" in settings else ""
+    return f"{settings['method']}, {settings['bits']} bits, {settings['grid']}{widths}"

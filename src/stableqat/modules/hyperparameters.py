@@ -25,6 +25,9 @@ ONLY_FOR_TRAINING: dict[str, Any] = {
     "init_quantizers": "weights",
 }
 
+# what leaves activations in full precision where nothing calibrates their scales
+FULL_ACTIVATIONS: dict[str, Any] = dict.fromkeys(("input_quantizer", "attention_quantizer", "cache_bits"))
+
 
 def save_plain_hyperparameters(module: L.LightningModule) -> None:
     """Save the arguments of a module's class and of its bases, as plain values.

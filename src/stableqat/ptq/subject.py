@@ -16,7 +16,7 @@ from stableqat.evaluate.images import EvaluationImages, check_images
 from stableqat.evaluate.model import is_run
 from stableqat.evaluate.text import pick_split, read_text
 from stableqat.modules import LlamaModule, QATModule, ViTModule
-from stableqat.modules.hyperparameters import ONLY_FOR_TRAINING, rebuild
+from stableqat.modules.hyperparameters import FULL_ACTIVATIONS, ONLY_FOR_TRAINING, rebuild
 from stableqat.modules.vit import image_size
 from stableqat.modules.vit_config import architecture, preprocessing
 from stableqat.ptq.stream import Batch
@@ -24,10 +24,6 @@ from stableqat.quantizers import QuantizerFactory
 from stableqat.runs import open_run
 
 logger = logging.getLogger(__name__)
-
-ACTIVATIONS = dict.fromkeys(
-    ("input_quantizer", "attention_quantizer", "cache_bits")
-)  # nothing sets their scales
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,9 @@ def find_subject(source: str, quantizer: QuantizerFactory, skip: Sequence[str], 
     options: dict[str, Any] = {"quantizer": quantizer} | ({"skip": list(skip)} if skip else {})
     if is_run(source):
         run = open_run(source)
-        start = {**ONLY_FOR_TRAINING, **ACTIVATIONS, "init_from": str(run.checkpoint), **options}
+        start = {**ONLY_FOR_TRAINING, **FULL_ACTIVATIONS, "init_from": str(run.checkpoint), **options}
         saved = run.content[QATModule.CHECKPOINT_HYPER_PARAMS_KEY]
-        if found := [key for key in ACTIVATIONS if saved.get(key) is not None]:
+        if found := [key for key in FULL_ACTIVATIONS if saved.get(key) is not None]:
             logger.warning("%s: only weights are rounded; left out: %s", source, ", ".join(found))
         module = _configured(rebuild(QATModule, run.checkpoint, run.content, **start))
         if module.family == "text":
