@@ -35,6 +35,7 @@ def fit(folder, version, **more):
             },
         },
         "data": {"class_path": "stableqat.data.ImageDataModule", "init_args": {"batch_size": 64}},
+        "baseline": {"enabled": False},  # few steps may be no better than chance
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 20,

@@ -360,8 +360,8 @@ class QATModule(Training, Evaluation, ABC):
             logger.info("weights are fake-quantized by %s", " and ".join(sorted(paths)))
         if layer := undeployed(self.model):
             logger.warning(
-                "%s is evaluated on other weights than its quantizer deploys: override `quantize`, too, or no "
-                "loss is that of an exported file",
+                "%s is evaluated on other weights than its quantizer deploys: override `quantize`, too, or "
+                "no loss is that of an exported file",
                 layer,
             )
         lost = left_out(self.trainer, self.named_parameters())
