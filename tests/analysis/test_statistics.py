@@ -143,7 +143,7 @@ def test_stability_of_runs() -> None:
 
 
 def runs(losses: dict[tuple[str, float, int], float | None], arms: dict[str, dict[str, Any]]) -> list[Run]:
-    """Runs with a final loss each; None diverged. Their cap is 4."""
+    """Runs with a final loss each; None diverged. Their cap is 4 unless one of them ends above it."""
     made = []
     for (name, lr, seed), loss in losses.items():
         series = {"hp/initial_loss": {1: 4.0}, "hp/diverged": {10: float(loss is None)}}
@@ -180,18 +180,18 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
         assert (same.n, same.mean, same.low, same.high) == (3, 0.0, 0.0, 0.0)
         assert (same.p, same.p_holm, same.verdict) == (None, None, "identical")
 
-    large = differences["StableQAT", "loss", 1e-2]  # diverged counts as 4, and so does what ended at 5
-    expected = stats.ttest_1samp([3.0 - 3.5, 4 - 3.75, 4 - 3.25], 0)
+    large = differences["StableQAT", "loss", 1e-2]  # diverged counts as what ended at 5
+    expected = stats.ttest_1samp([3.0 - 3.5, 5 - 3.75, 5 - 3.25], 0)
     assert (large.n, large.unpaired, large.verdict) == (3, 0, "inconclusive")
-    assert large.mean == pytest.approx(0.5 / 3)
+    assert large.mean == pytest.approx(2.5 / 3)
     assert large.p == pytest.approx(expected.pvalue)
-    assert large.p_holm == 1.0
+    assert large.p_holm == pytest.approx(2 * expected.pvalue)
     small = differences["StableQAT", "loss", 1e-3]
     assert (small.n, small.unpaired) == (2, 1)
     assert small.mean == pytest.approx((0.125 - 0.1) / 2)
     whole = differences["StableQAT", "lr sensitivity", None]  # the third seed has one learning rate only
     assert (whole.n, whole.unpaired) == (2, 1)
-    ours = ((3.125 + 3.0) / 2 - 3.0, (3.0 + 4.0) / 2 - 3.0)
+    ours = ((3.125 + 3.0) / 2 - 3.0, (3.0 + 5.0) / 2 - 3.0)
     theirs = ((3.0 + 3.5) / 2 - 3.0, (3.1 + 3.75) / 2 - 3.1)
     assert whole.mean == pytest.approx((ours[0] + ours[1] - theirs[0] - theirs[1]) / 2)
 
@@ -212,7 +212,7 @@ def test_differences_of_a_study(tmp_path: Path) -> None:
     assert (study["baseline"], study["margin"], study["lrs"]) == ({"method": "STE"}, 0.01, list(LRS))
     (arm,) = (arm for arm in study["arms"] if arm["arm"] == "StableQAT")
     assert arm["hparams"]["amplitude"] == 0.21
-    assert arm["cells"][1]["capped"] == {"0": 3.0, "1": 4.0, "2": 4.0}
+    assert arm["cells"][1]["capped"] == {"0": 3.0, "1": math.nextafter(5, 6), "2": 5.0}
     assert [run["diverged"] for run in arm["runs"]] == [False, True, False, False, False]
     assert arm["runs"][0]["last"]["val/loss"] == 3.0
 
@@ -348,7 +348,7 @@ def test_mistakes_in_the_study_file(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_the_study_file_may_say_the_cap(tmp_path: Path) -> None:
-    """Without it no cap lies below a good run, here 4.5, though all began at 4."""
+    """Without it no cap lies below a run that did not diverge, here 9, though all began at 4."""
     losses = {
         ("ste", 1e-3, 0): 4.5,
         ("stable", 1e-3, 0): 4.25,
@@ -358,12 +358,15 @@ def test_the_study_file_may_say_the_cap(tmp_path: Path) -> None:
     found = runs(losses, {"ste": STE, "stable": STABLE})
     comparison = summary_of(found, tmp_path)
     assert by_key(comparison)["StableQAT", "loss", 1e-3].mean == -0.25
-    assert "Cap: 4.5 (the largest of STE at its best learning rate)" in notes(comparison)
+    assert by_key(comparison)["StableQAT", "loss", 1e-2].verdict == "-"
+    assert "Cap: 9 (just above the highest loss of a run that did not diverge, STE)" in notes(comparison)
     (tmp_path / "study.yaml").write_text("compare: {cap: 5}\n")
     comparison = summary_of(found, tmp_path)
     assert by_key(comparison)["StableQAT", "loss", 1e-3].mean == -0.25
     assert by_key(comparison)["StableQAT", "loss", 1e-2].mean == 0.0
-    assert "Cap: 5 (the study's); a diverged run counts as the cap." in notes(comparison)
+    assert "Cap: 5 (the study's); a diverged run counts as the cap. Runs that ended above it" in notes(
+        comparison
+    )
 
 
 def test_the_study_file_may_use_its_variables(tmp_path: Path) -> None:

@@ -39,17 +39,16 @@ def find_best(arms: Sequence["ArmSummary"], margin: float) -> dict[str, set[str]
 
 def _learns(arm: "ArmSummary") -> bool:
     """Whether the arm's loss is below the cap somewhere; what collapses everywhere is not sensitive."""
-    return bool(arm.selected and arm.cap and arm.selected.loss < arm.cap.loss)
+    return not all(cell.lost for cell in arm.cells.values())
 
 
 def _by_seed(arm: "ArmSummary") -> dict[str, Mapping[Any, float]]:
     """The arm's values, by column and seed, smaller ones being better."""
     assert arm.selected is not None
     assert arm.sensitivity is not None
-    assert arm.cap is not None
     found: dict[str, Mapping[Any, float]] = {}
     for lr, cell in arm.cells.items():
-        if statistics.fmean(cell.capped.values()) < arm.cap.loss:
+        if not cell.lost:
             found[f"lr {short(lr)}"] = cell.capped
     cell = arm.cells[arm.selected.lr]
     seeds = [run.hparams.get("seed") for run in cell.runs]

@@ -2,14 +2,14 @@
 
 `read_summaries` turns folders of event files into one `Summary` per study, which tables, pictures, the report
 and the published copy only render. A loss is the validation loss at the end of a run, in nats; a diverged run
-counts as the cap, see `caps`. An arm's learning rate is selected on the even batches of validation and its
-loss is reported on the odd ones, because the smallest of several noisy losses flatters.
+counts as the cap of the same batches, see `caps`. An arm's learning rate is selected on the even batches of
+validation and its loss is reported on the odd ones, because the smallest of several noisy losses flatters.
 """
 
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Cell:
         capped: Seed to min(loss, cap); runs without a logged seed are averaged.
         top1: Their top-1; empty if one of them diverged.
         diverged: How many of them diverged.
+        above: How many others ended above the cap.
         stability: How calm they were, see `stability`.
     """
 
@@ -63,7 +64,13 @@ class Cell:
     capped: dict[Any, float]
     top1: list[float]
     diverged: int
+    above: int
     stability: dict[str, float]
+
+    @property
+    def lost(self) -> bool:
+        """Whether all its runs count as the cap."""
+        return self.diverged + self.above == len(self.runs)
 
     @property
     def mean(self) -> float:
@@ -83,18 +90,22 @@ class Selected:
 
     Attributes:
         lr: The learning rate.
-        by_seed: Seed to the loss reported for it, up to the cap.
+        losses: The reported loss of each run; that of a diverged run is the cap.
+        by_seed: Seed to min(loss, cap), which tests compare.
+        cap: The cap of these losses.
         edge: "lower" or "upper" if it is the arm's smallest or largest, so that the best may lie beyond.
     """
 
     lr: float
+    losses: list[float]
     by_seed: dict[Any, float]
+    cap: float
     edge: str
 
     @property
     def loss(self) -> float:
-        """The mean over the seeds."""
-        return statistics.fmean(self.by_seed.values())
+        """The mean over the runs."""
+        return statistics.fmean(self.losses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +118,7 @@ class ArmSummary(Arm):
         calm: How calm each run was, see `stability`.
         figures: The figures in its row of the tables, by column.
         cells: For an arm that trains, learning rate to its runs.
-        cap: For an arm that trains, the cap of its losses.
+        cap: For an arm that trains, the cap of its losses of all batches.
         ptq: For an arm that trains, the loss of PTQ on its own grid and scale, if measured.
         selected: For an arm that trains, its best learning rate.
         sensitivity: For an arm that trains, how its loss depends on the learning rate.
@@ -137,7 +148,7 @@ class Summary:
         selected_on: The tag that learning rates are selected on.
         reported_on: The tag of the loss that is reported.
         full_precision: Loss of the weights that QAT starts from, before rounding.
-        caps: The cap of each group of arms.
+        caps: The cap of each group of arms, of losses of all batches.
         differences: Every quantized arm against the baseline, paired by seed.
         columns: Hyper-parameters worth a column.
         usual: Hyper-parameters that labels leave out, with the value that most arms have.
@@ -214,12 +225,16 @@ def summarize(folder: Path, results: Sequence[Result]) -> Summary:
     halves = finished and all(tag in run.last for run in finished for tag in (EVEN, ODD))
     tags = (EVEN, ODD) if halves else (LOSS, LOSS)
     ptqs = {arm.label: _ptq(arm, arms) for arm in fits}
-    caps = find_caps(fits, {label: _mean(runs, LOSS) for label, runs in ptqs.items()}, plan.cap)
+    caps = {
+        tag: find_caps(fits, {label: _mean(runs, tag) for label, runs in ptqs.items()}, plan.cap, tag)
+        for tag in (LOSS, *tags)
+    }
     measured = []
     for arm in arms:
         if arm.kind == "fit":
             references = _full_precision(arms, arm.images), ptqs[arm.label]
-            measured.append(_trained(arm, lrs, caps[arm.group], tags, references))
+            own = {tag: of_groups[arm.group] for tag, of_groups in caps.items()}
+            measured.append(_trained(arm, lrs, own, tags, references))
         else:
             measured.append(_summary(arm, _figures(tags, _mean(arm.runs, tags[1]), arm.runs, arm), {}))
     quantized = [arm for arm in measured if arm.kind == "fit" and arm.method != "FP"]
@@ -231,7 +246,7 @@ def summarize(folder: Path, results: Sequence[Result]) -> Summary:
         lrs,
         *tags,
         _mean(_full_precision(arms, arms[0].images), LOSS),
-        caps,
+        caps[LOSS],
         find_differences(folder, plan, lrs, quantized),
         columns,
         usual,
@@ -249,7 +264,7 @@ def _summary(arm: Arm, figures: dict[str, Any], cells: dict[float, Cell], **othe
 def _trained(
     arm: Arm,
     lrs: list[float],
-    cap: Cap,
+    caps: Mapping[str, Cap],
     tags: tuple[str, str],
     references: tuple[list[Result], list[Result]],
 ) -> ArmSummary:
@@ -258,17 +273,19 @@ def _trained(
     Args:
         arm: The arm.
         lrs: The study's learning rates.
-        cap: The cap of the arm's losses.
+        caps: The caps of the arm's losses, by tag.
         tags: What a learning rate is selected on, and reported on.
         references: Runs of full precision, and of PTQ as the arm rounds.
     """
     at = {lr: [run for run in arm.runs if run.hparams["lr"] == lr] for lr in lrs}
-    cells = {lr: _cell(runs, cap.loss) for lr, runs in at.items() if runs}
-    on = {lr: statistics.fmean(_capped(at[lr], tags[0], cap.loss).values()) for lr in cells}
+    all_, selecting, reporting = (caps[tag].loss for tag in (LOSS, *tags))
+    cells = {lr: _cell(runs, all_) for lr, runs in at.items() if runs}
+    on = {lr: statistics.fmean(_capped(at[lr], tags[0], selecting).values()) for lr in cells}
     best = min(cells, key=lambda lr: on[lr])
     edges = {min(cells): "lower", max(cells): "upper"} if len(cells) > 1 else {}
-    selected = Selected(best, _capped(at[best], tags[1], cap.loss), edges.get(best, ""))
-    over_lrs = sensitivity(lrs, [cells[lr].capped if lr in cells else {} for lr in lrs], cap.loss)
+    reported = _losses(at[best], tags[1], reporting), _capped(at[best], tags[1], reporting), reporting
+    selected = Selected(best, *reported, edges.get(best, ""))
+    over_lrs = sensitivity(lrs, [cells[lr].capped if lr in cells else {} for lr in lrs], all_)
     full, ptq = (_mean(runs, tags[1]) for runs in references)
     recovered = None
     if ptq is not None and full is not None and ptq > full:
@@ -279,22 +296,26 @@ def _trained(
     figures |= {"lr sensitivity": over_lrs.mean, "usable octaves": over_lrs.band}
     figures |= {"worst loss": over_lrs.worst, "diverged": lost, "divergence rate": lost / len(arm.runs)}
     figures |= stability(arm.runs)
-    others = {"cap": cap, "ptq": _mean(references[1], LOSS), "selected": selected, "sensitivity": over_lrs}
-    return _summary(arm, figures, cells, **others)
+    others = {"cap": caps[LOSS], "ptq": _mean(references[1], LOSS), "selected": selected}
+    return _summary(arm, figures, cells, sensitivity=over_lrs, **others)
 
 
 def _cell(runs: list[Result], cap: float) -> Cell:
-    losses = [cap if run.diverged else run.last[LOSS] for run in runs]
-    lost = sum(run.diverged for run in runs)
-    return Cell(runs, losses, _capped(runs, LOSS, cap), _finals(runs, TOP1), lost, stability(runs))
+    losses, capped = _losses(runs, LOSS, cap), _capped(runs, LOSS, cap)
+    lost, above = sum(run.diverged for run in runs), sum(loss > cap for loss in losses)
+    return Cell(runs, losses, capped, _finals(runs, TOP1), lost, above, stability(runs))
+
+
+def _losses(runs: Sequence[Result], tag: str, cap: float) -> list[float]:
+    """The loss of each run as it ended; that of a diverged run is the cap."""
+    return [cap if run.diverged else run.last[tag] for run in runs]
 
 
 def _capped(runs: Sequence[Result], tag: str, cap: float) -> dict[Any, float]:
     """Seed to min(loss, cap)."""
     values: dict[Any, list[float]] = {}
-    for run in runs:
-        loss = cap if run.diverged else min(run.last[tag], cap)
-        values.setdefault(run.hparams.get("seed"), []).append(loss)
+    for run, loss in zip(runs, _losses(runs, tag, cap), strict=True):
+        values.setdefault(run.hparams.get("seed"), []).append(min(loss, cap))
     return {seed: statistics.fmean(repeats) for seed, repeats in values.items()}
 
 

@@ -2,12 +2,14 @@
 
 A paragraph for each group of quantized arms (bit width and family): how the arms compare with the baseline at
 their best learning rates, then at equal ones, then what limits this: a best learning rate at the edge of the
-grid, runs that diverged, controls that are missing. The words follow from the verdicts of `differences`.
-Without two shared seeds there is no verdict, so the paragraph says what was seen, and that it shows nothing.
+grid, runs that diverged or are capped, controls that are missing. The words follow from the verdicts of
+`differences`. Without two shared seeds there is no verdict, so the paragraph says what was seen, and that it
+shows nothing.
 """
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 from stableqat.analysis.arms import Group
 from stableqat.analysis.comparison import ArmSummary, Summary
@@ -171,17 +173,22 @@ def _edges(arms: Sequence[ArmSummary]) -> str:
 
 
 def _divergence(summary: Summary, arms: Sequence[ArmSummary]) -> str:
-    """How many runs diverged, and whose."""
-    lost = {arm.label: sum(run.diverged for run in arm.runs) for arm in arms}
-    number, total = sum(lost.values()), sum(len(arm.runs) for arm in arms)
-    if not number:
-        return ""
-    who = _named([f"{arm.label} {lost[arm.label]} of {len(arm.runs)}" for arm in arms if lost[arm.label]])
+    """How many runs diverged or ended above the cap, and whose."""
     cap = summary.caps[arms[0].group].loss
     counts = (
         f"a diverged run counts as the cap, {cap:.4g} nats" if math.isfinite(cap) else "nothing caps them"
     )
-    return f"{number} of {total} runs diverged ({who}); {counts}."
+    texts = []
+    for happened, then, number in (
+        ("diverged", counts, attrgetter("diverged")),
+        ("ended above the cap", f"tests count them as the cap, {cap:.4g} nats", attrgetter("above")),
+    ):
+        of = {arm.label: sum(map(number, arm.cells.values())) for arm in arms}
+        if any(of.values()):
+            who = _named([f"{arm.label} {of[arm.label]} of {len(arm.runs)}" for arm in arms if of[arm.label]])
+            total = sum(len(arm.runs) for arm in arms)
+            texts.append(f"{sum(of.values())} of {total} runs {happened} ({who}); {then}.")
+    return " ".join(texts)
 
 
 def _controls(summary: Summary, arms: Sequence[ArmSummary]) -> str:

@@ -4,10 +4,11 @@
 
 There are four quantities, each a family of its own for Holm's correction: the loss (all arms x learning rates
 of the study), the reported loss (each arm at its selected learning rate), LR sensitivity and the worst loss
-(all arms). Losses count up to the cap and diverged runs as the cap, so a collapse weighs what it costs and no
-pair is dropped because of it; a seed that only one side has is left out and counted. If both sides of every
-pair are equal, there is nothing to test and nothing that counts in a family: either both compute the same, or
-both are at the cap. Full precision is not an arm here, because it is no finding that it wins.
+(all arms). Losses count up to the cap of their batches and diverged runs as it, so a collapse weighs what it
+costs and no pair is dropped because of it; a seed that only one side has is left out and counted. If both
+sides of every pair are equal, there is nothing to test and nothing that counts in a family: either both
+compute the same, or both are at the cap. Full precision is not an arm here, because it is no finding that it
+wins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -123,7 +124,9 @@ def _at_cap(arm: "ArmSummary", quantity: str, values: Mapping[Any, float]) -> se
     if quantity == "lr sensitivity":
         worst = arm.sensitivity.worst_by_seed
         return {seed for seed, value in values.items() if value == 0 and worst[seed] == arm.cap.loss}
-    return {seed for seed, value in values.items() if value == arm.cap.loss}
+    assert arm.selected is not None
+    cap = arm.selected.cap if quantity == "reported loss" else arm.cap.loss
+    return {seed for seed, value in values.items() if value == cap}
 
 
 def _tested(

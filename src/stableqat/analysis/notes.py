@@ -17,7 +17,7 @@ def notes(summary: Summary) -> str:
     texts = [
         "Validation loss in nats, mean +- standard deviation (runs) over seeds."
         f" Learning rates: {', '.join(map(short, summary.lrs))}. {_about_caps(summary)}; a diverged run"
-        " counts as the cap.",
+        f" counts as the cap.{_about_above(summary)}",
         "Selected lr: the smallest mean over seeds of min(loss, cap) on"
         + (
             f" {on}, the even validation batches; the reported loss is {reported}, of the odd ones, and so is"
@@ -74,6 +74,12 @@ def _about_caps(summary: Summary) -> str:
     if len(groups) == 1:
         return f"Cap: {next(iter(groups))}"
     return "Caps: " + ", ".join(f"{cap} at {' and '.join(names)}" for cap, names in groups.items())
+
+
+def _about_above(summary: Summary) -> str:
+    above = sum(cell.above for arm in summary.fits for cell in arm.cells.values())
+    what = "the selection, LR sensitivity, worst loss and differences"
+    return f" Runs that ended above it, which count as it in {what}: {above}." if above else ""
 
 
 def _about_marks(summary: Summary) -> str:

@@ -2,7 +2,7 @@
 
 Each function returns the panels of its picture, which draw on the axes they are given; none if nothing was
 logged. No run that diverged is left out: it counts as the cap in means of losses, and crosses mark it. Top-1
-has no cap, so nothing is drawn there.
+has no cap, so nothing is drawn there. A mean beyond the upper edge is an open triangle at the edge.
 """
 
 import math
@@ -33,21 +33,22 @@ def losses(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     edges = _edges(summary)
 
     def final(arm: ArmSummary, lr: float) -> list[float]:
-        return [min(loss, edges[arm.group]) for loss in arm.cells[lr].losses]
+        return arm.cells[lr].losses
 
     def top1(arm: ArmSummary, lr: float) -> list[float]:
         return [100 * value for value in arm.cells[lr].top1]
 
     def draw(axes: "Axes", group: Group, tag: str) -> None:
         arms = [arm for arm in summary.fits if arm.group in (group, Group(None, group.images))]
-        _against_lr(axes, summary, arms, styles, final if tag == LOSS else top1)
+        edge = edges[group] if tag == LOSS else math.inf
+        _against_lr(axes, summary, arms, styles, final if tag == LOSS else top1, edge)
         axes.set_ylabel("validation loss (nats)" if tag == LOSS else "validation top-1 (%)")
         if len(groups) > 1:
             axes.set_title(group.name, fontsize=9)
         cap = summary.caps[group].loss
         if tag == LOSS and math.isfinite(cap):
             axes.axhline(cap, color="tab:red", linewidth=0.8, alpha=0.6, label="cap", zorder=1)
-        _draw_references(axes, summary, group, tag, edges[group] if tag == LOSS else math.inf)
+        _draw_references(axes, summary, group, tag, edge)
 
     groups = list(dict.fromkeys(arm.group for arm in summary.quantized or summary.fits))
     return [
@@ -60,7 +61,7 @@ def losses(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
 def flips(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     """Flips and oscillation, as means over a run, against learning rate."""
     names = {FLIP_RATE: "codes that flip per step", "quant/oscillation": "codes that flip back per step"}
-    return _behaviour(summary, styles, names, lambda series: statistics.fmean(series.values()), "log")
+    return _behaviour(summary, styles, names, lambda series: statistics.fmean(series.values()), log=True)
 
 
 def scales(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
@@ -69,7 +70,7 @@ def scales(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
         "quant/scale_drift": "|log2(s / s_start)| at the end",
         "quant/clipped": "weights outside the grid",
     }
-    return _behaviour(summary, styles, names, lambda series: series[max(series)], "linear")
+    return _behaviour(summary, styles, names, lambda series: series[max(series)])
 
 
 def _behaviour(
@@ -77,7 +78,7 @@ def _behaviour(
     styles: dict[str, Style],
     names: dict[str, str],
     figure: Callable[[dict[int, float]], float],
-    scale: str,
+    log: bool = False,
 ) -> list[Panel]:
     """A panel for each logged tag: one figure per run against learning rate."""
 
@@ -87,9 +88,20 @@ def _behaviour(
     def draw(axes: "Axes", tag: str) -> None:
         _against_lr(axes, summary, summary.fits, styles, partial(values, tag=tag))
         axes.set_ylabel(names[tag])
-        axes.set_yscale(scale)
+        if log:
+            _from_zero(axes, [v for arm in summary.fits for lr in arm.cells for v in values(arm, lr, tag)])
 
     return [partial(draw, tag=tag) for tag in names if _logged(summary, tag)]
+
+
+def _from_zero(axes: "Axes", values: Sequence[float]) -> None:
+    """A logarithmic ordinate that is linear below its lowest decade if it has to show zeros."""
+    positive = [value for value in values if value > 0]
+    if positive and min(values) > 0:
+        axes.set_yscale("log")
+    elif positive:
+        decade = 10.0 ** math.floor(math.log10(min(positive)))
+        axes.set_yscale("symlog", linthresh=decade, linscale=0.3)
 
 
 def _against_lr(
@@ -98,17 +110,25 @@ def _against_lr(
     arms: list[ArmSummary],
     styles: dict[str, Style],
     values: Callable[[ArmSummary, float], list[float]],
+    edge: float = math.inf,
 ) -> None:
-    """A line per arm through the means over seeds, with a band and crosses."""
+    """A line per arm through the means over seeds, with a band, crosses, and triangles at the upper edge."""
     for place, arm in enumerate(arms):
         style = styles[arm.label]
         # side by side, so that equal points do not hide each other
         dodge = 1.02 ** (place - (len(arms) - 1) / 2)
         found = {lr: seeds for lr in arm.cells if (seeds := values(arm, lr))}
         x = [lr * dodge for lr in found]
-        y = [statistics.fmean(seeds) for seeds in found.values()]
-        axes.plot(x, y, markersize=4.5, linewidth=1.4, **style)
-        lows, highs = zip(*map(band, found.values()), strict=True) if found else ((), ())
+        means = [statistics.fmean(seeds) for seeds in found.values()]
+        y = [min(mean, edge) for mean in means]
+        inside = [i for i, mean in enumerate(means) if mean <= edge]
+        axes.plot(x, y, markersize=4.5, linewidth=1.4, markevery=inside, **style)
+        beyond = [x[i] for i in range(len(x)) if i not in inside]
+        if beyond:
+            look = {"color": style["color"], "markersize": 8, "markerfacecolor": "white"}
+            axes.plot(beyond, [edge] * len(beyond), "^", zorder=3, **look)
+        bands = [[min(end, edge) for end in band(seeds)] for seeds in found.values()]
+        lows, highs = zip(*bands, strict=True) if bands else ((), ())
         axes.fill_between(x, lows, highs, color=style["color"], alpha=0.13, linewidth=0)
         lost = [i for i, lr in enumerate(found) if arm.cells[lr].diverged]
         if lost:
@@ -240,9 +260,12 @@ def differences(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
     rows = list(dict.fromkeys((each.quantity, each.lr) for each in measured))
     rows.sort(key=lambda row: (row[0] != "loss", row[1] or 0.0))
     margin = summary.plan.margin
+    linear = 2 * (margin or 0.01)
+    ends = [end for each in measured for end in (each.low, each.mean, each.high) if end is not None]
+    reach = max(map(abs, ends), default=0.0)
 
     def draw(axes: "Axes", arm: str, baseline: str) -> None:
-        from matplotlib.ticker import SymmetricalLogLocator
+        from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 
         axes.axvline(0, color="grey", linewidth=0.8)
         if margin:
@@ -258,9 +281,11 @@ def differences(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
                 face = colour if sure else "none"
                 axes.plot(each.mean, y, marker, color=colour, markersize=5, markerfacecolor=face)
         axes.set_title(as_written(f"{arm} - {baseline}"), fontsize=9)
-        linear = 2 * (margin or 0.01)
-        axes.set_xscale("symlog", linthresh=linear)
-        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=[1, 2, 5]))
+        if reach > linear:
+            axes.set_xscale("symlog", linthresh=linear)
+            axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=[1, 2, 5]))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.tick_params(axis="x", labelsize=8)
         axes.set_xlabel("difference (nats)")

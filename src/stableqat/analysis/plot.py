@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 CAPTIONS = {
     "compare": "Loss at the end of training against learning rate, mean over seeds. Bands: 95% t interval"
     " from 5 seeds on, otherwise smallest to largest. A cross marks a mean with diverged runs in it, each"
-    " counted as the cap; what is worse than the upper edge is drawn at the edge. Top-1 has no"
+    " counted as the cap. An open triangle at the upper edge is a mean beyond it. Top-1 has no"
     " point where a run diverged.",
     "curves": "Loss over training steps, a panel per learning rate, mean over seeds. A line continues dotted,"
     " as the mean of the others, where the first of its seeds diverged; crosses mark the last finite loss of"
-    " each diverged run.",
+    " each diverged run. A loss beyond the upper edge is drawn along it.",
     "gradient_norm": "Norm of the whole gradient before clipping, over training steps. Lines and crosses as"
     " in the curves of the loss.",
     "flips": "Share of codes that change in a step, and share that change back against their last"
-    " direction, mean over a run, against learning rate. Bands over seeds and crosses as for the loss.",
+    " direction, mean over a run, against learning rate. Bands over seeds and crosses as for the loss. Where"
+    " something is zero, the scale is linear below its lowest decade.",
     "scale_drift": "How far scales have moved at the end, mean |log2(s / s_start)|, and the share of weights"
     " outside the grid, against learning rate. Bands and crosses as for the loss.",
     "differences": "Difference to the baseline, runs of the same learning rate and seed paired: mean and"
@@ -68,7 +69,7 @@ def draw_all(summaries: list[Summary], folder: Path) -> list[Path]:
         "gradient_norm": page(panels.gradient_norms, (3.3, 2.5), columns=4, share="xy"),
         "flips": page(panels.flips, (6.0, 3.8), columns=2, share="x"),
         "scale_drift": page(panels.scales, (6.0, 3.8), columns=2, share="x"),
-        "differences": page(panels.differences, (4.0, 3.2), columns=3, share="xy"),
+        "differences": page(panels.differences, (4.0, 3.2), columns=3, share="xy", own=True),
         "bits": page(widths.bits, (6.6, 4.2), columns=2, own=True),
         "sizes": page(widths.sizes, (6.6, 4.2), columns=2, own=True),
         "lr_bits": page(widths.maps, (4.4, 2.4), columns=3, own=True),

@@ -166,7 +166,8 @@ def as_json(pages: Sequence[Page]) -> str:
 
 def _arm(arm: ArmSummary) -> dict[str, Any]:
     cells = [
-        {"lr": lr, **_cell(cell), "capped": cell.capped, **cell.stability} for lr, cell in arm.cells.items()
+        {"lr": lr, **_cell(cell), "above": cell.above, "capped": cell.capped, **cell.stability}
+        for lr, cell in arm.cells.items()
     ]
     runs = []
     for run, calm in zip(arm.runs, arm.calm, strict=True):

@@ -100,7 +100,7 @@ def _draw_lines(
         colour, marker = look_of(method)
         variants[method] = variants.get(method, -1) + 1
         x = [place(arm, number - (len(trained) - 1) / 2) for arm in arms.values()]
-        samples = [list(arm.selected.by_seed.values()) for arm in arms.values() if arm.selected]
+        samples = [arm.selected.losses for arm in arms.values() if arm.selected]
         y = [statistics.fmean(sample) for sample in samples]
         look = {"color": colour, "marker": marker, "linestyle": LINES[variants[method] % len(LINES)]}
         axes.plot(x, y, markersize=5, linewidth=1.4, label=as_written(name), **look)
