@@ -567,10 +567,11 @@ def test_losses_above_the_cap_of_a_study_are_reported_counted_and_marked(tmp_pat
 
     axes = Figure().subplots()
     panels.losses(comparison, styles_of(comparison.fits))[0](axes)
-    marks = [
-        line for line in axes.lines if line.get_marker() == "^" and line.get_markerfacecolor() == "white"
-    ]
-    assert [(len(line.get_xdata()), set(line.get_ydata())) for line in marks] == [(1, {5.995})] * 2
+    marks = [line for line in axes.lines if line.get_marker() == "^" and line.get_markerfacecolor() == "none"]
+    assert [(len(line.get_xdata()), set(line.get_ydata())) for line in marks if len(line.get_xdata())] == [
+        (1, {5.995})
+    ] * 2
+    assert "beyond the edge" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 @pytest.mark.parametrize(("best", "edge"), [(0, "lower"), (1, ""), (2, "upper")])

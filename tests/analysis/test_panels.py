@@ -1,5 +1,6 @@
 """Scales of pictures show what was measured: zeros, and differences that are small."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -38,4 +39,7 @@ def test_differences_have_round_ticks_and_name_their_arms_once(tmp_path: Path) -
         assert (
             max(len(label.lstrip("\N{MINUS SIGN}").replace(".", "").lstrip("0")) for label in labels) <= 2
         ), labels
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels() if text.get_text()]
+        inside = [box for box in boxes if axes.bbox.x0 <= box.x0 + box.width / 2 <= axes.bbox.x1]
+        assert all(one.x1 < other.x0 for one, other in pairwise(inside))
         assert not figure.legends

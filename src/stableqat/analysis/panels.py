@@ -101,7 +101,7 @@ def _from_zero(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_yscale("log")
     elif positive:
         decade = 10.0 ** math.floor(math.log10(min(positive)))
-        axes.set_yscale("symlog", linthresh=decade, linscale=0.3)
+        axes.set_yscale("symlog", linthresh=decade, linscale=0.3, subs=range(2, 10))
 
 
 def _against_lr(
@@ -125,8 +125,10 @@ def _against_lr(
         axes.plot(x, y, markersize=4.5, linewidth=1.4, markevery=inside, **style)
         beyond = [x[i] for i in range(len(x)) if i not in inside]
         if beyond:
-            look = {"color": style["color"], "markersize": 8, "markerfacecolor": "white"}
-            axes.plot(beyond, [edge] * len(beyond), "^", zorder=3, **look)
+            look = {"color": style["color"], "markersize": 8, "markerfacecolor": "none"}
+            axes.plot(beyond, [edge] * len(beyond), "^", **look)
+            if "beyond the edge" not in axes.get_legend_handles_labels()[1]:
+                axes.plot([], [], "^", **look | {"color": "grey", "label": "beyond the edge"})
         bands = [[min(end, edge) for end in band(seeds)] for seeds in found.values()]
         lows, highs = zip(*bands, strict=True) if bands else ((), ())
         axes.fill_between(x, lows, highs, color=style["color"], alpha=0.13, linewidth=0)
@@ -283,7 +285,8 @@ def differences(summary: Summary, styles: dict[str, Style]) -> list[Panel]:
         axes.set_title(as_written(f"{arm} - {baseline}"), fontsize=9)
         if reach > linear:
             axes.set_xscale("symlog", linthresh=linear)
-            axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=[1, 2, 5]))
+            subs = [1, 2, 5] if reach < 5 * linear else [1]
+            axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=subs))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter("{x:g}")
