@@ -13,9 +13,21 @@ from stableqat.errors import UserError
 
 
 def only_local(name: str) -> bool:
-    """Whether a name of a model or data set can only be a path, because nothing on the Hub can have it."""
+    """Whether a name of a model or data set is a path: the Hub has no such names, or its folder is here."""
     suffix = Path(name).suffix in (".ckpt", ".jsonl", ".parquet")
-    return (name.startswith(("/", ".", "~")) or name.count("/") > 1 or suffix) and not set(":[{") & set(name)
+    path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/") or suffix
+    return (path or _folder_here(name) is not None) and not set(":[{") & set(name)
+
+
+def _folder_here(name: str) -> str | None:
+    """The folder, of a name as on the Hub, that exists in the current one."""
+    first, slash, _ = name.partition("/")
+    return first if slash and first.strip(".~") and Path(first).is_dir() else None
+
+
+def is_missing(name: str) -> bool:
+    """Whether a name of a model or data set can only be a path, and nothing is there."""
+    return only_local(name) and not Path(name).expanduser().exists()
 
 
 def check_source(source: str, *, local: bool = False) -> None:
@@ -28,13 +40,17 @@ def check_source(source: str, *, local: bool = False) -> None:
     Raises:
         UserError: If it is a path to nothing.
     """
-    if (local or only_local(source)) and not Path(source).expanduser().exists():
-        raise UserError(f"{source}: there is no such run or checkpoint")
+    if is_missing(source) or (local and not Path(source).expanduser().exists()):
+        what = "run or checkpoint" if local else "run, checkpoint or folder"
+        raise UserError(f"{source}: there is no such {what}{as_it_stands(source)}")
 
 
 def as_it_stands(path: str) -> str:
-    """What a message adds to a path that does not exist: that a glob is taken for a name."""
-    return " (globs are not expanded)" if set("*?") & set(path) else ""
+    """What a message adds to a path that does not exist: why it is not taken for another one, or a name."""
+    if set("*?") & set(path):
+        return " (globs are not expanded)"
+    folder = _folder_here(path)
+    return f" ({folder} is a folder here, so the Hub is not asked)" if folder and path.count("/") == 1 else ""
 
 
 @contextmanager

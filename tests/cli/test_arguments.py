@@ -70,7 +70,13 @@ MISSPELT = [
     (["fit", "-c", "rows.yaml", "-c", "vit/base"], "rows.yaml: changes the data, but nothing before it says"),
     (["fit", "-c", "twice.yaml"], "twice.yaml: trainer.max_steps: stands twice, in lines 1 and 3, and YAML"),
     (["fit", "-c", "pipe"], "pipe: a pipe, which can be read only once, and settings are read more often"),
-    (["evaluate", "none.ckpt"], "none.ckpt: there is no such run or checkpoint"),
+    (["evaluate", "none.ckpt"], "none.ckpt: there is no such run, checkpoint or folder"),
+    (
+        ["evaluate", "models/mine"],
+        "models/mine: there is no such run, checkpoint or folder (models is a folder here, so the Hub is not",
+    ),
+    (["predict", "models/mine", "--prompt", "a"], "models/mine: there is no such run, checkpoint or folder"),
+    ([*FIT, "--model.init_from", "models/mine"], "model.init_from: models/mine does not exist (models is a"),
     (["export", "none", "--format", "hf", "--out", "out"], "none: there is no such run or checkpoint"),
     (["export", "none", "--fromat", "hf"], "fromat: unknown key; did you mean format?"),
     (["consolidate", "none.ckpt"], "none.ckpt"),
@@ -105,6 +111,7 @@ FREE = {
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
     (tmp_path / "own.yaml").write_text("trainer: {max_stepz: 3}")
     (tmp_path / "lean.yaml").write_text("model: {init_args: {lean_loss: true}}")
     (tmp_path / "rows.yaml").write_text("data: {init_args: {batch_size: 3}}")

@@ -210,8 +210,12 @@ def test_mistakes_are_one_line(run, exported, place, tmp_path, refused, capsys):
     there, known = capsys.readouterr().err.strip().splitlines()
     assert "device: there is no cuda:99, PyTorch sees" in there
     assert "device: abacus computes nothing here" in known
-    assert refused(gone := tmp_path / "nothing.ckpt").endswith(f"{gone}: there is no such run or checkpoint")
-    assert refused(tmp_path / "no" / "where").endswith("/no/where: there is no such run or checkpoint")
+    assert refused(gone := tmp_path / "nothing.ckpt").endswith(
+        f"{gone}: there is no such run, checkpoint or folder"
+    )
+    assert refused(tmp_path / "no" / "where").endswith(
+        "/no/where: there is no such run, checkpoint or folder"
+    )
     assert refused("nothing/there").endswith("name of a Hub model you can access")
 
 

@@ -4,9 +4,12 @@ import huggingface_hub.errors as hub
 import pytest
 
 import tiny
+from stableqat.data.source import TEXT_FORMATS, local_files
+from stableqat.data.tokenizer import load_tokenizer
 from stableqat.errors import UserError
 from stableqat.modules import Distillation, LlamaModule
 from stableqat.modules.config import hub_refusal
+from stableqat.modules.vit_config import architecture
 
 NAME = "meta-llama/Llama-3.2-1B"
 
@@ -42,7 +45,10 @@ REFUSALS = {
         of_status(hub.HfHubHTTPError, 401),
         ["refused by the Hub (401)", "HF_TOKEN"],
     ),
-    "no network": (hub.LocalEntryNotFoundError("nothing cached"), ["cannot be reached", "download it"]),
+    "no network": (
+        hub.LocalEntryNotFoundError("nothing cached"),
+        ["there is no such folder", "cannot be reached", "download it"],
+    ),
     "offline mode": (hub.OfflineModeIsEnabled("offline"), ["cannot be reached", "download it"]),
 }
 
@@ -93,6 +99,22 @@ def test_a_teacher_that_the_hub_refuses(refused):
     made.trainer = tiny.trainer()
     with pytest.raises(UserError, match=f"^teacher.source: {NAME} is gated: request access"):
         made.setup("fit")
+
+
+@pytest.mark.parametrize("name", ["./mine", "a/b/mine", "models/mine", "models/mine/"])
+def test_the_hub_is_not_asked_for_a_path(name, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for ask in (
+        lambda: LlamaModule(init_from=name),
+        lambda: LlamaModule(config=name),
+        lambda: load_tokenizer(name),
+        lambda: local_files(name, TEXT_FORMATS),
+        lambda: architecture(name),
+        lambda: tiny.module("vit", init_from=name).check_pretrained(name),
+    ):
+        with pytest.raises(UserError, match=rf"({name} does not exist|no such .* folder: {name})"):
+            ask()
 
 
 def test_any_other_error_is_not_the_hubs():

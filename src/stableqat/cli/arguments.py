@@ -16,7 +16,7 @@ from typing import Any
 from stableqat.cli.layers import QUANTIZERS, Layer, read_layers, settle_quantizer
 from stableqat.cli.signatures import our_classes, signature, trainer_class
 from stableqat.errors import LISTED, UserError, nearest
-from stableqat.files import as_it_stands, only_local
+from stableqat.files import as_it_stands, is_missing
 
 # configurable callbacks, each under a key of its own
 CALLBACKS = {
@@ -101,8 +101,8 @@ def _check_paths(arguments: Sequence[str]) -> None:
         given.pop("model.init_from", None)  # a resumed run outlives its start
     for key in _PATHS.keys() & given.keys():
         path = given[key]
-        local = only_local(path) or (key == "ckpt_path" and not re.match(r"(last|best|null)$|-", path))
-        if local and not Path(path).expanduser().exists():
+        local = key == "ckpt_path" and not re.match(r"(last|best|null)$|-", path)
+        if is_missing(path) or (local and not Path(path).expanduser().exists()):
             raise UserError(f"{key}: {path} does not exist{as_it_stands(path)}; name {_PATHS[key]}")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stableqat.data.damage import check, file_format, find_crash, find_damage
 from stableqat.errors import LISTED, UserError, first_line
-from stableqat.files import as_it_stands
+from stableqat.files import as_it_stands, only_local
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,7 +96,7 @@ def local_files(
             log.info("%s: leaving out %d files whose names say no split", source, len(unnamed))
         if training and "train" not in splits:
             raise UserError(f"no training file in {source}: name files train*, validation*, test*")
-    elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and file_format(path) not in formats:
+    elif _HUB_NAME.fullmatch(source) and not only_local(source) and file_format(path) not in formats:
         return None
     else:
         raise UserError(f"no such data file or folder: {source}{as_it_stands(source)}")

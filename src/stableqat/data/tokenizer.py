@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableqat.errors import UserError, first_line
-from stableqat.files import whole_folder, writing
+from stableqat.files import as_it_stands, is_missing, whole_folder, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,9 +77,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path | str) -> 
 
 def check_tokenizer(source: str) -> None:
     """Refuse what can only be a local path and does not exist."""
-    local = source.endswith(".json") or source.startswith((".", "/", "~"))
-    if local and not Path(source).expanduser().exists():
-        raise UserError(f"no such tokenizer file or folder: {source}")
+    if is_missing(source) or (source.endswith(".json") and not Path(source).expanduser().exists()):
+        raise UserError(f"no such tokenizer file or folder: {source}{as_it_stands(source)}")
 
 
 def tokenizer_json(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -189,6 +188,7 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import PreTrainedTokenizerFast
 
+    check_tokenizer(source)
     path = Path(source).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     configured = (file.parent / "tokenizer_config.json").is_file()

@@ -13,6 +13,7 @@ from stableqat.checkpoints.names import find_checkpoint
 from stableqat.checkpoints.read import read_rest
 from stableqat.construct import check_plain
 from stableqat.errors import UserError, did_you_mean, first_line
+from stableqat.files import as_it_stands, is_missing
 
 # far above any real model: refuse it before it takes time and memory
 _MOST = {
@@ -87,6 +88,9 @@ def pretrained_config(key: str, source: str) -> Any:
     """
     from transformers import AutoConfig
 
+    remedy = "give a local model folder or the name of a Hub model you can access"
+    if is_missing(source):
+        raise UserError(f"{key}: {source} does not exist{as_it_stands(source)}; {remedy}")
     written = Path(source) / "config.json"
     keys = None
     with suppress(OSError, ValueError, RecursionError):  # transformers reports what is wrong
@@ -100,11 +104,9 @@ def pretrained_config(key: str, source: str) -> Any:
             reason = f"has no usable config.json ({' '.join(told.split())[:200]})"
         else:
             reason = hub_refusal(source, error) or (
-                f"was not found locally or on the Hub ({first_line(error)})"
+                f"was not found locally (there is no such folder) or on the Hub ({first_line(error)})"
             )
-        raise UserError(
-            f"{key}: {source} {reason}; give a local model folder or the name of a Hub model you can access"
-        ) from error
+        raise UserError(f"{key}: {source} {reason}; {remedy}") from error
 
 
 def hub_refusal(source: str, error: BaseException) -> str | None:
@@ -138,8 +140,8 @@ def hub_refusal(source: str, error: BaseException) -> str | None:
             )
         if isinstance(cause, RepositoryNotFoundError):
             return (
-                "was not found locally or on the Hub: correct the name or, if it is private, log in "
-                "with `hf auth login` (or set HF_TOKEN)"
+                "was not found locally (there is no such folder) or on the Hub: correct the name or, if it "
+                "is private, log in with `hf auth login` (or set HF_TOKEN)"
             )
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             return (
@@ -151,8 +153,8 @@ def hub_refusal(source: str, error: BaseException) -> str | None:
         for cause in causes
     ):
         return (
-            "was not found locally or in the Hub's cache, and the Hub cannot be reached (offline?): download "
-            "it while online"
+            "was not found locally (there is no such folder) or in the Hub's cache, and the Hub cannot be "
+            "reached (offline?): download it while online"
         )
     return None
 

@@ -10,6 +10,9 @@ from typing import Any
 from stableqat.checkpoints.names import find_checkpoint
 from stableqat.checkpoints.read import read_rest
 from stableqat.errors import UserError, first_line
+from stableqat.files import as_it_stands, is_missing
+
+_REMEDY = "name a run, a checkpoint, a weight file or a Hub model"
 
 
 def architecture(source: str, key: str = "init_from") -> tuple[str, dict[str, Any]] | None:
@@ -29,6 +32,7 @@ def architecture(source: str, key: str = "init_from") -> tuple[str, dict[str, An
         return (saved["model_name"], saved.get("model_args") or {}) if saved.get("model_name") else None
     path = Path(source).expanduser()
     if not path.exists():
+        weight_file(source)
         try:
             _, name, options = timm.models.load_model_config_from_hf(source)
         except (OSError, RuntimeError, ValueError) as error:
@@ -166,6 +170,8 @@ def _side(size: Any) -> int | None:
 def weight_file(source: str) -> Path | None:
     """Return the file of a local source that holds its weights; None for a name on the Hub."""
     path = Path(source)
+    if is_missing(source):
+        raise UserError(f"init_from: {source} does not exist{as_it_stands(source)}; {_REMEDY}")
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
         if not files:
@@ -177,6 +183,6 @@ def weight_file(source: str) -> Path | None:
 def unreachable(source: str, error: Exception) -> UserError:
     """Return the error of a source that is neither local nor on the Hub."""
     return UserError(
-        f"init_from: {source} was not found locally or as a timm model on the Hub; name a run, a checkpoint, "
-        f"a weight file or a Hub model ({first_line(error)})"
+        f"init_from: {source} was not found locally (there is no such folder) or as a timm model on the Hub; "
+        f"{_REMEDY} ({first_line(error)})"
     )
