@@ -293,13 +293,13 @@ def place_operators(
 
 def _number_layers(model: nn.Module) -> dict[str, Tensor]:
     """Take out the codes and leave a number per layer: the exporter makes one of small equal layers."""
-    found = {}
+    found: dict[str, Tensor] = {}
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, _OPERATORS))
     for number, (name, layer) in enumerate(layers):
-        found[f"{name}.codes"] = layer.codes
-        layer.codes = torch.zeros_like(layer.codes)
-        digits = torch.tensor([number % 128, number // 128], dtype=layer.codes.dtype)
-        layer.codes.view(-1)[:2] = digits[: layer.codes.numel()]
+        codes = found[f"{name}.codes"] = layer.get_buffer("codes")
+        layer.codes = torch.zeros_like(codes)
+        digits = torch.tensor([number % 128, number // 128], dtype=codes.dtype)
+        layer.codes.view(-1)[:2] = digits[: codes.numel()]
     return found
 
 
