@@ -6,6 +6,7 @@ and several can be the ranks of one run, as a launcher such as torchrun starts t
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -90,6 +91,7 @@ def _serve() -> None:
 def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of the loaders' workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background lack
     _print_to(log)
     from stableqat.cli.main import main
 
