@@ -91,6 +91,18 @@ def trainer(**options: Any) -> L.Trainer:
     return L.Trainer(**{**defaults, **options})
 
 
+def calibrated_run(
+    module: QATModule, family: str, steps: int, path: Any = None
+) -> tuple[L.Trainer, list[float]]:
+    """Calibrate, validate and train on batches of 4, or resume from a checkpoint; the trainer and losses."""
+    data, losses = loader(family, 16, 4), Losses()
+    options = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "max_epochs": 3}
+    made = trainer(max_steps=steps, callbacks=[losses], **options)
+    torch.manual_seed(0)
+    made.fit(module, data, data, ckpt_path=path)
+    return made, losses.values
+
+
 class Losses(L.Callback):
     """Keeps the loss of every step."""
 

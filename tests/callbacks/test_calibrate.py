@@ -30,16 +30,9 @@ def states(module: QATModule) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_validates_trains_and_resumes(family, tmp_path, monkeypatch):
-    loader = tiny.loader(family, 16, 4)
-
-    def fit(steps, path=None, calls=None):
+    def fit(steps, path=None):
         module = tiny.module(family, quantizer=BITS, input_quantizer=INPUTS, calibration_batches=2)
-        losses = tiny.Losses()
-        options = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "max_epochs": 3}
-        trainer = tiny.trainer(max_steps=steps, callbacks=[losses], **options)
-        torch.manual_seed(0)
-        trainer.fit(module, loader, loader, ckpt_path=path)
-        return module, trainer, losses.values
+        return module, *tiny.calibrated_run(module, family, steps, path)
 
     whole, _, expected = fit(8)
     assert len(quantized_inputs(whole.model)) == (14 if family == "llama" else 8)

@@ -39,12 +39,7 @@ def assert_equal(format, model, logits, folder, tolerance=2e-5):
     into.check(model)
     into.write(model, folder)
     weights, theirs = into.read(model, folder)
-    assert weights.keys() == model.layers.keys()
-    for name, weight in model.layers.items():
-        trained = model.model.get_submodule(name)
-        own = trained.weight_quantizer(trained.weight) if hasattr(trained, "weight_quantizer") else None
-        assert torch.equal(weights[name].float(), weight.dequantize()), name
-        assert own is None or torch.equal(own, weight.dequantize()), name
+    models.assert_weights(model, weights)
     assert (theirs - logits).abs().max() <= tolerance
     return theirs
 

@@ -57,6 +57,16 @@ def module(family, **options):
     return made.eval()
 
 
+def assert_weights(model, weights):
+    """What a reader made of a file are the deployed weights, and those of the quantizers, bit for bit."""
+    assert weights.keys() == model.layers.keys()
+    for name, weight in model.layers.items():
+        trained = model.model.get_submodule(name)
+        own = trained.weight_quantizer(trained.weight) if hasattr(trained, "weight_quantizer") else None
+        assert torch.equal(weights[name].float(), weight.dequantize()), name
+        assert own is None or torch.equal(own, weight.dequantize()), name
+
+
 def packed(family, grid, dtype=torch.float32, scale_dtype=torch.float16, template=None, **options):
     """A packed model, and the logits of the module it was made of."""
     if grid is not None:

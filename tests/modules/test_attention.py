@@ -166,17 +166,11 @@ def test_a_switch_against_fused_attention_changes_nothing():
 
 @each_family
 def test_a_run_calibrates_trains_resumes_and_is_read_again(family, tmp_path, monkeypatch):
-    loader = tiny.loader(family, 16, 4)
     spec = partial(LSQ, bits=4, surrogate="dsq")
 
     def fit(steps, path=None):
         module = made(family, spec, configured=False, calibration_batches=2)
-        losses = tiny.Losses()
-        options = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "max_epochs": 3}
-        trainer = tiny.trainer(max_steps=steps, callbacks=[losses], **options)
-        torch.manual_seed(0)
-        trainer.fit(module, loader, loader, ckpt_path=path)
-        return module, trainer, losses.values
+        return module, *tiny.calibrated_run(module, family, steps, path)
 
     whole, _, expected = fit(8)
     assert not uncalibrated(whole.model)

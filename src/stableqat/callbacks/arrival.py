@@ -26,3 +26,20 @@ def on_its_way(value: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return read
+
+
+class Deferred:
+    """An action put off until the values that it reads have arrived; at most one at a time."""
+
+    def __init__(self) -> None:
+        self._action: Callable[[], None] | None = None
+
+    def put_off(self, action: Callable[[], None]) -> None:
+        """Leave an action to `catch_up`."""
+        self._action = action
+
+    def catch_up(self) -> None:
+        """Do what was put off, if anything was."""
+        action, self._action = self._action, None
+        if action is not None:
+            action()

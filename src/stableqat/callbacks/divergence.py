@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stableqat.callbacks.arrival import on_its_way
+from stableqat.callbacks.arrival import Deferred, on_its_way
 from stableqat.errors import check_range
 from stableqat.quantizers.shard import local
 
@@ -56,12 +56,12 @@ class DivergenceGuard(L.Callback):
         self._average = 0.0
         self._steps_above = 0
         self._micro_losses: list[Tensor] = []
-        self._unjudged: Callable[[], None] | None = None
+        self._judgement = Deferred()
 
     @property
     def diverged(self) -> bool:
         """Whether the run has diverged."""
-        self._catch_up()
+        self._judgement.catch_up()
         return self._diverged
 
     @property
@@ -86,7 +86,7 @@ class DivergenceGuard(L.Callback):
             drop = True
         elif optimizer.defaults.get("fused") and not scaler:
             optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
-            self._unjudged = partial(_judge_later, on_its_way(loss), judge)
+            self._judgement.put_off(partial(_judge_later, on_its_way(loss), judge))
             drop = False
         else:
             value = loss.item()
@@ -94,11 +94,6 @@ class DivergenceGuard(L.Callback):
             drop = not isfinite(value)
         if drop:
             pl_module.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
-
-    def _catch_up(self) -> None:
-        unjudged, self._unjudged = self._unjudged, None
-        if unjudged is not None:
-            unjudged()
 
     def _judge(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int, loss: float) -> None:
         if not isfinite(loss):
@@ -119,7 +114,7 @@ class DivergenceGuard(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Check the parameters themselves now and then, as a clipped infinity gives a finite loss."""
         if trainer.should_stop or trainer.global_step == trainer.max_steps:
-            self._catch_up()
+            self._judgement.catch_up()
         if not self._diverged and trainer.global_step % self.check_parameters_every == 0:
             self.check_parameters(trainer, pl_module)
 
@@ -139,7 +134,7 @@ class DivergenceGuard(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to decide like the uninterrupted one."""
-        self._catch_up()
+        self._judgement.catch_up()
         return {"initial_loss": self.initial_loss, "average": self._average, "steps_above": self._steps_above}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

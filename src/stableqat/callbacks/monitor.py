@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stableqat import ops
-from stableqat.callbacks.arrival import on_its_way
+from stableqat.callbacks.arrival import Deferred, on_its_way
 from stableqat.errors import check_range
 from stableqat.layers.linear import QuantLinear, quantized_layers
 from stableqat.quantizers import Quantizer
@@ -216,7 +216,7 @@ class QuantizerMonitor(L.Callback):
         self._start_scales: dict[str, Tensor] = {}
         self._flips: dict[str, dict[str, Tensor]] = {}
         self._seen_step = 0
-        self._unwritten: Callable[[], None] | None = None
+        self._writing = Deferred()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note codes and scales at the start; continue counting flips from the checkpoint."""
@@ -238,7 +238,7 @@ class QuantizerMonitor(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Count flips after every optimizer step; measure every n steps, and log that a step later."""
-        self._catch_up()
+        self._writing.catch_up()
         every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
         if not self._watches or not every or trainer.global_step == self._seen_step:
             return  # nothing is quantized or logged, or a micro-batch of gradient accumulation
@@ -251,22 +251,17 @@ class QuantizerMonitor(L.Callback):
             start = torch.cat([self._start_scales[name] for name in watch.names])
             values = watch.describe(*look, start)
             measured.append((watch.names, list(values), on_its_way(torch.stack(list(values.values())))))
-        self._unwritten = partial(self._write, trainer, trainer.global_step, measured)
+        self._writing.put_off(partial(self._write, trainer, trainer.global_step, measured))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write what the last step measured."""
-        self._catch_up()
+        self._writing.catch_up()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Write what was measured before a run breaks off."""
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        unwritten, self._unwritten = self._unwritten, None
-        if unwritten is not None:
-            unwritten()
+        self._writing.catch_up()
 
     def _write(self, trainer: L.Trainer, step: int, measured: list[_Measured]) -> None:
         values: dict[str, dict[str, float]] = {}  # by what, then layer
@@ -280,7 +275,7 @@ class QuantizerMonitor(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to log the same as the uninterrupted one."""
-        self._catch_up()
+        self._writing.catch_up()
         for watch in self._watches:
             self._flips |= watch.flips()
         return {"start_scales": self._start_scales, "flips": self._flips}

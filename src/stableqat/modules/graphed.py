@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stableqat.errors import UserError, one_line
 from stableqat.layers.hold import release_weights
@@ -42,7 +43,7 @@ class GraphedLoss:
         model: Its trainable parameters get the gradients.
         loss: The loss of a batch.
         always: Whether to keep the graphs even if they are not faster.
-        exchange: Averages gradients over processes; None if there is one process.
+        wrapped: The module as DDP has it, for processes that exchange gradients; None if there is one.
         accumulates: Whether the gradients of a backward have to outlive the next forward, which is replayed
             on the same memory.
         pool: Memory of the graphs, shared with others that are never in use at the same time; None takes its
@@ -55,15 +56,16 @@ class GraphedLoss:
         loss: Callable[[Batch], Tensor],
         *,
         always: bool,
-        exchange: GradientExchange | None = None,
+        wrapped: DistributedDataParallel | None = None,
         accumulates: Callable[[], bool] = lambda: False,
         pool: Any = None,
     ) -> None:
         self.model, self.loss, self.always = model, loss, always
-        self.exchange, self.accumulates, self.pool = exchange, accumulates, pool
+        self.accumulates, self.pool = accumulates, pool
         self.root = torch.zeros((), requires_grad=True)  # gives the loss a backward
         self._all = list(model.parameters())
         self.parameters = [p for p in self._all if p.requires_grad]
+        self.exchange = None if wrapped is None else GradientExchange(wrapped, self.parameters)
         self.batch: Batch | None = None
         self.graphs: _Graphs | None = None
         self._captured: list[tuple[int, bool]] = []

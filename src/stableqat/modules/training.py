@@ -9,7 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stableqat.errors import UserError
 from stableqat.modules.clipping import clip_gradients
-from stableqat.modules.exchange import GradientExchange
 from stableqat.modules.graphed import Batch, GraphedLoss, why_not_graphed
 
 
@@ -57,18 +56,16 @@ class Training(L.LightningModule):
     def on_train_start(self) -> None:
         """Replay the steps to come if the settings allow it; the first one shows whether they can be."""
         assert self.model is not None
-        exchange, wanted = None, self.graphed is not False
-        if isinstance(wrapped := self.trainer.strategy.model, DistributedDataParallel):
-            wanted = bool(self.graphed)
-            trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
-            exchange = GradientExchange(wrapped, trained)
+        module = self.trainer.strategy.model
+        wrapped = module if isinstance(module, DistributedDataParallel) else None
+        wanted = self.graphed is not False if wrapped is None else bool(self.graphed)
         if not wanted or why_not_graphed(self.trainer, self) is not None:
             return
         self._graphed_loss = GraphedLoss(
             self.model,
             self.loss,
             always=bool(self.graphed),
-            exchange=exchange,
+            wrapped=wrapped,
             accumulates=self.trainer.fit_loop.epoch_loop._should_accumulate,
         )
 
