@@ -211,6 +211,7 @@ def test_without_out_the_files_of_an_earlier_call_are_replaced(
     [
         *(("bits", 4), ("grid", "stretched"), ("scale_init", "max"), ("granularity", "tensor")),
         ("quantizers", "*down_proj: STE 4-bit integer; *: STE 2-bit integer"),
+        *(("input_bits", 8), ("input_quantizer", "LSQ"), ("attention", "key, value: PerToken 8 ste none")),
     ],
 )
 def test_ptq_counts_for_arms_that_round_alike(key: str, other: object) -> None:
@@ -395,6 +396,23 @@ def test_names_of_one_factor_arms_say_the_factor() -> None:
     assert names.index("STE") < names.index("STE mask none")  # the plain arm first
     settings = notes(comparison).splitlines()[-1]
     assert "grid standard, harmonics 1, mask hard" in settings
+
+
+def test_full_precision_with_quantized_attention_is_never_shown_as_plain() -> None:
+    attention = {"attention": "key, value: PerToken 8 ste none"}
+    measured = FP | {"subcommand": "validate"}
+    runs = [
+        made(FP, 2.0, "start"),
+        made(measured, 2.0, "fp"),
+        made(measured | attention, 2.1, "cache"),
+        made(FP | attention | {"lr": 1e-3}, 2.1, "trained"),
+        made(STE | {"lr": 1e-3}, 3.0, "ste"),
+    ]
+    summary = summary_of(runs)
+    said = " attention key, value: PerToken 8 ste none"
+    labels = {"FP (start)", "FP (validate)", f"FP (validate){said}", f"FP{said}", "STE"}
+    assert {arm.label for arm in summary.arms} == labels
+    assert summary_of([runs[0], *runs[2:]]).full_precision == 2.0  # not what attention's widths cost
 
 
 def test_bits_are_named_wherever_they_differ() -> None:

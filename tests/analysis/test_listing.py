@@ -157,7 +157,18 @@ def test_it_imports_no_torch(logs):
     subprocess.run([sys.executable, "-c", code, str(logs)], check=True, capture_output=True)
 
 
-def test_the_widths_of_a_run_that_quantizes_activations(tmp_path, capsys):
-    log_run(tmp_path / "one", STE | {"input_bits": 8}, finished(3.0))
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (STE | {"input_bits": 8}, "STE W2A8 integer"),
+        (STE | {"attention": "key, value: PerToken 8 ste none"}, "STE 2, attention 8 integer"),
+        (
+            {"method": "FP", "attention": "query, key: LSQ 4 ste range; value: LSQ 4 ste none; 2 value: Own"},
+            "FP attention 4 - - finished",
+        ),
+    ],
+)
+def test_the_widths_of_a_run_that_quantizes_activations(settings, shown, tmp_path, capsys):
+    log_run(tmp_path / "one", settings, finished(3.0))
     assert main(["runs", str(tmp_path)]) == 0
-    assert " W2A8 " in capsys.readouterr().out
+    assert f" {shown} " in " ".join(capsys.readouterr().out.splitlines()[1].split())

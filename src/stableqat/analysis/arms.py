@@ -29,6 +29,7 @@ LOSS, TOP1 = "val/loss", "val/top1"
 COLUMNS = ("method", "bits", "grid", "mask")
 KINDS = ("fp", "ptq", "fit")
 NAMED = "named"  # the name in the study, if hyper-parameters do not tell arms apart
+ATTENTION = "attention"  # quantized where weights need not be
 SIZE = "deployed_mb"  # of the packed weights
 UNSET = "unset"  # a run of an earlier version, or an argument that only some arms log
 
@@ -213,6 +214,8 @@ def find_columns(arms: Sequence[Arm]) -> list[str]:
 
 def _departures(arm: Arm, arms: list[Arm], usual: dict[str, str]) -> tuple[str, ...]:
     """What sets an arm apart from most others, in words."""
+    always = [NAMED, ATTENTION] if arm.method == "FP" else [NAMED]  # full precision means no attention's
+    usual = usual | dict.fromkeys(always, UNSET)
     like = [other.hparams for other in arms if (other.kind, other.method) == (arm.kind, arm.method)]
     keys = sorted({key for each in like for key in each} - {"method"})
     keys.sort(key=lambda key: COLUMNS.index(key) if key in COLUMNS else len(COLUMNS))
@@ -220,13 +223,14 @@ def _departures(arm: Arm, arms: list[Arm], usual: dict[str, str]) -> tuple[str, 
     return tuple(
         {"bits": f"{text}-bit", "grid": text}.get(key, f"{key} {text}")
         for key, text in texts.items()
-        if text != (usual | {NAMED: UNSET}).get(key)
+        if text != usual.get(key)
     )
 
 
 def _label(arm: Arm, arms: list[Arm]) -> str:
     if arm.kind == "fp":
-        return f"FP ({START if arm.runs[0].folder.name == START else arm.hparams.get(NAMED, 'validate')})"
+        where = START if arm.runs[0].folder.name == START else arm.hparams.get(NAMED, "validate")
+        return " ".join([f"FP ({where})", *(each for each in arm.departures if each.startswith(ATTENTION))])
     name = arm.method
     if arm.kind == "ptq":
         alike = sum(other.kind == "ptq" and other.departures == arm.departures for other in arms)

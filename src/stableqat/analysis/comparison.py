@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stableqat.analysis.arms import (
+    ATTENTION,
     LOSS,
     TOP1,
     Arm,
@@ -42,7 +43,16 @@ EVEN, ODD = "val/loss_even", "val/loss_odd"
 PERPLEXITY = "val/perplexity"
 ODD_HALF, ALL = ", odd batches", ", all batches"
 # Rounding to nearest is the same for two arms that share these.
-FORWARD = ("bits", "grid", "scale_init", "granularity", "quantizers")
+FORWARD = (
+    "bits",
+    "grid",
+    "scale_init",
+    "granularity",
+    "quantizers",
+    "input_quantizer",
+    "input_bits",
+    ATTENTION,
+)
 
 
 @dataclass(frozen=True)
@@ -357,7 +367,8 @@ def _ptq(arm: Arm, arms: list[Arm]) -> list[Result]:
 
 def _full_precision(arms: list[Arm], images: bool) -> list[Result]:
     """The runs of the weights that QAT starts from: as measured or, without that, as trained."""
-    references = [arm.runs for arm in arms if arm.kind == "fp" and arm.images == images]
+    whole = [arm for arm in arms if arm.kind == "fp" and ATTENTION not in arm.hparams]
+    references = [arm.runs for arm in whole if arm.images == images]
     return min(references, key=lambda runs: runs[0].hparams.get("subcommand") != "validate", default=[])
 
 

@@ -36,6 +36,7 @@ COLUMNS = {  # of the table, with the attribute that each shows
 }
 SPARE = ("family", "grid", "full precision", "size", "steps")  # left out of a table that is too wide, in turn
 PUBLISHED = "published"  # where `publish` puts its copies by default
+ATTENTION_BITS = re.compile(r": \S+ (\d+)")  # in a run's `attention`, as "key, value: PerToken 8 ste none"
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -49,6 +50,7 @@ class Row:
         method: Name of its method; FP is full precision.
         bits: Width of its weights.
         input_bits: Width of its activations, if they are quantized.
+        attention: How what attention multiplies is quantized, in words.
         grid: Their grid.
         lr: Learning rate.
         state: running, finished, diverged, stopped or failed; damaged if its files cannot be read.
@@ -66,6 +68,7 @@ class Row:
     method: str | None
     bits: float | None
     input_bits: float | str | None
+    attention: str | None
     grid: str | None
     lr: float | None
     state: str
@@ -141,6 +144,7 @@ def _row(folder: Path) -> Row:
         method=settings.get("method"),
         bits=settings.get("bits"),
         input_bits=settings.get("input_bits"),
+        attention=settings.get("attention"),
         grid=settings.get("grid"),
         lr=settings.get("lr"),
         state=_state(run),
@@ -216,7 +220,10 @@ def _cell(row: Row, key: str) -> str:
         return f"{row.step}" if row.planned is None else f"{row.step}/{row.planned}"
     value = getattr(row, key)
     if key == "bits" and row.input_bits is not None:
-        return f"W{value}A{row.input_bits}"
+        value = f"W{value}A{row.input_bits}"
+    if key == "bits" and row.attention is not None:
+        own = "/".join(dict.fromkeys(ATTENTION_BITS.findall(row.attention)))
+        return ", ".join(filter(None, (value and str(value), f"attention {own}".rstrip())))
     if value is None:
         return "-"
     if key == "age":
