@@ -164,5 +164,5 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, _PLAIN) else type(value).__name__
+    text = "null" if value is None else str(value) if isinstance(value, _PLAIN) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:60]}..."

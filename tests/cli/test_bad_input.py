@@ -142,6 +142,15 @@ SETTINGS = {
         llama("--model.optimizer", "torch.optim.Adamw"),
         ["model.optimizer: torch.optim.Adamw is not an Optimizer", "did you mean AdamW?"],
     ),
+    # null where a run could not be read back
+    "data that is null": (
+        llama("--data.vocab_size", "null"),
+        ["data.vocab_size: must be a whole number, not null"],
+    ),
+    "a switch that is null": (
+        llama("--model.activation_checkpointing", "null"),
+        ["model.activation_checkpointing: must be true or false, not null"],
+    ),
     # values of the quantizer
     "bits 0": (llama("--model.quantizer.bits", "0"), [BITS + "0"]),
     "bits -1": (llama("--model.quantizer.bits", "-1"), [BITS + "-1"]),

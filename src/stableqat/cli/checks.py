@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from stableqat.construct import arguments, find_class
 from stableqat.errors import LARGEST, UserError, check_range, did_you_mean, first_line
 from stableqat.modules import QATModule
 from stableqat.modules.schedule import check_schedule
@@ -36,6 +37,15 @@ def check_groups(settings: Namespace, keys: Iterable[str]) -> None:
     for key in keys:
         if not isinstance(settings.get(key), Namespace):
             raise UserError(f"{key}: must be a mapping of settings, not {settings.get(key)}")
+
+
+def check_types(settings: Namespace) -> None:
+    """What is read back from a run must be of its type: jsonargparse takes null for every type."""
+    for key, base in (("model", QATModule), ("data", L.LightningDataModule)):
+        spec = settings[key].as_dict()
+        found = find_class(spec["class_path"], [base], key)
+        if key == "model" or found.__module__.startswith("stableqat."):  # other data is not read back
+            arguments(found, spec["init_args"], key)
 
 
 def check_seed(seed: int | bool) -> None:

@@ -179,9 +179,10 @@ class QATCommand(LightningCLI):
             checks.check_tasks(settings, self._arguments)
 
     def before_instantiate_classes(self) -> None:
-        """Fill settings from the model's start, and choose what is left open."""
+        """Fill settings from the model's start, choose what is left open, and check what came of it."""
         settings = self.config[self._verb]
         self._inherited = [*inherit(settings), *choose(settings)]
+        checks.check_types(settings)
 
     def instantiate_classes(self) -> None:
         """Build all; a mistake that a class finds in its settings comes wrapped and is unwrapped."""
