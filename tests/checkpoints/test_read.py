@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from stableqat.checkpoints.names import find_checkpoint
+from stableqat.cli.main import main
 from stableqat.errors import UserError
 from stableqat.modules import LlamaModule
 from stableqat.quantizers import STE
@@ -193,3 +194,21 @@ def test_a_pickled_model_is_not_executed(tmp_path):
     with pytest.raises(UserError, match=r"model\.pth"):
         tiny.configured("vit", "fp", init_from=str(tmp_path / "model.pth"))
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("last.ckpt/.metadata", "run: a run's folder; name a checkpoint: stableqat consolidate run/{}"),
+        ("last.ckpt", "run/{}: not a sharded checkpoint, but one file already; use it as it is"),
+        (None, "run: the run holds no {} or best.ckpt; let it train first"),
+    ],
+)
+def test_consolidate_says_what_to_type_for_the_folder_of_a_run(last, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run/checkpoints").mkdir(parents=True)
+    if last is not None:
+        Path("run/checkpoints", last).parent.mkdir(exist_ok=True)
+        Path("run/checkpoints", last).touch()
+    assert main(["consolidate", "run"]) == 2
+    assert capsys.readouterr().err == f"stableqat: {told.format('checkpoints/last.ckpt')}\n"

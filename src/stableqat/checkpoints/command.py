@@ -3,9 +3,10 @@
 It needs one process, no GPU, and memory for one copy of what the checkpoint holds, optimizer included.
 """
 
+import shlex
 from pathlib import Path
 
-from stableqat.checkpoints.names import consolidated, is_sharded
+from stableqat.checkpoints.names import consolidated, find_checkpoint, is_sharded
 from stableqat.errors import UserError
 from stableqat.files import whole_file, writing
 from stableqat.terminal import size, terminal
@@ -27,9 +28,7 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
     """
     folder = Path(checkpoint)
     if not is_sharded(folder):
-        raise UserError(
-            f"{folder}: not a sharded checkpoint; name a folder that --trainer.strategy fsdp2 saved"
-        )
+        raise UserError(_refusal(checkpoint))
     from stableqat.checkpoints.read import check_sums, read_checkpoint
     from stableqat.checkpoints.write import StreamedCheckpointIO
 
@@ -43,3 +42,13 @@ def consolidate(checkpoint: str, *, out: str | None = None) -> int:
         StreamedCheckpointIO().save_checkpoint(content, part)
     terminal().print(f"{target}: {size(target.stat().st_size)}")
     return 0
+
+
+def _refusal(source: str) -> str:
+    """What a path is that is no sharded checkpoint, and what to type instead."""
+    found = find_checkpoint(source)
+    if found is None:
+        return f"{source}: not a sharded checkpoint; name a folder that --trainer.strategy fsdp2 saved"
+    if not is_sharded(found):
+        return f"{found}: not a sharded checkpoint, but one file already; use it as it is"
+    return f"{source}: a run's folder; name a checkpoint: stableqat consolidate {shlex.quote(str(found))}"
