@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import tiny
 from stableqat.callbacks import QuantizerMonitor
+from stableqat.callbacks.monitor import sampled_rows
 from stableqat.layers.linear import QuantLinear
 from stableqat.quantizers import DSQ, STE, StableQAT
 
@@ -307,7 +308,15 @@ def test_a_sample_of_rows():
         layer = layer_of(weights[0])
         logged = fit(Played([(layer.weight, weights)], x=layer), QuantizerMonitor(rows=rows), 1)
         assert logged[1]["layers/layers.x/flip_rate"] == pytest.approx(0.01 * share)
-    assert QuantizerMonitor().rows == slice(0, 64)
+
+
+def test_the_sample_of_wide_layers_has_fewer_rows():
+    assert [sampled_rows(features) for features in (8, 1024, 2048, 8192, 100_000)] == [64, 64, 32, 8, 1]
+    weights = [torch.zeros(40, 2048), torch.zeros(40, 2048)]
+    weights[1][30] = weights[1][35] = 1.0  # within the first 32 rows, and beyond
+    layer = layer_of(weights[0])
+    logged = fit(Played([(layer.weight, weights)], x=layer), QuantizerMonitor(), 1)
+    assert logged[1]["layers/layers.x/flip_rate"] == pytest.approx(0.01 / 32)
 
 
 def test_full_precision_logs_nothing():

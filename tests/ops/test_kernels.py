@@ -33,10 +33,10 @@ from stableqat.ops import (
 from stableqat.ops.operands import Operands, Spec, from_text, to_text
 
 tl = pytest.importorskip("triton.language")
-interpreter = pytest.importorskip("triton.runtime.interpreter")
 fused = import_module("stableqat.ops.fused")
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("rounding_as_on_a_gpu")
 
 GRIDS = [("integer", 2), ("integer", 3), ("integer", 4), ("integer", 8), ("stretched", 2), ("stretched", 4)]
 GRIDS += [("ternary", 2), ("binary", 1)]
@@ -76,27 +76,6 @@ DTYPES = [
     (BF16, FLOAT, FLOAT),
     (HALF, HALF, HALF),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_rounds_as_a_gpu_does(monkeypatch):
-    """Float32 becomes the nearest bfloat16 instead of a truncated one; an fma rounds once in any version."""
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_impl(self, source, dtype):
-        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, dtype)
-        return interpreter.TensorHandle(
-            torch.tensor(source.data).to(BF16).view(torch.uint16).numpy(), tl.bfloat16
-        )
-
-    def create_fma(self, x, y, z):
-        exact = x.data.astype("float64") * y.data + z.data
-        return interpreter.TensorHandle(exact.astype("float32"), tl.float32)
-
-    if DEVICE == "cpu":
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
 def weight_of(case):

@@ -1,13 +1,14 @@
 """What quantizers do in training, per layer and over the model.
 
-Measured on a fixed sample of rows (at most 64 per layer; of this process's shard under FSDP2): `flip_rate`,
-the share of codes that change in a step (EMA 0.99); `oscillation`, the share that flip back against their
-previous direction (EMA 0.99, Nagel et al. 2022, arXiv 2203.11086); `oscillating`, the share of weights of
-which that average is above 0.005; `frozen`, the share that `freezing` has frozen; `clipped`, the share of
-weights outside the grid's range; `scale_drift`, the mean of |log2(s / s_start)|; `snr_db`, the power of the
-weight over that of its quantization error; the share of each code (up to 4 bits), and their entropy in bits.
-`scale_at_floor` counts, of all the layer's scales, those at their floor. But for `frozen`, the monitor reads
-codes and scales only, and is the same for every method.
+Measured on a fixed sample (at most 64 rows and 65,536 weights of a layer, but at least one row; of this
+process's shard under FSDP2): `flip_rate`, the share of codes that change in a step (EMA 0.99);
+`oscillation`, the share that flip back against their previous direction (EMA 0.99, Nagel et al. 2022, arXiv
+2203.11086); `oscillating`, the share of weights of which that average is above 0.005; `frozen`, the share
+that `freezing` has frozen; `clipped`, the share of weights outside the grid's range; `scale_drift`, the
+mean of |log2(s / s_start)|; `snr_db`, the power of the weight over that of its quantization error; the
+share of each code (up to 4 bits), and their entropy in bits. `scale_at_floor` counts, of all the layer's
+scales, those at their floor. But for `frozen`, the monitor reads codes and scales only, and is the same for
+every method.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from stableqat.quantizers import Quantizer
 from stableqat.quantizers.shard import local
 
 MOST_BITS_BY_LEVEL = 4  # wider grids have too many codes for a line each
+ROWS, WEIGHTS = 64, 65_536  # of a layer, sampled at most
 OSCILLATES = 0.005  # frequency of flips back above which a weight counts as oscillating, as in the paper
 
 _Measured = tuple[list[str], list[str], Callable[[], Tensor]]  # layers, what was measured, (what, layer)
@@ -41,8 +43,9 @@ class _Watch:
     The sampled rows of all layers form one matrix of blocks with one scale each, `(blocks, length)`.
     """
 
-    def __init__(self, layers: dict[str, QuantLinear], rows: slice) -> None:
-        self.names, self._layers, self._rows = list(layers), list(layers.values()), rows
+    def __init__(self, layers: dict[str, QuantLinear], rows: int | None) -> None:
+        self.names, self._layers = list(layers), list(layers.values())
+        self._rows = [slice(rows or sampled_rows(layer.in_features)) for layer in self._layers]
         self.grid = self._layers[0].weight_quantizer.grid
         self._known: dict[str, tuple[list[Tensor], list[int], list[Tensor]]] = {}
         weights, scales = self._weights(), self._scales("scale")
@@ -117,11 +120,10 @@ class _Watch:
         v, (low, high) = weight.float() / scale, grid.bounds("range")
         error = ops.dequantize_codes(codes, scale, grid.zero_point, weight.dtype).float() - weight
         levels, lowest = 2**grid.bits, -(2 ** (grid.bits - 1))
-        place = (codes.long().sub_(lowest) + self._layer_of_block[:, None] * levels).flatten()
-        counts = torch.zeros(len(self.names) * levels, dtype=torch.int32, device=self.device)
-        # bincount waits for the GPU
-        counts.scatter_add_(0, place, torch.ones_like(place, dtype=counts.dtype))
-        counts = counts.view(-1, levels)
+        # bincount waits for the GPU; with few bins, threads of a GPU wait for one another: so block by block
+        counts = torch.zeros(len(codes), levels, device=self.device)
+        counts.scatter_add_(1, codes.long().sub_(lowest), torch.ones_like(weight, dtype=counts.dtype))
+        counts = self._of_layers(counts, "sum")
         share = counts / counts.sum(1, keepdim=True)
         signal, noise = (self._of_layers(x.float().square().sum(1), "sum") for x in (weight, error))
         floors = torch.cat(self._all_scales("scale_floor"))
@@ -151,30 +153,31 @@ class _Watch:
             return self._views("weight", lambda: [layer.weight for layer in self._layers], self._rows)
         with torch.no_grad():
             latents = [layer.weight_quantizer.latent(layer.weight) for layer in self._layers]
-        return [_flat(latent, self._rows) for latent in latents]
+        return list(map(_flat, latents, self._rows))
 
     def _frozen(self) -> dict[str, Tensor]:
         found = [x.weight_quantizer.freezing for x in self._layers if x.weight_quantizer.freezing is not None]
         if not found:
             return {}
-        frozen = torch.cat([_flat(each.frozen, self._rows) for each in found]).view(-1, self._length)
+        rows = zip(found, self._rows, strict=True)
+        frozen = torch.cat([_flat(each.frozen, few) for each, few in rows]).view(-1, self._length)
         return {"frozen": self._of_layers(frozen.float().mean(1))}
 
     def _scales(self, name: str) -> list[Tensor]:
         return self._views(f"sampled {name}", lambda: self._of_quantizers(name), self._rows)
 
     def _all_scales(self, name: str) -> list[Tensor]:
-        return self._views(name, lambda: self._of_quantizers(name), slice(None))
+        return self._views(name, lambda: self._of_quantizers(name), [slice(None)] * len(self._layers))
 
     def _of_quantizers(self, name: str) -> list[Tensor]:
         return [getattr(layer.weight_quantizer, name) for layer in self._layers]
 
-    def _views(self, key: str, find: Callable[[], list[Tensor]], rows: slice) -> list[Tensor]:
+    def _views(self, key: str, find: Callable[[], list[Tensor]], rows: list[slice]) -> list[Tensor]:
         """Rows of tensors; to take them anew from hundreds of layers in each step would outlast the step."""
         tensors, places, views = self._known.get(key, ([], [], []))
         if not tensors or [tensor.data_ptr() for tensor in tensors] != places:
             tensors = find()
-            views = [_flat(tensor, rows) for tensor in tensors]
+            views = list(map(_flat, tensors, rows))
             if not any(isinstance(tensor, DTensor) for tensor in tensors):
                 self._known[key] = tensors, [tensor.data_ptr() for tensor in tensors], views
         return views
@@ -187,6 +190,11 @@ class _Watch:
         return torch.arange(len(lengths), device=self.device).repeat_interleave(self._lengths(lengths))
 
 
+def sampled_rows(features: int) -> int:
+    """How many rows of a weight are sampled: more would show no more of its rates, but take longer."""
+    return min(ROWS, max(WEIGHTS // features, 1))
+
+
 def _flat(tensor: Tensor, rows: slice) -> Tensor:
     with torch.no_grad():  # otherwise autograd would take the shard, which takes longer
         own = local(tensor)
@@ -197,7 +205,7 @@ class QuantizerMonitor(L.Callback):
     """Log the mean over layers, `quant/<what>`, and every layer, `layers/<layer>/<what>`.
 
     Args:
-        rows: Rows sampled per layer, the first ones.
+        rows: Rows sampled per layer, the first ones. Null takes 64, or as many as have 65,536 weights.
         every_n_steps: Steps between log entries; 0 logs nothing, null takes the trainer's
             `log_every_n_steps`. Flips are counted in every step.
         per_layer: Whether to log every layer beside the means.
@@ -206,10 +214,12 @@ class QuantizerMonitor(L.Callback):
         UserError: If a number is out of range.
     """
 
-    def __init__(self, rows: int = 64, every_n_steps: int | None = None, per_layer: bool = True) -> None:
-        check_range("monitor.rows", rows, 1)
+    def __init__(
+        self, rows: int | None = None, every_n_steps: int | None = None, per_layer: bool = True
+    ) -> None:
+        check_range("monitor.rows", rows, 1, null=True)
         check_range("monitor.every_n_steps", every_n_steps, 0, null=True)
-        self.rows = slice(0, rows)
+        self.rows = rows
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self._watches: list[_Watch] = []

@@ -3,7 +3,8 @@
 `v = (x - offset) / scale`, `q = clamp(round(v), lowest, lowest + 2^bits - 1)`, and the value is
 `scale * q + offset`. With one scale per tensor this is LSQ (Esser et al. 2020, arXiv 1902.08153) and, with an
 offset, LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576). Without a scale, each token has the one that its largest
-magnitude asks for. The backward saves the activation alone and computes the rest again.
+magnitude asks for. The backward saves the activation alone and computes the rest again. On a GPU fused
+kernels serve both (`input_kernels`), elsewhere plain torch.
 """
 
 from math import sqrt
@@ -18,6 +19,11 @@ from stableqat.ops.once_differentiable import once_differentiable
 from stableqat.ops.operands import Spec, from_text, to_text
 from stableqat.ops.reference import acting_scale, working_dtype
 from stableqat.ops.surrogates import Surrogate
+
+try:
+    from stableqat.ops import input_kernels
+except ImportError:  # torch without Triton, as on a Mac
+    input_kernels = None  # type: ignore[assignment]
 
 
 class InputOperands(NamedTuple):
@@ -81,6 +87,8 @@ def quantize_input(x: Tensor, activation: Activation) -> Tensor:
 
 def input_value(x: Tensor, operands: InputOperands, spec: Spec) -> Tensor:
     """The fake-quantized activation, in its own type."""
+    if input_kernels is not None and input_kernels.serve_forward(x, operands, spec):
+        return input_kernels.forward(x, operands, spec)
     v, scale, low, high = _units(x, operands, spec.grid)
     # nothing in place, see `reference.forward`
     value = v.round().clamp(low, high) * scale
@@ -89,8 +97,10 @@ def input_value(x: Tensor, operands: InputOperands, spec: Spec) -> Tensor:
     return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
-def input_gradients(grad: Tensor, x: Tensor, operands: InputOperands, spec: Spec) -> InputGradients:
-    """Gradients of an activation and of what its quantizer learns.
+def input_gradients(
+    grad: Tensor, x: Tensor, operands: InputOperands, spec: Spec, *, with_value: bool
+) -> tuple[InputGradients, Tensor | None]:
+    """Gradients of an activation and of what its quantizer learns, and its value again if `with_value`.
 
     Activation: `grad * g(u)` within the codes. Scale: `q - v` within, the outermost code beyond. Offset: 0
     within, 1 beyond (arXiv 2004.09576, eq. 5 and 6). As for weights, `g(u)` enters neither. What is learned
@@ -102,7 +112,11 @@ def input_gradients(grad: Tensor, x: Tensor, operands: InputOperands, spec: Spec
         x: `(..., features)`.
         operands: Its tensors.
         spec: Its constants.
+        with_value: Whether to return the value.
     """
+    if input_kernels is not None and input_kernels.serve_backward(x, operands, spec):
+        return input_kernels.backward(grad, x, operands, spec, with_value=with_value)
+    value = input_value(x, operands, spec) if with_value else None
     v, scale, low, high = _units(x, operands, spec.grid)
     grad = grad.to(v.dtype)
     nearest = v.round()
@@ -126,7 +140,7 @@ def input_gradients(grad: Tensor, x: Tensor, operands: InputOperands, spec: Spec
             by_param = toward_param.mul_(reached).sum() * scale * factor_of_learned
             by_param = by_param.reshape(operands.param.shape).to(operands.param.dtype)
     by_x = reached if factor is None else factor.mul_(reached)
-    return by_x.to(x.dtype), by_scale, by_offset, by_param
+    return (by_x.to(x.dtype), by_scale, by_offset, by_param), value
 
 
 def _units(x: Tensor, operands: InputOperands, grid: Grid) -> tuple[Tensor, Tensor, Any, Any]:
@@ -134,7 +148,10 @@ def _units(x: Tensor, operands: InputOperands, grid: Grid) -> tuple[Tensor, Tens
     x = x.to(working_dtype(x.dtype))
     levels = grid.q_max - grid.q_min
     if operands.scale is None:
-        scale = (x.abs().amax(-1, keepdim=True) / grid.q_max).clamp_min(torch.finfo(x.dtype).tiny)
+        # by a number, a GPU would multiply with its reciprocal
+        scale = (x.abs().amax(-1, keepdim=True) / x.new_full((), grid.q_max)).clamp_min(
+            torch.finfo(x.dtype).tiny
+        )
         return x / scale, scale, grid.q_min, grid.q_max
     scale = operands.scale
     if operands.scale_floor is not None:
@@ -170,5 +187,6 @@ class _QuantizeInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        by_x, by_scale, by_offset, by_param = input_gradients(grad, x, InputOperands(*tensors), ctx.spec)
+        found, _ = input_gradients(grad, x, InputOperands(*tensors), ctx.spec, with_value=False)
+        by_x, by_scale, by_offset, by_param = found
         return None, by_x, by_scale, None, None, by_offset, by_param

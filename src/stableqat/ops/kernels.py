@@ -70,9 +70,9 @@ def _round(y):
 
 
 @triton.jit
-def _clamp(q, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
-    q = tl.maximum(q, Q_MIN, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(q, Q_MAX, propagate_nan=tl.PropagateNan.ALL)
+def _clamp(q, q_min, q_max):
+    q = tl.maximum(q, q_min, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(q, q_max, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -129,6 +129,30 @@ def _fourier(u, STRENGTH: tl.constexpr, HARMONICS: tl.constexpr, NATIVE: tl.cons
     return (1 - s) * _reciprocal(1 + s, NATIVE)
 
 
+@triton.jit
+def _tanh_constants(logit):
+    """What `_tanh` needs of the logit of `a`."""
+    logit = tl.minimum(tl.maximum(logit, -10.0), 10.0)
+    a = 1 / (1 + tl.exp(-logit))
+    rest = 1 / (1 + tl.exp(logit))  # 1 - a
+    z = 2 * rest / a
+    k = tl.where(z < 1e-3, z * (1 - 0.5 * z), tl.log(1 + z))
+    exponent = -2.885390082 * k  # 2 k, in powers of two
+    return exponent, 2 * k / rest, 0.5 * a / rest, 4 / (2 - a)
+
+
+@triton.jit
+def _tanh(u, exponent, peak, by_tanh, by_bell, NATIVE: tl.constexpr):
+    """The soft staircase's slope, and its derivative by the logit of `a` in units of the scale."""
+    distance = 0.5 - tl.abs(u)  # to the nearest threshold
+    # the exponent is negative, so nothing cancels
+    e = _power_of_two(exponent * distance, NATIVE)
+    r = _reciprocal(1 + e, NATIVE)
+    bell = e * r * r  # sech^2 / 4
+    by_param = by_tanh * (2 * r - 1) - distance * bell * by_bell
+    return bell * peak, tl.where(u < 0, by_param, -by_param)
+
+
 # fmt: off
 @triton.jit
 def backward_kernel(
@@ -150,15 +174,7 @@ def backward_kernel(
     inverse = tl.div_rn(1.0, scale)
     if KIND == "tanh":
         logit = tl.load(param_ptr + row, mask=exists, other=0.0).to(tl.float32)[:, None]
-        logit = tl.minimum(tl.maximum(logit, -10.0), 10.0)
-        a = 1 / (1 + tl.exp(-logit))
-        rest = 1 / (1 + tl.exp(logit))  # 1 - a
-        z = 2 * rest / a
-        k = tl.where(z < 1e-3, z * (1 - 0.5 * z), tl.log(1 + z))
-        exponent = -2.885390082 * k  # 2 k, in powers of two
-        peak = 2 * k / rest
-        by_tanh = 0.5 * a / rest
-        by_bell = 4 / (2 - a)
+        exponent, peak, by_tanh, by_bell = _tanh_constants(logit)
         param_sum = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     scale_sum = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     start = row.to(tl.int64)[:, None] * n
@@ -194,14 +210,9 @@ def backward_kernel(
         elif KIND == "fourier":
             grad *= _fourier(u, STRENGTH, HARMONICS, NATIVE)
         elif KIND == "tanh":
-            distance = 0.5 - tl.abs(u)  # to the nearest threshold
-            # the exponent is negative, so nothing cancels
-            e = _power_of_two(exponent * distance, NATIVE)
-            r = _reciprocal(1 + e, NATIVE)
-            bell = e * r * r  # sech^2 / 4
-            by_param = by_tanh * (2 * r - 1) - distance * bell * by_bell
-            param_sum += grad * tl.where(u < 0, by_param, -by_param)
-            grad *= bell * peak
+            factor, by_param = _tanh(u, exponent, peak, by_tanh, by_bell, NATIVE)
+            param_sum += grad * by_param
+            grad *= factor
         tl.store(weight_grad_ptr + offset, tl.where(inside, grad, 0.0), mask=mask)
     at = row * splits + split
     tl.store(scale_sums_ptr + at, tl.sum(scale_sum, 1) * grad_scale, mask=exists)

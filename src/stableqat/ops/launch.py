@@ -216,12 +216,6 @@ def _forward_constants(n: int, grid: Grid, floor: bool) -> dict[str, Any]:
 
 
 def _backward_constants(n: int, grid: Grid, surrogate: Surrogate, floor: bool, value: bool) -> dict[str, Any]:
-    kernel = surrogate.kernel
-    assert kernel is not None
-    of_kernel(kernel, surrogate.mask)  # refuses a form that no kernel has
-    strength, harmonics = (*kernel.numbers, 0.0, 0)[:2]
-    if kernel.name == "fourier":
-        strength = strength * sqrt(2) * pi
     low, high = grid.bounds(surrogate.mask)
     rows, columns = _tile(n, BACKWARD_TILE)
     return {
@@ -233,8 +227,17 @@ def _backward_constants(n: int, grid: Grid, surrogate: Surrogate, floor: bool, v
         "HIGH": min(high, 3e38),
         "MASKED": surrogate.mask != "none",
         "BINARY": grid.name == "binary",
-        "KIND": kernel.name,
-        "STRENGTH": strength,
-        "HARMONICS": harmonics,
+        **surrogate_constants(surrogate),
         "VALUE": value,
     }
+
+
+def surrogate_constants(surrogate: Surrogate) -> dict[str, Any]:
+    """How a backward kernel is told the surrogate."""
+    kernel = surrogate.kernel
+    assert kernel is not None
+    of_kernel(kernel, surrogate.mask)  # refuses a form that no kernel has
+    strength, harmonics = (*kernel.numbers, 0.0, 0)[:2]
+    if kernel.name == "fourier":
+        strength = strength * sqrt(2) * pi
+    return {"KIND": kernel.name, "STRENGTH": strength, "HARMONICS": harmonics}

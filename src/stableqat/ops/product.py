@@ -138,8 +138,20 @@ class _Product(torch.autograd.Function):
         by_input = by_bias = by_weight = by_scale = by_param = None
         by_of_input: tuple[Tensor | None, ...] = ()
         for_input = for_input or any(rest)
-        if for_weight or for_scale or for_param:
-            given = input if ctx.of_input is None else input_value(input, of_input, ctx.of_input)
+        trains_weight = for_weight or for_scale or for_param
+        given: Tensor | None = input
+        if ctx.of_input is not None and for_input:
+            # first: the pass that pulls it back through the input's quantizer writes the input's value, too
+            value = _value(value, weight, ctx.spec)
+            by_value = (rows @ value).reshape(input.shape)
+            found, given = input_gradients(by_value, input, of_input, ctx.of_input, with_value=trains_weight)
+            by_input, scale, offset, param = found
+            by_of_input = (scale, None, None, offset, param)
+            del by_value
+        elif ctx.of_input is not None:
+            given = input_value(input, of_input, ctx.of_input)
+        if trains_weight:
+            assert given is not None
             upstream = rows.t() @ given.reshape(-1, input.shape[-1])
             del given
             if ctx.spec is None:
@@ -150,18 +162,20 @@ class _Product(torch.autograd.Function):
                     upstream, weight, ctx.spec, with_value=again
                 )
                 value = made if again else value
-        if for_input:
-            if value is None:
-                value = weight.x if ctx.spec is None else value_of(weight, ctx.spec)
-            by_input = (rows @ value).reshape(input.shape)
-            if ctx.of_input is not None:
-                by_input, scale, offset, param = input_gradients(by_input, input, of_input, ctx.of_input)
-                by_of_input = (scale, None, None, offset, param)
+        if for_input and ctx.of_input is None:
+            by_input = (rows @ _value(value, weight, ctx.spec)).reshape(input.shape)
         if for_bias:
             by_bias = rows.sum(0).to(ctx.bias_dtype)
         by_of_input = by_of_input or (None,) * len(rest)
         of_weight = (by_weight, by_scale, None, by_param)
         return None, None, None, by_input, by_bias, None, *of_weight, *by_of_input
+
+
+def _value(value: Tensor | None, weight: Operands, spec: Spec | None) -> Tensor:
+    """The value of a weight, if it is not known; without a spec, the weight is its value."""
+    if value is not None:
+        return value
+    return weight.x if spec is None else value_of(weight, spec)
 
 
 def _multiply(input: Tensor, value: Tensor, bias: Tensor | None, *, folds: bool) -> Tensor:
