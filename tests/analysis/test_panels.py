@@ -1,13 +1,16 @@
 """Scales of pictures show what was measured: zeros, and differences that are small."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from synthetic import ended, summary_of
+from matplotlib.text import Text
+from synthetic import COMMON, ended, summary_of
 
-from stableqat.analysis import panels, plot
+from stableqat.analysis import layers, panels, plot
 from stableqat.analysis.style import styles_of
+from stableqat.events import Run
 
 
 def test_an_arm_without_flips_is_drawn_at_zero() -> None:
@@ -43,3 +46,29 @@ def test_differences_have_round_ticks_and_name_their_arms_once(tmp_path: Path) -
         inside = [box for box in boxes if axes.bbox.x0 <= box.x0 + box.width / 2 <= axes.bbox.x1]
         assert all(one.x1 < other.x0 for one, other in pairwise(inside))
         assert not figure.legends
+
+
+def test_names_of_a_hundred_characters_stay_inside_every_picture(monkeypatch, tmp_path: Path) -> None:
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, part, **_: figures.setdefault(Path(part).name, self))
+    monkeypatch.setattr(plot, "whole_file", nullcontext)
+    runs = []
+    for name in ("one name of a hundred characters in words " * 3, "unbroken_" * 11):
+        losses = {"STE": {1e-3: [3.0, 3.1], 1e-2: [3.2, 3.3]}, "DSQ": {1e-3: [3.1, 3.1], 1e-2: [3.0, 3.1]}}
+        for bits in (2, 4):
+            settings = {"named": name[:100], "bits": bits, "deployed_mb": float(bits)}
+            runs += ended(losses, **settings)
+    measured = COMMON | {"method": "FP", "subcommand": "validate", "attention": "key, value: " * 8 + "LSQ 8"}
+    runs.append(Run(tmp_path / "fp", measured, {"val/loss": {0: 2.5}}))
+    by_layer = {"layers/one/snr_db": {1: 9.0}, "layers/two/snr_db": {1: 8.0}}
+    monkeypatch.setattr(layers, "read_run", lambda folder, _: Run(folder, scalars=by_layer))
+    plot.draw_all([summary_of(runs, tmp_path)], tmp_path)
+    pictures = ("compare", "differences", "bits", "sizes", "lr_bits", "layers")
+    assert set(figures) == {f"{name}.png" for name in pictures}
+    for name, figure in figures.items():
+        figure.canvas.draw()
+        named = figure.findobj(lambda each: isinstance(each, Text) and len(each.get_text()) > 40)
+        assert named
+        for text in named:
+            box, inside = text.get_window_extent(), figure.bbox.padded(2)
+            assert all(inside.contains(*corner) for corner in box.get_points()), (name, text.get_text())

@@ -15,7 +15,7 @@ from stableqat.analysis.arms import LOSS, TOP1, Group, Result
 from stableqat.analysis.comparison import ArmSummary, Summary
 from stableqat.analysis.stability import FLIP_RATE, GRAD_NORM, TRAIN_LOSS
 from stableqat.analysis.statistics import LEVEL, paired
-from stableqat.analysis.style import Style, as_written, look_of
+from stableqat.analysis.style import LINE, Style, as_written, line_of, look_of
 from stableqat.studies.record import Record
 from stableqat.studies.study import short
 
@@ -187,9 +187,9 @@ def _draw_references(axes: "Axes", summary: Summary, group: Group, tag: str, edg
     if heights:
         margin = 0.05 * (max(heights) - min(heights)) or 0.1
         axes.set_ylim(min(heights) - margin, max(heights) + margin)
-    if axes.get_legend_handles_labels()[0]:
-        below = 0.5, -0.11  # where no data are
-        axes.legend(loc="upper center", bbox_to_anchor=below, ncols=3, fontsize=7, frameon=False)
+    if names := axes.get_legend_handles_labels()[1]:
+        below, across = (0.5, -0.11), 3 if line_of(names) < LINE / 2 else 1  # where no data are
+        axes.legend(loc="upper center", bbox_to_anchor=below, ncols=across, fontsize=7, frameon=False)
 
 
 def curves(summary: Summary, styles: dict[str, Style]) -> list[Panel]:

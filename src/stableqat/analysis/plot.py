@@ -13,7 +13,7 @@ from stableqat.analysis import panels, widths
 from stableqat.analysis.comparison import Summary
 from stableqat.analysis.layers import layers
 from stableqat.analysis.panels import Panel
-from stableqat.analysis.style import Style, as_written, styles_of
+from stableqat.analysis.style import Style, as_written, line_of, styles_of
 from stableqat.files import whole_file
 
 if TYPE_CHECKING:
@@ -121,8 +121,9 @@ def _figure(
     if any(run.diverged for summary, _ in studies for arm in summary.fits for run in arm.runs):
         entries.append(Line2D([], [], label="diverged", color="grey", marker="x", linestyle=""))
     width = size[0] * max(columns, 6 / size[0])
-    across = max(1, min(len(entries), int(width / (0.08 * max(map(len, labels)) + 0.95))))
-    height = 0.0 if own else 0.2 * math.ceil(len(entries) / across)
+    across = max(1, min(len(entries), int(width / (0.08 * line_of(labels) + 0.95))))
+    tall = max(as_written(label).count("\n") + 1 for label in labels)
+    height = 0.0 if own else 0.2 * tall * math.ceil(len(entries) / across)
     height += (size[1] + 0.1) * sum(rows) + 0.3 * len(rows)
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

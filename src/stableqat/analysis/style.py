@@ -6,6 +6,7 @@ name, so it too is the same in every picture. Several arms of one method share i
 style and, if there are more arms than line styles, by the fill of the marker.
 """
 
+import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -39,6 +40,7 @@ LINES: tuple[Any, ...] = (
     (0, (10, 2, 3, 2)),
     (0, (9, 1, 1, 1, 1, 1)),
 )
+LINE = 48  # characters of a name on one line of a picture
 FILLS = ("full", "none", "left", "bottom")
 
 
@@ -67,6 +69,11 @@ def styles_of(arms: Iterable["Arm"]) -> dict[str, Style]:
     return styles
 
 
-def as_written(name: str) -> str:
-    """A name for matplotlib, which reads text between dollars as a formula."""
-    return name.replace("$", r"\$")
+def as_written(name: str, line: int = LINE) -> str:
+    """A name for matplotlib, which breaks no lines, and reads text between dollars as a formula."""
+    return "\n".join(textwrap.wrap(name, line)).replace("$", r"\$")
+
+
+def line_of(names: Iterable[str]) -> int:
+    """Characters of the longest line of some names, as written."""
+    return max(len(line) for name in names for line in as_written(name).split("\n"))

@@ -6,7 +6,6 @@ largest; the vertical line is full precision itself, or a plain copy for the ker
 
 from pathlib import Path
 from statistics import median, quantiles
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from stableqat.analysis.style import FILLS, as_written, look_of
@@ -37,8 +36,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(
         figsize=(1.2 + 3.6 * columns, 0.4 + rows * (1.1 + 0.36 * len(arms))), layout="constrained"
     )
-    heading = fill(f"{title(result)}; {result['device']}", int(13 * figure.get_figwidth()))
-    figure.suptitle(as_written(heading), fontsize=10)
+    heading = as_written(f"{title(result)}; {result['device']}", int(13 * figure.get_figwidth()))
+    figure.suptitle(heading, fontsize=10)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes in grid[panels:]:
         axes.set_visible(False)
