@@ -207,6 +207,19 @@ def test_what_is_rounded_is_what_is_shown():
     assert [row[f"layers/layers.x/share_of_code_{q}"] for q in (-2, -1, 0, 1)] == [0, 1 / 4, 1 / 4, 1 / 2]
 
 
+def test_codes_of_a_method_with_another_rule_are_those_it_deploys():
+    """Rounded down instead of to nearest: codes 0, -2, 1, -2 after the last step."""
+
+    class Floored(STE):
+        def codes(self, weight):
+            return (weight / self.effective_scale()).floor().clamp(-2, 1).to(torch.int8)
+
+    layers = {"x": layer_of(script()[0], method=Floored), "y": layer_of(script()[0])}
+    row = fit(Played([(x.weight, script()) for x in layers.values()], **layers), QuantizerMonitor(), 5)[5]
+    shown = {x: [row[f"layers/layers.{x}/share_of_code_{q}"] for q in (-2, -1, 0, 1)] for x in layers}
+    assert shown == {"x": [1 / 2, 0, 1 / 4, 1 / 4], "y": [0, 1 / 2, 1 / 4, 1 / 4]}
+
+
 def test_drift_of_the_scales():
     layer = layer_of([[0.5], [0.5], [0.5], [0.5]], scale=2.0)
     scales = [[[2.0]] * 4, [[4.0], [2.0], [1.0], [0.5]]]

@@ -70,7 +70,11 @@ class _Watch:
         """Return current weights, scales `(blocks, 1)` and codes."""
         weight = torch.cat(self._weights()).view(-1, self._length)
         scale = self.acting_scales()[self._scale_of_block, None]
-        return weight, scale, ops.quantize_codes(weight, scale, grid=self.grid)
+        if not any(_own_rule(layer, "codes") for layer in self._layers):  # one call for all layers
+            return weight, scale, ops.quantize_codes(weight, scale, grid=self.grid)
+        with torch.no_grad():
+            codes = [layer.weight_quantizer.codes(layer.weight) for layer in self._layers]
+        return weight, scale, torch.cat(list(map(_flat, codes, self._rows))).view(-1, self._length)
 
     def acting_scales(self) -> Tensor:
         """Return the scales that the forward uses, layer by layer."""
@@ -149,7 +153,7 @@ class _Watch:
         return torch.segment_reduce(of_blocks, reduce, lengths=self._blocks_of_layer, unsafe=True)
 
     def _weights(self) -> list[Tensor]:
-        if all(type(layer.weight_quantizer).latent is Quantizer.latent for layer in self._layers):
+        if not any(_own_rule(layer, "latent") for layer in self._layers):
             return self._views("weight", lambda: [layer.weight for layer in self._layers], self._rows)
         with torch.no_grad():
             latents = [layer.weight_quantizer.latent(layer.weight) for layer in self._layers]
@@ -297,8 +301,13 @@ class QuantizerMonitor(L.Callback):
 
 
 def _gathers(layer: QuantLinear) -> bool:
-    """Whether the latent weight of a shard takes tensors of other processes, which then must look as well."""
-    return isinstance(layer.latent, DTensor) and type(layer.weight_quantizer).latent is not Quantizer.latent
+    """Whether to look at a shard takes tensors of other processes, which then must look as well."""
+    return isinstance(layer.latent, DTensor) and (_own_rule(layer, "latent") or _own_rule(layer, "codes"))
+
+
+def _own_rule(layer: QuantLinear, method: str) -> bool:
+    """Whether the class of a layer's quantizer overrides a method of `Quantizer`."""
+    return getattr(type(layer.weight_quantizer), method) is not getattr(Quantizer, method)
 
 
 def _log(logger: Logger, means: dict[str, float], single: dict[str, float], step: int) -> None:
