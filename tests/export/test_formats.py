@@ -258,7 +258,7 @@ def test_binary(tmp_path):
     [
         ("compressed-tensors", {"quantizer": {"bits": 8, "grid": "stretched"}}, "9-bit.*take torchao"),
         ("compressed-tensors", {"grid": "stretched-4", "storage_bits": 4}, "_proj needs 5-bit.*or take 8"),
-        ("gguf", {"quantizer": {"bits": 8, "grid": "stretched"}}, "8-bit stretched grid; take compressed"),
+        ("gguf", {"quantizer": {"bits": 8, "grid": "stretched"}}, "8-bit stretched grid; take torchao"),
         (
             "gguf",
             {"config": {"intermediate_size": 72}},
@@ -276,9 +276,13 @@ def test_binary(tmp_path):
         ),
         ("onnx", {"quantizer": {"bits": 8, "grid": "stretched"}}, "end at 4 bits; take torchao"),
         ("onnx", {"quantizer": {"group_size": 8}}, "one scale per 8 weights.*take compressed-tensors"),
-        ("onnx", {"grid": "stretched-2", "scale_dtype": torch.float32}, "rounds float32.*or torchao"),
-        ("onnx", {"dtype": torch.bfloat16}, "computes in float32.*take hf"),
-        ("onnx", {"skip": []}, "MatMulNBits has no look-up.*take gguf"),
+        (
+            "onnx",
+            {"grid": "stretched-2", "scale_dtype": torch.float32},
+            "rounds float32.*take --scale_dtype fp16 or bf16",
+        ),
+        ("onnx", {"dtype": torch.bfloat16}, "computes in float32; leave --dtype at fp32"),
+        ("onnx", {"skip": []}, "MatMulNBits has no look-up.*leave embeddings alone.*take gguf"),
         ("compressed-tensors", {"skip": []}, "cannot load a packed embedding.*take gguf"),
     ],
 )

@@ -307,6 +307,13 @@ def test_a_run_that_quantizes_inputs_is_exported_evaluated_and_nothing_else(tmp_
             {"quantizer": {"bits": 8, "grid": "stretched"}},
             "9-bit integers for its 8-bit stretched grid; train",
         ),
+        (
+            partial(PerToken, bits=8),
+            {},
+            {"quantizer": {"bits": 4, "group_size": 8}},
+            "or a multiple; no other format holds quantized inputs: export a run without",
+        ),
+        (None, {}, {"quantizer": {"bits": 4, "group_size": 8}}, "or a multiple; take hf"),
     ],
 )
 def test_what_cannot_be_is_one_line(inputs, options, more, told):

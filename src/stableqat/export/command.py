@@ -192,6 +192,9 @@ def _default_scale_dtype(format: str, module: "QATModule") -> Literal["fp16", "f
 
 
 def _check_inputs(packed: "PackedModel", format: str) -> None:
+    from stableqat.export.packed import check_quantizers
+
+    check_quantizers(packed.model)
     if packed.inputs and format != "onnx":
         raise UserError(
             f"{format}: layer {next(iter(packed.inputs))} quantizes its input, which this format cannot "

@@ -38,10 +38,13 @@ def check(packed: PackedModel) -> None:
     for name, weight in packed.layers.items():
         if not gguf_blocks.encodings(weight, packed.target):
             run = "row" if weight.scale.shape[1] == 1 else "group"
-            reason = f"its {run}s of {weight.group_size} weights are not a multiple of 32"
+            reason, where = (
+                f"its {run}s of {weight.group_size} weights are not a multiple of 32",
+                "compressed-tensors, or torchao",
+            )
             if weight.zero_point and weight.bits > 7:
-                reason = f"no type holds the {weight.bits}-bit {weight.grid} grid"
-            raise UserError(f"gguf: {name}: {reason}; take compressed-tensors, or torchao")
+                reason, where = f"no type holds the {weight.bits}-bit {weight.grid} grid", "torchao"
+            raise UserError(f"gguf: {name}: {reason}; take {where}")
     llama_cpp.check(packed.model)
     if packed.template is not None:
         gguf_template.check(packed.template, packed.model, packed.tokenizer, _shapes(packed))

@@ -49,30 +49,31 @@ def check(packed: PackedModel) -> None:
         UserError: Naming the layer.
     """
     if packed.dtype != torch.float32:
-        raise UserError("onnx: the graph computes in float32; leave --dtype at fp32, or take hf")
+        raise UserError("onnx: the graph computes in float32; leave --dtype at fp32")
     qdq.check(packed)
     static = qdq.static_inputs(packed)
     for name, weight in packed.layers.items():
         if isinstance(packed.model.get_submodule(name), nn.Embedding):
             raise UserError(
-                f"onnx: MatMulNBits has no look-up ({name}); take gguf or torchao, or leave embeddings alone"
+                f"onnx: MatMulNBits has no look-up ({name}); leave embeddings alone, or without quantized "
+                "inputs take gguf or torchao"
             )
         if weight.zero_point and weight.bits == 8:
             raise UserError(
                 f"onnx: {name} has the 8-bit {weight.grid} grid, but half-integer zero points end at 4 bits; "
-                "take torchao"
+                f"{packed.elsewhere('torchao')}"
             )
         if name in static:  # standard operators, which take groups of any size and any scale
             continue
         if stored_form(weight, packed.int8_activations).zero_point and packed.scale_dtype == torch.float32:
             raise UserError(
                 "onnx: onnxruntime multiplies the scale by code and zero point apart, which rounds float32 "
-                "scales of half-integer grids; take --scale_dtype fp16 or bf16, or torchao"
+                "scales of half-integer grids; take --scale_dtype fp16 or bf16"
             )
         if weight.scale.shape[1] > 1 and weight.group_size % BLOCKS[-1]:
             raise UserError(
                 f"onnx: {name} has one scale per {weight.group_size} weights, MatMulNBits one per "
-                f"{BLOCKS[-1]} or a multiple; take compressed-tensors or hf"
+                f"{BLOCKS[-1]} or a multiple; {packed.elsewhere('compressed-tensors', 'hf')}"
             )
 
 
@@ -126,7 +127,8 @@ def write(packed: PackedModel, folder: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # whatever the model's own code raises
-        raise UserError(f"onnx: torch cannot export this model ({_cause(error)}); take hf") from error
+        cause = f"onnx: torch cannot export this model ({_cause(error)})"
+        raise UserError(f"{cause}; {packed.elsewhere('hf')}") from error
     program.model.metadata_props.update(_metadata(packed))
     graph = program.model.graph
     for name, held in codes.items():
@@ -182,7 +184,8 @@ def _check_calls(model: nn.Module, packed: PackedModel) -> None:
         model(packed.input[:1])
     if unused:
         raise UserError(
-            f"onnx: {unused[0]} is not called: the model reads its weight itself, or does not use it; take hf"
+            f"onnx: {unused[0]} is not called: the model reads its weight itself, or does not use it; "
+            f"{packed.elsewhere('hf')}"
         )
 
 

@@ -85,6 +85,12 @@ class PackedModel:
         """The quantizers of inputs by layer name."""
         return quantized_inputs(self.model)
 
+    def elsewhere(self, *formats: str) -> str:
+        """The end of a refusal: which of these formats to take, if any holds the model."""
+        if self.inputs:
+            return "no other format holds quantized inputs: export a run without model.input_quantizer"
+        return f"take {' or '.join(['hf'] if self.family == 'vit' else formats)}"
+
     def rest(self) -> dict[str, Tensor]:
         """Parameters and buffers that are not quantized, in their type, without a tied head."""
         left = {k: v for k, v in self.model.state_dict().items() if "_quantizer." not in k}
@@ -141,22 +147,13 @@ def quantize_embeddings(module: QATModule, bits: int) -> None:
     model.set_input_embeddings(quantized)
 
 
-def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, QuantizedWeight]:
-    """Round scales and all other parameters to a file's types inside a model, and read its codes.
-
-    Args:
-        module: The trained model, changed in place.
-        dtype: Type of the parameters that are not quantized.
-        scale_dtype: Type of the scales.
-
-    Returns:
-        Quantized weights by layer name.
+def check_quantizers(model: nn.Module) -> None:
+    """Refuse what no format holds.
 
     Raises:
-        UserError: If nothing is quantized, or a weight or scale is not finite or outside the type's range.
+        UserError: If nothing is quantized, or more than weights and inputs, or inputs by a foreign module.
     """
-    model: Any = module.model
-    layers = _layers(model)
+    layers = quantized_layers(model)
     if not layers:
         raise UserError("no layer is quantized: this was trained in full precision; export a quantized run")
     if attention := describe_attention(model).get("attention"):
@@ -172,6 +169,26 @@ def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dic
                 f"layer {name}: no format knows the codes of its input quantizer, a {type(made).__name__}; "
                 "take LSQ, LSQPlus, PerToken or another InputQuantizer"
             )
+
+
+def pack(module: QATModule, dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, QuantizedWeight]:
+    """Round scales and all other parameters to a file's types inside a model, and read its codes.
+
+    Args:
+        module: The trained model, changed in place.
+        dtype: Type of the parameters that are not quantized.
+        scale_dtype: Type of the scales.
+
+    Returns:
+        Quantized weights by layer name.
+
+    Raises:
+        UserError: If no format holds the model, or a weight or scale is not finite or out of range.
+    """
+    model: Any = module.model
+    check_quantizers(model)
+    layers = _layers(model)
+    for name, layer in layers.items():
         _snap(name, layer, scale_dtype)
     latent = {id(layer.weight) for layer in layers.values()}
     own = {id(p) for layer in layers.values() for p in layer.weight_quantizer.parameters()}
