@@ -103,6 +103,20 @@ def test_many_parts_sum_to_one(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_far_outside_without_a_mask_no_slope_is_beyond_the_surrogates(monkeypatch):
+    spec = Spec(make_grid("integer", 4), Fourier("none"), FLOAT)
+    x = (
+        torch.arange(64, device=DEVICE) * 2 + 25e6
+    ) * 0.17  # where a sum with rounding's constant drops a digit
+    (found, _), _ = both(
+        monkeypatch,
+        lambda: input_gradients(
+            torch.ones_like(x), x, operands("lsq+", spec.surrogate), spec, with_value=False
+        ),
+    )
+    assert found[0].abs().max() <= 1.001  # the largest slope
+
+
 def test_a_token_of_zeros_stays_zero(monkeypatch):
     spec = Spec(make_grid("integer", 4), Fourier("none"), FLOAT)
     x = torch.zeros(3, 40, device=DEVICE)

@@ -132,6 +132,8 @@ def tensor_backward_kernel(
             u = tl.where(inside, u, 0.0)
         else:
             scale_sum += grad * (level - v)
+            # far outside the codes float32 has no digits left for a distance
+            u = tl.minimum(tl.maximum(u, -0.5), 0.5)
         if KIND == "constant":
             grad *= STRENGTH
         elif KIND == "fourier":
