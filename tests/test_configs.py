@@ -282,6 +282,7 @@ VIT_STUDIES = {  # points that train, among them the start, and arms
     "dinov2/study": (37, 6),
     "dinov2/activations": (31, 10),
     "dinov2/seeds": (25, 8),
+    "dinov2/seeds-w2a2": (10, 3),
     "cifar/study": (37, 6),
 }
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}

@@ -379,7 +379,7 @@ SETTINGS |= {
     f"{key} {value}": (llama(f"--{key}", value), [f"{key}: must be {range}"])
     for key, value, range in [
         ("guard.patience", "-1", "at least 1, not -1"),
-        ("monitor.rows", "0", "at least 1, not 0"),
+        ("monitor.rows", "0", "at least 1 or null, not 0"),
         ("evaluate.limit", "-3", "at least 1 or null, not -3"),
         ("last.every_n_train_steps", "0", "at least 1 or null, not 0"),
         ("trainer.gradient_clip_val", ".nan", "at least 0, not nan"),
