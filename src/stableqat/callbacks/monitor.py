@@ -56,7 +56,6 @@ class _Watch:
         each = [n // self._length for n in per_scale]
         self._blocks = [s * n for s, n in zip(self.scales_of_layer, each, strict=True)]
         self._blocks_of_layer = self._lengths(self._blocks)
-        self._layer_of_block = self._numbers(self._blocks)
         blocks_of_scale = [n for s, n in zip(self.scales_of_layer, each, strict=True) for _ in range(s)]
         self._scale_of_block = self._numbers(blocks_of_scale)
         self._sampled = self._lengths(self.scales_of_layer)

@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from stableqat.ops import kernels
 from stableqat.ops.dispatch import kernels_serve
+from stableqat.ops.fused import learns
 from stableqat.ops.kernels import (
     _acting_scale,
     _clamp,
     _divide,
-    _fourier,
+    _pulled_back,
     _round,
     _tanh,
     _tanh_constants,
@@ -134,14 +135,12 @@ def tensor_backward_kernel(
             scale_sum += grad * (level - v)
             # far outside the codes float32 has no digits left for a distance
             u = tl.minimum(tl.maximum(u, -0.5), 0.5)
-        if KIND == "constant":
-            grad *= STRENGTH
-        elif KIND == "fourier":
-            grad *= _fourier(u, STRENGTH, HARMONICS, NATIVE)
-        elif KIND == "tanh":
+        if KIND == "tanh":
             factor, by_param = _tanh(u, exponent, peak, by_tanh, by_bell, NATIVE)
             param_sum += grad * by_param
             grad *= factor
+        else:
+            grad = _pulled_back(grad, u, KIND, STRENGTH, HARMONICS, NATIVE)
         tl.store(by_x_ptr + at, grad, mask=at < n)
     tl.store(sums_ptr + program, tl.sum(scale_sum))
     if OFFSET:
@@ -215,10 +214,7 @@ def token_backward_kernel(
     nearest = _round(v)
     if VALUE:
         tl.store(value_ptr + at, _clamp(nearest, Q_MIN, Q_MAX) * scale, mask=exists)
-    if KIND == "constant":
-        grad *= STRENGTH
-    elif KIND == "fourier":
-        grad *= _fourier(v - nearest, STRENGTH, HARMONICS, NATIVE)
+    grad = _pulled_back(grad, v - nearest, KIND, STRENGTH, HARMONICS, NATIVE)
     tl.store(by_x_ptr + at, grad, mask=exists)
 
 
@@ -243,22 +239,15 @@ def serve_backward(x: Tensor, operands: "InputOperands", spec: Spec) -> bool:
         operands: Its tensors.
         spec: Its constants.
     """
-    kernel = spec.surrogate.kernel
-    if kernel is None or not kernels_serve(x) or type(x.numel()) is not int or not x.numel():
+    if spec.surrogate.kernel is None or not kernels_serve(x) or type(x.numel()) is not int or not x.numel():
         return False
     if operands.scale is None:
-        return x.shape[-1] <= FEATURES and not kernel.learns and spec.surrogate.mask == "none"
+        return x.shape[-1] <= FEATURES and not learns(spec.surrogate) and spec.surrogate.mask == "none"
     return not any(isinstance(tensor, DTensor) for tensor in operands)
 
 
 def forward(x: Tensor, operands: "InputOperands", spec: Spec) -> Tensor:
-    """See `inputs.input_value`, whose value this is bit for bit.
-
-    Args:
-        x: `(..., features)`.
-        operands: Its tensors.
-        spec: Its constants.
-    """
+    """See `inputs.input_value`, whose value this is bit for bit."""
     x = x.contiguous()
     value = torch.empty_like(x)
     if operands.scale is None:
@@ -272,15 +261,7 @@ def forward(x: Tensor, operands: "InputOperands", spec: Spec) -> Tensor:
 def backward(
     grad: Tensor, x: Tensor, operands: "InputOperands", spec: Spec, *, with_value: bool
 ) -> tuple["InputGradients", Tensor | None]:
-    """See `inputs.input_gradients`.
-
-    Args:
-        grad: Upstream gradient, shaped like `x`.
-        x: `(..., features)`.
-        operands: Its tensors.
-        spec: Its constants.
-        with_value: Whether to return the value.
-    """
+    """See `inputs.input_gradients`."""
     x, grad = x.contiguous(), grad.contiguous()
     by_x = torch.empty_like(x)
     value = torch.empty_like(x) if with_value else None
@@ -346,7 +327,7 @@ def _sums(n: int, features: int, present: _Present, spec: Spec) -> Call:
         "LEVELS": spec.grid.q_max - spec.grid.q_min,
         "LOWEST": present[1],
         "OFFSET": present[2],
-        "LEARNS": surrogate_constants(spec.surrogate)["KIND"] == "tanh",
+        "LEARNS": learns(spec.surrogate),
         "COLUMNS": triton.next_power_of_2(parts),
     }
     return Call(sums_kernel, 1, (parts, features), constants)

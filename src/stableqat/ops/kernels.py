@@ -129,6 +129,21 @@ def _fourier(u, STRENGTH: tl.constexpr, HARMONICS: tl.constexpr, NATIVE: tl.cons
     return (1 - s) * _reciprocal(1 + s, NATIVE)
 
 
+# fmt: off
+@triton.jit
+def _pulled_back(
+    grad, u, KIND: tl.constexpr, STRENGTH: tl.constexpr, HARMONICS: tl.constexpr, NATIVE: tl.constexpr
+):
+    """The incoming gradient times the slope of a surrogate that learns nothing."""
+    # fmt: on
+    if KIND == "constant":
+        return grad * STRENGTH
+    elif KIND == "fourier":
+        return grad * _fourier(u, STRENGTH, HARMONICS, NATIVE)
+    else:
+        return grad
+
+
 @triton.jit
 def _tanh_constants(logit):
     """What `_tanh` needs of the logit of `a`."""
@@ -205,14 +220,12 @@ def backward_kernel(
         if not MASKED or KIND == "tanh":
             u = tl.minimum(tl.maximum(u, -0.5), 0.5)
         grad = tl.where(inside, grad, 0.0)
-        if KIND == "constant":
-            grad *= STRENGTH
-        elif KIND == "fourier":
-            grad *= _fourier(u, STRENGTH, HARMONICS, NATIVE)
-        elif KIND == "tanh":
+        if KIND == "tanh":
             factor, by_param = _tanh(u, exponent, peak, by_tanh, by_bell, NATIVE)
             param_sum += grad * by_param
             grad *= factor
+        else:
+            grad = _pulled_back(grad, u, KIND, STRENGTH, HARMONICS, NATIVE)
         tl.store(weight_grad_ptr + offset, tl.where(inside, grad, 0.0), mask=mask)
     at = row * splits + split
     tl.store(scale_sums_ptr + at, tl.sum(scale_sum, 1) * grad_scale, mask=exists)
