@@ -1,9 +1,13 @@
 import io
+import multiprocessing
 import os
+import pickle
+import random
 import re
 import shutil
 import signal
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from stableqat.data import ImageDataModule
+from stableqat.data import ImageDataModule, image_cache, image_rows
+from stableqat.data.augmentation import TimmTransform
 from stableqat.data.holdout import held_out_images
+from stableqat.data.image_file import read
 from stableqat.data.order import PAD, EvaluationOrder, Loader
 from stableqat.errors import UserError
 
@@ -215,6 +221,55 @@ def test_workers_and_augmentation_give_the_same_pixels(tmp_path, make, source):
     assert not torch.equal(plain[0], epochs(augment=False)[0])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_values_are_those_of_timms_own_transform(training):
+    from timm.data import create_transform
+
+    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.9} if training else {}
+    whole = create_transform(
+        (3, 16, 16), is_training=training, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), **options
+    )
+    ours, out = TimmTransform(whole), torch.full((3, 16, 16), torch.nan)
+    for number in range(20):
+        made = []
+        for transform in (whole, lambda image: ours(image, out)):
+            for seed in (torch.manual_seed, random.seed, np.random.seed):
+                seed(number)
+            made.append(transform(picture(number)))
+        assert torch.equal(out, made[0])
+
+
+class TestCache:
+    """Images that are few and small are decoded once, by whichever process comes first."""
+
+    @pytest.fixture
+    def reader(self, tmp_path, make):
+        root = image_folder(tmp_path / "pets", {"cat": 5, "dog": 5}, ("train", "val"))
+        picture(4, size=20).save(root / "train" / "cat" / "004.png")
+        return make(root).splits["train"].read
+
+    def test_processes_share_it(self, reader, monkeypatch):
+        expected = [picture(n, size=20 if n == 4 else 12).tobytes() for n in range(10)]
+        worker = multiprocessing.get_context("fork").Process(target=lambda: [reader(n) for n in range(10)])
+        worker.start()
+        worker.join()
+        decoded = []
+        note = lambda path, where: decoded.append(where) or read(path, where)  # noqa: E731
+        monkeypatch.setattr(image_rows, "read", note)
+        assert [reader(n).tobytes() for n in range(10)] == expected
+        assert [Path(where).name for where in decoded] == ["004.png"]  # of another size
+
+    def test_it_does_not_travel_to_a_process_that_is_not_forked(self, reader):
+        there = pickle.loads(pickle.dumps(reader))
+        assert there.cache is None
+        assert there(1).tobytes() == picture(1).tobytes()
+
+    def test_many_pixels_are_not_kept(self, reader, monkeypatch):
+        assert reader.cache is not None
+        monkeypatch.setattr(image_cache, "LIMIT", 10 * 12 * 12 * 3 - 1)
+        assert replace(reader, cache=None).with_cache().cache is None
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("end", [50, 60])
 def test_an_unreadable_image_is_named(tmp_path, make, workers, end):
@@ -307,9 +362,8 @@ def test_cifar10_as_the_hub_has_it(make):
 def test_the_strongest_posterizing_keeps_a_bit(make, tmp_path, policy):
     """timm asks for none, which Pillow 13 refuses."""
     data = make(image_folder(tmp_path / "pets", {"cat": 4, "dog": 4}, ("train", "val")), auto_augment=policy)
-    whole = data.splits["train"].transform
     operations = [
-        operation for each in whole.transforms
+        operation for each in data.splits["train"].transform.on_image
         for operation in [*getattr(each, "ops", ()), *(o for s in getattr(each, "policy", ()) for o in s)]
         if operation.name.startswith("Posterize")
     ]  # fmt: skip

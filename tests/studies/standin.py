@@ -5,6 +5,7 @@ the study's folder keeps what began and what finished, a line each.
 """
 
 import fcntl
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> int:
     if act == "place":
         note(folder, f"on {os.environ.get('CUDA_VISIBLE_DEVICES')}")
         time.sleep(0.5)
+    if act == "processes":
+        note(folder, f"starts processes by {multiprocessing.get_start_method()}")
     if act == "words":
         note(folder, f"study {os.environ.get('STABLEQAT_STUDY')}")
     if act == "diverge":

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -65,6 +66,13 @@ def wait_for(*lines: str) -> None:
     while not ((FOLDER / "calls.txt").exists() and set(lines) <= set(calls())):
         assert time.monotonic() < end, "the runs did not come as far"
         time.sleep(0.02)
+
+
+def test_a_run_starts_its_own_processes_as_the_command_does() -> None:
+    """Loader workers in a sweep that import everything anew cost a run more than its training."""
+    assert run(write({"arm": "processes"})) == 0
+    told = f"starts processes by {multiprocessing.get_start_method()}"
+    assert calls_of("arm") == ["began", told, "finished"]
 
 
 def test_every_way_to_end_costs_its_own_point_alone(capfd: pytest.CaptureFixture[str]) -> None:

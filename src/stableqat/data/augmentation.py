@@ -1,4 +1,4 @@
-"""timm's augmentation policies under every Pillow.
+"""timm's transforms, written straight into a batch, under every Pillow.
 
 At its strongest, timm's `PosterizeIncreasing`, which is part of DeiT's `rand-m9-mstd0.5-inc1`, keeps no bit
 of a pixel. Pillow made such an image black; Pillow 13 raises an error, thousands of images into a run. Here
@@ -8,8 +8,40 @@ one bit stays.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class TimmTransform:
+    """A transform of timm whose result lies in the place that a batch has for it.
+
+    The values are the transform's own. An image's steps from bytes to normalised numbers would fill fresh
+    memory four times, which takes as long as cropping it.
+
+    Args:
+        transform: What `timm.data.create_transform` made: steps on the image, `MaybeToTensor`, `Normalize`,
+            and steps that change the tensor in place.
+    """
+
+    def __init__(self, transform: Any):
+        steps = list(keep_a_bit(transform).transforms)
+        at = next(i for i, step in enumerate(steps) if type(step).__name__ == "MaybeToTensor")
+        self.on_image, normalize, self.on_tensor = steps[:at], steps[at + 1], steps[at + 2 :]
+        self.mean, self.std = (
+            torch.as_tensor(each).view(-1, 1, 1) for each in (normalize.mean, normalize.std)
+        )
+
+    def __call__(self, image: "Image", out: torch.Tensor) -> None:
+        """Transforms an image into `out`, shape (channels, height, width)."""
+        for step in self.on_image:
+            image = step(image)
+        out.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        out.div_(255).sub_(self.mean).div_(self.std)
+        for step in self.on_tensor:
+            step(out)
 
 
 def keep_a_bit(transform: Any) -> Any:

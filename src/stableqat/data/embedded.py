@@ -112,11 +112,11 @@ class DigitsTransform:
     def __init__(self, augment: bool):
         self.augment = augment
 
-    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        """The pixels, shape (1, 8, 8), with mean 0 and standard deviation 1 over the training split."""
+    def __call__(self, pixels: np.ndarray, out: torch.Tensor) -> None:
+        """Standardises a digit into `out`, shape (1, 8, 8); over the training split, the mean becomes 0."""
         image = torch.from_numpy(pixels)
         if self.augment:
             top, left = torch.randint(3, (2,)).tolist()
             padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
             image = padded[top : top + DIGITS_SIZE, left : left + DIGITS_SIZE]
-        return (image.unsqueeze(0) - DIGITS_MEAN) / DIGITS_STD
+        out[0] = (image - DIGITS_MEAN) / DIGITS_STD

@@ -183,22 +183,26 @@ class ImageDataModule(DataModule):
             settings |= {"mean": (DIGITS_MEAN,), "std": (DIGITS_STD,), "crop_pct": 1.0}
         return settings
 
-    def _transform(self, training: bool) -> Callable[[Any], torch.Tensor]:
+    def _transform(self, training: bool) -> Callable[[Any, torch.Tensor], None]:
         """The transform of timm for training or evaluation."""
         from timm.data import create_transform
 
-        from stableqat.data.augmentation import keep_a_bit
+        from stableqat.data.augmentation import TimmTransform
 
         options = self.preprocessing
         if training:
             own = {key: value for key, value in options.items() if not key.startswith("crop")}
             options = own | self._augmentation
-        size = (self.in_chans, self.image_size, self.image_size)
         try:
-            return keep_a_bit(create_transform(size, is_training=training, **options))
+            return TimmTransform(create_transform(self._shape, is_training=training, **options))
         except (AssertionError, ValueError, KeyError) as error:
             policy = self._augmentation["auto_augment"]
             raise UserError(f"auto_augment {policy} is not a timm policy: {error}") from error
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image as the model sees it."""
+        return self.in_chans, self.image_size, self.image_size
 
     @cached_property
     def _images(self) -> dict[str, "Dataset"]:
@@ -313,8 +317,12 @@ class ImageDataModule(DataModule):
             pixels, classes = embedded_digits()
             held = held_out_images(classes, _DIGITS_FRACTION)
             return {
-                "train": ImageRows(pixels[~held].__getitem__, classes[~held], DigitsTransform(self.augment)),
-                "validation": ImageRows(pixels[held].__getitem__, classes[held], DigitsTransform(False)),
+                "train": ImageRows(
+                    pixels[~held].__getitem__, classes[~held], DigitsTransform(self.augment), self._shape
+                ),
+                "validation": ImageRows(
+                    pixels[held].__getitem__, classes[held], DigitsTransform(False), self._shape
+                ),
             }
 
         labels = {split: self._labels(split) for split in self._images if not self._is_hidden(split)}
@@ -340,5 +348,5 @@ class ImageDataModule(DataModule):
             assert self.image_column is not None
             read = ImageReader(self._images[origin], self.image_column, rows, f"{self.source} {origin}")
             transform = self._transform(training=split == "train" and self.augment)
-            splits[split] = ImageRows(read, labels[origin][rows], transform)
+            splits[split] = ImageRows(read.with_cache(), labels[origin][rows], transform, self._shape)
         return splits

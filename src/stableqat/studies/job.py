@@ -213,6 +213,8 @@ def run_child(main: Main, argv: list[str], folder: Path, record: Record, threads
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    # By default its own children, such as a loader's workers, start as it did: each would import all anew.
+    multiprocessing.set_start_method(None, force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
