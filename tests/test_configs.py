@@ -279,8 +279,8 @@ RECIPES = {
     "cifar/qat": [],
 }
 VIT_STUDIES = {  # points that train, among them the start, and arms
-    "dinov2/study": (37, 6),
-    "dinov2/activations": (31, 10),
+    "dinov2/study": (61, 6),
+    "dinov2/activations": (41, 10),
     "dinov2/seeds": (25, 8),
     "dinov2/seeds-w2a2": (10, 3),
     "cifar/study": (37, 6),
