@@ -3,8 +3,6 @@
 Values are compared bit for bit, gradients up to the order of a sum.
 """
 
-import os
-
 import pytest
 import torch
 from kernel_oracle import BF16, DEVICE, FLOAT, HALF
@@ -13,9 +11,6 @@ from stableqat.ops import Constant, Fourier, Identity, Permuted, Tanh, inputs, m
 from stableqat.ops.inputs import InputOperands, input_gradients, input_value
 from stableqat.ops.operands import Spec
 
-pytest.importorskip("triton.language")
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("rounding_as_on_a_gpu")
 
 SURROGATES = {

@@ -3,7 +3,6 @@
 Values are compared bit for bit with the torch reference's, up to the sign of zero.
 """
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -32,10 +31,8 @@ from stableqat.ops import (
 )
 from stableqat.ops.operands import Operands, Spec, from_text, to_text
 
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton.language")
 fused = import_module("stableqat.ops.fused")
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("rounding_as_on_a_gpu")
 
 GRIDS = [("integer", 2), ("integer", 3), ("integer", 4), ("integer", 8), ("stretched", 2), ("stretched", 4)]

@@ -46,6 +46,10 @@ class _Watch:
     def __init__(self, layers: dict[str, QuantLinear], rows: int | None) -> None:
         self.names, self._layers = list(layers), list(layers.values())
         self._rows = [slice(rows or sampled_rows(layer.in_features)) for layer in self._layers]
+        # asked in every step, of hundreds of layers
+        self._own_latents, self._own_codes = (
+            any(_own_rule(layer, method) for layer in self._layers) for method in ("latent", "codes")
+        )
         self.grid = self._layers[0].weight_quantizer.grid
         self._known: dict[str, tuple[list[Tensor], list[int], list[Tensor]]] = {}
         weights, scales = self._weights(), self._scales("scale")
@@ -69,7 +73,7 @@ class _Watch:
         """Return current weights, scales `(blocks, 1)` and codes."""
         weight = torch.cat(self._weights()).view(-1, self._length)
         scale = self.acting_scales()[self._scale_of_block, None]
-        if not any(_own_rule(layer, "codes") for layer in self._layers):  # one call for all layers
+        if not self._own_codes:  # one call for all layers
             return weight, scale, ops.quantize_codes(weight, scale, grid=self.grid)
         with torch.no_grad():
             codes = [layer.weight_quantizer.codes(layer.weight) for layer in self._layers]
@@ -152,7 +156,7 @@ class _Watch:
         return torch.segment_reduce(of_blocks, reduce, lengths=self._blocks_of_layer, unsafe=True)
 
     def _weights(self) -> list[Tensor]:
-        if not any(_own_rule(layer, "latent") for layer in self._layers):
+        if not self._own_latents:
             return self._views("weight", lambda: [layer.weight for layer in self._layers], self._rows)
         with torch.no_grad():
             latents = [layer.weight_quantizer.latent(layer.weight) for layer in self._layers]
